@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import bench_table
+import pytest
+from marked import replace_marked
+
+
+def benchmark(
+    impl: str, gflops: float, direction: str = "forward", case: str = "next_scale N=680"
+) -> dict[str, Any]:
+    info = {
+        "op": "block_sparse_attention",
+        "case": case,
+        "impl": impl,
+        "direction": direction,
+        "dtype": "float32",
+        "gflops": gflops,
+        "peak_gflops": 100.0,
+    }
+    return {"name": f"{case}-{impl}", "stats": {"median": 0.002}, "extra_info": info}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for folder in ("bench/results", "csrc/block_sparse_attention", "csrc/common", "docs/assets"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("schema.cpp", "kernel_cpu.cpp", "fwd_sm80.cuh"):
+        (tmp_path / "csrc/block_sparse_attention" / file).touch()
+    (tmp_path / "README.md").write_text("before\n<!-- ops:begin -->\nold\n<!-- ops:end -->\nafter\n")
+    write(
+        tmp_path,
+        [benchmark("sdpa_mask", 37.0), benchmark("arcore", 80.0), benchmark("arcore", 71.0, "backward")],
+    )
+    return tmp_path
+
+
+def write(
+    project: Path, benchmarks: list[dict[str, Any]], name: str = "cpu-a", date: str = "2026-11-23"
+) -> None:
+    machine = {
+        "cpu": {"brand_raw": "Some <CPU> & Co", "hz_actual_friendly": "2.6 GHz", "flags": ["avx2", "avx512f"]}
+    }
+    data = {"machine_info": machine, "datetime": f"{date}T01:00:00", "benchmarks": benchmarks}
+    (project / f"bench/results/{name}.json").write_text(json.dumps(data))
+
+
+def test_table_has_numbers_where_measured_and_blanks_where_nothing_is(project: Path) -> None:
+    assert bench_table.main([], root=project) == 0
+    text = (project / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    rows = [line for line in text.splitlines() if "ward |" in line]
+    assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == [
+        "forward", "yes", "yes, 80% of peak", "yes", "not yet",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in rows[1].split("|")[2:-1]] == [
+        "backward", "yes", "yes, 71% of peak", "not yet", "not yet",
+    ]  # fmt: skip
+
+
+def test_figure_is_xml_with_a_bar_per_measurement(project: Path) -> None:
+    assert bench_table.main([], root=project) == 0
+    root = ET.parse(project / "docs/assets/bench.svg").getroot()
+    bars = [float(node.get("width", "0")) for node in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert len(bars) == 3
+    assert bars[0] / bars[1] == pytest.approx(80.0 / 37.0, rel=1e-2)
+    assert bars[0] / bars[2] == pytest.approx(80.0 / 71.0, rel=1e-2)
+
+
+def test_check_notices_a_newer_measurement(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_table.main(["--check"], root=project) == 1
+    assert bench_table.main([], root=project) == 0
+    assert bench_table.main(["--check"], root=project) == 0
+    write(project, [benchmark("arcore", 50.0)], name="cpu-b", date="2026-12-01")
+    assert bench_table.main(["--check"], root=project) == 1
+    assert "README.md is out of date" in capsys.readouterr().out
+    assert "80%" in (project / "README.md").read_text()
+
+
+def test_page_lists_every_case_with_all_peers(project: Path) -> None:
+    page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
+    assert "| case | arcore | sdpa_mask | arcore, ms | arcore, of peak |" in page
+    assert "| next_scale N=680 | 80.0 | 37.0 | 2.00 | 80% |" in page
+
+
+def test_missing_results_are_one_clear_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "bench/results/cpu-a.json").unlink()
+    assert bench_table.main([], root=project) == 2
+    assert "holds no cpu-*.json; run `make bench`" in capsys.readouterr().err
+
+
+def test_missing_key_names_the_benchmark(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = benchmark("arcore", 1.0)
+    del broken["extra_info"]["peak_gflops"]
+    write(project, [broken])
+    assert bench_table.main([], root=project) == 2
+    assert "next_scale N=680-arcore lacks peak_gflops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["no markers", "<!-- a:end --><!-- a:begin -->", "<!-- a:begin --><!-- a:begin --><!-- a:end -->"]
+)
+def test_markers_must_be_one_pair(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected one <!-- a:begin"):
+        replace_marked(text, "a", "body")

@@ -1,0 +1,270 @@
+"""Generates what README and the docs say about speed from the newest bench/results/cpu-*.json.
+
+    python tools/bench_table.py           writes README.md's op table and docs/assets/bench.svg
+    python tools/bench_table.py --check   writes nothing; exit code 1 when one of them is out of date
+
+The page docs/benchmarks.md is made from the same file while the docs are built (tools/docs_hooks.py).
+
+The input is what `pytest bench --benchmark-json=...` writes. Each benchmark carries in `extra_info`: op, case, impl,
+direction ("forward" or "backward"), dtype, gflops (of the pairs that the mask allows) and peak_gflops (the FMA peak
+of the same machine, measured in the same run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from marked import ROOT, replace_marked, update
+
+OURS = "arcore"
+KEYS = ("op", "case", "impl", "direction", "dtype", "gflops", "peak_gflops")
+DIRECTIONS = ("forward", "backward")
+# Column of the op table -> what must exist in csrc/<op>/ for the forward and the backward.
+BACKENDS = {
+    "CPU AVX2": ("kernel_cpu.cpp", "kernel_cpu.cpp"),
+    "CPU AVX-512": ("kernel_cpu.cpp", "kernel_cpu.cpp"),
+    "CUDA sm_80": ("fwd_sm80.cuh", "bwd_sm80.cuh"),
+    "CUDA sm_90a": ("fwd_sm90.cuh", "bwd_sm90.cuh"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    case: str
+    impl: str
+    direction: str
+    dtype: str
+    gflops: float
+    peak_gflops: float
+    seconds: float  # median of the run's rounds
+
+
+@dataclass(frozen=True)
+class Results:
+    rows: tuple[Row, ...]
+    cpu: str
+    isa: str  # "CPU AVX2" or "CPU AVX-512"
+    date: str
+    torch: str
+
+    @property
+    def peak(self) -> float:
+        return sum(row.peak_gflops for row in self.rows) / len(self.rows)
+
+
+def newest(folder: Path) -> Path:
+    """The newest cpu-*.json of `folder`, by the date written inside.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = sorted(folder.glob("cpu-*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no cpu-*.json; run `make bench` and keep its JSON there")
+    return max(files, key=lambda path: json.loads(path.read_text())["datetime"])
+
+
+def load(path: Path) -> Results:
+    """Reads a pytest-benchmark JSON file.
+
+    Raises:
+        ValueError: a benchmark lacks one of the keys that the table needs, or the file holds no benchmark.
+    """
+    data = json.loads(path.read_text())
+    rows = []
+    for benchmark in data["benchmarks"]:
+        info = benchmark["extra_info"]
+        missing = [key for key in KEYS if key not in info]
+        if missing:
+            raise ValueError(f"{path.name}: {benchmark['name']} lacks {', '.join(missing)} in extra_info")
+        rows.append(Row(**{key: info[key] for key in KEYS}, seconds=benchmark["stats"]["median"]))
+    if not rows:
+        raise ValueError(f"{path.name}: expected at least one benchmark but found none")
+    machine: dict[str, Any] = data["machine_info"]
+    cpu: dict[str, Any] = machine.get("cpu", {})
+    isa = "CPU AVX-512" if "avx512f" in cpu.get("flags", ()) else "CPU AVX2"
+    clock = cpu.get("hz_actual_friendly", "")
+    name = " ".join(part for part in (cpu.get("brand_raw", machine.get("machine", "")), clock) if part)
+    return Results(tuple(rows), name, isa, data["datetime"][:10], machine.get("torch", ""))
+
+
+def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows by (op, case, direction, dtype), arcore first and then the fastest first."""
+    found: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in results.rows:
+        if all(getattr(row, key) == value for key, value in wanted.items()):
+            found.setdefault((row.op, row.case, row.direction, row.dtype), []).append(row)
+    return {key: sorted(rows, key=lambda row: (row.impl != OURS, -row.gflops)) for key, rows in found.items()}
+
+
+def headline(results: Results, op: str, direction: str) -> Row | None:
+    """Our float32 row of the case that README's table quotes: the first one measured in that direction."""
+    rows = (
+        r for r in results.rows if (r.op, r.direction, r.dtype, r.impl) == (op, direction, "float32", OURS)
+    )
+    return next(rows, None)
+
+
+def op_table(results: Results, csrc: Path) -> str:
+    """README's table of ops and backends; a cell is filled only where the code exists."""
+    lines = [f"| op | direction | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
+    quoted: Row | None = None
+    for folder in sorted(p for p in csrc.iterdir() if (p / "schema.cpp").is_file()):
+        for i, direction in enumerate(DIRECTIONS):
+            cells = []
+            for backend, files in BACKENDS.items():
+                cell = "yes" if (folder / files[i]).is_file() else "not yet"
+                row = headline(results, folder.name, direction) if backend == results.isa else None
+                if row is not None:
+                    cell = f"yes, {row.gflops / row.peak_gflops:.0%} of peak"
+                    quoted = quoted or row
+                cells.append(cell)
+            name = f"[`{folder.name}`](csrc/{folder.name}/README.md)" if i == 0 else ""
+            lines.append(f"| {name} | {direction} | {' | '.join(cells)} |")
+    if quoted is not None:
+        lines += [
+            "",
+            f"Peak: the FMA peak of one core, measured in the same run. Case: {quoted.case}, {quoted.dtype}.",
+        ]
+    return "\n".join(lines)
+
+
+def where(results: Results) -> str:
+    software = f", torch {results.torch}" if results.torch else ""
+    return (
+        f"{results.cpu}, {results.isa.removeprefix('CPU ')}, one thread{software}, {results.date}; "
+        f"measured FMA peak {results.peak:.0f} GFLOP/s"
+    )
+
+
+def page(results: Results) -> str:
+    """The docs' page of all measurements."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "This page is generated by `tools/bench_table.py` from the newest `bench/results/cpu-*.json`.",
+        "",
+        f"Machine: {where(results)}.",
+        "",
+        "GFLOP/s count only the pairs that the mask allows, so an implementation that computes forbidden pairs and",
+        "throws them away shows a lower number. Times are medians of process CPU time; every implementation of a case",
+        "was timed in the same run. Measure on your machine with `make bench`.",
+        "",
+        "![GFLOP/s of block_sparse_attention and its peers](assets/bench.svg)",
+    ]
+    for (op, direction, dtype), cases in _by_table(results).items():
+        lines += ["", f"## {op}: {direction}, {dtype}", ""]
+        impls = sorted(
+            {row.impl for rows in cases.values() for row in rows}, key=lambda impl: (impl != OURS, impl)
+        )
+        lines += [
+            f"| case | {' | '.join(impls)} | {OURS}, ms | {OURS}, of peak |",
+            "|---|" + "---:|" * (len(impls) + 2),
+        ]
+        for case, rows in cases.items():
+            by_impl = {row.impl: row for row in rows}
+            cells = [f"{by_impl[impl].gflops:.1f}" if impl in by_impl else "" for impl in impls]
+            ours = by_impl.get(OURS)
+            cells += (
+                [f"{ours.seconds * 1e3:.2f}", f"{ours.gflops / ours.peak_gflops:.0%}"] if ours else ["", ""]
+            )
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_table(results: Results) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
+    tables: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for (op, case, direction, dtype), rows in groups(results).items():
+        tables.setdefault((op, direction, dtype), {})[case] = rows
+    return tables
+
+
+def figure(results: Results, op: str = "block_sparse_attention") -> str:
+    """An SVG of float32 GFLOP/s: a panel per direction, a group of bars per case, the peak as a dashed line."""
+    panels = [groups(results, op=op, dtype="float32", direction=direction) for direction in DIRECTIONS]
+    bar, gap, title, width, left = 13, 14, 22, 430, 132
+    rows_high = max(sum(title + bar * len(rows) + gap for rows in panel.values()) for panel in panels)
+    height = 58 + rows_high + 26
+    peak = results.peak
+    scale = (width - left - 52) / peak
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{height}" '
+        f'viewBox="0 0 {2 * width} {height}" font-family="Helvetica, Arial, sans-serif" font-size="11">',
+        f"<title>{escape(op)}: GFLOP/s</title>",
+        f'<rect width="{2 * width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for i, panel in enumerate(panels):
+        x, y = i * width, 30
+        parts.append(
+            _text(
+                x + 12, y - 8, f"{DIRECTIONS[i]}, float32, GFLOP/s of allowed pairs", size=13, weight="bold"
+            )
+        )
+        peak_x = x + left + scale * peak
+        parts.append(
+            f'<line x1="{peak_x:.1f}" y1="{y + 6}" x2="{peak_x:.1f}" y2="{height - 26}" stroke="#888888" '
+            'stroke-dasharray="4 3"/>'
+        )
+        parts.append(_text(peak_x, y + 2, f"FMA peak {peak:.0f}", anchor="middle", fill="#666666"))
+        y += 10
+        for (_, case, _, _), rows in panel.items():
+            parts.append(_text(x + 12, y + 14, case, weight="bold"))
+            y += title
+            for row in rows:
+                colour = "#1f6feb" if row.impl == OURS else "#b8c0cc"
+                length = scale * row.gflops
+                parts.append(_text(x + left - 6, y + bar - 3, row.impl, anchor="end"))
+                parts.append(
+                    f'<rect x="{x + left}" y="{y + 1}" width="{length:.1f}" height="{bar - 2}" fill="{colour}"/>'
+                )
+                parts.append(_text(x + left + length + 4, y + bar - 3, f"{row.gflops:.0f}"))
+                y += bar
+            y += gap
+    parts.append(_text(12, height - 10, where(results), fill="#666666"))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _text(x: float, y: float, text: str, **style: str | int) -> str:
+    names = {"size": "font-size", "weight": "font-weight", "anchor": "text-anchor", "fill": "fill"}
+    attributes = "".join(f' {names[key]}="{value}"' for key, value in style.items())
+    return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(text)}</text>'
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """File -> content, of every file that this tool writes or has a part in."""
+    results = load(newest(root / "bench/results"))
+    readme = root / "README.md"
+    return {
+        readme: replace_marked(readme.read_text(encoding="utf-8"), "ops", op_table(results, root / "csrc")),
+        root / "docs/assets/bench.svg": figure(results),
+    }
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, fail when a file is out of date")
+    check = parser.parse_args(argv).check
+    try:
+        files = generated(root)
+    except (OSError, ValueError) as error:
+        print(f"bench_table: {error}", file=sys.stderr)
+        return 2
+    stale = [path.relative_to(root) for path, content in files.items() if not update(path, content, check)]
+    for path in stale:
+        print(
+            f"bench_table: {path} {'is out of date; run python tools/bench_table.py' if check else 'written'}"
+        )
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
