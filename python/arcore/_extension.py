@@ -1,0 +1,34 @@
+"""Loads the two native parts: `_ops.so` (torch.ops.arcore.*) and `_C` (host-side planners, build information)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+_FIX = "build it with `pip install .` in arcore's source folder (torch must be installed first)"
+MINIMUM_TORCH = (2, 11)
+
+
+def _load() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise ImportError(
+            f"arcore needs torch>=2.11 but torch {torch.__version__} is installed: pip install 'torch>=2.11'"
+        )
+    library = FOLDER / "_ops.so"
+    if not library.exists():
+        raise ImportError(f"arcore's compiled extension is missing ({library} does not exist): {_FIX}")
+    if importlib.util.find_spec("arcore._C") is None:
+        raise ImportError(f"arcore._C is missing or was built for another Python: {_FIX}")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"arcore's compiled extension does not load with torch {torch.__version__} ({error}): {_FIX}"
+        ) from error
+
+
+_load()
