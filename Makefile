@@ -19,7 +19,7 @@ NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_config.py $(
 CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench docs cuda-check build clean distclean FORCE
+.PHONY: help demo test test-all lint format bench readme docs cuda-check build clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -52,6 +52,10 @@ format: $(STAMPS)/dev  ## rewrite the sources in the project's style
 
 bench: $(STAMPS)/build $(STAMPS)/bench  ## run the benchmarks on one thread
 	$(PY) -m pytest bench $(PYTEST_ARGS)
+
+readme: $(STAMPS)/build $(STAMPS)/dev  ## generate README's tables and figure anew
+	$(PY) tools/bench_table.py
+	$(PY) tools/zoo_table.py
 
 docs: $(STAMPS)/build $(STAMPS)/dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

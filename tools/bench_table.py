@@ -116,7 +116,8 @@ def op_table(results: Results, csrc: Path) -> str:
     """README's table of ops and backends; a cell is filled only where the code exists."""
     lines = [f"| op | direction | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
     quoted: Row | None = None
-    for folder in sorted(p for p in csrc.iterdir() if (p / "schema.cpp").is_file()):
+    ops = (p for p in csrc.iterdir() if (p / "schema.cpp").is_file() and p.name != "common")
+    for folder in sorted(ops):
         for i, direction in enumerate(DIRECTIONS):
             cells = []
             for backend, files in BACKENDS.items():
