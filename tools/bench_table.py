@@ -32,6 +32,14 @@ BACKENDS = {
     "CUDA sm_80": ("fwd_sm80.cuh", "bwd_sm80.cuh"),
     "CUDA sm_90a": ("fwd_sm90.cuh", "bwd_sm90.cuh"),
 }
+# Instruction sets by the name that the library reports.
+ISAS = {"default": "baseline x86-64", "avx2": "AVX2", "avx512": "AVX-512"}
+IMPLEMENTATIONS = {
+    "sdpa_mask": "SDPA, bool mask",
+    "sdpa_loop": "SDPA, loop",
+    "sdpa_causal": "SDPA, is_causal",
+    "flex_compiled": "FlexAttention",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Row:
 class Results:
     rows: tuple[Row, ...]
     cpu: str
-    isa: str  # "CPU AVX2" or "CPU AVX-512"
+    isa: str  # a key of ISAS
     date: str
     torch: str
 
@@ -88,11 +96,14 @@ def load(path: Path) -> Results:
     if not rows:
         raise ValueError(f"{path.name}: expected at least one benchmark but found none")
     machine: dict[str, Any] = data["machine_info"]
-    cpu: dict[str, Any] = machine.get("cpu", {})
-    isa = "CPU AVX-512" if "avx512f" in cpu.get("flags", ()) else "CPU AVX2"
-    clock = cpu.get("hz_actual_friendly", "")
-    name = " ".join(part for part in (cpu.get("brand_raw", machine.get("machine", "")), clock) if part)
-    return Results(tuple(rows), name, isa, data["datetime"][:10], machine.get("torch", ""))
+    lacking = [key for key in ("cpu_model", "isa", "torch") if key not in machine]
+    if lacking:
+        raise ValueError(f"{path.name}: machine_info lacks {', '.join(lacking)}")
+    if machine["isa"] not in ISAS:
+        raise ValueError(
+            f"{path.name}: expected isa to be one of {', '.join(ISAS)} but got {machine['isa']!r}"
+        )
+    return Results(tuple(rows), machine["cpu_model"], machine["isa"], data["datetime"][:10], machine["torch"])
 
 
 def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], list[Row]]:
@@ -122,7 +133,11 @@ def op_table(results: Results, csrc: Path) -> str:
             cells = []
             for backend, files in BACKENDS.items():
                 cell = "yes" if (folder / files[i]).is_file() else "not yet"
-                row = headline(results, folder.name, direction) if backend == results.isa else None
+                row = (
+                    headline(results, folder.name, direction)
+                    if backend == f"CPU {ISAS[results.isa]}"
+                    else None
+                )
                 if row is not None:
                     cell = f"yes, {row.gflops / row.peak_gflops:.0%} of peak"
                     quoted = quoted or row
@@ -138,11 +153,14 @@ def op_table(results: Results, csrc: Path) -> str:
 
 
 def where(results: Results) -> str:
-    software = f", torch {results.torch}" if results.torch else ""
     return (
-        f"{results.cpu}, {results.isa.removeprefix('CPU ')}, one thread{software}, {results.date}; "
+        f"{results.cpu}, {ISAS[results.isa]}, one thread, torch {results.torch}, {results.date}; "
         f"measured FMA peak {results.peak:.0f} GFLOP/s"
     )
+
+
+def label(impl: str) -> str:
+    return IMPLEMENTATIONS.get(impl, impl)
 
 
 def page(results: Results) -> str:
@@ -156,7 +174,12 @@ def page(results: Results) -> str:
         "",
         "GFLOP/s count only the pairs that the mask allows, so an implementation that computes forbidden pairs and",
         "throws them away shows a lower number. Times are medians of process CPU time; every implementation of a case",
-        "was timed in the same run. Measure on your machine with `make bench`.",
+        "was timed in the same run, after its result was compared with a float64 one. Measure on your machine with",
+        "`make bench`.",
+        "",
+        "SDPA is torch's `scaled_dot_product_attention`: with the mask as a dense bool matrix; as a loop of calls",
+        "without a mask, one per scale or block; or with `is_causal`. FlexAttention is compiled; it has no backward on",
+        "CPUs.",
         "",
         "![GFLOP/s of block_sparse_attention and its peers](assets/bench.svg)",
     ]
@@ -166,7 +189,7 @@ def page(results: Results) -> str:
             {row.impl for rows in cases.values() for row in rows}, key=lambda impl: (impl != OURS, impl)
         )
         lines += [
-            f"| case | {' | '.join(impls)} | {OURS}, ms | {OURS}, of peak |",
+            f"| case | {' | '.join(map(label, impls))} | {OURS}, ms | {OURS}, of peak |",
             "|---|" + "---:|" * (len(impls) + 2),
         ]
         for case, rows in cases.items():
@@ -221,7 +244,7 @@ def figure(results: Results, op: str = "block_sparse_attention") -> str:
             for row in rows:
                 colour = "#1f6feb" if row.impl == OURS else "#b8c0cc"
                 length = scale * row.gflops
-                parts.append(_text(x + left - 6, y + bar - 3, row.impl, anchor="end"))
+                parts.append(_text(x + left - 6, y + bar - 3, label(row.impl), anchor="end"))
                 parts.append(
                     f'<rect x="{x + left}" y="{y + 1}" width="{length:.1f}" height="{bar - 2}" fill="{colour}"/>'
                 )

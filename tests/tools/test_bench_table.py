@@ -42,9 +42,7 @@ def project(tmp_path: Path) -> Path:
 def write(
     project: Path, benchmarks: list[dict[str, Any]], name: str = "cpu-a", date: str = "2026-11-23"
 ) -> None:
-    machine = {
-        "cpu": {"brand_raw": "Some <CPU> & Co", "hz_actual_friendly": "2.6 GHz", "flags": ["avx2", "avx512f"]}
-    }
+    machine = {"cpu_model": "Some <CPU> & Co", "isa": "avx512", "torch": "2.13.0"}
     data = {"machine_info": machine, "datetime": f"{date}T01:00:00", "benchmarks": benchmarks}
     (project / f"bench/results/{name}.json").write_text(json.dumps(data))
 
@@ -83,7 +81,7 @@ def test_check_notices_a_newer_measurement(project: Path, capsys: pytest.Capture
 
 def test_page_lists_every_case_with_all_peers(project: Path) -> None:
     page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
-    assert "| case | arcore | sdpa_mask | arcore, ms | arcore, of peak |" in page
+    assert "| case | arcore | SDPA, bool mask | arcore, ms | arcore, of peak |" in page
     assert "| next_scale N=680 | 80.0 | 37.0 | 2.00 | 80% |" in page
 
 
