@@ -1,0 +1,39 @@
+"""Labelled images for training: small real data that ships with a package, and adapters for folders on disk.
+
+Nothing here downloads anything. Every dataset yields `(image, label)` with `image` a float32 tensor `[C, H, W]` in
+[-1, 1] and `label` a class number, and has `class_names` and `image_shape`.
+"""
+
+from __future__ import annotations
+
+from arcore.data.digits import load_digits
+from arcore.data.image_folder import ImageFolder
+from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
+
+__all__ = ["ImageDataset", "ImageFolder", "InMemoryImages", "held_out_mask", "load_digits", "open_dataset"]
+
+
+def open_dataset(source: str, *, image_size: int, channels: int, split: str = "train") -> ImageDataset:
+    """Open what `arcore train --data` names.
+
+    Args:
+        source: `"digits"`, or the path of a folder with one subfolder of images per class.
+        image_size: side length in pixels that the model wants; folder images are resized and centre-cropped to it.
+        channels: 1 (grey) or 3 (RGB).
+        split: `"train"`, `"test"` or `"all"`.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        FileNotFoundError: `source` is neither `"digits"` nor a folder.
+        ValueError: the folder holds no usable images, or the model does not take 8x8 grey digits.
+    """
+    if source == "digits":
+        if (channels, image_size) != (1, 8):
+            raise ValueError(
+                f"the digits are 1 x 8 x 8 images but the model takes {channels} x {image_size} x {image_size}: "
+                "choose a *_tiny preset, or give --data a folder of images"
+            )
+        return load_digits(split)
+    return ImageFolder(source, image_size=image_size, channels=channels, split=split)

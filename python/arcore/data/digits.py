@@ -1,0 +1,35 @@
+"""Real handwritten digits, 8x8 pixels, as shipped inside scikit-learn (the UCI optical recognition set)."""
+
+from __future__ import annotations
+
+import torch
+
+from arcore._optional import require
+from arcore.data.images import InMemoryImages, check_split, held_out_mask
+
+
+def load_digits(split: str = "train") -> InMemoryImages:
+    """Load scikit-learn's 1797 handwritten digits.
+
+    Every fifth image of each class is held out. The 13 writers appear in both parts, so held-out scores say how well
+    a model knows these writers' digits and not everyone's.
+
+    Args:
+        split: `"train"` (1442 images), `"test"` (355 images) or `"all"`.
+
+    Returns:
+        Images `[N, 1, 8, 8]`, float32 in [-1, 1] (-1 is background), with labels 0..9. The 17 grey levels of the
+        data are evenly spaced, 1/8 apart.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: unknown split.
+    """
+    check_split(split)
+    bunch = require("sklearn.datasets", extra="train").load_digits()
+    images = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1) / 8 - 1  # [N, 1, 8, 8]
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    if split != "all":
+        chosen = held_out_mask(labels) == (split == "test")
+        images, labels = images[chosen], labels[chosen]
+    return InMemoryImages(images, labels, tuple(str(digit) for digit in range(10)))

@@ -1,0 +1,88 @@
+"""What a set of labelled images is, and the fixed split into training and held-out images."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "test", "all")
+
+
+@runtime_checkable
+class ImageDataset(Protocol):
+    """Map-style dataset of labelled images.
+
+    Attributes:
+        class_names: name of each class, in the order of the class numbers.
+        image_shape: `(C, H, W)` of every image.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class InMemoryImages:
+    """Images that fit in memory.
+
+    Args:
+        images: float tensor `[N, C, H, W]` in [-1, 1].
+        labels: int64 tensor `[N]`.
+        class_names: name of each class.
+
+    Raises:
+        ValueError: the numbers of images and labels differ, or a label has no name.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+        if images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                "expected images [N, C, H, W] and labels [N] "
+                f"but got {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+            raise ValueError(
+                f"labels must lie in [0, {len(class_names)}) because there are {len(class_names)} class names, "
+                f"but they span [{int(labels.min())}, {int(labels.max())}]"
+            )
+        self.images = images
+        self.labels = labels
+        self.class_names = class_names
+        self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def held_out_mask(labels: Tensor, every: int = 5) -> Tensor:
+    """Mark every n-th image of each class as held out.
+
+    The choice depends on the order of the images only, so it is the same on every machine, and each class keeps its
+    share in both parts.
+
+    Args:
+        labels: int64 tensor `[N]`.
+        every: one image out of this many is held out; the last of each group.
+
+    Returns:
+        bool tensor `[N]`, True for held-out images.
+    """
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        held_out[members[every - 1 :: every]] = True
+    return held_out
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))} but got {split!r}")

@@ -1,0 +1,110 @@
+"""What is trained: a model with its loss. The base class holds what all tasks share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from arcore.data import ImageDataset
+from arcore.training.config import TrainConfig
+from arcore.training.stream import StreamSampler, derive_seed
+
+
+class Task(pl.LightningModule):
+    """Base of all training tasks.
+
+    A subclass sets its networks as attributes, names them in `saved`, and implements `loss`.
+
+    Attributes:
+        saved: attribute names of the networks that a checkpoint holds, one safetensors file each.
+        config: settings of the run.
+        start_step: optimiser steps that were done before this process took over.
+    """
+
+    saved: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.start_step = 0
+        self.train_data: ImageDataset | None = None
+        self.test_data: ImageDataset | None = None
+
+    @abstractmethod
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss of a batch.
+
+        Args:
+            images: `[B, C, H, W]` in [-1, 1].
+            labels: `[B]` class numbers.
+
+        Returns:
+            The scalar to minimise and further scalars worth logging.
+        """
+
+    @abstractmethod
+    def meta(self) -> dict[str, Any]:
+        """JSON-ready description from which `arcore.training.checkpoint` can rebuild the networks."""
+
+    def modules_to_save(self) -> dict[str, nn.Module]:
+        """The networks of a checkpoint by name."""
+        return {name: getattr(self, name) for name in self.saved}
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done since the very beginning of the run."""
+        return self.start_step + int(self.global_step)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        loss, figures = self.loss(*batch)
+        return {"loss": loss, "figures": {"loss": loss.detach(), **figures}}
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        loss, figures = self.loss(*batch)
+        return {"figures": {"loss": loss, **figures}, "weight": len(batch[0])}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        micro_batch = self.start_step * self.config.accumulate + batch_idx
+        torch.manual_seed(derive_seed(self.config.seed, "draws", micro_batch, self.global_rank))
+        factor = self.config.lr_factor(self.step)
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+            group["lr"] = self.config.lr * factor
+
+    def configure_optimizers(self) -> Optimizer:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return AdamW(
+            [group for group in groups if group["params"]], lr=self.config.lr, betas=self.config.betas
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.train_data is not None
+        sampler = StreamSampler(
+            len(self.train_data),
+            self.config.batch_size,
+            start=self.start_step * self.config.accumulate,
+            stop=self.config.steps * self.config.accumulate,
+            seed=self.config.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return DataLoader(
+            self.train_data,
+            batch_sampler=sampler,
+            num_workers=self.config.workers,
+            persistent_workers=self.config.workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        if self.test_data is None:
+            return []
+        return DataLoader(self.test_data, batch_size=self.config.batch_size, num_workers=self.config.workers)

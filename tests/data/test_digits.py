@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arcore.data import InMemoryImages, held_out_mask, load_digits, open_dataset
+
+pytest.importorskip("sklearn")
+
+
+def test_digits_are_the_real_ones_scaled_to_minus_one_one():
+    from sklearn.datasets import load_digits as original
+
+    digits = load_digits("all")
+    bunch = original()
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.images.dtype == torch.float32
+    assert digits.image_shape == (1, 8, 8)
+    torch.testing.assert_close(
+        (digits.images[:, 0] + 1) * 8, torch.from_numpy(bunch.images).float(), rtol=0, atol=0
+    )
+    assert digits.labels.tolist() == bunch.target.tolist()
+    assert float(digits.images.min()) == -1
+    assert float(digits.images.max()) == 1
+
+
+def test_split_is_fixed_disjoint_and_stratified():
+    train, test, everything = load_digits("train"), load_digits("test"), load_digits("all")
+    assert len(train) + len(test) == len(everything)
+    assert (len(train), len(test)) == (1442, 355)
+    for digit in range(10):
+        share = (test.labels == digit).sum() / (everything.labels == digit).sum()
+        assert 0.19 < share <= 0.2
+    rows = {tuple(image.flatten().tolist()) for image in train.images}
+    assert not any(tuple(image.flatten().tolist()) in rows for image in test.images)
+    assert torch.equal(load_digits("test").images, test.images)
+
+
+def test_items_are_image_and_label():
+    digits = load_digits("train")
+    image, label = digits[3]
+    assert image.shape == (1, 8, 8)
+    assert label == int(digits.labels[3])
+    assert digits.class_names[label] == str(label)
+
+
+def test_unknown_split_is_named():
+    with pytest.raises(ValueError, match="'train', 'test', 'all' but got 'valid'"):
+        load_digits("valid")
+
+
+def test_digits_do_not_fit_a_large_model():
+    with pytest.raises(ValueError, match="the model takes 3 x 256 x 256"):
+        open_dataset("digits", image_size=256, channels=3)
+
+
+def test_held_out_mask_counts_within_each_class():
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
+    assert held_out_mask(labels, every=2).tolist() == [False, False, True, True, False, False, True, True]
+
+
+def test_in_memory_images_check_their_labels():
+    with pytest.raises(ValueError, match="labels must lie in \\[0, 2\\)"):
+        InMemoryImages(torch.zeros(2, 1, 4, 4), torch.tensor([0, 2]), ("a", "b"))
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
+        InMemoryImages(torch.zeros(2, 4, 4), torch.tensor([0, 1]), ("a", "b"))
