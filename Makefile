@@ -15,8 +15,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(PY) -m pip --quiet
 
-NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_config.py $(shell find csrc -type f ! -name '*.md')
-CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_config.py $(shell find csrc -type f ! -name '*.md' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench readme docs cuda-check build clean distclean FORCE
@@ -94,8 +94,8 @@ $(STAMPS)/torch: $(STAMPS)/torch.wanted
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch $(NATIVE) pyproject.toml
-	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-	  { echo "arcore: no C++ compiler was found; install g++ >= 11 or clang++ >= 14, or name one with CXX=..." >&2; exit 1; }
+	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
+	  echo "arcore: no C++ compiler was found; install g++ >= 11 or clang++ >= 14, or name one with CXX=..." >&2; exit 1
 	@echo "arcore: building the extension"
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@

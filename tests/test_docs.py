@@ -1,0 +1,70 @@
+"""The documentation builds without a warning and without reaching for anything on a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+pytest.importorskip("material", reason="the docs extra is not installed")
+pytest.importorskip("mkdocstrings", reason="the docs extra is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(
+        "index",
+        "install",
+        "demo",
+        "training",
+        "masks",
+        "architecture",
+        "numerics",
+        "benchmarks",
+        "contributing",
+    ),
+    *(
+        "ops/index",
+        "ops/block_sparse_attention",
+        "zoo/index",
+        "zoo/var",
+        "api/ops",
+        "api/masks",
+        "api/models",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "DISABLE_MKDOCS_2_WARNING": "true"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_built(site: Path, page: str) -> None:
+    assert (site / f"{page}.html").stat().st_size > 2000
+
+
+def test_reference_shows_docstrings(site: Path) -> None:
+    text = (site / "api/ops.html").read_text()
+    assert "reference_block_sparse_attention" in text
+    assert "return_lse" in text
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    loads = re.compile(
+        r'<(?:script|img|iframe)[^>]+src="(https?:[^"]+)"|<link[^>]+rel="stylesheet"[^>]+href="(https?:[^"]+)"'
+    )
+    found = {
+        (page.name, match[0]) for page in site.rglob("*.html") for match in loads.finditer(page.read_text())
+    }
+    assert found == set()

@@ -1,0 +1,33 @@
+"""mkdocs hook: adds the pages that are made from the registry and from the benchmark results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_table
+import zoo_table
+
+
+def _pages() -> dict[str, str]:
+    results = bench_table.load(bench_table.newest(bench_table.ROOT / "bench/results"))
+    return {"benchmarks.md": bench_table.page(results), **zoo_table.pages()}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Lists a page per system below "Zoo" in the navigation."""
+    for entry in config.nav or []:
+        if isinstance(entry, dict) and "Zoo" in entry:
+            entry["Zoo"] = sorted(zoo_table.pages(), key=lambda name: (name != "zoo/index.md", name))
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, content in _pages().items():
+        files.append(File.generated(config, name, content=content))
+    return files
