@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.data.images import check_split, held_out_mask
+from arcore.data.images import ImageDataset, check_split, held_out_mask
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = frozenset(
 HELD_OUT_EVERY = 10
 
 
-class ImageFolder:
+class ImageFolder(ImageDataset):
     """Images in `root/<class name>/*.png` (or jpg, webp, bmp, tiff, gif, ppm, pgm).
 
     Classes are numbered by their sorted folder names and images are taken in sorted order, so the dataset is the

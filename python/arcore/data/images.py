@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 SPLITS = ("train", "test", "all")
 
 
-@runtime_checkable
-class ImageDataset(Protocol):
-    """Map-style dataset of labelled images.
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Map-style dataset of labelled images; derive from it to train on other data.
 
     Attributes:
         class_names: name of each class, in the order of the class numbers.
@@ -22,12 +22,11 @@ class ImageDataset(Protocol):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
-
-class InMemoryImages:
+class InMemoryImages(ImageDataset):
     """Images that fit in memory.
 
     Args:
@@ -53,7 +52,7 @@ class InMemoryImages:
         self.images = images
         self.labels = labels
         self.class_names = class_names
-        self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
+        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
 
     def __len__(self) -> int:
         return len(self.images)

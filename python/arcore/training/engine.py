@@ -17,7 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from arcore.data import ImageDataset
 from arcore.training import checkpoint
@@ -129,14 +129,8 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=PossibleUserWarning)
-        # Deprecations that Lightning itself walks into are for its authors, not for our users.
-        warnings.filterwarnings(
-            "ignore", category=DeprecationWarning, module=r"pytorch_lightning|lightning_fabric"
-        )
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module=r"pytorch_lightning|lightning_fabric"
-        )
+        # Hints about loaders, and deprecations that Lightning itself walks into, are not for our users.
+        warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
         try:
             yield
         finally:

@@ -73,7 +73,7 @@ class Task(pl.LightningModule):
         micro_batch = self.start_step * self.config.accumulate + batch_idx
         torch.manual_seed(derive_seed(self.config.seed, "draws", micro_batch, self.global_rank))
         factor = self.config.lr_factor(self.step)
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+        for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.config.lr * factor
 
     def configure_optimizers(self) -> Optimizer:
