@@ -2,6 +2,7 @@
 // described in README.md beside this file.
 #include <cstdlib>
 #include <limits>
+#include <type_traits>
 
 #include "block_sparse_attention/params.h"
 #include "common/matmul_panel.h"
@@ -17,7 +18,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kTileQ = 96;
 constexpr int kTileK = 256;
 static_assert(kTileQ % kMaxRows == 0 && kTileK % kPanel == 0);
-constexpr int kGroups = kTileQ / kMaxRows;
 // One cache line more than a power of two, so that the rows of a tile do not compete for the same cache sets.
 constexpr int kTileStride = kTileK + 16;
 
@@ -65,11 +65,26 @@ int64_t row_offset(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
   return b * t.batch + h * t.head + row * t.row;
 }
 
-void read_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, float* dst, int64_t n) {
+// Rows as floats: in place for float32, else converted into `buffer`.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+  const float* row(int64_t i) const { return data + i * stride; }
+};
+
+FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t count, int64_t dim,
+                     float* buffer) {
+  FloatRows rows{buffer, dim};
   with_storage(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    to_float(static_cast<const T*>(t.data) + row_offset(t, b, h, row), dst, n);
+    const T* source = static_cast<const T*>(t.data) + row_offset(t, b, h, row);
+    if constexpr (std::is_same_v<T, float>) {
+      rows = {source, t.row};
+    } else {
+      for (int64_t i = 0; i < count; ++i) to_float(source + i * t.row, buffer + i * dim, dim);
+    }
   });
+  return rows;
 }
 
 void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, const float* src, int64_t n) {
@@ -79,9 +94,17 @@ void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t
   });
 }
 
+// n is a multiple of kLanes.
 void scale_row(float* x, int64_t n, float factor) {
   const Vec f(factor);
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) * f);
+}
+
+void scaled_copy(const float* src, float* dst, int64_t n, float factor) {
+  const Vec f(factor);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i) * f);
+  for (; i < n; ++i) dst[i] = src[i] * factor;
 }
 
 // x * 0 summed is 0 for finite values and NaN otherwise.
@@ -142,31 +165,44 @@ struct TileMask {
   int64_t q0, k0;
   int rows, keys;
   RowSpans spans[kTileQ];
-  Span group_spans[kGroups][2];  // hulls of the group's first and second spans
+  int groups;
+  int group_begin[kTileQ + 1];  // rows [group_begin[g], group_begin[g + 1]) are computed together
+  Span group_spans[kTileQ][2];  // hulls of the group's first and second spans
   // Set by enter_key_tile:
-  Span columns[kGroups];  // keys that some row of the group may see
+  Span columns[kTileQ];  // keys that some row of the group may see
   Span any;               // hull of all groups
   bool use_key_bounds;    // some (row, key) of the tile is ruled out by the per-key query ranges
 
-  int groups() const { return static_cast<int>(divide_up(rows, kMaxRows)); }
-  int group_rows(int g) const { return min_of(kMaxRows, rows - g * kMaxRows); }
+  int group_rows(int g) const { return group_begin[g + 1] - group_begin[g]; }
 
   void enter_query_tile(const Problem& p, int64_t b, int64_t h, int64_t row) {
     problem = &p;
     batch = b;
     q0 = row;
     rows = static_cast<int>(min_of<int64_t>(kTileQ, p.nq - row));
-    for (int g = 0; g < groups(); ++g) {
+    for (int r = 0; r < rows; ++r) spans[r] = row_spans(p, b, h, q0 + r);
+    // A group ends after kMaxRows rows, or before a row at which the spans jump to a new level (a scale, a block, a
+    // document) and stay there: one group for both levels would compute the keys of both for all its rows.
+    groups = 0;
+    group_begin[0] = 0;
+    for (int r = 1; r <= rows; ++r) {
+      const bool level_begins = r < rows && jumps(r) && (r + 1 == rows || !jumps(r + 1));
+      if (r < rows && r - group_begin[groups] < kMaxRows && !level_begins) continue;
       Span first, second;
-      for (int r = g * kMaxRows; r < g * kMaxRows + group_rows(g); ++r) {
-        spans[r] = row_spans(p, b, h, q0 + r);
-        first = hull(first, spans[r].first);
-        second = hull(second, spans[r].second);
+      for (int i = group_begin[groups]; i < r; ++i) {
+        first = hull(first, spans[i].first);
+        second = hull(second, spans[i].second);
       }
-      group_spans[g][0] = first;
-      group_spans[g][1] = second;
+      group_spans[groups][0] = first;
+      group_spans[groups][1] = second;
+      group_begin[++groups] = r;
     }
   }
+
+  static bool far(Span a, Span b) {
+    return a.lo - b.lo > kLanes || b.lo - a.lo > kLanes || a.hi - b.hi > kLanes || b.hi - a.hi > kLanes;
+  }
+  bool jumps(int r) const { return far(spans[r - 1].first, spans[r].first) || far(spans[r - 1].second, spans[r].second); }
 
   const int32_t* key_ranges() const { return problem->mask.key_bounds + batch * problem->mask.key_batch + 2 * k0; }
 
@@ -177,7 +213,7 @@ struct TileMask {
     any = {};
     Span visible{k0, k0 + keys};
     bool reachable = false;
-    for (int g = 0; g < groups() && !reachable; ++g)
+    for (int g = 0; g < groups && !reachable; ++g)
       reachable = !intersect(group_spans[g][0], visible).empty() || !intersect(group_spans[g][1], visible).empty();
     if (!reachable) return false;
     use_key_bounds = false;
@@ -191,7 +227,7 @@ struct TileMask {
       }
       visible = intersect(visible, seen);
     }
-    for (int g = 0; g < groups(); ++g) {
+    for (int g = 0; g < groups; ++g) {
       const Span s = hull(intersect(group_spans[g][0], visible), intersect(group_spans[g][1], visible));
       columns[g] = s.empty() ? Span{} : Span{s.lo - k0, s.hi - k0};
       any = hull(any, columns[g]);
@@ -199,10 +235,10 @@ struct TileMask {
     return !any.empty();
   }
 
-  // The group's columns widened to whole panels.
-  Span panels(int g) const {
+  // The group's columns widened to whole vectors: what is computed of a row of logits.
+  Span computed(int g) const {
     if (columns[g].empty()) return {};
-    return {columns[g].lo / kPanel, divide_up(columns[g].hi, kPanel)};
+    return {columns[g].lo / kLanes * kLanes, round_up(columns[g].hi, kLanes)};
   }
 
   bool row_is_full(int r, Span cols) const {
@@ -219,17 +255,17 @@ struct TileMask {
     return range[0] <= q0 + r && q0 + r < range[1];
   }
 
-  // x[column] = value on every column of [cols.lo, cols.hi) that row r may not see.
+  // x[column] = value on every column of [cols.lo, cols.hi) that row r may not see; cols holds whole vectors.
   void fill_forbidden(int r, Span cols, float* x, float value) const {
     const Span here{k0 + cols.lo, k0 + cols.hi};
     const Span first = intersect(spans[r].first, here), second = intersect(spans[r].second, here);
-    int64_t at = cols.lo;
-    for (const Span& s : {first, second}) {
-      if (s.empty()) continue;
-      for (; at < s.lo - k0; ++at) x[at] = value;
-      at = s.hi - k0;
+    if (first.empty() || second.empty()) {
+      fill_outside(hull(first, second), cols, x, value);
+    } else {
+      // The gap between the two, then what lies outside of both.
+      for (int64_t j = first.hi; j < second.lo; ++j) x[j - k0] = value;
+      fill_outside(hull(first, second), cols, x, value);
     }
-    for (; at < cols.hi; ++at) x[at] = value;
     if (use_key_bounds) {
       const int32_t* ranges = key_ranges();
       const int64_t row = q0 + r, end = min_of<int64_t>(cols.hi, keys);
@@ -239,21 +275,31 @@ struct TileMask {
       }
     }
   }
+
+ private:
+  // Vector by vector: a scalar store just before a vector load of the same line would stall it.
+  void fill_outside(Span keep, Span cols, float* x, float value) const {
+    const int64_t lo = keep.empty() ? cols.hi : keep.lo - k0, hi = keep.empty() ? cols.hi : keep.hi - k0;
+    int64_t j = cols.lo;
+    for (; j < lo; j += kLanes) store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
+    for (j = max_of(j, hi / kLanes * kLanes); j < cols.hi; j += kLanes)
+      store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
+  }
 };
 
 // [count, dim] rows -> transposed panels: for every kPanel rows, [dim][kPanel]; rows beyond count are 0.
-void pack_transposed(const float* rows, int64_t count, int64_t dim, float* dst) {
+void pack_transposed(FloatRows rows, int64_t count, int64_t dim, float* dst) {
   for (int64_t half = 0; half < kPanel; half += kLanes) {
     const int64_t here = max_of<int64_t>(0, min_of<int64_t>(kLanes, count - half));
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t width = min_of<int64_t>(kLanes, dim - d);
       if (here == kLanes && width == kLanes) {
-        transpose_block(rows + half * dim + d, dim, dst + d * kPanel + half, kPanel);
+        transpose_block(rows.row(half) + d, rows.stride, dst + d * kPanel + half, kPanel);
         continue;
       }
       for (int64_t j = 0; j < width; ++j)
         for (int64_t i = 0; i < kLanes; ++i)
-          dst[(d + j) * kPanel + half + i] = i < here ? rows[(half + i) * dim + d + j] : 0.0f;
+          dst[(d + j) * kPanel + half + i] = i < here ? rows.row(half + i)[d + j] : 0.0f;
     }
   }
 }
@@ -264,6 +310,11 @@ void pack_row(const float* row, const ColumnPanels& panels, int64_t index, float
     const int64_t width = panels.vectors(p) * kLanes, begin = p * kPanel;
     float* out = dst + panels.offset(p, index);
     const int64_t n = min_of(width, panels.dim - begin);
+    if (n == kPanel) {
+      store(out, load(row + begin));
+      store(out + kLanes, load(row + begin + kLanes));
+      continue;
+    }
     for (int64_t i = 0; i < n; ++i) out[i] = row[begin + i];
     for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
   }
@@ -289,9 +340,8 @@ void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int6
   const Problem& p = args.problem;
   const ForwardLayout layout(p);
   const int64_t tiles = divide_up(p.nk, kTileK);
-  Scratch scratch(kPanel * p.dim + p.dim + 32);
-  float* rows = scratch.take(kPanel * p.dim);
-  float* row = scratch.take(p.dim);
+  Scratch scratch(kPanel * p.dim);
+  float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / tiles, tile = task % tiles;
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
@@ -300,13 +350,13 @@ void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int6
     float flag = 0.0f;
     for (int64_t k0 = tile * kTileK; k0 < k1; k0 += kPanel) {
       const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
-      for (int64_t i = 0; i < count; ++i) read_row(p.dtype, args.k, b, h, k0 + i, rows + i * p.dim, p.dim);
-      pack_transposed(rows, count, p.dim, base + layout.keys_t + k0 * p.dim);
-    }
-    for (int64_t key = tile * kTileK; key < k1; ++key) {
-      read_row(p.dtype, args.v, b, h, key, row, p.dim);
-      flag += zero_if_finite(row, p.dim);
-      pack_row(row, layout.value_panels, key, base + layout.values);
+      pack_transposed(float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer), count, p.dim,
+                      base + layout.keys_t + k0 * p.dim);
+      const FloatRows values = float_rows(p.dtype, args.v, b, h, k0, count, p.dim, buffer);
+      for (int64_t i = 0; i < count; ++i) {
+        flag += zero_if_finite(values.row(i), p.dim);
+        pack_row(values.row(i), layout.value_panels, k0 + i, base + layout.values);
+      }
     }
     base[layout.flags + tile] = flag;  // NaN iff a value of this tile is not finite
   }
@@ -319,43 +369,51 @@ int64_t forward_tasks(const Problem& p, int64_t pairs) {
 // Softmax numerators of one row in place of its logits; updates the row's running maximum, sum and output.
 void online_softmax(float* s, Span cols, float* row_max, float* row_sum, float* out, int64_t out_floats) {
   Vec top0(-kInfinity), top1(-kInfinity);
-  for (int64_t j = cols.lo; j < cols.hi; j += kPanel) {
+  int64_t j = cols.lo;
+  for (; j + kPanel <= cols.hi; j += kPanel) {
     top0 = max(top0, load(s + j));
     top1 = max(top1, load(s + j + kLanes));
   }
+  if (j < cols.hi) top0 = max(top0, load(s + j));
   const float tile_max = reduce_max(max(top0, top1));
   const float old_max = *row_max;
   const float new_max = old_max > tile_max ? old_max : tile_max;
   // While no logit is above -inf any finite shift serves: all weights are exp(-inf) = 0.
   const Vec shift(new_max == -kInfinity ? 0.0f : new_max);
   Vec sum0(0.0f), sum1(0.0f);
-  for (int64_t j = cols.lo; j < cols.hi; j += kPanel) {
+  for (j = cols.lo; j + kPanel <= cols.hi; j += kPanel) {
     const Vec w0 = exp(load(s + j) - shift), w1 = exp(load(s + j + kLanes) - shift);
     store(s + j, w0);
     store(s + j + kLanes, w1);
     sum0 = sum0 + w0;
     sum1 = sum1 + w1;
   }
-  float sum = reduce_add(sum0 + sum1);
-  if (new_max != old_max) {
+  if (j < cols.hi) {
+    const Vec w = exp(load(s + j) - shift);
+    store(s + j, w);
+    sum0 = sum0 + w;
+  }
+  const float sum = reduce_add(sum0 + sum1);
+  if (old_max == -kInfinity) {
+    *row_sum = sum;
+  } else if (new_max == old_max) {
+    *row_sum += sum;
+  } else {
     alignas(64) float correction[kLanes];
     store(correction, exp(Vec(old_max) - shift));
-    sum += *row_sum * correction[0];
-    if (old_max != -kInfinity) scale_row(out, out_floats, correction[0]);
-    *row_max = new_max;
-    *row_sum = sum;
-  } else {
-    *row_sum += sum;
+    *row_sum = *row_sum * correction[0] + sum;
+    scale_row(out, out_floats, correction[0]);
   }
+  *row_max = new_max;
 }
 
 // out[r] += sum over allowed columns of w[r][j] * x[j]: for tiles where x holds NaN or infinity that a masked pair
 // must not see (0 * NaN is NaN).
 void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, const float* w, const float* x,
                           const ColumnPanels& panels, int64_t x_row, float* out, int64_t out_stride) {
-  for (int r = row; r < row + rows; ++r)
+  for (int r = 0; r < rows; ++r)
     for (int64_t j = cols.lo; j < cols.hi; ++j) {
-      if (!mask.allowed(r, j)) continue;
+      if (!mask.allowed(row + r, j)) continue;
       const float weight = w[r * kTileStride + j];
       for (int64_t d = 0; d < panels.dim; ++d) {
         const int64_t panel = d / kPanel;
@@ -370,9 +428,9 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const ColumnPanels& vp = layout.value_panels;
   const int64_t out_stride = vp.padded_dim();
-  Scratch scratch(kTileQ * (p.dim + kTileStride + out_stride + 2) + 128 + kLanes);
-  float* q = scratch.take(kTileQ * p.dim + kLanes);
-  float* s = scratch.take(kTileQ * kTileStride);
+  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kTileStride + 64);
+  float* q = scratch.take(kTileQ * p.dim);
+  float* s = scratch.take(kMaxRows * kTileStride);
   float* out = scratch.take(kTileQ * out_stride);
   float* row_max = scratch.take(kTileQ);
   float* row_sum = scratch.take(kTileQ);
@@ -385,49 +443,40 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
     const float* base = wave.workspace + pair * layout.floats;
     mask.enter_query_tile(p, b, h, fold(task % tiles, tiles) * kTileQ);
 
+    const FloatRows queries = float_rows(p.dtype, args.q, b, h, mask.q0, mask.rows, p.dim, q);
     for (int r = 0; r < mask.rows; ++r) {
-      read_row(p.dtype, args.q, b, h, mask.q0 + r, q + r * p.dim, p.dim);
+      scaled_copy(queries.row(r), q + r * p.dim, p.dim, p.scale);
       row_max[r] = -kInfinity;
       row_sum[r] = 0.0f;
     }
-    scale_row(q, mask.rows * p.dim, p.scale);
     for (int64_t i = 0; i < mask.rows * out_stride; i += kLanes) store(out + i, Vec(0.0f));
 
     for (int64_t k0 = 0; k0 < p.nk; k0 += kTileK) {
       if (!mask.enter_key_tile(k0)) continue;
-      const int groups = mask.groups();
-      for (int64_t panel = mask.any.lo / kPanel; panel * kPanel < mask.any.hi; ++panel)
-        for (int g = 0; g < groups; ++g) {
-          const Span range = mask.panels(g);
-          if (panel < range.lo || panel >= range.hi) continue;
-          const int row = g * kMaxRows;
-          multiply(mask.group_rows(g), q + row * p.dim, p.dim,
-                   base + layout.keys_t + (k0 + panel * kPanel) * p.dim, s + row * kTileStride + panel * kPanel,
-                   kTileStride, p.dim);
-        }
-      for (int g = 0; g < groups; ++g) {
-        const Span range = mask.panels(g);
-        if (range.empty()) continue;
-        const Span cols{range.lo * kPanel, range.hi * kPanel};
-        for (int r = g * kMaxRows; r < g * kMaxRows + mask.group_rows(g); ++r) {
-          float* logits = s + r * kTileStride;
-          if (!mask.row_is_full(r, cols)) mask.fill_forbidden(r, cols, logits, -kInfinity);
-          online_softmax(logits, cols, row_max + r, row_sum + r, out + r * out_stride, out_stride);
-        }
-      }
       const bool careful = base[layout.flags + k0 / kTileK] != 0.0f;
-      for (int64_t panel = 0; panel < (careful ? 1 : vp.count()); ++panel)
-        for (int g = 0; g < groups; ++g) {
-          const Span cols = mask.columns[g];
-          if (cols.empty()) continue;
-          const int row = g * kMaxRows;
-          if (careful)
-            careful_multiply_add(mask, row, mask.group_rows(g), cols, s, base + layout.values, vp, k0, out, out_stride);
-          else
-            multiply_add(mask.group_rows(g), vp.vectors(panel), s + row * kTileStride + cols.lo, kTileStride,
-                         base + layout.values + vp.offset(panel, k0 + cols.lo), out + row * out_stride + panel * kPanel,
-                         out_stride, cols.hi - cols.lo);
+      for (int g = 0; g < mask.groups; ++g) {
+        const Span cols = mask.computed(g), seen = mask.columns[g];
+        if (cols.empty()) continue;
+        const int row = mask.group_begin[g], rows = mask.group_rows(g);
+        for (int64_t panel = cols.lo / kPanel * kPanel; panel < cols.hi; panel += kPanel) {
+          const Span part = intersect(cols, {panel, panel + kPanel});
+          multiply(rows, static_cast<int>((part.hi - part.lo) / kLanes), q + row * p.dim, p.dim,
+                   base + layout.keys_t + (k0 + panel) * p.dim + (part.lo - panel), s + part.lo, kTileStride, p.dim);
         }
+        for (int r = 0; r < rows; ++r) {
+          float* logits = s + r * kTileStride;
+          if (!mask.row_is_full(row + r, cols)) mask.fill_forbidden(row + r, cols, logits, -kInfinity);
+          online_softmax(logits, cols, row_max + row + r, row_sum + row + r, out + (row + r) * out_stride, out_stride);
+        }
+        if (careful) {
+          careful_multiply_add(mask, row, rows, seen, s, base + layout.values, vp, k0, out + row * out_stride, out_stride);
+          continue;
+        }
+        for (int64_t panel = 0; panel < vp.count(); ++panel)
+          multiply_add(rows, vp.vectors(panel), s + seen.lo, kTileStride,
+                       base + layout.values + vp.offset(panel, k0 + seen.lo), out + row * out_stride + panel * kPanel,
+                       out_stride, seen.hi - seen.lo);
+      }
     }
 
     float* lse = args.lse + (b * p.heads + h) * p.nq + mask.q0;
@@ -489,44 +538,42 @@ int64_t backward_pack_tasks(const Problem& p, int64_t pairs) {
 }
 
 void pack_key_tile(const BackwardArgs& args, const BackwardLayout& layout, int64_t b, int64_t h, int64_t tile,
-                   float* base, float* rows) {
+                   float* base, float* buffer) {
   const Problem& p = args.problem;
   const int64_t k1 = min_of(p.nk, (tile + 1) * kTileK);
   float flag = 0.0f;
   for (int64_t k0 = tile * kTileK; k0 < k1; k0 += kPanel) {
     const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
-    for (int64_t i = 0; i < count; ++i) read_row(p.dtype, args.v, b, h, k0 + i, rows + i * p.dim, p.dim);
-    pack_transposed(rows, count, p.dim, base + layout.values_t + k0 * p.dim);
+    pack_transposed(float_rows(p.dtype, args.v, b, h, k0, count, p.dim, buffer), count, p.dim,
+                    base + layout.values_t + k0 * p.dim);
+    const FloatRows keys = float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer);
+    pack_transposed(keys, count, p.dim, base + layout.keys_t + k0 * p.dim);
     for (int64_t i = 0; i < count; ++i) {
-      read_row(p.dtype, args.k, b, h, k0 + i, rows + i * p.dim, p.dim);
-      pack_row(rows + i * p.dim, layout.key_panels, k0 + i, base + layout.keys);
+      flag += zero_if_finite(keys.row(i), p.dim);
+      pack_row(keys.row(i), layout.key_panels, k0 + i, base + layout.keys);
     }
-    pack_transposed(rows, count, p.dim, base + layout.keys_t + k0 * p.dim);
-    flag += zero_if_finite(rows, count * p.dim);
   }
   base[layout.key_flags + tile] = flag;
 }
 
 void pack_query_tile(const BackwardArgs& args, const BackwardLayout& layout, int64_t b, int64_t h, int64_t tile,
-                     float* head, float* row) {
+                     float* head, float* buffer) {
   const Problem& p = args.problem;
   const int64_t q1 = min_of(p.nq, (tile + 1) * kTileQ);
   float flag = 0.0f;
   for (int64_t i = tile * kTileQ; i < q1; ++i) {
     float* q = head + layout.q_rows + i * p.dim;
     float* grad = head + layout.do_rows + i * p.dim;
-    read_row(p.dtype, args.q, b, h, i, q, p.dim);
-    for (int64_t d = 0; d < p.dim; ++d) q[d] *= p.scale;
-    read_row(p.dtype, args.grad_out, b, h, i, grad, p.dim);
-    read_row(p.dtype, args.out, b, h, i, row, p.dim);
-    float delta = 0.0f;
+    scaled_copy(float_rows(p.dtype, args.q, b, h, i, 1, p.dim, buffer).data, q, p.dim, p.scale);
+    scaled_copy(float_rows(p.dtype, args.grad_out, b, h, i, 1, p.dim, buffer).data, grad, p.dim, 1.0f);
+    const float* row = float_rows(p.dtype, args.out, b, h, i, 1, p.dim, buffer).data;
     Vec sum(0.0f), check(0.0f);
     int64_t d = 0;
     for (; d + kLanes <= p.dim; d += kLanes) {
       sum = fma(load(grad + d), load(row + d), sum);
       check = fma(load(grad + d), Vec(0.0f), fma(load(q + d), Vec(0.0f), check));
     }
-    delta = reduce_add(sum);
+    float delta = reduce_add(sum);
     flag += reduce_add(check);
     for (; d < p.dim; ++d) {
       delta += grad[d] * row[d];
@@ -544,20 +591,20 @@ void backward_pack(const BackwardArgs& args, const Wave& wave, int64_t begin, in
   const Problem& p = args.problem;
   const BackwardLayout layout(p);
   const int64_t per_pair = layout.tiles_k + layout.group * layout.tiles_q;
-  Scratch scratch(kPanel * p.dim + 16);
-  float* rows = scratch.take(kPanel * p.dim);
+  Scratch scratch(kPanel * p.dim);
+  float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / per_pair;
     const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
     int64_t rest = task % per_pair;
     if (rest < layout.tiles_k) {
-      pack_key_tile(args, layout, b, hk, rest, base, rows);
+      pack_key_tile(args, layout, b, hk, rest, base, buffer);
       continue;
     }
     rest -= layout.tiles_k;
     const int64_t g = rest / layout.tiles_q;
-    pack_query_tile(args, layout, b, hk * layout.group + g, rest % layout.tiles_q, layout.head(base, g), rows);
+    pack_query_tile(args, layout, b, hk * layout.group + g, rest % layout.tiles_q, layout.head(base, g), buffer);
   }
 }
 
@@ -592,29 +639,26 @@ void careful_multiply_add_transposed(const TileMask& mask, const float* w, const
 void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMask& mask, const float* base,
                    const float* head, const float* lse, float* s, float* ds, float* grad_k, float* grad_v,
                    float* grad_q) {
-  const int groups = mask.groups();
   const int64_t stride = layout.key_panels.padded_dim();
-  for (int64_t panel = mask.any.lo / kPanel; panel * kPanel < mask.any.hi; ++panel) {
-    const int64_t packed = (mask.k0 + panel * kPanel) * p.dim;
-    for (int g = 0; g < groups; ++g) {
-      const Span range = mask.panels(g);
-      if (panel < range.lo || panel >= range.hi) continue;
-      const int64_t row = g * kMaxRows, at = (mask.q0 + row) * p.dim, to = row * kTileStride + panel * kPanel;
-      multiply(mask.group_rows(g), head + layout.q_rows + at, p.dim, base + layout.keys_t + packed, s + to, kTileStride,
+  for (int64_t panel = mask.any.lo / kPanel * kPanel; panel < mask.any.hi; panel += kPanel)
+    for (int g = 0; g < mask.groups; ++g) {
+      const Span part = intersect(mask.computed(g), {panel, panel + kPanel});
+      if (part.empty()) continue;
+      const int rows = mask.group_rows(g), vectors = static_cast<int>((part.hi - part.lo) / kLanes);
+      const int64_t row = mask.group_begin[g], at = (mask.q0 + row) * p.dim, to = row * kTileStride + part.lo;
+      const int64_t packed = (mask.k0 + panel) * p.dim + (part.lo - panel);
+      multiply(rows, vectors, head + layout.q_rows + at, p.dim, base + layout.keys_t + packed, s + to, kTileStride, p.dim);
+      multiply(rows, vectors, head + layout.do_rows + at, p.dim, base + layout.values_t + packed, ds + to, kTileStride,
                p.dim);
-      multiply(mask.group_rows(g), head + layout.do_rows + at, p.dim, base + layout.values_t + packed, ds + to,
-               kTileStride, p.dim);
     }
-  }
 
-  const Span all{mask.any.lo / kPanel * kPanel, divide_up(mask.any.hi, kPanel) * kPanel};
-  for (int g = 0; g < groups; ++g) {
-    const Span range = mask.panels(g);
-    const Span cols{range.lo * kPanel, range.hi * kPanel};
-    for (int r = g * kMaxRows; r < g * kMaxRows + mask.group_rows(g); ++r) {
+  const Span all{mask.any.lo / kLanes * kLanes, round_up(mask.any.hi, kLanes)};
+  for (int g = 0; g < mask.groups; ++g) {
+    const Span cols = mask.computed(g);
+    for (int r = mask.group_begin[g]; r < mask.group_begin[g + 1]; ++r) {
       float* weights = s + r * kTileStride;
       float* grads = ds + r * kTileStride;
-      if (range.empty()) {
+      if (cols.empty()) {
         fill_columns(weights, all.lo, all.hi, 0.0f);
         fill_columns(grads, all.lo, all.hi, 0.0f);
         continue;
@@ -640,10 +684,10 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
     for (int64_t j = mask.any.lo; j < mask.any.hi; j += kMaxRows) {
       const int64_t end = min_of<int64_t>(j + kMaxRows, mask.any.hi);
       int64_t row0 = mask.rows, row1 = 0;
-      for (int g = 0; g < groups; ++g) {
+      for (int g = 0; g < mask.groups; ++g) {
         if (intersect(mask.columns[g], {j, end}).empty()) continue;
-        row0 = min_of<int64_t>(row0, g * kMaxRows);
-        row1 = g * kMaxRows + mask.group_rows(g);
+        row0 = min_of<int64_t>(row0, mask.group_begin[g]);
+        row1 = mask.group_begin[g + 1];
       }
       if (row0 >= row1) continue;
       const int keys = static_cast<int>(end - j);
@@ -660,12 +704,13 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
   const ColumnPanels& kp = layout.key_panels;
   const bool careful = base[layout.key_flags + mask.k0 / kTileK] != 0.0f;
   for (int64_t panel = 0; panel < (careful ? 1 : kp.count()); ++panel)
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < mask.groups; ++g) {
       const Span cols = mask.columns[g];
       if (cols.empty()) continue;
-      const int row = g * kMaxRows;
+      const int row = mask.group_begin[g];
       if (careful)
-        careful_multiply_add(mask, row, mask.group_rows(g), cols, ds, base + layout.keys, kp, mask.k0, grad_q, stride);
+        careful_multiply_add(mask, row, mask.group_rows(g), cols, ds + row * kTileStride, base + layout.keys, kp, mask.k0,
+                             grad_q + row * stride, stride);
       else
         multiply_add(mask.group_rows(g), kp.vectors(panel), ds + row * kTileStride + cols.lo, kTileStride,
                      base + layout.keys + kp.offset(panel, mask.k0 + cols.lo), grad_q + row * stride + panel * kPanel,

@@ -1,7 +1,7 @@
 // Register-blocked matrix kernels on packed panels: C[R x kPanel] (+)= A[R x K] * B[K x kPanel].
 //
-// B is a panel: K rows of V vectors, contiguous. A is read by broadcasts, row-major or transposed. The R x V
-// accumulators live in registers: 6 x 2 for 16 registers (AVX2), 12 x 2 for 32 (AVX-512).
+// B is a panel: K rows of `kPitch` vectors, of which the first V are used. A is read by broadcasts, row-major or
+// transposed. The R x V accumulators live in registers: 6 x 2 for 16 registers (AVX2), 12 x 2 for 32 (AVX-512).
 #pragma once
 
 #include "common/vec.h"
@@ -12,7 +12,7 @@ inline namespace ARCORE_ISA {
 // lda is the stride between rows of A (between its columns if A is transposed).
 using MicroKernel = void (*)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k);
 
-template <int R, int V, bool kTransposedA, bool kAccumulate>
+template <int R, int V, int kPitch, bool kTransposedA, bool kAccumulate>
 static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const float* ARCORE_RESTRICT b,
                          float* ARCORE_RESTRICT c, int64_t ldc, int64_t k) {
   Vec acc[R][V];
@@ -22,7 +22,7 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
     for (int v = 0; v < V; ++v) acc[r][v] = Vec(0.0f);
 
   if constexpr (kTransposedA) {
-    for (int64_t i = 0; i < k; ++i, a += lda, b += V * kLanes) {
+    for (int64_t i = 0; i < k; ++i, a += lda, b += kPitch * kLanes) {
       Vec bv[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
@@ -39,7 +39,7 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
     const float* base[kBases];
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
-    for (int64_t i = 0; i < k; ++i, b += V * kLanes) {
+    for (int64_t i = 0; i < k; ++i, b += kPitch * kLanes) {
       Vec bv[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
@@ -64,7 +64,7 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
 }
 
 // The kernels for 1..kMaxRows rows.
-template <int V, bool kTransposedA, bool kAccumulate>
+template <int V, int kPitch, bool kTransposedA, bool kAccumulate>
 struct MicroKernels {
   MicroKernel of_rows[kMaxRows + 1];
   constexpr MicroKernels() : of_rows{} { fill<1>(); }
@@ -72,30 +72,32 @@ struct MicroKernels {
  private:
   template <int R>
   constexpr void fill() {
-    of_rows[R] = &micro_kernel<R, V, kTransposedA, kAccumulate>;
+    of_rows[R] = &micro_kernel<R, V, kPitch, kTransposedA, kAccumulate>;
     if constexpr (R < kMaxRows) fill<R + 1>();
   }
 };
 
-// C = A * B for one panel of B.
-static inline void multiply(int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k) {
-  static constexpr MicroKernels<2, false, false> kKernels;
-  kKernels.of_rows[rows](a, lda, b, c, ldc, k);
+// C = A * B for the first `vectors` vectors of a wide panel.
+static inline void multiply(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                            int64_t k) {
+  static constexpr MicroKernels<1, 2, false, false> kHalf;
+  static constexpr MicroKernels<2, 2, false, false> kWhole;
+  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
 }
 
 // C += A * B; `vectors` is the width of the panel, 1 or 2.
 static inline void multiply_add(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
                                 int64_t ldc, int64_t k) {
-  static constexpr MicroKernels<1, false, true> kNarrow;
-  static constexpr MicroKernels<2, false, true> kWide;
+  static constexpr MicroKernels<1, 1, false, true> kNarrow;
+  static constexpr MicroKernels<2, 2, false, true> kWide;
   (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, c, ldc, k);
 }
 
 // C += A^T * B.
 static inline void multiply_add_transposed(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
                                            int64_t ldc, int64_t k) {
-  static constexpr MicroKernels<1, true, true> kNarrow;
-  static constexpr MicroKernels<2, true, true> kWide;
+  static constexpr MicroKernels<1, 1, true, true> kNarrow;
+  static constexpr MicroKernels<2, 2, true, true> kWide;
   (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, c, ldc, k);
 }
 

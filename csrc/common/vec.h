@@ -126,6 +126,27 @@ static inline float reduce_add(Vec value) {
 }
 #endif
 
+// Lanes [begin, end) of x, `other` in the rest; begin and end may lie outside the vector.
+static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
+  const int lo = static_cast<int>(min_of<int64_t>(max_of<int64_t>(begin, 0), kLanes));
+  const int hi = static_cast<int>(min_of<int64_t>(max_of<int64_t>(end, 0), kLanes));
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask16 keep = static_cast<__mmask16>(((1u << hi) - 1u) & ~((1u << lo) - 1u));
+  return _mm512_mask_blend_ps(keep, other, x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane);
+  const __m256i within = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), lane));
+  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(within));
+#else
+  float kept[kLanes], rest[kLanes];
+  x.store(kept);
+  other.store(rest);
+  for (int i = 0; i < kLanes; ++i) rest[i] = i >= lo && i < hi ? kept[i] : rest[i];
+  return Vec::loadu(rest);
+#endif
+}
+
 static inline Vec max(Vec a, Vec b) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_max_ps(a, b);
