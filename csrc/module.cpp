@@ -1,5 +1,5 @@
-// The Python module arcore._C: host-side planners and build information. Tensors come as addresses with sizes and
-// leave as bytearrays of int32, which Python wraps without a copy.
+// The Python module arcore._C: host-side planners and build information. Tensors come as addresses with sizes
+// and leave as bytearrays of int32, which Python wraps without a copy.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -16,7 +16,8 @@ py::bytearray to_bytes(const std::vector<int32_t>& values) {
 }
 
 py::dict tile_plan(uintptr_t bounds, int64_t bounds_batch, int64_t heads, int64_t nq, int intervals,
-                   uintptr_t key_bounds, int64_t key_bounds_batch, int64_t nk, int64_t tile_q, int64_t tile_k) {
+                   uintptr_t key_bounds, int64_t key_bounds_batch, int64_t nk, int64_t tile_q,
+                   int64_t tile_k) {
   const arcore::IntervalMaskView mask{.bounds = reinterpret_cast<const int32_t*>(bounds),
                                       .key_bounds = reinterpret_cast<const int32_t*>(key_bounds),
                                       .bounds_batch = bounds_batch,
@@ -50,9 +51,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "arcore's host-side planners and build information";
-  module.def("tile_plan", &tile_plan, py::kw_only(), py::arg("bounds"), py::arg("bounds_batch"), py::arg("heads"),
-             py::arg("nq"), py::arg("intervals"), py::arg("key_bounds"), py::arg("key_bounds_batch"), py::arg("nk"),
-             py::arg("tile_q"), py::arg("tile_k"),
+  module.def("tile_plan", &tile_plan, py::kw_only(), py::arg("bounds"), py::arg("bounds_batch"),
+             py::arg("heads"), py::arg("nq"), py::arg("intervals"), py::arg("key_bounds"),
+             py::arg("key_bounds_batch"), py::arg("nk"), py::arg("tile_q"), py::arg("tile_k"),
              "CSR of the tiles of an interval mask that hold an allowed pair; see csrc/common/tile_plan.h.");
   module.def("build_info", &build_info, "What this build was made with.");
 }

@@ -1,5 +1,5 @@
-// Which tiles of an interval mask hold an allowed pair. Plain pointers, no torch header; `classify_tile` also compiles
-// for devices, so that a planner on the GPU is a thread per tile with the same answer.
+// Which tiles of an interval mask hold an allowed pair. Plain pointers, no torch header; `classify_tile` also
+// compiles for devices, so that a planner on the GPU is a thread per tile with the same answer.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,8 @@ ARCORE_HOST_DEVICE inline TileKind classify_tile(const int32_t* rows, int interv
                                                  const Tile& t) {
   bool keys_open = true;  // every key may be seen from every row of the tile
   if (keys != nullptr) {
-    for (int64_t j = t.k0; j < t.k1 && keys_open; ++j) keys_open = keys[2 * j] <= t.q0 && keys[2 * j + 1] >= t.q1;
+    for (int64_t j = t.k0; j < t.k1 && keys_open; ++j)
+      keys_open = keys[2 * j] <= t.q0 && keys[2 * j + 1] >= t.q1;
   }
   bool any = false, all = keys_open;
   for (int64_t i = t.q0; i < t.q1; ++i) {
@@ -63,7 +64,8 @@ ARCORE_HOST_DEVICE inline TileKind classify_tile(const int32_t* rows, int interv
       // Ranges are not adjacent: a row that sees the whole tile sees it through one range.
       covered |= lo == t.k0 && hi == t.k1;
       any |= keys_open;
-      for (int64_t j = lo; j < hi && !any; ++j) any = keys[2 * j] <= i && i < keys[2 * j + 1];
+      for (int64_t j = lo; j < hi && !any; ++j)
+        any = keys[2 * j] <= i && i < keys[2 * j + 1];
     }
     all &= covered;
     if (any && !all) return TileKind::kPartial;
@@ -71,7 +73,8 @@ ARCORE_HOST_DEVICE inline TileKind classify_tile(const int32_t* rows, int interv
   return any ? TileKind::kFull : TileKind::kEmpty;
 }
 
-// One direction of a plan over grids [batch, heads]: for each row of the grid the ascending list of its columns.
+// One direction of a plan over grids [batch, heads]: for each row of the grid the ascending list of its
+// columns.
 struct TileLists {
   std::vector<int32_t> ptr;    // [batch, heads, rows + 1], positions in idx
   std::vector<int32_t> idx;    // columns
@@ -86,8 +89,8 @@ struct TilePlan {
 namespace detail {
 
 // Appends the tiles that `kinds` [rows, columns] names; the strides choose the direction.
-inline void append_lists(const std::vector<TileKind>& kinds, int64_t rows, int64_t columns, int64_t row_stride,
-                         int64_t column_stride, TileLists& lists) {
+inline void append_lists(const std::vector<TileKind>& kinds, int64_t rows, int64_t columns,
+                         int64_t row_stride, int64_t column_stride, TileLists& lists) {
   std::vector<int32_t> lengths(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; ++r) {
     lists.ptr.push_back(static_cast<int32_t>(lists.idx.size()));
@@ -98,7 +101,8 @@ inline void append_lists(const std::vector<TileKind>& kinds, int64_t rows, int64
       lists.full.push_back(kind == TileKind::kFull);
     }
     if (lists.idx.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
-      throw std::invalid_argument("arcore.masks: the tile plan has more than 2^31 - 1 tiles; take larger tiles");
+      throw std::invalid_argument(
+          "arcore.masks: the tile plan has more than 2^31 - 1 tiles; take larger tiles");
     }
     lengths[static_cast<size_t>(r)] = static_cast<int32_t>(lists.idx.size()) - lists.ptr.back();
   }
