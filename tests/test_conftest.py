@@ -15,6 +15,8 @@ ALLOCATIONS = {
     "new_empty": lambda: torch.zeros(2).new_empty(3, 5),
     "empty_strided": lambda: torch.empty_strided((3, 5), (5, 1)),
     "resize_": lambda: torch.empty(0).resize_(3, 5),
+    # The way of an op library that allocates through torch's stable ABI.
+    "dispatcher": lambda: torch.ops.aten.empty.memory_format([3, 5]),
     "bfloat16": lambda: torch.empty(3, 5, dtype=torch.bfloat16),
 }
 
