@@ -1,5 +1,5 @@
-// CPU forward and backward; compiled once per instruction set. The algorithm, the tile sizes and the numerics are
-// described in README.md beside this file.
+// CPU forward and backward; compiled once per instruction set. The algorithm, the tile sizes and the numerics
+// are described in README.md beside this file.
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
@@ -14,25 +14,39 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Query rows and keys of one tile. A tile of logits and the panels it reads stay in the second-level cache.
+// Query rows and keys of one tile: its packed keys and values stay in the second-level cache while the row
+// groups of the query tile pass over them. The backward also keeps two tiles of logits there.
 constexpr int kTileQ = 96;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kForwardTileK = 512;
+#else
+constexpr int kForwardTileK = 256;
+#endif
 constexpr int kTileK = 256;
-static_assert(kTileQ % kMaxRows == 0 && kTileK % kPanel == 0);
+static_assert(kTileQ % kMaxRows == 0 && kTileK % kPanel == 0 && kForwardTileK % kPanel == 0);
 // One cache line more than a power of two, so that the rows of a tile do not compete for the same cache sets.
+constexpr int kForwardTileStride = kForwardTileK + 16;
 constexpr int kTileStride = kTileK + 16;
 
-// Parallel work units that the backward wants at least; fixed, so that results do not depend on the thread count.
+// Parallel work units that the backward wants at least; fixed, so that results do not depend on the thread
+// count.
 constexpr int64_t kBackwardUnits = 16;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// Visits 0, n-1, 1, n-2, ...: equal shares of consecutive tasks get equal work when work grows with the index.
-int64_t fold(int64_t i, int64_t n) { return i % 2 == 0 ? i / 2 : n - 1 - i / 2; }
+// Visits 0, n-1, 1, n-2, ...: equal shares of consecutive tasks get equal work when work grows with the
+// index.
+int64_t fold(int64_t i, int64_t n) {
+  return i % 2 == 0 ? i / 2 : n - 1 - i / 2;
+}
 
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats, 16)) * sizeof(float)))),
+      : data_(static_cast<float*>(
+            std::aligned_alloc(64, static_cast<size_t>(round_up(floats, 16)) * sizeof(float)))),
         next_(data_) {}
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
@@ -72,8 +86,8 @@ struct FloatRows {
   const float* row(int64_t i) const { return data + i * stride; }
 };
 
-FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t count, int64_t dim,
-                     float* buffer) {
+FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t count,
+                     int64_t dim, float* buffer) {
   FloatRows rows{buffer, dim};
   with_storage(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -81,13 +95,15 @@ FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, i
     if constexpr (std::is_same_v<T, float>) {
       rows = {source, t.row};
     } else {
-      for (int64_t i = 0; i < count; ++i) to_float(source + i * t.row, buffer + i * dim, dim);
+      for (int64_t i = 0; i < count; ++i)
+        to_float(source + i * t.row, buffer + i * dim, dim);
     }
   });
   return rows;
 }
 
-void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, const float* src, int64_t n) {
+void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, const float* src,
+               int64_t n) {
   with_storage(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     from_float(src, static_cast<T*>(t.data) + row_offset(t, b, h, row), n);
@@ -97,23 +113,28 @@ void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t
 // n is a multiple of kLanes.
 void scale_row(float* x, int64_t n, float factor) {
   const Vec f(factor);
-  for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) * f);
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(x + i, load(x + i) * f);
 }
 
 void scaled_copy(const float* src, float* dst, int64_t n, float factor) {
   const Vec f(factor);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i) * f);
-  for (; i < n; ++i) dst[i] = src[i] * factor;
+  for (; i + kLanes <= n; i += kLanes)
+    store(dst + i, load(src + i) * f);
+  for (; i < n; ++i)
+    dst[i] = src[i] * factor;
 }
 
 // x * 0 summed is 0 for finite values and NaN otherwise.
 float zero_if_finite(const float* x, int64_t n) {
   Vec sum(0.0f);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = fma(load(x + i), Vec(0.0f), sum);
+  for (; i + kLanes <= n; i += kLanes)
+    sum = fma(load(x + i), Vec(0.0f), sum);
   float rest = reduce_add(sum);
-  for (; i < n; ++i) rest += x[i] * 0.0f;
+  for (; i < n; ++i)
+    rest += x[i] * 0.0f;
   return rest;
 }
 
@@ -170,8 +191,8 @@ struct TileMask {
   Span group_spans[kTileQ][2];  // hulls of the group's first and second spans
   // Set by enter_key_tile:
   Span columns[kTileQ];  // keys that some row of the group may see
-  Span any;               // hull of all groups
-  bool use_key_bounds;    // some (row, key) of the tile is ruled out by the per-key query ranges
+  Span any;              // hull of all groups
+  bool use_key_bounds;   // some (row, key) of the tile is ruled out by the per-key query ranges
 
   int group_rows(int g) const { return group_begin[g + 1] - group_begin[g]; }
 
@@ -180,9 +201,11 @@ struct TileMask {
     batch = b;
     q0 = row;
     rows = static_cast<int>(min_of<int64_t>(kTileQ, p.nq - row));
-    for (int r = 0; r < rows; ++r) spans[r] = row_spans(p, b, h, q0 + r);
-    // A group ends after kMaxRows rows, or before a row at which the spans jump to a new level (a scale, a block, a
-    // document) and stay there: one group for both levels would compute the keys of both for all its rows.
+    for (int r = 0; r < rows; ++r)
+      spans[r] = row_spans(p, b, h, q0 + r);
+    // A group ends after kMaxRows rows, or before a row at which the spans jump to a new level (a scale, a
+    // block, a document) and stay there: one group for both levels would compute the keys of both for all its
+    // rows.
     groups = 0;
     group_begin[0] = 0;
     for (int r = 1; r <= rows; ++r) {
@@ -202,19 +225,24 @@ struct TileMask {
   static bool far(Span a, Span b) {
     return a.lo - b.lo > kLanes || b.lo - a.lo > kLanes || a.hi - b.hi > kLanes || b.hi - a.hi > kLanes;
   }
-  bool jumps(int r) const { return far(spans[r - 1].first, spans[r].first) || far(spans[r - 1].second, spans[r].second); }
+  bool jumps(int r) const {
+    return far(spans[r - 1].first, spans[r].first) || far(spans[r - 1].second, spans[r].second);
+  }
 
-  const int32_t* key_ranges() const { return problem->mask.key_bounds + batch * problem->mask.key_batch + 2 * k0; }
+  const int32_t* key_ranges() const {
+    return problem->mask.key_bounds + batch * problem->mask.key_batch + 2 * k0;
+  }
 
   // False if the two tiles share no allowed pair (or none that a row group can reach).
-  bool enter_key_tile(int64_t key) {
+  bool enter_key_tile(int64_t key, int64_t tile) {
     k0 = key;
-    keys = static_cast<int>(min_of<int64_t>(kTileK, problem->nk - key));
+    keys = static_cast<int>(min_of<int64_t>(tile, problem->nk - key));
     any = {};
     Span visible{k0, k0 + keys};
     bool reachable = false;
     for (int g = 0; g < groups && !reachable; ++g)
-      reachable = !intersect(group_spans[g][0], visible).empty() || !intersect(group_spans[g][1], visible).empty();
+      reachable =
+          !intersect(group_spans[g][0], visible).empty() || !intersect(group_spans[g][1], visible).empty();
     if (!reachable) return false;
     use_key_bounds = false;
     if (problem->mask.key_bounds != nullptr) {
@@ -263,7 +291,8 @@ struct TileMask {
       fill_outside(hull(first, second), cols, x, value);
     } else {
       // The gap between the two, then what lies outside of both.
-      for (int64_t j = first.hi; j < second.lo; ++j) x[j - k0] = value;
+      for (int64_t j = first.hi; j < second.lo; ++j)
+        x[j - k0] = value;
       fill_outside(hull(first, second), cols, x, value);
     }
     if (use_key_bounds) {
@@ -281,7 +310,8 @@ struct TileMask {
   void fill_outside(Span keep, Span cols, float* x, float value) const {
     const int64_t lo = keep.empty() ? cols.hi : keep.lo - k0, hi = keep.empty() ? cols.hi : keep.hi - k0;
     int64_t j = cols.lo;
-    for (; j < lo; j += kLanes) store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
+    for (; j < lo; j += kLanes)
+      store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
     for (j = max_of(j, hi / kLanes * kLanes); j < cols.hi; j += kLanes)
       store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
   }
@@ -315,8 +345,10 @@ void pack_row(const float* row, const ColumnPanels& panels, int64_t index, float
       store(out + kLanes, load(row + begin + kLanes));
       continue;
     }
-    for (int64_t i = 0; i < n; ++i) out[i] = row[begin + i];
-    for (int64_t i = n; i < width; ++i) out[i] = 0.0f;
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = row[begin + i];
+    for (int64_t i = n; i < width; ++i)
+      out[i] = 0.0f;
   }
 }
 
@@ -329,26 +361,30 @@ struct ForwardLayout {
     keys_t = 0;
     values = keys_t + round_up(p.nk, kPanel) * p.dim;
     flags = values + round_up(value_panels.floats(), 16);
-    floats = flags + round_up(divide_up(p.nk, kTileK), 16);
+    floats = flags + round_up(divide_up(p.nk, kForwardTileK), 16);
   }
 };
 
-int64_t forward_workspace(const Problem& p) { return ForwardLayout(p).floats; }
-int64_t forward_pack_tasks(const Problem& p, int64_t pairs) { return pairs * divide_up(p.nk, kTileK); }
+int64_t forward_workspace(const Problem& p) {
+  return ForwardLayout(p).floats;
+}
+int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
+  return pairs * divide_up(p.nk, kForwardTileK);
+}
 
 void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const ForwardLayout layout(p);
-  const int64_t tiles = divide_up(p.nk, kTileK);
+  const int64_t tiles = divide_up(p.nk, kForwardTileK);
   Scratch scratch(kPanel * p.dim);
   float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / tiles, tile = task % tiles;
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
-    const int64_t k1 = min_of(p.nk, (tile + 1) * kTileK);
+    const int64_t k1 = min_of(p.nk, (tile + 1) * kForwardTileK);
     float flag = 0.0f;
-    for (int64_t k0 = tile * kTileK; k0 < k1; k0 += kPanel) {
+    for (int64_t k0 = tile * kForwardTileK; k0 < k1; k0 += kPanel) {
       const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
       pack_transposed(float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer), count, p.dim,
                       base + layout.keys_t + k0 * p.dim);
@@ -407,14 +443,15 @@ void online_softmax(float* s, Span cols, float* row_max, float* row_sum, float* 
   *row_max = new_max;
 }
 
-// out[r] += sum over allowed columns of w[r][j] * x[j]: for tiles where x holds NaN or infinity that a masked pair
-// must not see (0 * NaN is NaN).
-void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, const float* w, const float* x,
-                          const ColumnPanels& panels, int64_t x_row, float* out, int64_t out_stride) {
+// out[r] += sum over allowed columns of w[r][j] * x[j]: for tiles where x holds NaN or infinity that a masked
+// pair must not see (0 * NaN is NaN).
+void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, const float* w,
+                          int64_t w_stride, const float* x, const ColumnPanels& panels, int64_t x_row,
+                          float* out, int64_t out_stride) {
   for (int r = 0; r < rows; ++r)
     for (int64_t j = cols.lo; j < cols.hi; ++j) {
       if (!mask.allowed(row + r, j)) continue;
-      const float weight = w[r * kTileStride + j];
+      const float weight = w[r * w_stride + j];
       for (int64_t d = 0; d < panels.dim; ++d) {
         const int64_t panel = d / kPanel;
         out[r * out_stride + d] += weight * x[panels.offset(panel, x_row + j) + d % kPanel];
@@ -428,9 +465,9 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const ColumnPanels& vp = layout.value_panels;
   const int64_t out_stride = vp.padded_dim();
-  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kTileStride + 64);
+  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kForwardTileStride + 64);
   float* q = scratch.take(kTileQ * p.dim);
-  float* s = scratch.take(kMaxRows * kTileStride);
+  float* s = scratch.take(kMaxRows * kForwardTileStride);
   float* out = scratch.take(kTileQ * out_stride);
   float* row_max = scratch.take(kTileQ);
   float* row_sum = scratch.take(kTileQ);
@@ -449,11 +486,12 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
       row_max[r] = -kInfinity;
       row_sum[r] = 0.0f;
     }
-    for (int64_t i = 0; i < mask.rows * out_stride; i += kLanes) store(out + i, Vec(0.0f));
+    for (int64_t i = 0; i < mask.rows * out_stride; i += kLanes)
+      store(out + i, Vec(0.0f));
 
-    for (int64_t k0 = 0; k0 < p.nk; k0 += kTileK) {
-      if (!mask.enter_key_tile(k0)) continue;
-      const bool careful = base[layout.flags + k0 / kTileK] != 0.0f;
+    for (int64_t k0 = 0; k0 < p.nk; k0 += kForwardTileK) {
+      if (!mask.enter_key_tile(k0, kForwardTileK)) continue;
+      const bool careful = base[layout.flags + k0 / kForwardTileK] != 0.0f;
       for (int g = 0; g < mask.groups; ++g) {
         const Span cols = mask.computed(g), seen = mask.columns[g];
         if (cols.empty()) continue;
@@ -461,21 +499,24 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
         for (int64_t panel = cols.lo / kPanel * kPanel; panel < cols.hi; panel += kPanel) {
           const Span part = intersect(cols, {panel, panel + kPanel});
           multiply(rows, static_cast<int>((part.hi - part.lo) / kLanes), q + row * p.dim, p.dim,
-                   base + layout.keys_t + (k0 + panel) * p.dim + (part.lo - panel), s + part.lo, kTileStride, p.dim);
+                   base + layout.keys_t + (k0 + panel) * p.dim + (part.lo - panel), s + part.lo,
+                   kForwardTileStride, p.dim);
         }
         for (int r = 0; r < rows; ++r) {
-          float* logits = s + r * kTileStride;
+          float* logits = s + r * kForwardTileStride;
           if (!mask.row_is_full(row + r, cols)) mask.fill_forbidden(row + r, cols, logits, -kInfinity);
-          online_softmax(logits, cols, row_max + row + r, row_sum + row + r, out + (row + r) * out_stride, out_stride);
+          online_softmax(logits, cols, row_max + row + r, row_sum + row + r, out + (row + r) * out_stride,
+                         out_stride);
         }
         if (careful) {
-          careful_multiply_add(mask, row, rows, seen, s, base + layout.values, vp, k0, out + row * out_stride, out_stride);
+          careful_multiply_add(mask, row, rows, seen, s, kForwardTileStride, base + layout.values, vp, k0,
+                               out + row * out_stride, out_stride);
           continue;
         }
         for (int64_t panel = 0; panel < vp.count(); ++panel)
-          multiply_add(rows, vp.vectors(panel), s + seen.lo, kTileStride,
-                       base + layout.values + vp.offset(panel, k0 + seen.lo), out + row * out_stride + panel * kPanel,
-                       out_stride, seen.hi - seen.lo);
+          multiply_add(rows, vp.vectors(panel), s + seen.lo, kForwardTileStride,
+                       base + layout.values + vp.offset(panel, k0 + seen.lo),
+                       out + row * out_stride + panel * kPanel, out_stride, seen.hi - seen.lo);
       }
     }
 
@@ -530,7 +571,9 @@ struct BackwardLayout {
   float* touched_of(float* head, int64_t chunk) const { return head + touched + chunk * tiles_q; }
 };
 
-int64_t backward_workspace(const Problem& p) { return BackwardLayout(p).floats; }
+int64_t backward_workspace(const Problem& p) {
+  return BackwardLayout(p).floats;
+}
 
 int64_t backward_pack_tasks(const Problem& p, int64_t pairs) {
   const BackwardLayout layout(p);
@@ -556,8 +599,8 @@ void pack_key_tile(const BackwardArgs& args, const BackwardLayout& layout, int64
   base[layout.key_flags + tile] = flag;
 }
 
-void pack_query_tile(const BackwardArgs& args, const BackwardLayout& layout, int64_t b, int64_t h, int64_t tile,
-                     float* head, float* buffer) {
+void pack_query_tile(const BackwardArgs& args, const BackwardLayout& layout, int64_t b, int64_t h,
+                     int64_t tile, float* head, float* buffer) {
   const Problem& p = args.problem;
   const int64_t q1 = min_of(p.nq, (tile + 1) * kTileQ);
   float flag = 0.0f;
@@ -604,11 +647,14 @@ void backward_pack(const BackwardArgs& args, const Wave& wave, int64_t begin, in
     }
     rest -= layout.tiles_k;
     const int64_t g = rest / layout.tiles_q;
-    pack_query_tile(args, layout, b, hk * layout.group + g, rest % layout.tiles_q, layout.head(base, g), buffer);
+    pack_query_tile(args, layout, b, hk * layout.group + g, rest % layout.tiles_q, layout.head(base, g),
+                    buffer);
   }
 }
 
-int64_t backward_tasks(const Problem& p, int64_t pairs) { return pairs * BackwardLayout(p).chunks; }
+int64_t backward_tasks(const Problem& p, int64_t pairs) {
+  return pairs * BackwardLayout(p).chunks;
+}
 
 // P and dS of one row from its logits (in s) and dP (in ds).
 void row_gradients(float* s, float* ds, Span cols, float lse, float delta) {
@@ -621,12 +667,13 @@ void row_gradients(float* s, float* ds, Span cols, float lse, float delta) {
 }
 
 void fill_columns(float* x, int64_t begin, int64_t end, float value) {
-  for (int64_t j = begin; j < end; ++j) x[j] = value;
+  for (int64_t j = begin; j < end; ++j)
+    x[j] = value;
 }
 
 // key_out[j] += sum over rows that see key j of w[r][j] * x[r]; the transposed twin of careful_multiply_add.
-void careful_multiply_add_transposed(const TileMask& mask, const float* w, const float* x, const ColumnPanels& panels,
-                                     float* key_out, int64_t out_stride) {
+void careful_multiply_add_transposed(const TileMask& mask, const float* w, const float* x,
+                                     const ColumnPanels& panels, float* key_out, int64_t out_stride) {
   for (int r = 0; r < mask.rows; ++r)
     for (int64_t j = mask.any.lo; j < mask.any.hi; ++j) {
       if (!mask.allowed(r, j)) continue;
@@ -647,9 +694,10 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
       const int rows = mask.group_rows(g), vectors = static_cast<int>((part.hi - part.lo) / kLanes);
       const int64_t row = mask.group_begin[g], at = (mask.q0 + row) * p.dim, to = row * kTileStride + part.lo;
       const int64_t packed = (mask.k0 + panel) * p.dim + (part.lo - panel);
-      multiply(rows, vectors, head + layout.q_rows + at, p.dim, base + layout.keys_t + packed, s + to, kTileStride, p.dim);
-      multiply(rows, vectors, head + layout.do_rows + at, p.dim, base + layout.values_t + packed, ds + to, kTileStride,
-               p.dim);
+      multiply(rows, vectors, head + layout.q_rows + at, p.dim, base + layout.keys_t + packed, s + to,
+               kTileStride, p.dim);
+      multiply(rows, vectors, head + layout.do_rows + at, p.dim, base + layout.values_t + packed, ds + to,
+               kTileStride, p.dim);
     }
 
   const Span all{mask.any.lo / kLanes * kLanes, round_up(mask.any.hi, kLanes)};
@@ -692,11 +740,12 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
       if (row0 >= row1) continue;
       const int keys = static_cast<int>(end - j);
       for (int64_t panel = 0; panel < qp.count(); ++panel) {
-        const int64_t x = qp.offset(panel, mask.q0 + row0), w = row0 * kTileStride + j, to = j * stride + panel * kPanel;
-        multiply_add_transposed(keys, qp.vectors(panel), s + w, kTileStride, head + layout.grads + x, grad_v + to, stride,
-                                row1 - row0);
-        multiply_add_transposed(keys, qp.vectors(panel), ds + w, kTileStride, head + layout.q + x, grad_k + to, stride,
-                                row1 - row0);
+        const int64_t x = qp.offset(panel, mask.q0 + row0), w = row0 * kTileStride + j,
+                      to = j * stride + panel * kPanel;
+        multiply_add_transposed(keys, qp.vectors(panel), s + w, kTileStride, head + layout.grads + x,
+                                grad_v + to, stride, row1 - row0);
+        multiply_add_transposed(keys, qp.vectors(panel), ds + w, kTileStride, head + layout.q + x,
+                                grad_k + to, stride, row1 - row0);
       }
     }
   }
@@ -709,12 +758,12 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
       if (cols.empty()) continue;
       const int row = mask.group_begin[g];
       if (careful)
-        careful_multiply_add(mask, row, mask.group_rows(g), cols, ds + row * kTileStride, base + layout.keys, kp, mask.k0,
-                             grad_q + row * stride, stride);
+        careful_multiply_add(mask, row, mask.group_rows(g), cols, ds + row * kTileStride, kTileStride,
+                             base + layout.keys, kp, mask.k0, grad_q + row * stride, stride);
       else
         multiply_add(mask.group_rows(g), kp.vectors(panel), ds + row * kTileStride + cols.lo, kTileStride,
-                     base + layout.keys + kp.offset(panel, mask.k0 + cols.lo), grad_q + row * stride + panel * kPanel,
-                     stride, cols.hi - cols.lo);
+                     base + layout.keys + kp.offset(panel, mask.k0 + cols.lo),
+                     grad_q + row * stride + panel * kPanel, stride, cols.hi - cols.lo);
     }
 }
 
@@ -733,10 +782,12 @@ void backward(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t
     const int64_t pair = task / layout.chunks, chunk = fold(task % layout.chunks, layout.chunks);
     const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
-    const int64_t tile0 = layout.tiles_k * chunk / layout.chunks, tile1 = layout.tiles_k * (chunk + 1) / layout.chunks;
+    const int64_t tile0 = layout.tiles_k * chunk / layout.chunks,
+                  tile1 = layout.tiles_k * (chunk + 1) / layout.chunks;
     for (int64_t g = 0; g < layout.group; ++g) {
       float* touched = layout.touched_of(layout.head(base, g), chunk);
-      for (int64_t t = 0; t < layout.tiles_q; ++t) touched[t] = 0.0f;
+      for (int64_t t = 0; t < layout.tiles_q; ++t)
+        touched[t] = 0.0f;
     }
     for (int64_t k0 = tile0 * kTileK; k0 < min_of(p.nk, tile1 * kTileK); k0 += kTileK) {
       const int64_t keys = min_of<int64_t>(kTileK, p.nk - k0);
@@ -748,11 +799,12 @@ void backward(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t
         float* touched = layout.touched_of(head, chunk);
         for (int64_t t = 0; t < layout.tiles_q; ++t) {
           mask.enter_query_tile(p, b, h, t * kTileQ);
-          if (!mask.enter_key_tile(k0)) continue;
+          if (!mask.enter_key_tile(k0, kTileK)) continue;
           float* grad_q = layout.partial_of(head, chunk) + mask.q0 * stride;
           if (touched[t] == 0.0f) fill_columns(grad_q, 0, mask.rows * stride, 0.0f);
           touched[t] = 1.0f;
-          backward_tile(p, layout, mask, base, head, args.lse + (b * p.heads + h) * p.nq, s, ds, grad_k, grad_v, grad_q);
+          backward_tile(p, layout, mask, base, head, args.lse + (b * p.heads + h) * p.nq, s, ds, grad_k,
+                        grad_v, grad_q);
         }
       }
       for (int64_t j = 0; j < keys; ++j) {
@@ -777,14 +829,16 @@ void backward_reduce(const BackwardArgs& args, const Wave& wave, int64_t begin, 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tile = task % layout.tiles_q, g = task / layout.tiles_q % layout.group;
     const int64_t pair = task / (layout.tiles_q * layout.group);
-    const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads * layout.group + g;
+    const int64_t b = (wave.first + pair) / p.kv_heads,
+                  h = (wave.first + pair) % p.kv_heads * layout.group + g;
     float* head = layout.head(wave.workspace + pair * layout.floats, g);
     for (int64_t i = tile * kTileQ; i < min_of(p.nq, (tile + 1) * kTileQ); ++i) {
       fill_columns(row, 0, stride, 0.0f);
       for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
         if (layout.touched_of(head, chunk)[tile] == 0.0f) continue;
         const float* part = layout.partial_of(head, chunk) + i * stride;
-        for (int64_t d = 0; d < stride; d += kLanes) store(row + d, load(row + d) + load(part + d));
+        for (int64_t d = 0; d < stride; d += kLanes)
+          store(row + d, load(row + d) + load(part + d));
       }
       scale_row(row, stride, p.scale);
       write_row(p.dtype, args.grad_q, b, h, i, row, p.dim);
@@ -797,8 +851,9 @@ void backward_reduce(const BackwardArgs& args, const Wave& wave, int64_t begin, 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
   static constexpr CpuKernels kKernels{
-      forward_workspace,   forward_pack_tasks, forward_pack,   forward_tasks, forward,         backward_workspace,
-      backward_pack_tasks, backward_pack,      backward_tasks, backward,      backward_reduce_tasks, backward_reduce};
+      forward_workspace, forward_pack_tasks, forward_pack,          forward_tasks,
+      forward,           backward_workspace, backward_pack_tasks,   backward_pack,
+      backward_tasks,    backward,           backward_reduce_tasks, backward_reduce};
   return kKernels;
 }
 

@@ -13,7 +13,8 @@ struct Tensor4 {
   int64_t batch, head, row;
 };
 
-// int32 [Bm, Hm, Nq, 2 * intervals] row bounds and, if key_bounds is set, int32 [Bm, Nk, 2]; strides 0 where broadcast.
+// int32 [Bm, Hm, Nq, 2 * intervals] row bounds and, if key_bounds is set, int32 [Bm, Nk, 2]; strides 0 where
+// broadcast.
 struct MaskBounds {
   const int32_t* bounds;
   int64_t batch, head;
@@ -42,9 +43,9 @@ struct BackwardArgs {
   const float* grad_lse;  // [B, H, Nq] contiguous, or null
 };
 
-// The work is done in waves of `pairs` consecutive (batch, kv head) pairs starting at `first`, so that the workspace
-// holds the packed operands of one wave only. Within a wave: pack, then run tasks, then (backward) reduce; each stage
-// may be split over threads at any task boundary without changing the result.
+// The work is done in waves of `pairs` consecutive (batch, kv head) pairs starting at `first`, so that the
+// workspace holds the packed operands of one wave only. Within a wave: pack, then run tasks, then (backward)
+// reduce; each stage may be split over threads at any task boundary without changing the result.
 struct Wave {
   int64_t first, pairs;
   float* workspace;

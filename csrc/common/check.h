@@ -1,4 +1,5 @@
-// Argument checks of the ops: one message that names the op and the argument, what was expected and what came.
+// Argument checks of the ops: one message that names the op and the argument, what was expected and what
+// came.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,9 +12,10 @@
 
 #include "common/dtype.h"
 
-// ARCORE_CHECK(ok, "block_sparse_attention", "expected ... but got ", value, "; fix") throws a RuntimeError in Python.
-#define ARCORE_CHECK(condition, op, ...)                           \
-  do {                                                             \
+// ARCORE_CHECK(ok, "block_sparse_attention", "expected ... but got ", value, "; fix") throws a RuntimeError
+// in Python.
+#define ARCORE_CHECK(condition, op, ...)                                 \
+  do {                                                                   \
     if (!(condition)) ::arcore::fail("arcore::", op, ": ", __VA_ARGS__); \
   } while (false)
 
@@ -29,7 +31,8 @@ template <typename... Parts>
 inline std::string shape_of(const torch::stable::Tensor& t) {
   std::ostringstream text;
   text << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  for (int64_t i = 0; i < t.dim(); ++i)
+    text << (i ? ", " : "") << t.size(i);
   text << ")";
   return text.str();
 }

@@ -11,16 +11,17 @@ enum class CpuIsa { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
 // The best instruction set that this CPU and its operating system support.
 inline CpuIsa best_cpu_isa() {
   // gcc's builtin also checks that the operating system saves the wide registers.
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("fma"))
     return CpuIsa::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return CpuIsa::kAvx2;
   return CpuIsa::kDefault;
 }
 
-// ATEN_CPU_CAPABILITY=default|avx2|avx512, torch's own variable, lowers the choice; it never raises it above what the
-// CPU can run.
+// ATEN_CPU_CAPABILITY=default|avx2|avx512, torch's own variable, lowers the choice; it never raises it above
+// what the CPU can run.
 inline CpuIsa cpu_isa() {
   static const CpuIsa chosen = [] {
     const CpuIsa best = best_cpu_isa();
@@ -48,24 +49,25 @@ inline const char* cpu_isa_name(CpuIsa isa) {
 
 }  // namespace arcore
 
-// Declares `const Type& name()` of the three compiled variants and defines `name()` that returns the chosen one.
-#define ARCORE_DISPATCH_CPU(Type, name)    \
-  namespace DEFAULT {                      \
-  const Type& name();                      \
-  }                                        \
-  namespace AVX2 {                         \
-  const Type& name();                      \
-  }                                        \
-  namespace AVX512 {                       \
-  const Type& name();                      \
-  }                                        \
-  inline const Type& name() {              \
-    switch (::arcore::cpu_isa()) {         \
-      case ::arcore::CpuIsa::kAvx512:      \
-        return AVX512::name();             \
-      case ::arcore::CpuIsa::kAvx2:        \
-        return AVX2::name();               \
-      default:                             \
-        return DEFAULT::name();            \
-    }                                      \
+// Declares `const Type& name()` of the three compiled variants and defines `name()` that returns the chosen
+// one.
+#define ARCORE_DISPATCH_CPU(Type, name) \
+  namespace DEFAULT {                   \
+  const Type& name();                   \
+  }                                     \
+  namespace AVX2 {                      \
+  const Type& name();                   \
+  }                                     \
+  namespace AVX512 {                    \
+  const Type& name();                   \
+  }                                     \
+  inline const Type& name() {           \
+    switch (::arcore::cpu_isa()) {      \
+      case ::arcore::CpuIsa::kAvx512:   \
+        return AVX512::name();          \
+      case ::arcore::CpuIsa::kAvx2:     \
+        return AVX2::name();            \
+      default:                          \
+        return DEFAULT::name();         \
+    }                                   \
   }

@@ -12,13 +12,16 @@ double run_fma(int64_t iterations, float* sink) {
   const Vec factor(0.999f), addend(1e-3f);
   Vec chain[kChains];
 #pragma GCC unroll 12
-  for (int c = 0; c < kChains; ++c) chain[c] = Vec(static_cast<float>(c));
+  for (int c = 0; c < kChains; ++c)
+    chain[c] = Vec(static_cast<float>(c));
   for (int64_t i = 0; i < iterations; ++i)
 #pragma GCC unroll 12
-    for (int c = 0; c < kChains; ++c) chain[c] = fma(chain[c], factor, addend);
+    for (int c = 0; c < kChains; ++c)
+      chain[c] = fma(chain[c], factor, addend);
   Vec sum = chain[0];
 #pragma GCC unroll 12
-  for (int c = 1; c < kChains; ++c) sum = sum + chain[c];
+  for (int c = 1; c < kChains; ++c)
+    sum = sum + chain[c];
   *sink += reduce_add(sum);
   return 2.0 * kChains * kLanes * static_cast<double>(iterations);
 }

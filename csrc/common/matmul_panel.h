@@ -1,7 +1,8 @@
 // Register-blocked matrix kernels on packed panels: C[R x kPanel] (+)= A[R x K] * B[K x kPanel].
 //
-// B is a panel: K rows of `kPitch` vectors, of which the first V are used. A is read by broadcasts, row-major or
-// transposed. The R x V accumulators live in registers: 6 x 2 for 16 registers (AVX2), 12 x 2 for 32 (AVX-512).
+// B is a panel: K rows of `kPitch` vectors, of which the first V are used. A is read by broadcasts, row-major
+// or transposed. The R x V accumulators live in registers: 6 x 2 for 16 registers (AVX2), 12 x 2 for 32
+// (AVX-512).
 #pragma once
 
 #include "common/vec.h"
@@ -19,18 +20,21 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec(0.0f);
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = Vec(0.0f);
 
   if constexpr (kTransposedA) {
     for (int64_t i = 0; i < k; ++i, a += lda, b += kPitch * kLanes) {
       Vec bv[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
+      for (int v = 0; v < V; ++v)
+        bv[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Vec av(a[r]);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+        for (int v = 0; v < V; ++v)
+          acc[r][v] = fma(av, bv[v], acc[r][v]);
       }
     }
   } else {
@@ -38,19 +42,23 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
     constexpr int kBases = (R + 2) / 3;
     const float* base[kBases];
 #pragma GCC unroll 8
-    for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
+    for (int g = 0; g < kBases; ++g)
+      base[g] = a + 3 * g * lda;
     for (int64_t i = 0; i < k; ++i, b += kPitch * kLanes) {
       Vec bv[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes);
+      for (int v = 0; v < V; ++v)
+        bv[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Vec av(base[r / 3][(r % 3) * lda]);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+        for (int v = 0; v < V; ++v)
+          acc[r][v] = fma(av, bv[v], acc[r][v]);
       }
 #pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) ++base[g];
+      for (int g = 0; g < kBases; ++g)
+        ++base[g];
     }
   }
 
@@ -78,8 +86,8 @@ struct MicroKernels {
 };
 
 // C = A * B for the first `vectors` vectors of a wide panel.
-static inline void multiply(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                            int64_t k) {
+static inline void multiply(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
+                            int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 2, false, false> kHalf;
   static constexpr MicroKernels<2, 2, false, false> kWhole;
   (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
@@ -94,15 +102,15 @@ static inline void multiply_add(int rows, int vectors, const float* a, int64_t l
 }
 
 // C += A^T * B.
-static inline void multiply_add_transposed(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
-                                           int64_t ldc, int64_t k) {
+static inline void multiply_add_transposed(int rows, int vectors, const float* a, int64_t lda, const float* b,
+                                           float* c, int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 1, true, true> kNarrow;
   static constexpr MicroKernels<2, 2, true, true> kWide;
   (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, c, ldc, k);
 }
 
-// A matrix [rows, dim] cut into column panels, each [rows, width] contiguous; width is kPanel, or kLanes for a last
-// half panel. Columns beyond dim are 0.
+// A matrix [rows, dim] cut into column panels, each [rows, width] contiguous; width is kPanel, or kLanes for
+// a last half panel. Columns beyond dim are 0.
 struct ColumnPanels {
   int64_t rows, dim;
 

@@ -6,8 +6,8 @@
 namespace arcore::machine {
 
 struct CpuKernels {
-  // Runs `iterations` rounds of independent fused multiply-adds in registers; returns the floating-point operations
-  // done. `sink` keeps the compiler from removing them.
+  // Runs `iterations` rounds of independent fused multiply-adds in registers; returns the floating-point
+  // operations done. `sink` keeps the compiler from removing them.
   double (*run_fma)(int64_t iterations, float* sink);
   int lanes;
 };

@@ -1,4 +1,5 @@
-// torch.ops.arcore.cpu_isa and run_fma: which instruction set the CPU kernels use, and the core's own ceiling.
+// torch.ops.arcore.cpu_isa and run_fma: which instruction set the CPU kernels use, and the core's own
+// ceiling.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,8 +16,12 @@ ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
 
 namespace {
 
-std::string isa_in_use() { return cpu_isa_name(cpu_isa()); }
-std::string isa_supported() { return cpu_isa_name(best_cpu_isa()); }
+std::string isa_in_use() {
+  return cpu_isa_name(cpu_isa());
+}
+std::string isa_supported() {
+  return cpu_isa_name(best_cpu_isa());
+}
 
 double run_fma(int64_t iterations) {
   ARCORE_CHECK(iterations >= 0, "run_fma", "expected iterations >= 0 but got ", iterations);

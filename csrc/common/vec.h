@@ -1,7 +1,8 @@
 // SIMD vocabulary of the CPU kernels, and the only file that uses at::vec.
 //
-// Included by kernel_cpu.cpp files, which are compiled once per instruction set; everything here has internal linkage
-// or lives in an inline namespace named after that instruction set, so the variants never meet at link time.
+// Included by kernel_cpu.cpp files, which are compiled once per instruction set; everything here has internal
+// linkage or lives in an inline namespace named after that instruction set, so the variants never meet at
+// link time.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -36,11 +37,19 @@ template <typename T>
 static inline T max_of(T a, T b) {
   return a < b ? b : a;
 }
-static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
-static inline Vec load(const float* p) { return Vec::loadu(p); }
-static inline void store(float* p, Vec x) { x.store(p); }
-static inline Vec fma(Vec a, Vec b, Vec c) { return at::vec::fmadd(a, b, c); }
+static inline Vec load(const float* p) {
+  return Vec::loadu(p);
+}
+static inline void store(float* p, Vec x) {
+  x.store(p);
+}
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return at::vec::fmadd(a, b, c);
+}
 
 // exp(x) for x <= 88, about 1 ulp; 0 below -87.33 (where float32 would be denormal); NaN stays NaN.
 // 2^n * p(f) with n = round(x * log2 e) and a degree-6 polynomial on |f| <= 1/2.
@@ -55,25 +64,33 @@ static inline Vec exp(Vec value) {
   // max(c, x) returns x when x is NaN.
   const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(kExpLowest), x);
   const __m512 log2e = _mm512_set1_ps(kLog2e);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 n =
+      _mm512_roundscale_ps(_mm512_mul_ps(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_fmsub_ps(clamped, log2e, n);
   __m512 p = _mm512_set1_ps(kExpPoly[6]);
-  for (int i = 5; i >= 0; --i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExpPoly[i]));
+  for (int i = 5; i >= 0; --i)
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExpPoly[i]));
   const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kExpLowest), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(keep, p, n);
 }
-static inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
-static inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
+static inline float reduce_max(Vec x) {
+  return _mm512_reduce_max_ps(x);
+}
+static inline float reduce_add(Vec x) {
+  return _mm512_reduce_add_ps(x);
+}
 #elif defined(CPU_CAPABILITY_AVX2)
 static inline Vec exp(Vec value) {
   const __m256 x = value;
   const __m256 lowest = _mm256_set1_ps(kExpLowest);
   const __m256 clamped = _mm256_max_ps(lowest, x);
   const __m256 log2e = _mm256_set1_ps(kLog2e);
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 f = _mm256_fmsub_ps(clamped, log2e, n);
   __m256 p = _mm256_set1_ps(kExpPoly[6]);
-  for (int i = 5; i >= 0; --i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExpPoly[i]));
+  for (int i = 5; i >= 0; --i)
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExpPoly[i]));
   const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shifted));
   return _mm256_and_ps(scaled, _mm256_cmp_ps(x, lowest, _CMP_NLT_UQ));
@@ -102,7 +119,8 @@ static inline Vec exp(Vec value) {
     const float n = (clamped * kLog2e + 12582912.0f) - 12582912.0f;
     const float f = clamped * kLog2e - n;
     float p = kExpPoly[6];
-    for (int j = 5; j >= 0; --j) p = p * f + kExpPoly[j];
+    for (int j = 5; j >= 0; --j)
+      p = p * f + kExpPoly[j];
     const int32_t exponent = (x[i] == x[i] ? static_cast<int32_t>(n) + 127 : 127) << 23;
     float power;
     std::memcpy(&power, &exponent, sizeof(power));
@@ -114,14 +132,16 @@ static inline float reduce_max(Vec value) {
   float x[kLanes];
   value.store(x);
   float m = x[0];
-  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  for (int i = 1; i < kLanes; ++i)
+    m = x[i] > m ? x[i] : m;
   return m;
 }
 static inline float reduce_add(Vec value) {
   float x[kLanes];
   value.store(x);
   float s = x[0];
-  for (int i = 1; i < kLanes; ++i) s += x[i];
+  for (int i = 1; i < kLanes; ++i)
+    s += x[i];
   return s;
 }
 #endif
@@ -142,7 +162,8 @@ static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
   float kept[kLanes], rest[kLanes];
   x.store(kept);
   other.store(rest);
-  for (int i = 0; i < kLanes; ++i) rest[i] = i >= lo && i < hi ? kept[i] : rest[i];
+  for (int i = 0; i < kLanes; ++i)
+    rest[i] = i >= lo && i < hi ? kept[i] : rest[i];
   return Vec::loadu(rest);
 #endif
 }
@@ -158,10 +179,18 @@ static inline Vec max(Vec a, Vec b) {
 }
 
 // One vector of 16-bit floats <-> two vectors of floats.
-static inline auto widen(at::vec::Vectorized<BFloat16> x) { return at::vec::convert_bfloat16_float(x); }
-static inline auto widen(at::vec::Vectorized<Half> x) { return at::vec::convert_half_float(x); }
-static inline auto narrow(BFloat16, Vec low, Vec high) { return at::vec::convert_float_bfloat16(low, high); }
-static inline auto narrow(Half, Vec low, Vec high) { return at::vec::convert_float_half(low, high); }
+static inline auto widen(at::vec::Vectorized<BFloat16> x) {
+  return at::vec::convert_bfloat16_float(x);
+}
+static inline auto widen(at::vec::Vectorized<Half> x) {
+  return at::vec::convert_half_float(x);
+}
+static inline auto narrow(BFloat16, Vec low, Vec high) {
+  return at::vec::convert_float_bfloat16(low, high);
+}
+static inline auto narrow(Half, Vec low, Vec high) {
+  return at::vec::convert_float_half(low, high);
+}
 
 // n storage elements -> n floats and back.
 static inline void to_float(const float* ARCORE_RESTRICT src, float* ARCORE_RESTRICT dst, int64_t n) {
@@ -176,7 +205,8 @@ static inline void to_float(const T* ARCORE_RESTRICT src, float* ARCORE_RESTRICT
     low.store(dst + i);
     high.store(dst + i + kLanes);
   }
-  for (; i < n; ++i) dst[i] = static_cast<float>(src[i]);
+  for (; i < n; ++i)
+    dst[i] = static_cast<float>(src[i]);
 }
 static inline void from_float(const float* ARCORE_RESTRICT src, float* ARCORE_RESTRICT dst, int64_t n) {
   std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
@@ -187,14 +217,16 @@ static inline void from_float(const float* ARCORE_RESTRICT src, T* ARCORE_RESTRI
   int64_t i = 0;
   for (; i + Narrow::size() <= n; i += Narrow::size())
     narrow(T{}, Vec::loadu(src + i), Vec::loadu(src + i + kLanes)).store(dst + i);
-  for (; i < n; ++i) dst[i] = static_cast<T>(src[i]);
+  for (; i < n; ++i)
+    dst[i] = static_cast<T>(src[i]);
 }
 
 // dst[j][i] = src[i][j] for a kLanes x kLanes block of floats.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 static inline void transpose_8x8(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
+  for (int i = 0; i < 8; ++i)
+    r[i] = _mm256_loadu_ps(src + i * src_stride);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -218,7 +250,8 @@ static inline void transpose_block(const float* src, int64_t src_stride, float* 
       transpose_8x8(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
 #else
   for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) dst[j * dst_stride + i] = src[i * src_stride + j];
+    for (int j = 0; j < kLanes; ++j)
+      dst[j * dst_stride + i] = src[i * src_stride + j];
 #endif
 }
 

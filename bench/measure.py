@@ -1,0 +1,57 @@
+"""Shared by the benchmarks: CPU time, the machine's ceiling, peak memory."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def cpu_seconds(run: Callable[[], object], rounds: int = 5) -> float:
+    """Median process CPU time of `run` after one warm-up call."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def fma_peak_gflops() -> float:
+    """GFLOP/s of register-to-register fused multiply-adds on one core, in the instruction set in use; best of five."""
+    iterations, best = 4_000_000, 0.0
+    for _ in range(5):
+        start = time.process_time()
+        flops = torch.ops.arcore.run_fma(iterations)
+        best = max(best, flops / (time.process_time() - start) / 1e9)
+    return best
+
+
+def peak_extra_bytes(run: Callable[[], object]) -> int:
+    """How far `run` raises the resident memory of this process at its highest (Linux only)."""
+    run()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_kib("VmRSS")
+    result = run()
+    peak = _status_kib("VmHWM")
+    del result
+    return max(0, peak - before) * 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return os.uname().machine
