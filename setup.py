@@ -28,7 +28,11 @@ def tool(name: str) -> str:
         module = __import__(name)
     except ImportError:
         sys.exit(f"arcore: {name} was not found; install it with `pip install {name}` and build again")
-    return str(Path(module.__path__[0]) / "data" / "bin" / name) if name == "cmake" else f"{module.BIN_DIR}/ninja"
+    return (
+        str(Path(module.__path__[0]) / "data" / "bin" / name)
+        if name == "cmake"
+        else f"{module.BIN_DIR}/ninja"
+    )
 
 
 class CMakeBuild(build_ext):
@@ -43,9 +47,14 @@ class CMakeBuild(build_ext):
         cuda = detect_cuda(torch.version.cuda)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 2)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch.__version__}-cuda{cuda.version or 'off'}"
+        folder = (
+            ROOT
+            / "build"
+            / f"cmake-{sys.implementation.cache_tag}-torch{torch.__version__}-cuda{cuda.version or 'off'}"
+        )
         print(
-            f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, ISAs default avx2 avx512, jobs {jobs}", flush=True
+            f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, ISAs default avx2 avx512, jobs {jobs}",
+            flush=True,
         )
         definitions = {
             "CMAKE_BUILD_TYPE": os.environ.get("ARCORE_BUILD_TYPE", "Release"),

@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import arcore  # noqa: F401  (loads torch.ops.arcore)
 from measure import cpu_model, fma_peak_gflops
+
+import arcore  # noqa: F401  (loads torch.ops.arcore)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -157,7 +157,8 @@ def _parameters() -> list:
         for direction in ("forward", "backward")
         for dtype in ("float32", "bfloat16")
         for impl in IMPLEMENTATIONS
-        if _applies(impl, case, direction, dtype) and (dtype == "float32" or case.endswith(("e_680", "e_2240")))
+        if _applies(impl, case, direction, dtype)
+        and (dtype == "float32" or case.endswith(("e_680", "e_2240")))
     ]
     return [pytest.param(*c, id="-".join(c)) for c in chosen]
 

@@ -67,8 +67,8 @@ def block_sparse_attention(
         return_lse: also return the log-sum-exp of each row's scaled, masked logits.
 
     Returns:
-        ``[B, H, Nq, D]`` in q's dtype, in q's memory layout; with `return_lse` also the lse, float32 ``[B, H, Nq]``, natural
-        logarithm. A row that may see no key gives 0 and lse -inf, and has zero gradient.
+        ``[B, H, Nq, D]`` in q's dtype and memory layout; with `return_lse` also the lse, float32 ``[B, H, Nq]``,
+        natural logarithm. A row that may see no key gives 0 and lse -inf, and has zero gradient.
 
     Raises:
         TypeError: `mask` is not an IntervalMask, or q, k, v have an unsupported or mixed dtype.
@@ -118,7 +118,9 @@ def reference_block_sparse_attention(
         out = _weighted_sum_of_seen(weights, values, allowed)
     # logsumexp has a NaN gradient in rows without keys.
     empty = ~allowed.any(dim=-1)
-    lse = torch.where(empty, -math.inf, torch.logsumexp(torch.where(empty.unsqueeze(-1), 0.0, logits), dim=-1))
+    lse = torch.where(
+        empty, -math.inf, torch.logsumexp(torch.where(empty.unsqueeze(-1), 0.0, logits), dim=-1)
+    )
     return (out, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else out
 
 
@@ -145,7 +147,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | N
     kv_heads, nk = k.shape[1], k.shape[2]
     if k.shape != (batch, kv_heads, nk, dim):
         raise ValueError(
-            f"{op}: expected k of shape (B={batch}, Hkv, Nk, D={dim}), as q {tuple(q.shape)} asks, but got {tuple(k.shape)}"
+            f"{op}: expected k of shape (B={batch}, Hkv, Nk, D={dim}), to fit q {tuple(q.shape)}, "
+            f"but got {tuple(k.shape)}"
         )
     if v.shape != k.shape:
         raise ValueError(f"{op}: expected v of k's shape {tuple(k.shape)} but got {tuple(v.shape)}")
@@ -154,8 +157,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | N
             f"{op}: expected the heads of q to be a multiple of those of k but got H={heads} and Hkv={kv_heads}"
         )
     if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{op}: expected head_dim to be a multiple of 8 from 8 to {MAX_HEAD_DIM} but got {dim}; pad it")
-    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(
+            f"{op}: expected head_dim to be a multiple of 8 from 8 to {MAX_HEAD_DIM} but got {dim}; pad it"
+        )
+    # Autocast brings mixed inputs to one dtype.
+    if (q.dtype != k.dtype or q.dtype != v.dtype) and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(
             f"{op}: expected q, k and v of one dtype but got {_name(q.dtype)}, {_name(k.dtype)} and {_name(v.dtype)}"
         )
@@ -172,7 +178,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | N
     mask_batch, mask_heads = mask.bounds.shape[0], mask.bounds.shape[1]
     if mask_batch not in (1, batch) or mask_heads not in (1, heads):
         raise ValueError(
-            f"{op}: expected the mask's batch and heads to be 1 or (B={batch}, H={heads}) but got ({mask_batch}, {mask_heads})"
+            f"{op}: expected the mask's batch and heads to be 1 or (B={batch}, H={heads}) "
+            f"but got ({mask_batch}, {mask_heads})"
         )
     if mask.key_bounds is not None and mask.key_bounds.shape[0] not in (1, batch):
         raise ValueError(
@@ -229,7 +236,8 @@ torch.library.register_autograd("arcore::block_sparse_attention", _backward, set
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     raise RuntimeError(
-        "arcore::block_sparse_attention has no second derivative; use reference_block_sparse_attention where you need one"
+        "arcore::block_sparse_attention has no second derivative; "
+        "use reference_block_sparse_attention where you need one"
     )
 
 
@@ -245,9 +253,10 @@ def _register_autocast(device_type: str, key: str) -> torch.library.Library:
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.arcore.block_sparse_attention(
+            out, lse = torch.ops.arcore.block_sparse_attention(
                 q.to(dtype), k.to(dtype), v.to(dtype), bounds, key_bounds, scale
             )
+        return out, lse
 
     library.impl("block_sparse_attention", cast, key)
     return library
