@@ -12,6 +12,10 @@
 
 namespace arcore::machine {
 
+#if defined(ARCORE_WITH_CUDA)
+int cuda_arch_probe();  // arch_probe_sm80.cu
+#endif
+
 ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
 
 namespace {
@@ -31,6 +35,15 @@ double run_fma(int64_t iterations) {
   return sink == 12345.678f ? 0.0 : flops;
 }
 
+#if defined(ARCORE_WITH_CUDA)
+int64_t probe_arch() {
+  const int result = cuda_arch_probe();
+  ARCORE_CHECK(result > 0, "cuda_arch_probe", "no kernel of this build ran on the current GPU (CUDA error ", -result,
+               "); build with TORCH_CUDA_ARCH_LIST set to its compute capability");
+  return result;
+}
+#endif
+
 }  // namespace
 }  // namespace arcore::machine
 
@@ -38,10 +51,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_supported() -> str");
   m.def("run_fma(int iterations) -> float");
+#if defined(ARCORE_WITH_CUDA)
+  m.def("cuda_arch_probe() -> int");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&arcore::machine::isa_in_use));
   m.impl("cpu_isa_supported", TORCH_BOX(&arcore::machine::isa_supported));
   m.impl("run_fma", TORCH_BOX(&arcore::machine::run_fma));
+#if defined(ARCORE_WITH_CUDA)
+  m.impl("cuda_arch_probe", TORCH_BOX(&arcore::machine::probe_arch));
+#endif
 }
