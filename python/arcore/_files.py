@@ -1,0 +1,98 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file under a temporary name in the same folder and rename it when the block ends well.
+
+    A missing folder is made. The temporary name keeps the file's ending, for libraries that go by it.
+
+    Args:
+        path: the final name; an older file there stays until the new one is complete.
+
+    Yields:
+        The temporary file, empty.
+
+    Raises:
+        OSError: the folder cannot be written, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write the file {path}: there is a folder of that name")
+    temporary = _temporary_name(path)
+    _make_folder(path.parent, path)
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder under a temporary name next to its place and rename it when the block ends well.
+
+    Args:
+        path: the final name; an older folder there is replaced as a whole.
+
+    Yields:
+        The temporary folder, empty.
+
+    Raises:
+        OSError: the parent folder cannot be written, or `path` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"cannot write the folder {path}: there is a file of that name")
+    temporary = _temporary_name(path)
+    _make_folder(path.parent, path)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        if path.exists():
+            # rename(2) does not replace a folder that holds something.
+            older = _temporary_name(path)
+            path.rename(older)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                older.rename(path)
+                raise
+            shutil.rmtree(older)
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def _make_folder(folder: Path, path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return type(error)(f"cannot write {path}: {error.strerror}; choose another place")
