@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arcore._files import atomic_path
+
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.pt"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -145,24 +147,14 @@ def write(
         optimizer: optimiser state; None writes weights only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
         for name, state in weights.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in state.items()},
-                temporary / f"{name}.safetensors",
-            )
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
         if optimizer is not None:
             torch.save(optimizer, temporary / OPTIMIZER)
         (temporary / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -225,6 +217,7 @@ class Checkpoints(pl.Callback):
         folder = step_folder(self.run, task.step)
         trainer.save_checkpoint(folder, weights_only=False)
         if trainer.is_global_zero:
-            for older in _steps(self.run):
+            # Hidden folders are what a killed process left of a checkpoint that it was writing.
+            for older in [*_steps(self.run), *self.run.glob(".step-*")]:
                 if older != folder:
                     shutil.rmtree(older)

@@ -1,0 +1,73 @@
+"""The `arcore` command. Each subcommand is one module here, imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "train a small next-scale image model on handwritten digits and show what it learnt",
+    "train": "train a model of the zoo on your images",
+    "sample": "draw images from a trained model",
+    "zoo": "list the systems and presets, or show one",
+    "env": "show versions, instruction sets, and what is missing",
+    "bench": "run the benchmarks of the source checkout",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, or 2 after a one-line error on stderr.
+
+    `ARCORE_TRACEBACK=1` in the environment shows where an error came from.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from arcore._version import __version__
+
+        print(f"arcore {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}"
+        print(f"arcore: error: unknown command {name!r}: {hint}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(f"arcore.cli.{name}").main(rest))
+    except KeyboardInterrupt:
+        print(f"arcore {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has left; point stdout elsewhere so that the interpreter's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("ARCORE_TRACEBACK"):
+            raise
+        print(f"arcore {name}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
+    return (
+        "usage: arcore COMMAND [options]\n\n"
+        "Kernels and a model zoo for autoregressive models that are not plain causal language models.\n\n"
+        f"commands:\n{lines}\n\n"
+        "`arcore COMMAND --help` explains a command with an example. Start with `arcore demo`.\n"
+        "`arcore --version` prints the version; ARCORE_TRACEBACK=1 shows where an error came from."
+    )

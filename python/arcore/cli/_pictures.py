@@ -1,0 +1,66 @@
+"""Pictures of generated images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcore._files import atomic_path
+from arcore._optional import require
+
+SMALLEST_CELL = 64
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images `[..., C, H, W]` in [-1, 1] as uint8 `[..., H, W, C]`."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+
+def grid(images: Tensor, columns: int | None = None) -> Any:
+    """A picture with the images in rows.
+
+    Args:
+        images: `[N, C, H, W]` in [-1, 1], C 1 or 3. Small images are magnified pixel by pixel.
+        columns: images per row; default: as square as can be.
+
+    Returns:
+        A PIL image.
+    """
+    image_module = require("PIL.Image", extra="zoo")
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    zoom = math.ceil(SMALLEST_CELL / max(height, width)) if max(height, width) < SMALLEST_CELL else 1
+    gap = 4
+    cell_h, cell_w = height * zoom, width * zoom
+    picture = image_module.new("RGB", (columns * (cell_w + gap) + gap, rows * (cell_h + gap) + gap), "white")
+    for index, pixels in enumerate(to_bytes(images)):
+        mode, pixels = ("L", pixels[..., 0]) if channels == 1 else ("RGB", pixels)
+        cell = image_module.frombytes(mode, (width, height), pixels.contiguous().numpy().tobytes())
+        cell = cell.resize((cell_w, cell_h), image_module.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        picture.paste(cell, (gap + column * (cell_w + gap), gap + row * (cell_h + gap)))
+    return picture
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Write a PIL image under a temporary name and rename it."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format=image_format(path))
+
+
+def image_format(path: Path) -> str:
+    """PIL's name of the format that a file's ending asks for.
+
+    Raises:
+        ValueError: unknown ending.
+    """
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    try:
+        return formats[path.suffix.lower()]
+    except KeyError:
+        raise ValueError(f"{path} must end in one of {', '.join(formats)}") from None

@@ -1,0 +1,59 @@
+"""`arcore bench`"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import arcore
+from arcore.cli._parse import PlainParser
+
+BENCH = Path(arcore.__file__).resolve().parents[2] / "bench"
+DESCRIPTION = """\
+Run the pytest-benchmark suites on one thread, each op beside its peers.
+They are part of the source checkout and not of an installed package.
+
+Example: arcore bench block_sparse_attention -k forward"""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = PlainParser("bench", DESCRIPTION)
+    parser.usage = "arcore bench [-h] [OP] [pytest options ...]"
+    parser.add_argument("op", metavar="OP", nargs="?", help="folder of bench/ to run (default: all of them)")
+    parser.add_argument(
+        "pytest_options", metavar="pytest options", nargs="*", help="handed to pytest, for example -k forward"
+    )
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return 0
+    op = argv[0] if argv and not argv[0].startswith("-") else None
+    options = list(argv[1:] if op else argv)
+    suite = _suite(BENCH, op)
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ImportError('the benchmarks need pytest-benchmark: pip install "arcore[bench]"')
+    # Threads of OpenMP and MKL are decided when torch is loaded, hence a new process.
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(suite), *options]
+    return subprocess.run(command, cwd=BENCH.parent, env=os.environ | one_thread, check=False).returncode
+
+
+def _suite(bench: Path, op: str | None) -> Path:
+    """The folder to run."""
+    if not bench.is_dir():
+        raise FileNotFoundError(
+            "the benchmarks are not part of an installed package: get arcore's source, "
+            "install it with `pip install -e . --no-build-isolation`, and run `arcore bench` again"
+        )
+    if op is None:
+        return bench
+    suites = sorted(path.parent.relative_to(bench).as_posix() for path in bench.rglob("bench_*.py"))
+    if op not in suites:
+        close = difflib.get_close_matches(op, suites, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(dict.fromkeys(suites))}"
+        raise ValueError(f"there is no benchmark {op!r}: {hint}")
+    return bench / op
