@@ -1,0 +1,125 @@
+"""Transformer parts whose layer norms are modulated by a condition (adaptive layer norm, DiT, arXiv:2212.09748)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arcore.masks import IntervalMask
+from arcore.nn.cache import KVCache
+
+EPS = 1e-6
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without learned weights, then `x * (1 + scale) + shift`.
+
+    Args:
+        x: `[B, N, C]`.
+        scale, shift: broadcast to x, usually `[B, 1, C]`.
+    """
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """Linear map from a condition to the vectors that modulate a block.
+
+    Args:
+        cond_dim: width of the condition.
+        dim: width C of the block.
+        parts: number of vectors.
+    """
+
+    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(cond_dim, parts * dim)
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`."""
+        return self.linear(F.silu(cond)).unsqueeze(1).chunk(self.parts, dim=-1)
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for a random part of the batch while training (stochastic depth).
+
+    Args:
+        rate: probability that a row loses the branch; kept rows grow by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"arcore.nn.DropPath: expected 0 <= rate < 1 but got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, ...]` to the same shape."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1.0 - self.rate)
+
+
+class AdaLNBlock(nn.Module):
+    """Pre-norm transformer block: attention and feed-forward, each modulated and gated by the condition.
+
+    `x += gate1 * Attn(LN(x) (1 + scale1) + shift1)`, then `x += gate2 * FFN(LN(x) (1 + scale2) + shift2)`. The six
+    vectors come from one `Modulation` in the order gate1, gate2, scale1, scale2, shift1, shift2.
+
+    Args:
+        dim: width C.
+        cond_dim: width of the condition.
+        attn: module called as `attn(x, mask, cache, layer)`.
+        ffn: module from `[B, N, C]` to `[B, N, C]`.
+        drop_path: rate of `DropPath` on both branches.
+    """
+
+    def __init__(
+        self, dim: int, cond_dim: int, *, attn: nn.Module, ffn: nn.Module, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.attn = attn
+        self.ffn = ffn
+        self.modulation = Modulation(cond_dim, dim, parts=6)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: `[B, N, C]`.
+            cond: `[B, cond_dim]`.
+            mask, cache, layer: see `SelfAttention.forward`.
+
+        Returns:
+            `[B, N, C]`.
+        """
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond)
+        attended = self.attn(modulated_norm(x, scale1, shift1), mask, cache, layer)
+        x = x + self.drop_path(gate1 * attended)
+        return x + self.drop_path(gate2 * self.ffn(modulated_norm(x, scale2, shift2)))
+
+
+class AdaLNHead(nn.Module):
+    """Modulated norm and the last linear layer.
+
+    Args:
+        dim: width C.
+        cond_dim: width of the condition.
+        out_dim: outputs per token.
+    """
+
+    def __init__(self, dim: int, cond_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(cond_dim, dim, parts=2)
+        self.linear = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """`[B, N, C]` and `[B, cond_dim]` to float32 `[B, N, out_dim]`."""
+        scale, shift = self.modulation(cond)
+        out: Tensor = self.linear(modulated_norm(x, scale, shift))
+        return out.float()

@@ -1,0 +1,73 @@
+"""Embeddings of conditions and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ClassEmbedding(nn.Module):
+    """Class embedding with one more row, the null class of classifier-free guidance (arXiv:2207.12598).
+
+    Args:
+        num_classes: classes; the null class is number `num_classes`.
+        dim: width C.
+        drop: probability that a label becomes the null class while training.
+    """
+
+    def __init__(self, num_classes: int, dim: int, *, drop: float = 0.0) -> None:
+        super().__init__()
+        if num_classes < 1 or not 0.0 <= drop <= 1.0:
+            raise ValueError(
+                "arcore.nn.ClassEmbedding: expected at least one class and 0 <= drop <= 1 "
+                f"but got num_classes={num_classes} and drop={drop}"
+            )
+        self.null_class = num_classes
+        self.drop = drop
+        self.weight = nn.Parameter(torch.empty(num_classes + 1, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Int64 labels `[B]` in [0, num_classes], the null class included, to `[B, C]`.
+
+        Raises:
+            TypeError: the labels are no integers.
+            ValueError: a label is out of range (checked on the CPU only: on a GPU it would wait for the device).
+        """
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"expected labels of dtype int64 but got {str(labels.dtype).removeprefix('torch.')}")
+        if labels.dim() != 1:
+            raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+        if labels.is_cpu and not torch.compiler.is_compiling() and labels.numel():
+            lowest, highest = (int(x) for x in labels.aminmax())
+            if lowest < 0 or highest > self.null_class:
+                raise ValueError(
+                    f"expected class ids from 0 to {self.null_class - 1} (or {self.null_class}, the null class) "
+                    f"but got {lowest if lowest < 0 else highest}"
+                )
+        if self.training and self.drop > 0.0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.drop
+            labels = torch.where(dropped, self.null_class, labels)
+        return nn.functional.embedding(labels, self.weight)
+
+
+class LevelEmbedding(nn.Module):
+    """One learned vector per segment of the sequence, e.g. per scale.
+
+    Args:
+        sizes: tokens of each segment, in order.
+        dim: width C.
+    """
+
+    def __init__(self, sizes: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.weight = nn.Parameter(torch.empty(len(self.sizes), dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self) -> Tensor:
+        """Vectors of all tokens, `[1, N, C]`."""
+        rows = [row.expand(size, -1) for row, size in zip(self.weight, self.sizes, strict=True)]
+        return torch.cat(rows).unsqueeze(0)
