@@ -18,7 +18,28 @@ import arcore  # noqa: F401  (loads torch.ops.arcore)
 def pytest_configure(config: pytest.Config) -> None:
     # Machines are shared: one thread, and CPU time instead of wall time.
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "floor: a benchmark with a required ratio to a peer")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    records = [b.extra_info for b in session.benchmarks if "gflops" in b.extra_info] if session else []
+    if not records:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("GFLOP/s of allowed pairs, one thread, CPU time")
+    write(f"{cpu_model()}, {torch.ops.arcore.cpu_isa()}, torch {torch.__version__}")
+    write(f"measured FMA peak of one core: {records[0]['peak_gflops']} GFLOP/s")
+    for r in records:
+        name = f"{r['case']} {r['direction']} {r['dtype']}"
+        write(
+            f"{name:<44} {r['impl']:<14} {r['gflops']:7.1f}  {r['fraction_of_peak']:6.1%} of peak"
+            f"  +{r['peak_extra_mib']:.1f} MiB (q, k, v, out: {r['qkvo_mib']} MiB)"
+        )
+    for module in {
+        item.module for item in terminalreporter._session.items if hasattr(item.module, "floors_report")
+    }:
+        for line in module.floors_report(records):
+            write(line)
 
 
 @pytest.fixture(scope="session")

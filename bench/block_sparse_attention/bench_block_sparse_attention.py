@@ -138,6 +138,33 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+# What arcore must reach as a multiple of a peer's GFLOP/s in the same run (case, direction, dtype, peer, multiple).
+# "arcore float32" compares with arcore's own float32.
+FLOORS = [
+    ("next_scale_2240", "forward", "float32", "sdpa_loop", 1.15),
+    ("next_scale_2240", "forward", "float32", "sdpa_mask", 1.9),
+    ("next_scale_2240", "forward", "float32", "flex_compiled", 2.0),
+    ("next_scale_markov_2240", "forward", "float32", "sdpa_loop", 1.1),
+    ("next_scale_markov_2240", "forward", "float32", "sdpa_mask", 3.7),
+    ("next_scale_680", "forward", "float32", "sdpa_loop", 1.3),
+    ("next_scale_markov_680", "forward", "float32", "sdpa_loop", 1.4),
+    ("next_scale_markov_680", "forward", "float32", "sdpa_mask", 4.5),
+    ("next_scale_2240", "backward", "float32", "sdpa_loop", 1.15),
+    ("next_scale_2240", "backward", "float32", "sdpa_mask", 1.7),
+    ("next_scale_680", "backward", "float32", "sdpa_loop", 1.35),
+    ("next_scale_680", "backward", "float32", "sdpa_mask", 1.7),
+    ("next_scale_markov_2240", "backward", "float32", "sdpa_loop", 1.2),
+    ("next_scale_markov_2240", "backward", "float32", "sdpa_mask", 3.6),
+    ("skip_causal_4x256", "forward", "float32", "sdpa_mask", 4.5),
+    ("next_scale_2240", "forward", "bfloat16", "arcore float32", 0.85),
+    ("next_scale_680", "forward", "bfloat16", "arcore float32", 0.85),
+    ("next_scale_2240", "backward", "bfloat16", "sdpa_mask", 6.0),
+    ("next_scale_680", "backward", "bfloat16", "sdpa_mask", 6.0),
+    ("causal_2048", "forward", "float32", "sdpa_causal", 1.0),
+    ("causal_2048", "backward", "float32", "sdpa_causal", 1.0),
+]
+
+
 def _applies(impl: str, case: str, direction: str, dtype: str) -> bool:
     if impl == "sdpa_causal":
         return case.startswith("causal")
@@ -146,6 +173,24 @@ def _applies(impl: str, case: str, direction: str, dtype: str) -> bool:
     if impl == "flex_compiled":
         return direction == "forward" and dtype == "float32" and case.startswith("next_scale")
     return True
+
+
+def floors_report(records: list[dict]) -> list[str]:
+    """One line per floor that this run can judge."""
+    gflops = {(r["case"], r["direction"], r["dtype"], r["impl"]): r["gflops"] for r in records}
+    lines = []
+    for case, direction, dtype, peer, multiple in FLOORS:
+        mine = gflops.get((case, direction, dtype, "arcore"))
+        own = peer == "arcore float32"
+        other = gflops.get((case, direction, "float32", "arcore") if own else (case, direction, dtype, peer))
+        if mine is None or other is None:
+            continue
+        verdict = "ok   " if mine >= multiple * other else "BELOW"
+        lines.append(
+            f"{verdict} {case} {direction} {dtype}: {mine:6.1f} GFLOP/s = {mine / other:5.2f} x {peer} "
+            f"({other:.1f}), floor {multiple}"
+        )
+    return lines
 
 
 def _parameters() -> list:
@@ -197,7 +242,8 @@ def bench_attention(benchmark, peak_gflops, case_name, direction, dtype_name, im
     slow = dtype == torch.bfloat16 and direction == "backward" and impl != "arcore"
     benchmark.group = f"{case_name} {direction} {dtype_name}"
     benchmark._timer = time.process_time
-    benchmark.pedantic(run, rounds=2 if slow else 9, iterations=1, warmup_rounds=0 if slow else 1)
+    rounds = 2 if slow else 41 if case.n < 1000 else 11
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=0 if slow else 2)
     flops = (4 if direction == "forward" else 10) * pairs(case_name) * HEAD_DIM * HEADS
     gflops = flops / benchmark.stats.stats.median / 1e9
     benchmark.extra_info.update(

@@ -52,11 +52,17 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 // exp(x) for x <= 88, about 1 ulp; 0 below -87.33 (where float32 would be denormal); NaN stays NaN.
-// 2^n * p(f) with n = round(x * log2 e) and a degree-6 polynomial on |f| <= 1/2.
+// 2^n * p(f) with n = round(x * log2 e) and the degree-6 minimax polynomial of 2^f on |f| <= 1/2 (relative error 2e-9
+// before rounding, 8e-8 after).
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kExpLowest = -87.33f;
-constexpr float kExpPoly[7] = {1.0f,           0.6931471805599f, 0.240226506959f, 0.0555041086648f,
-                               0.00961812910f, 0.00133335581f,   0.000154035304f};
+constexpr float kExpPoly[7] = {1.0f,
+                               0.6931471824645996f,
+                               0.24022646248340607f,
+                               0.05550328642129898f,
+                               0.009618489071726799f,
+                               0.0013399930903688073f,
+                               0.0001534581242594868f};
 
 #if defined(CPU_CAPABILITY_AVX512)
 static inline Vec exp(Vec value) {
