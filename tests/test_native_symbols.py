@@ -1,0 +1,48 @@
+"""What the compiled libraries expose and need: the rules of csrc/README.md, read off the binaries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import arcore
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = Path(arcore.__file__).parent / "_ops.so"
+
+pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+
+
+def _symbols(path: Path, *flags: str) -> list[str]:
+    result = subprocess.run(["nm", "-C", *flags, str(path)], capture_output=True, text=True, check=True)
+    return [line[19:] if line[:1] != " " else line.strip() for line in result.stdout.splitlines()]
+
+
+def test_the_op_library_needs_torch_only_through_the_stable_c_interface():
+    undefined = [line.removeprefix("U ") for line in _symbols(OPS, "-D", "--undefined-only")]
+    foreign = [s for s in undefined if s.startswith(("at::", "c10::", "torch::", "caffe2::"))]
+    assert undefined
+    assert not foreign, f"C++ symbols of torch: {foreign[:5]}"
+
+
+def test_the_op_library_exports_nothing_of_ours():
+    exported = [s for s in _symbols(OPS, "-D", "--defined-only") if "arcore" in s]
+    assert not exported
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512"])
+def test_instruction_set_objects_share_no_symbol(isa):
+    """A weak symbol compiled for AVX-512 could be picked by the linker for every CPU."""
+    objects = list(ROOT.glob(f"build/cmake-*/CMakeFiles/arcore_cpu_{isa}.dir/**/*.o"))
+    if not objects:
+        pytest.skip("no build folder (installed from a wheel)")
+    for path in objects:
+        for symbol in _symbols(path, "--defined-only", "--extern-only"):
+            kind, _, name = symbol.partition(" ")
+            # The personality pointer of exception tables is data and the same everywhere.
+            if name.startswith("DW.ref.") or not name:
+                continue
+            assert f"::{isa}::" in name, f"{path.name}: {kind} {name}"
