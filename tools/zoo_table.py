@@ -15,7 +15,7 @@ from pathlib import Path
 
 from marked import ROOT, replace_marked, update
 
-from arcore.models._registry import ModelInfo, find_system, list_systems, model_info
+from arcore.models._registry import ModelInfo, list_systems, model_info
 
 
 def infos() -> list[ModelInfo]:
@@ -77,7 +77,7 @@ def pages() -> dict[str, str]:
 
 def page(info: ModelInfo) -> str:
     """The docs' page of one system."""
-    module_class = find_system(info.name).module_class
+    module_class = info.model
     lines = [
         f"# {info.title}",
         "",

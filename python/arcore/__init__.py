@@ -17,7 +17,7 @@ from arcore._version import __version__
 
 if TYPE_CHECKING:
     from arcore import decoding, masks, models, nn, objectives, ops, tokenizers
-    from arcore._registry import create_model, list_models, model_info
+    from arcore.models import create_model, list_models, model_info
 
 _SUBMODULES = ("data", "decoding", "masks", "models", "nn", "objectives", "ops", "tokenizers", "training")
 _FROM_MODELS = ("create_model", "list_models", "model_info")
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"arcore.{name}")
     if name in _FROM_MODELS:
-        return getattr(importlib.import_module("arcore._registry"), name)
+        return getattr(importlib.import_module("arcore.models"), name)
     raise AttributeError(f"module 'arcore' has no attribute {name!r}")
 
 

@@ -1,28 +1,31 @@
-"""Generation scale by scale with classifier-free guidance (VAR, arXiv:2404.02905)."""
+"""Generation scale by scale with classifier-free guidance (VAR, arXiv:2404.02905, section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from arcore.decoding.sampling import filter_logits, row_generators, sample_rows
+from arcore.decoding.sampling import RowSeeds, sample
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer
 
 
 @dataclass(frozen=True)
 class NextScaleOutput:
-    """What `generate_next_scale` made.
+    """What a run of `generate_next_scale` made.
 
     Attributes:
-        images: ``[B, C, H, W]`` in [-1, 1].
-        indices: int64 ``[B, p²]`` for every scale, coarse to fine.
+        images: `[B, C, H, W]` in [-1, 1].
+        indices: codes of each scale, int64 `[B, p_k^2]`.
+        previews: the image after each scale, coarse to fine, if asked for; else empty.
     """
 
     images: Tensor
     indices: list[Tensor]
+    previews: list[Tensor]
 
 
 @torch.no_grad()
@@ -32,58 +35,82 @@ def generate_next_scale(
     labels: Tensor,
     *,
     cfg_scale: float = 1.5,
-    temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    temperature: float = 1.0,
     seed: int | Sequence[int] = 0,
+    previews: bool = False,
 ) -> NextScaleOutput:
-    """Draws one image per label.
+    """Draw images scale by scale, with a cache that is allocated once.
 
-    Guidance grows with the scale, as in the official sampler: at scale k of K the logits are
-    ``(1 + t) conditional - t unconditional`` with ``t = cfg_scale * k / (K - 1)``. Both halves of the guided pair run
-    as one batch with one cache.
+    Guidance grows with the scales: at scale k of K, with t = cfg_scale * k / (K - 1), the logits are
+    (1 + t) * conditional - t * unconditional. Both come from one batch of 2B rows. A model with a single scale is not
+    guided. Model and tokenizer are put into evaluation mode for the time of the call.
 
     Args:
-        model: predicts the scales; put it in eval mode.
-        tokenizer: must have the same `patch_nums` and `vocab_size`.
-        labels: int64 ``[B]`` in [0, num_classes].
-        cfg_scale: guidance at the finest scale; 0 turns it off and halves the work.
-        temperature: see `filter_logits`.
-        top_k: see `filter_logits`.
-        top_p: see `filter_logits`.
-        seed: one number for the batch or one per image; an image depends on its own stream only.
+        model: the model.
+        tokenizer: the tokenizer that the model was trained with.
+        labels: int64 `[B]`, on the model's device.
+        cfg_scale: strength of guidance, >= 0; 0 runs the conditional rows alone.
+        top_k, top_p, temperature: see `arcore.decoding.sample`.
+        seed: one number, or one per row. A row's draws depend on its own seed alone, never on the rest of the batch.
+            Row i of a single number has the seed (number, i).
+        previews: also decode after every scale.
 
     Returns:
-        Images and their codes.
+        Images, codes and previews.
 
     Raises:
-        ValueError: model and tokenizer do not fit, or a parameter is out of its range.
+        ValueError: model and tokenizer differ in scales or codes, or an argument is out of range.
+        TypeError: labels are no integers.
     """
     if tuple(model.patch_nums) != tuple(tokenizer.patch_nums) or model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"expected a tokenizer with patch_nums={tuple(model.patch_nums)} and vocab_size={model.vocab_size} but got "
-            f"{tuple(tokenizer.patch_nums)} and {tokenizer.vocab_size}"
+            "expected model and tokenizer to have the same scales and codes but got "
+            f"patch_nums={tuple(model.patch_nums)}, vocab_size={model.vocab_size} for the model and "
+            f"patch_nums={tuple(tokenizer.patch_nums)}, vocab_size={tokenizer.vocab_size} for the tokenizer"
         )
     if not cfg_scale >= 0:
         raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
-    batch, last = labels.shape[0], len(model.patch_nums) - 1
-    guided = cfg_scale > 0
-    rows = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
-    cache = model.make_cache(rows.shape[0])
-    generators = row_generators(seed, batch, labels.device)
-    f_hat = tokenizer.empty_latent(batch, device=labels.device)
-    inputs: Tensor | None = None
-    indices = []
-    for scale in range(last + 1):
-        logits = model.scale_logits(scale, inputs, rows, cache)
-        if guided:
-            t = cfg_scale * scale / last if last else cfg_scale
-            conditional, unconditional = logits.chunk(2)
-            logits = (1 + t) * conditional - t * unconditional
-        logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        indices.append(sample_rows(logits, generators))
-        f_hat = tokenizer.add_scale(scale, indices[-1], f_hat)
-        if scale < last:
-            inputs = tokenizer.next_input(scale, f_hat)
-            inputs = torch.cat([inputs, inputs]) if guided else inputs
-    return NextScaleOutput(tokenizer.decode_latent(f_hat), indices)
+    if labels.dim() != 1:
+        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+    batch, last = len(labels), len(model.patch_nums) - 1
+    guided = cfg_scale > 0 and last > 0
+    rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+    seeds = RowSeeds(seed, batch)
+    latent = tokenizer.empty_latent(batch)
+    indices: list[Tensor] = []
+    shown: list[Tensor] = []
+    with _evaluating(model, tokenizer):
+        cache = model.make_cache(len(rows))
+        for k, side in enumerate(model.patch_nums):
+            inputs = None if k == 0 else tokenizer.next_input(k - 1, latent)
+            if guided and inputs is not None:
+                inputs = torch.cat([inputs, inputs])
+            logits = model.scale_logits(k, inputs, rows, cache)  # [B or 2B, p_k^2, V]
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                t = cfg_scale * k / last
+                logits = (1 + t) * conditional - t * unconditional
+            uniforms = seeds.uniforms(side * side, logits.device)
+            drawn = sample(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+            indices.append(drawn)
+            latent = tokenizer.add_scale(k, drawn, latent)
+            if previews:
+                shown.append(tokenizer.decode_latent(latent))
+        images = shown[-1] if previews else tokenizer.decode_latent(latent)
+    return NextScaleOutput(images, indices, shown)
+
+
+@contextmanager
+def _evaluating(*modules: object) -> Iterator[None]:
+    """Switch what is left of dropout off, and back on as it was."""
+    networks = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.training = False
+    try:
+        yield
+    finally:
+        for network, mode in zip(networks, modes, strict=True):
+            network.training = mode

@@ -1,7 +1,13 @@
-"""Drawing tokens from logits, in plain PyTorch."""
+"""Drawing tokens from logits.
+
+Each row of a batch has its own generator, keyed by its own seed, and each draw takes one uniform number (inverse of
+the cumulative distribution). What a row gets therefore depends neither on the other rows nor on its place in the
+batch, as far as the logits themselves do not.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -9,70 +15,107 @@ import torch
 from torch import Tensor
 
 
-def filter_logits(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Applies temperature, then top-k, then nucleus filtering; dropped logits become -inf.
+class RowSeeds:
+    """One random generator per row.
+
+    The numbers are drawn on the CPU, so that a GPU sees the same ones.
 
     Args:
-        logits: ``[..., V]``.
-        temperature: divides the logits; > 0.
-        top_k: keep the logits that are at least the k-th largest (ties are kept); None or >= V keeps all.
-        top_p: keep the smallest set of most likely tokens whose mass reaches `top_p` in (0, 1]; the most likely one
-            always stays; None keeps all.
-
-    Returns:
-        ``[..., V]`` in the dtype of `logits`.
+        seed: a number, from which row i gets a seed derived from (seed, i); or one number per row.
+        batch: rows.
 
     Raises:
-        ValueError: a parameter is out of its range.
+        ValueError: another number of seeds than rows.
     """
-    if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(f"expected temperature > 0 but got {temperature}")
+
+    def __init__(self, seed: int | Sequence[int], batch: int) -> None:
+        if isinstance(seed, int):
+            seeds = [derive_seed(seed, row) for row in range(batch)]
+        else:
+            if len(seed) != batch:
+                raise ValueError(f"expected one seed, or {batch} of them, one per row, but got {len(seed)}")
+            seeds = [derive_seed(int(one)) for one in seed]
+        self._generators = [torch.Generator().manual_seed(one) for one in seeds]
+
+    def uniforms(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """The next `count` numbers of every row, float64 `[B, count]` in [0, 1)."""
+        rows = [torch.rand(count, generator=g, dtype=torch.float64, device="cpu") for g in self._generators]
+        return (
+            torch.stack(rows).to(device)
+            if rows
+            else torch.empty(0, count, dtype=torch.float64, device=device)
+        )
+
+
+def derive_seed(*keys: int) -> int:
+    """A 63-bit seed of some numbers; other numbers give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Set unlikely tokens to -inf: first all but the `top_k` best, then the tail outside `top_p`.
+
+    Args:
+        logits: `[..., V]`.
+        top_k: keeps every logit that is at least the k-th largest, ties included; None keeps all.
+        top_p: drops, from the least likely upwards, tokens whose probabilities add up to at most `1 - top_p`; the
+            likeliest always stays. None keeps all.
+
+    Returns:
+        `[..., V]`, a new tensor where something was dropped.
+
+    Raises:
+        ValueError: `top_k` is below 1 or `top_p` not in (0, 1].
+    """
     if top_k is not None and top_k < 1:
-        raise ValueError(f"expected top_k >= 1 but got {top_k}; use None to keep all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"expected top_p in (0, 1] but got {top_p}")
-    logits = logits / temperature
+        raise ValueError(f"expected top_k >= 1 but got {top_k}; None keeps all tokens")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"expected 0 < top_p <= 1 but got {top_p}; None keeps all tokens")
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p is not None and top_p < 1.0:
+        ascending, order = logits.sort(dim=-1, stable=True)
+        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
         dropped[..., -1] = False
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
     return logits
 
 
-def row_generators(seed: int | Sequence[int], rows: int, device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """One random stream per row, so that what a row draws does not depend on the rows beside it.
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """Draw one token per position.
 
     Args:
-        seed: one number, from which each row's stream is derived with its index, or one number per row.
-        rows: number of rows.
-        device: where the logits lie.
-    """
-    if isinstance(seed, int):
-        # Distinct odd multipliers keep (seed, row) pairs apart; the generator itself scrambles the bits.
-        seeds = [(seed * 0x9E3779B97F4A7C15 + row * 0xD1B54A32D192ED03) % 2**63 for row in range(rows)]
-    else:
-        seeds = list(seed)
-        if len(seeds) != rows:
-            raise ValueError(f"expected one seed per row, {rows}, but got {len(seeds)}")
-    return [torch.Generator(device).manual_seed(s) for s in seeds]
-
-
-def sample_rows(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token per position, each row from its own stream.
-
-    Args:
-        logits: ``[B, N, V]``, at least one finite logit per position.
-        generators: one per row.
+        logits: `[B, N, V]`.
+        uniforms: float64 `[B, N]` in [0, 1), one per draw, e.g. of `RowSeeds`.
+        temperature: divides the logits before anything else; 0 takes the likeliest token.
+        top_k, top_p: see `filter_logits`.
 
     Returns:
-        int64 ``[B, N]``.
+        int64 `[B, N]`.
+
+    Raises:
+        ValueError: a setting is out of range or shapes do not fit.
     """
-    weights = logits.float().softmax(dim=-1)
-    drawn = [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
-    return torch.cat(drawn, dim=1).T if drawn else logits.new_empty(logits.shape[:2], dtype=torch.int64)
+    if logits.shape[:-1] != uniforms.shape:
+        raise ValueError(
+            f"expected uniforms of shape {tuple(logits.shape[:-1])} but got {tuple(uniforms.shape)}"
+        )
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"expected a finite temperature >= 0 but got {temperature}")
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    kept = filter_logits(logits.float() / temperature, top_k=top_k, top_p=top_p)
+    cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[..., -1:]
+    # Strictly below the total, so that the search cannot run past the last token of positive probability.
+    level = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, level, right=True).squeeze(-1)

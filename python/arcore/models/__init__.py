@@ -1,5 +1,47 @@
-"""The zoo: one file per system. Names are looked up in `arcore._registry`, which imports a file on first use."""
+"""The zoo: one file per published system, loaded on first use.
 
-from arcore._registry import System, count_parameters, create_model, get_config, list_models, model_info, systems
+import arcore
 
-__all__ = ["System", "count_parameters", "create_model", "get_config", "list_models", "model_info", "systems"]
+arcore.list_models()                                          # names of all presets
+model = arcore.create_model("var_tiny")                       # with random weights
+model = arcore.create_model("var_d16", weights="var_d16.pth")
+arcore.model_info("var")                                      # paper, presets, the check of its claim
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from arcore.models._builder import build, describe, load_checkpoint, load_weights, save_checkpoint
+from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_config, list_models, model_info
+
+if TYPE_CHECKING:
+    from arcore.models.var import VAR, VARConfig
+
+_FILES = {
+    "var": ("VAR", "VARConfig"),
+}
+
+__all__ = [
+    "VAR",
+    "ModelInfo",
+    "PresetInfo",
+    "VARConfig",
+    "build",
+    "create_model",
+    "describe",
+    "get_config",
+    "list_models",
+    "load_checkpoint",
+    "load_weights",
+    "model_info",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for file, names in _FILES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"arcore.models.{file}"), name)
+    raise AttributeError(f"module 'arcore.models' has no attribute {name!r}")

@@ -1,125 +1,77 @@
-"""VAR: visual autoregressive modelling by next-scale prediction (arXiv:2404.02905).
+"""VAR: visual autoregressive modelling by next-scale prediction (Tian et al., arXiv:2404.02905).
 
-An image is a pyramid of token maps, coarse to fine. The model predicts a whole map at once from all coarser ones:
-inside a map tokens see each other, across maps attention is causal. Training runs over all maps in one pass under
-`masks.next_scale`; generation feeds one map per step through a key-value cache and needs no mask.
+An image is a sequence of token maps, coarse to fine (`arcore.tokenizers.MultiScaleVQ`). A transformer predicts all
+tokens of a scale at once from the coarser scales, so ten passes make a 256-pixel image. In training all scales go
+through in one pass under `masks.next_scale`: a token sees its own scale and all coarser ones. In generation each
+scale sees everything in the cache and needs no mask.
 
-Module and parameter names are those of the official checkpoints. Differences in storage: the official files also
-hold the level index of each position, the dense attention bias (L x L) and a zero key bias; all three follow from
-`patch_nums`, so they are dropped on loading. The shared-AdaLN variant (d36) is not built.
+What enters for scale k is not the previous scale's tokens but their reconstruction: f_hat of scales < k, shrunk to
+p_k x p_k. The first scale enters as the class embedding, which also modulates every layer norm.
 
-Shapes: B batch, L tokens of all scales, C width, H heads, D head_dim, V vocab_size, z channels of the tokenizer.
+Legend: B rows, K scales, p_k side of scale k, L = sum of p_k^2 tokens, C width, z code width, V codes.
+
+Left out: the d36 model of the paper (512 pixels), whose blocks share one modulation layer.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
 
 from arcore import masks
-from arcore._registry import preset, register
-from arcore.nn import MLP, AdaLNHead, DropPath, KVCache, modulate
-from arcore.ops import block_sparse_attention
-
-MAX_LOG_SCALE = math.log(100)
+from arcore.masks import IntervalMask
+from arcore.nn import MLP, AdaLNBlock, AdaLNHead, ClassEmbedding, KVCache, LevelEmbedding, SelfAttention
+from arcore.nn.registry import Check, preset, register
 
 
 @dataclass(frozen=True, kw_only=True)
 class VARConfig:
-    """Sizes of a VAR.
+    """Settings of `VAR`. The defaults are those of the published 256-pixel models.
 
     Attributes:
         depth: transformer blocks.
-        width: channels C.
-        num_heads: attention heads H; must divide `width`.
-        patch_nums: side of each token map, coarse to fine; must equal the tokenizer's.
-        vocab_size: codes of the tokenizer V.
-        z_channels: width of a code z.
-        num_classes: classes of the condition.
-        mlp_ratio: hidden width of the feed-forward layer over C.
-        class_dropout: how often training replaces the class by "no class", for guidance.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        l2_norm_attention: normalise queries and keys and learn a factor per head (all released models do).
-        adaln_gamma_init: initial scale of the AdaLN weights that gate the residual branches.
+        embed_dim: width C.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward network over C.
+        num_classes: classes of the data.
+        vocab_size: codes V of the tokenizer.
+        z_channels: width z of a code.
+        patch_nums: side length of each scale, coarse to fine, as the tokenizer has them.
+        attn_l2_norm: cosine attention with a learned temperature per head; without it logits are scaled by
+            0.25 / sqrt(head_dim).
+        class_drop: share of rows that are trained without their class, for guidance.
+        drop_path: stochastic depth of the last block; earlier blocks have proportionally less.
+        gate_init: standard deviation of the initial gates, relative to other weights.
+
+    Raises:
+        ValueError: `patch_nums` are no growing side lengths.
     """
 
     depth: int
-    width: int
+    embed_dim: int
     num_heads: int
-    patch_nums: tuple[int, ...]
-    vocab_size: int
-    z_channels: int
-    num_classes: int
     mlp_ratio: float = 4.0
-    class_dropout: float = 0.1
+    num_classes: int = 1000
+    vocab_size: int = 4096
+    z_channels: int = 32
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    attn_l2_norm: bool = True
+    class_drop: float = 0.1
     drop_path: float = 0.0
-    l2_norm_attention: bool = True
-    adaln_gamma_init: float = 1e-5
+    gate_init: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "num_heads", "vocab_size", "z_channels", "num_classes"):
+        for name in ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size", "z_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"VARConfig: expected {name} >= 1 but got {getattr(self, name)}")
-        if self.width % self.num_heads or (self.width // self.num_heads) % 8:
-            raise ValueError(
-                "VARConfig: expected width / num_heads to be a multiple of 8 but got "
-                f"width={self.width} and num_heads={self.num_heads}"
-            )
+                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}")
         sides = self.patch_nums
-        if not sides or sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
-            raise ValueError(f"VARConfig: expected patch_nums to grow from >= 1 but got {sides}")
-
-
-class Attention(nn.Module):
-    """Self-attention with one projection for q, k, v and no bias on k."""
-
-    def __init__(self, config: VARConfig) -> None:
-        super().__init__()
-        width, self.num_heads = config.width, config.num_heads
-        self.l2_norm = config.l2_norm_attention
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        if self.l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.num_heads, 1, 1), math.log(4.0)))
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: masks.IntervalMask, cache: KVCache | None, layer: int) -> Tensor:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = linear(x, self.mat_qkv.weight, bias)  # [B, N, 3C]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, D] each
-        scale = 0.25 / math.sqrt(q.shape[-1])
-        if self.l2_norm:
-            q = normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
-            k = normalize(k, dim=-1)
-            scale = 1.0
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast normalises in float32
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        out = block_sparse_attention(q, k, v, mask, scale=scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Attention and MLP, gated and modulated by the condition."""
-
-    def __init__(self, config: VARConfig, drop_path: float) -> None:
-        super().__init__()
-        self.attn = Attention(config)
-        self.ffn = MLP(config.width, round(config.width * config.mlp_ratio))
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(
-        self, x: Tensor, condition: Tensor, mask: masks.IntervalMask, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).unsqueeze(1).chunk(6, dim=-1)
-        x = x + self.drop_path(gate1 * self.attn(modulate(x, scale1, shift1), mask, cache, layer))
-        return x + self.drop_path(gate2 * self.ffn(modulate(x, scale2, shift2)))
+        if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
+            raise ValueError(f"patch_nums must be growing side lengths, coarse to fine, but got {sides}")
 
 
 @register(
@@ -128,193 +80,263 @@ class Block(nn.Module):
     paper="arXiv:2404.02905",
     family="next-scale",
     ops=("block_sparse_attention",),
-    summary="Class-conditional image generation by next-scale prediction: one token map per step, coarse to fine.",
-    claim="Generating scale by scale through a cache gives the logits of the masked one-pass model.",
-    check="tests/models/test_var.py::test_cached_generation_equals_the_masked_pass",
+    summary="Class-conditional image generator that predicts token maps scale by scale.",
+    check=Check(
+        "tests/models/test_var.py::test_claim_one_masked_pass_equals_cached_generation",
+        "One masked pass over all scales gives the logits of scale-by-scale generation from a cache.",
+    ),
 )
 class VAR(nn.Module):
-    """The model of the paper's section 3.2; implements `arcore.nn.ScaleModel`."""
+    """The transformer. A `ScaleModel` (`arcore.nn.protocols`).
+
+    Args:
+        config: settings.
+    """
+
+    official_entry = "trainer.var_wo_ddp"
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_nums, self.vocab_size = config.patch_nums, config.vocab_size
-        self.num_classes = config.num_classes
+        dim, sizes = config.embed_dim, [side * side for side in config.patch_nums]
+        self.scale_starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
         self.mask = masks.next_scale(config.patch_nums)
-        counts = [side * side for side in self.patch_nums]
-        self.starts = [sum(counts[:k]) for k in range(len(counts) + 1)]
-
-        width = config.width
-        self.word_embed = nn.Linear(config.z_channels, width)
-        self.class_emb = nn.Embedding(config.num_classes + 1, width)
-        self.pos_start = nn.Parameter(torch.empty(1, counts[0], width))
-        self.pos_1LC = nn.Parameter(torch.empty(1, sum(counts), width))
-        self.lvl_embed = nn.Embedding(len(counts), width)
-        last = max(1, config.depth - 1)
-        self.blocks = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.depth))
-        self.head_nm = AdaLNHead(width)
-        self.head = nn.Linear(width, config.vocab_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The paper's initialisation: std sqrt(1 / 3C), residual outputs shrunk by sqrt(2 depth), gates near 0."""
-        std = math.sqrt(1 / (3 * self.config.width))
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        with torch.no_grad():
-            self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[1].weight.mul_(0.5)
-            for block in self.blocks:
-                block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
-                block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-                gates, rest = block.ada_lin[1].weight.split([2 * self.config.width, 4 * self.config.width])
-                gates.mul_(self.config.adaln_gamma_init)
-                rest.mul_(0.5)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if labels.dim() != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"VAR: expected labels int64 [B] but got {labels.dtype} {tuple(labels.shape)}")
-        if torch.compiler.is_compiling() or labels.numel() == 0:
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high > self.num_classes:
-            raise ValueError(
-                f"VAR: expected labels in [0, {self.num_classes}] ({self.num_classes} means no class) "
-                f"but got values from {low} to {high}"
+        self.class_embed = ClassEmbedding(config.num_classes, dim, drop=config.class_drop)
+        self.word_embed = nn.Linear(config.z_channels, dim)
+        self.pos_start = nn.Parameter(torch.empty(1, sizes[0], dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, sum(sizes), dim))
+        self.level_embed = LevelEmbedding(sizes, dim)
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(
+                dim,
+                dim,
+                attn=SelfAttention(
+                    dim,
+                    config.num_heads,
+                    l2_norm=config.attn_l2_norm,
+                    scale=0.25 / math.sqrt(dim / config.num_heads),
+                ),
+                ffn=MLP(dim, round(dim * config.mlp_ratio)),
+                drop_path=config.drop_path * i / max(config.depth - 1, 1),
             )
+            for i in range(config.depth)
+        )
+        self.head = AdaLNHead(dim, dim, config.vocab_size)
+        self._init_weights()
 
-    def _embed(self, scale: int, inputs: Tensor | None, condition: Tensor) -> Tensor:
-        """Token embeddings of one scale, ``[B, p², C]``."""
-        first, stop = self.starts[scale], self.starts[scale + 1]
-        if scale == 0:
-            x = condition.unsqueeze(1) + self.pos_start
-        else:
-            expected = (condition.shape[0], stop - first, self.config.z_channels)
-            if inputs is None or inputs.shape != expected:
-                got = "None" if inputs is None else tuple(inputs.shape)
-                raise ValueError(f"VAR: expected inputs of scale {scale} of shape {expected} but got {got}")
-            x = self.word_embed(inputs)
-        return x + self.lvl_embed.weight[scale] + self.pos_1LC[:, first:stop]
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        config = self.config
+        std = math.sqrt(1 / (3 * config.embed_dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.class_embed.weight, self.level_embed.weight, self.pos_start, self.pos_embed):
+            nn.init.trunc_normal_(table, std=std)
+        for block in self.blocks:
+            block.attn.proj.weight.div_(math.sqrt(2 * config.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * config.depth))
+            gates, rest = block.modulation.linear.weight.split([2 * config.embed_dim, 4 * config.embed_dim])
+            gates.mul_(config.gate_init)
+            rest.mul_(0.5)
+        self.head.modulation.linear.weight.mul_(0.5)
+        self.head.linear.weight.mul_(0.02)
 
-    def _logits(self, x: Tensor, condition: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.head_nm(x.float(), condition.float()))
+    @property
+    def patch_nums(self) -> tuple[int, ...]:
+        return self.config.patch_nums
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def null_class(self) -> int:
+        """The label for "no class"."""
+        return self.config.num_classes
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits of all scales at once, with the true coarser scales as input (training).
+        """Logits of all scales in one pass, each scale given the true coarser ones.
 
         Args:
-            inputs: ``[B, L - p_0², z]``, the tokenizer's `scale_inputs`.
-            labels: int64 ``[B]`` in [0, num_classes]; in training mode some are replaced by "no class".
+            inputs: `[B, L - p_0^2, z]`, from the tokenizer's `scale_inputs`.
+            labels: int64 `[B]` in [0, num_classes]; num_classes is the null class.
 
         Returns:
-            float32 ``[B, L, V]``.
+            float32 `[B, L, V]`: the logits of the tokens at the same place.
 
         Raises:
-            ValueError: shapes or labels do not fit.
+            TypeError: inputs or labels have a wrong dtype.
+            ValueError: shapes do not fit `patch_nums`, or a label is out of range.
         """
-        self._check_labels(labels)
-        batch, tokens = labels.shape[0], self.starts[-1] - self.starts[1]
-        if inputs.shape != (batch, tokens, self.config.z_channels):
-            raise ValueError(
-                f"VAR: expected inputs of shape {(batch, tokens, self.config.z_channels)}, that is all scales of "
-                f"patch_nums={self.patch_nums} but the first, but got {tuple(inputs.shape)}"
-            )
-        if self.training and self.config.class_dropout > 0:
-            dropped = torch.rand(batch, device=labels.device) < self.config.class_dropout
-            labels = torch.where(dropped, self.num_classes, labels)
-        condition = self.class_emb(labels)  # [B, C]
-        parts = list(inputs.split([b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False)], dim=1))
-        x = torch.cat([self._embed(k, p, condition) for k, p in enumerate([None, *parts])], dim=1)
-        mask = self.mask if self.mask.bounds.device == x.device else self.mask.to(x.device)
-        for i, block in enumerate(self.blocks):
-            x = block(x, condition, mask, None, i)
-        return self._logits(x, condition)
+        self._check_inputs(inputs, self.scale_starts[-1] - self.scale_starts[1], len(labels))
+        cond = self.class_embed(labels)
+        x = torch.cat([self._first_tokens(cond), self.word_embed(inputs)], dim=1)
+        return self._transform(x + self.level_embed() + self.pos_embed, cond, self.mask.to(x.device))
 
     def make_cache(self, batch: int) -> KVCache:
-        """An empty cache for `batch` rows, in the model's dtype and on its device."""
-        config, weight = self.config, self.head.weight
-        head_dim = config.width // config.num_heads
+        """An empty cache for `batch` rows, in the dtype and on the device of the model."""
+        config = self.config
         return KVCache(
-            config.depth, batch, config.num_heads, self.starts[-1], head_dim, dtype=weight.dtype, device=weight.device
+            num_layers=config.depth,
+            batch=batch,
+            num_heads=config.num_heads,
+            max_length=self.scale_starts[-1],
+            head_dim=config.embed_dim // config.num_heads,
+            dtype=self.pos_embed.dtype,
+            device=self.pos_embed.device,
         )
 
-    def scale_logits(self, scale: int, inputs: Tensor | None, labels: Tensor, cache: KVCache) -> Tensor:
-        """See `arcore.nn.ScaleModel`."""
-        if not 0 <= scale < len(self.patch_nums):
-            raise ValueError(f"VAR: expected scale in [0, {len(self.patch_nums)}) but got {scale}")
-        if cache.length != self.starts[scale]:
+    def scale_logits(self, k: int, inputs: Tensor | None, labels: Tensor, cache: KVCache) -> Tensor:
+        """Logits of scale k, given the coarser scales in the cache.
+
+        Args:
+            k: scale; scales come in order.
+            inputs: `[B, p_k^2, z]`, from the tokenizer's `next_input`; None for the first scale.
+            labels: int64 `[B]`, as in `forward`.
+            cache: from `make_cache(B)`; receives the keys and values of scale k.
+
+        Returns:
+            float32 `[B, p_k^2, V]`.
+
+        Raises:
+            TypeError: inputs or labels have a wrong dtype.
+            ValueError: the scale is not the next one, shapes do not fit, or a label is out of range.
+        """
+        if not 0 <= k < len(self.patch_nums) or cache.length != self.scale_starts[k]:
             raise ValueError(
-                f"VAR: scale {scale} follows {self.starts[scale]} tokens but the cache holds {cache.length}"
+                f"expected the scales 0 to {len(self.patch_nums) - 1} in order, but got scale {k} while the cache "
+                f"holds {cache.length} tokens (scales start at {self.scale_starts[:-1]})"
             )
-        self._check_labels(labels)
-        condition = self.class_emb(labels)
-        x = self._embed(scale, inputs, condition)
-        mask = masks.full(x.shape[1], self.starts[scale + 1]).to(x.device)
-        for i, block in enumerate(self.blocks):
-            x = block(x, condition, mask, cache, i)
-        cache.advance(x.shape[1])
-        return self._logits(x, condition)
+        start, stop = self.scale_starts[k : k + 2]
+        cond = self.class_embed(labels)
+        if (inputs is None) != (k == 0):
+            raise ValueError(
+                f"expected inputs for every scale but the first; scale {k} got {type(inputs).__name__}"
+            )
+        if inputs is None:
+            x = self._first_tokens(cond)
+        else:
+            self._check_inputs(inputs, stop - start, len(labels))
+            x = self.word_embed(inputs)
+        x = x + self.level_embed.weight[k] + self.pos_embed[:, start:stop]
+        return self._transform(x, cond, masks.full(stop - start, stop).to(x.device), cache)
 
-    @staticmethod
-    def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drops what official checkpoints store beside the weights."""
-        derived = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
-        return {key: value for key, value in state.items() if not key.endswith(derived)}
+    def _first_tokens(self, cond: Tensor) -> Tensor:
+        return cond.unsqueeze(1) + self.pos_start  # [B, p_0^2, C]
+
+    def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cond, mask, cache, layer)
+        out: Tensor = self.head(x, cond)
+        return out
+
+    def _check_inputs(self, inputs: Tensor, length: int, batch: int) -> None:
+        expected = (batch, length, self.config.z_channels)
+        if tuple(inputs.shape) != expected:
+            raise ValueError(
+                f"expected inputs of shape {expected}, for patch_nums={self.patch_nums} and "
+                f"z_channels={self.config.z_channels}, but got {tuple(inputs.shape)}"
+            )
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"expected inputs of a floating dtype but got {str(inputs.dtype).removeprefix('torch.')}; "
+                "codes become inputs by the tokenizer's scale_inputs"
+            )
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a published checkpoint under our names.
+
+        Three of its buffers hold nothing that is learnt: `lvl_1L`, the scale of each token, and
+        `attn_bias_for_masking`, the L x L mask, must describe our scales; `zero_k_bias` must be zero. They are
+        checked and dropped; an L x L buffer is never kept.
+
+        Raises:
+            ValueError: the scales differ, or a key bias is not zero.
+        """
+        level = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
+        found = state.get("lvl_1L")
+        if found is not None and found.flatten().tolist() != level.tolist():
+            raise ValueError(
+                f"the weights are for other scales than patch_nums={self.patch_nums}: they have "
+                f"{found.numel()} tokens and we {len(level)}"
+            )
+        bias = state.get("attn_bias_for_masking")
+        if bias is not None and (
+            bias.shape[-2:] != (len(level), len(level))
+            or not torch.equal(bias[0, 0] == 0, self.mask.to_bool()[0, 0])
+        ):
+            raise ValueError("the weights were trained under another mask than masks.next_scale")
+        for key, value in state.items():
+            if key.endswith(".zero_k_bias") and value.count_nonzero():
+                raise ValueError(f"{key} is not zero, but the model has no bias on keys")
+        return {
+            _our_name(key): value
+            for key, value in state.items()
+            if key not in ("lvl_1L", "attn_bias_for_masking") and not key.endswith(".zero_k_bias")
+        }
 
 
-@preset("var")
+_OFFICIAL_NAMES = (
+    (r"^pos_1LC$", "pos_embed"),
+    (r"^class_emb\.", "class_embed."),
+    (r"^lvl_embed\.", "level_embed."),
+    (r"\.attn\.mat_qkv\.", ".attn.qkv."),
+    (r"\.attn\.scale_mul_1H11$", ".attn.log_scale"),
+    (r"^head\.", "head.linear."),
+    (r"^head_nm\.ada_lin\.1\.", "head.modulation.linear."),
+    (r"\.ada_lin\.1\.", ".modulation.linear."),
+)
+
+
+def _our_name(key: str) -> str:
+    for pattern, ours in _OFFICIAL_NAMES:
+        renamed = re.sub(pattern, ours, key)
+        if renamed != key:
+            return renamed
+    return key
+
+
+@preset("var", tokenizer="msvq_tiny")
 def var_tiny() -> VARConfig:
-    """8 x 8 digits on the codes of msvq_tiny."""
+    """8x8 digits in 4 scales, 30 tokens; trains on a CPU in minutes."""
     return VARConfig(
         depth=4,
-        width=128,
+        embed_dim=128,
         num_heads=4,
-        patch_nums=(1, 2, 3, 4),
+        num_classes=10,
         vocab_size=128,
         z_channels=16,
-        num_classes=10,
-        adaln_gamma_init=1e-1,
+        patch_nums=(1, 2, 3, 4),
+        gate_init=1e-3,
     )
 
 
-def _imagenet(depth: int) -> VARConfig:
-    return VARConfig(
-        depth=depth,
-        width=64 * depth,
-        num_heads=depth,
-        patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        vocab_size=4096,
-        z_channels=32,
-        num_classes=1000,
-        drop_path=0.1 * depth / 24,
-    )
+def _published(depth: int) -> VARConfig:
+    return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24)
 
 
-@preset("var")
+@preset("var", tokenizer="msvq_ch160")
 def var_d16() -> VARConfig:
-    """ImageNet 256 x 256, 310 M parameters."""
-    return _imagenet(16)
+    """ImageNet, 256 pixels, depth 16; weights: var_d16.pth."""
+    return _published(16)
 
 
-@preset("var")
+@preset("var", tokenizer="msvq_ch160")
 def var_d20() -> VARConfig:
-    """ImageNet 256 x 256, 600 M parameters."""
-    return _imagenet(20)
+    """ImageNet, 256 pixels, depth 20; weights: var_d20.pth."""
+    return _published(20)
 
 
-@preset("var")
+@preset("var", tokenizer="msvq_ch160")
 def var_d24() -> VARConfig:
-    """ImageNet 256 x 256, 1.0 B parameters."""
-    return _imagenet(24)
+    """ImageNet, 256 pixels, depth 24; weights: var_d24.pth."""
+    return _published(24)
 
 
-@preset("var")
+@preset("var", tokenizer="msvq_ch160")
 def var_d30() -> VARConfig:
-    """ImageNet 256 x 256, 2.0 B parameters."""
-    return _imagenet(30)
+    """ImageNet, 256 pixels, depth 30; weights: var_d30.pth."""
+    return _published(30)

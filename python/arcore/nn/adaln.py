@@ -120,6 +120,8 @@ class AdaLNHead(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """`[B, N, C]` and `[B, cond_dim]` to float32 `[B, N, out_dim]`."""
-        scale, shift = self.modulation(cond)
-        out: Tensor = self.linear(modulated_norm(x, scale, shift))
+        # Logits need float32 also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            scale, shift = self.modulation(cond.to(self.linear.weight.dtype))
+            out: Tensor = self.linear(modulated_norm(x.to(scale.dtype), scale, shift))
         return out.float()

@@ -33,7 +33,9 @@ class SelfAttention(nn.Module):
     # exp(4.6) = 100: keeps a head from turning into an argmax, whose gradient vanishes.
     MAX_LOG_SCALE = math.log(100.0)
 
-    def __init__(self, dim: int, num_heads: int, *, l2_norm: bool = False, scale: float | None = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, l2_norm: bool = False, scale: float | None = None
+    ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads or dim // num_heads % 8 or dim // num_heads > 256:
             raise ValueError(

@@ -37,7 +37,9 @@ class ClassEmbedding(nn.Module):
             ValueError: a label is out of range (checked on the CPU only: on a GPU it would wait for the device).
         """
         if labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"expected labels of dtype int64 but got {str(labels.dtype).removeprefix('torch.')}")
+            raise TypeError(
+                f"expected labels of dtype int64 but got {str(labels.dtype).removeprefix('torch.')}"
+            )
         if labels.dim() != 1:
             raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
         if labels.is_cpu and not torch.compiler.is_compiling() and labels.numel():

@@ -1,4 +1,4 @@
-"""Training objectives: pure functions of predictions and targets."""
+"""Training objectives: pure functions of logits or predictions."""
 
 from arcore.objectives.next_scale import next_scale_loss
 

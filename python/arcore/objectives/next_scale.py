@@ -1,12 +1,12 @@
-"""Cross-entropy over all scales of a token pyramid."""
+"""Objective of next-scale prediction (VAR, arXiv:2404.02905, section 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 def next_scale_loss(
@@ -16,32 +16,40 @@ def next_scale_loss(
     label_smoothing: float = 0.0,
     scale_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Mean cross-entropy over tokens (VAR, arXiv:2404.02905), or a weighted sum of the means of the scales.
+    """Mean cross entropy over the tokens of all scales.
 
     Args:
-        logits: ``[B, L, V]``, all scales one after another.
-        indices: int64 ``[B, p²]`` per scale, L tokens in total.
-        label_smoothing: mass spread evenly over all codes, in [0, 1).
-        scale_weights: one weight per scale (HMAR, arXiv:2506.04421, weights the scales' means); None counts every
-            token alike.
+        logits: `[B, L, V]`.
+        indices: codes of each scale, int64 `[B, p_k^2]`, which add up to L tokens.
+        label_smoothing: share of the target that is spread evenly over all codes.
+        scale_weights: weight of a token of each scale. Weights are relative: the result is a weighted mean, and equal
+            weights change nothing. For scales that count alike whatever their size take `1 / p_k^2`.
 
     Returns:
-        float32 scalar.
+        Scalar, float32, in nats per token.
 
     Raises:
-        ValueError: the numbers of tokens or of weights do not fit.
+        ValueError: lengths or weights do not fit.
     """
-    target = torch.cat(list(indices), dim=1)
-    if logits.shape[:2] != target.shape:
+    targets = torch.cat(list(indices), dim=1)
+    if logits.dim() != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(
-            f"next_scale_loss: expected logits [B, L, V] for indices of {tuple(target.shape)} but got {tuple(logits.shape)}"
+            f"expected logits of shape [B, L, V] with (B, L) = {tuple(targets.shape)}, the codes given, "
+            f"but got {tuple(logits.shape)}"
         )
-    loss = cross_entropy(
-        logits.float().transpose(1, 2), target, label_smoothing=label_smoothing, reduction="none"
-    )  # [B, L]
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing, reduction="none"
+    ).view(targets.shape)
     if scale_weights is None:
-        return loss.mean()
-    if len(scale_weights) != len(indices):
-        raise ValueError(f"next_scale_loss: expected {len(indices)} scale_weights but got {len(scale_weights)}")
-    parts = loss.split([index.shape[1] for index in indices], dim=1)
-    return torch.stack([w * part.mean() for w, part in zip(scale_weights, parts, strict=True)]).sum()
+        return losses.mean()
+    if len(scale_weights) != len(indices) or min(scale_weights) < 0 or max(scale_weights) <= 0:
+        raise ValueError(
+            f"expected {len(indices)} scale_weights, none negative and one positive, but got {list(scale_weights)}"
+        )
+    weights = torch.cat(
+        [
+            losses.new_full((codes.shape[1],), float(w))
+            for codes, w in zip(indices, scale_weights, strict=True)
+        ]
+    )
+    return (losses * weights).mean() / weights.mean()
