@@ -40,13 +40,24 @@ def lengths(where: str, name: str, values: object, minimum: int = 0) -> list[int
         raise TypeError(
             f"arcore.masks.{where}: expected {name} to be a sequence of integers but got {type(values).__name__}"
         )
-    numbers = list(values)
-    if not all(type(value) is int and value >= minimum for value in numbers):
-        numbers = [length(where, f"{name}[{i}]", value, minimum) for i, value in enumerate(numbers)]
-    if not numbers:
+    sizes = list(values)
+    if not all(type(value) is int and value >= minimum for value in sizes):
+        sizes = [length(where, f"{name}[{i}]", value, minimum) for i, value in enumerate(sizes)]
+    if not sizes:
         raise ValueError(f"arcore.masks.{where}: expected {name} to hold at least one entry but it is empty")
-    length(where, f"the sum of {name}", sum(numbers))
-    return numbers
+    length(where, f"the sum of {name}", sum(sizes))
+    return sizes
+
+
+def numbers(where: str, name: str, x: object) -> Tensor:
+    """`x`, an integer, a (nested) sequence of integers or an integer tensor, as an int64 tensor on the CPU."""
+    if not isinstance(x, Tensor):
+        try:
+            x = torch.as_tensor(x, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where}: expected {name} to be made of integers but got {x!r}") from error
+        x = x.to(torch.int64) if x.numel() == 0 else x
+    return integers(where, name, x)
 
 
 def integers(where: str, name: str, x: object) -> Tensor:

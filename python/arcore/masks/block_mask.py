@@ -142,7 +142,7 @@ def _partial_ranges(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
     step = max(1, _ELEMENTS_AT_ONCE // (block_q * block_k))
     none = torch.zeros(0, dtype=torch.int64, device="cpu")
     parts = [(none, none, none)]
-    for chunk in blocks.split(step):
+    for chunk in blocks.split(step) if len(blocks) else ():
         b, h, m, n = chunk.unbind(-1)
         table = chunk.to(device)
 
@@ -153,8 +153,8 @@ def _partial_ranges(block_mask: BlockMask) -> tuple[Tensor, Tensor, Tensor]:
             return block_mask.mask_mod(table[p, 0], table[p, 1], query, key)
 
         allowed = create_mask(of_block, len(chunk), 1, block_q, block_k, device=device)[:, 0].cpu()
-        allowed &= (m.unsqueeze(1) * block_q + torch.arange(block_q, device="cpu") < nq).unsqueeze(2)
-        allowed &= (n.unsqueeze(1) * block_k + torch.arange(block_k, device="cpu") < nk).unsqueeze(1)
+        allowed = allowed & (m.unsqueeze(1) * block_q + torch.arange(block_q, device="cpu") < nq).unsqueeze(2)
+        allowed = allowed & (n.unsqueeze(1) * block_k + torch.arange(block_k, device="cpu") < nk).unsqueeze(1)
         edge = torch.nn.functional.pad(allowed, (1, 1))
         block, query, lo = (edge[..., 1:] & ~edge[..., :-1]).nonzero().unbind(-1)
         hi = (edge[..., :-1] & ~edge[..., 1:]).nonzero()[:, 2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore.masks import _spans
-from arcore.masks._arguments import MAX_LENGTH, integers, length
+from arcore.masks._arguments import MAX_LENGTH, integers, length, numbers
 from arcore.masks._value import Value
 from arcore.masks.labels import Labels
 from arcore.masks.tile_plan import TilePlan, compute_tile_plan
@@ -235,7 +235,7 @@ class IntervalMask(Value):
         where = "arcore.masks.IntervalMask.with_padding"
         if side not in ("right", "left"):
             raise ValueError(f"{where}: expected side to be 'right' or 'left' but got {side!r}")
-        real = integers(where, "lengths", torch.as_tensor(lengths, device="cpu"))
+        real = numbers(where, "lengths", lengths)
         if real.dim() != 1 or real.numel() == 0:
             raise ValueError(f"{where}: expected lengths of shape [B] but got {tuple(real.shape)}")
         if int(real.min()) < 0 or int(real.max()) > self.nk:
@@ -440,11 +440,11 @@ def _united(lo: Tensor, hi: Tensor, nk: int, where: str) -> Tensor:
 
 def _normal_bounds(bounds: Tensor, nk: int) -> Tensor:
     where = "arcore.masks.IntervalMask"
-    if bounds.dim() == 2:
-        bounds = bounds.reshape(1, 1, *bounds.shape)
+    given = tuple(bounds.shape)
+    bounds = bounds.view(1, 1, *given) if len(given) == 2 else bounds
     if bounds.dim() != 4 or bounds.shape[3] not in (2, 4) or 0 in bounds.shape[:2]:
         raise ValueError(
-            f"{where}: expected bounds of shape [Nq, 2 or 4] or [Bm, Hm, Nq, 2 or 4] but got {tuple(bounds.shape)}"
+            f"{where}: expected bounds of shape [Nq, 2 or 4] or [Bm, Hm, Nq, 2 or 4] but got {given}"
         )
     if bounds.shape[2] > MAX_LENGTH:
         raise ValueError(f"{where}: expected at most {MAX_LENGTH} rows but got {bounds.shape[2]}")
@@ -462,12 +462,10 @@ def _normal_bounds(bounds: Tensor, nk: int) -> Tensor:
 
 def _normal_key_bounds(key_bounds: Tensor, nq: int, nk: int) -> Tensor:
     where = "arcore.masks.IntervalMask"
-    if key_bounds.dim() == 2:
-        key_bounds = key_bounds.unsqueeze(0)
+    given = tuple(key_bounds.shape)
+    key_bounds = key_bounds.unsqueeze(0) if len(given) == 2 else key_bounds
     if key_bounds.dim() != 3 or key_bounds.shape[1:] != (nk, 2) or key_bounds.shape[0] == 0:
-        raise ValueError(
-            f"{where}: expected key_bounds of shape [{nk}, 2] or [Bm, {nk}, 2] but got {tuple(key_bounds.shape)}"
-        )
+        raise ValueError(f"{where}: expected key_bounds of shape [{nk}, 2] or [Bm, {nk}, 2] but got {given}")
     lo, hi = key_bounds.unbind(-1)
     bad = ((lo < 0) | (lo > hi) | (hi > nq)).flatten()
     if bad.any():

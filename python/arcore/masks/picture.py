@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,21 @@ if TYPE_CHECKING:
     from arcore.masks.interval_mask import IntervalMask
     from arcore.masks.tree_mask import TreeMask
 
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-_CATEGORIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Okabe and Ito's colours, which colour-blind readers tell apart too. What is known has the same colour everywhere.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
+_KNOWN = {
+    **dict.fromkeys(("allowed", "keys", "tokens", "clean", "the node itself"), _BLUE),
+    **dict.fromkeys(("noisy", "ancestors"), _ORANGE),
+    **dict.fromkeys(("cache", "prefix", "sinks"), _GREEN),
+}
+_OTHERS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _FORBIDDEN = "#EDEDED"
 # Longer sides are sampled: a screen shows no more.
 _MAX_PIXELS = 1200
 # Up to so many tokens, lines separate the tokens; up to so many segments, lines separate the segments.
 _MAX_TOKEN_LINES, _MAX_SEGMENT_LINES = 48, 80
-# A segment narrower than this fraction of its side gets no title.
-_MIN_TITLE = 0.03
+# Letters of a title that fit side by side on an inch, and lines that fit below each other.
+_LETTERS, _LINES = 18, 10
 _MAX_LEGEND = 8
 
 
@@ -125,30 +132,37 @@ def _colours(groups: list[str], ordered: bool) -> list[str]:
     from matplotlib.colors import to_hex
 
     if not ordered:
-        return [_CATEGORIES[i % len(_CATEGORIES)] for i in range(len(groups))]
+        others = cycle(_OTHERS)
+        return [_KNOWN.get(group) or next(others) for group in groups]
     ramp = colormaps["viridis"]
-    return [to_hex(ramp(0.92 * i / max(len(groups) - 1, 1))) for i in range(len(groups))]
+    return [to_hex(ramp(0.05 + 0.83 * i / max(len(groups) - 1, 1))) for i in range(len(groups))]
 
 
 def _mark(ax: Axes, side: str, segments: tuple[Segment, ...], size: int) -> None:
     """Lines between tokens and segments, and the segments' titles."""
+    from matplotlib.ticker import MaxNLocator
+
     draw_line = ax.axvline if side == "x" else ax.axhline
     if size <= _MAX_TOKEN_LINES:
         for position in range(1, size):
             draw_line(position, color="white", linewidth=0.4)
     if 1 < len(segments) <= _MAX_SEGMENT_LINES:
         for segment in segments:
-            draw_line(segment.start, color="white", linewidth=1.4)
-    titled = [s for s in segments if s.title and s.stop - s.start >= _MIN_TITLE * size]
-    if not titled:
+            draw_line(segment.start, color="white", linewidth=1.4 if size <= _MAX_TOKEN_LINES else 0.7)
+    axis = ax.xaxis if side == "x" else ax.yaxis
+    if len(segments) < 2:
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         return
-    places, titles = [(s.start + s.stop) / 2 for s in titled], [s.title for s in titled]
-    if side == "y":
-        ax.set_yticks(places, titles)
-        return
-    # About 60 letters of this size fit side by side.
-    crowded = any(len(s.title) * size > 60 * (s.stop - s.start) for s in titled)
-    ax.set_xticks(places, titles, rotation=90 if crowded else 0)
+    frame = ax.get_window_extent()
+    per_token = (frame.width if side == "x" else frame.height) / ax.figure.dpi / size
+    across = [s for s in segments if len(s.title) <= _LETTERS * per_token * (s.stop - s.start)]
+    upright = [s for s in segments if _LINES * per_token * (s.stop - s.start) >= 1]
+    # Keys' titles stand upright only where too many would not fit otherwise.
+    turned = side == "x" and sum(s.stop - s.start for s in across) < 0.8 * size
+    titled = across if side == "x" and not turned else upright
+    axis.set_ticks(
+        [(s.start + s.stop) / 2 for s in titled], [s.title for s in titled], rotation=90 if turned else 0
+    )
 
 
 def _add_legend(ax: Axes, groups: list[str], colours: list[str]) -> None:
@@ -166,7 +180,7 @@ def _add_legend(ax: Axes, groups: list[str], colours: list[str]) -> None:
         handles=handles,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.02),
-        ncols=3,
+        ncols=4 if len(entries) <= 4 else 3,
         fontsize=7,
         frameon=False,
         handlelength=1,

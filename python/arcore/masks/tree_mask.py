@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore.masks import _spans
-from arcore.masks._arguments import integers
+from arcore.masks._arguments import integers, numbers
 from arcore.masks._value import Value
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TreeMask(Value):
             raise ValueError(
                 f"{where}: expected words of shape [Bm, m] with 1 to {MAX_NODES} nodes but got {tuple(words.shape)}"
             )
-        cached = integers(where, "prefix", torch.as_tensor(prefix, device="cpu")).reshape(-1)
+        cached = numbers(where, "prefix", prefix).reshape(-1)
         if cached.numel() == 0 or 1 != cached.numel() != bits.shape[0] != 1:
             raise ValueError(
                 f"{where}: expected one prefix or one per batch entry ({bits.shape[0]}) but got {cached.numel()}"
@@ -86,7 +86,7 @@ class TreeMask(Value):
             prefix: as in the constructor.
         """
         where = "arcore.masks.tree"
-        table = integers(where, "parents", torch.as_tensor(parents))
+        table = numbers(where, "parents", parents)
         table = table.unsqueeze(0) if table.dim() == 1 else table
         if table.dim() != 2 or not 1 <= table.shape[1] <= MAX_NODES or table.shape[0] == 0:
             raise ValueError(
