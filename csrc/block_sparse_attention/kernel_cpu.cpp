@@ -352,24 +352,50 @@ void pack_row(const float* row, const ColumnPanels& panels, int64_t index, float
   }
 }
 
+// Whether each pair has one query tile only. Then nobody shares its packed keys, and each key tile is packed
+// just before it is used, into scratch that stays in cache, instead of once into the workspace.
+bool packs_by_tile(const Problem& p) {
+  return p.heads == p.kv_heads && p.nq <= kTileQ;
+}
+
 // Packed operands of one (batch, kv head) pair.
 struct ForwardLayout {
   int64_t keys_t, values, flags, floats;
   ColumnPanels value_panels;
 
-  explicit ForwardLayout(const Problem& p) : value_panels{p.nk, p.dim} {
+  ForwardLayout(const Problem& p, int64_t keys) : value_panels{keys, p.dim} {
     keys_t = 0;
-    values = keys_t + round_up(p.nk, kPanel) * p.dim;
+    values = keys_t + round_up(keys, kPanel) * p.dim;
     flags = values + round_up(value_panels.floats(), 16);
-    floats = flags + round_up(divide_up(p.nk, kForwardTileK), 16);
+    floats = flags + round_up(divide_up(keys, kForwardTileK), 16);
   }
+  explicit ForwardLayout(const Problem& p) : ForwardLayout(p, p.nk) {}
 };
 
 int64_t forward_workspace(const Problem& p) {
-  return ForwardLayout(p).floats;
+  return packs_by_tile(p) ? 0 : ForwardLayout(p).floats;
 }
 int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
-  return pairs * divide_up(p.nk, kForwardTileK);
+  return packs_by_tile(p) ? 0 : pairs * divide_up(p.nk, kForwardTileK);
+}
+
+// Packs the keys and values [k0, k0 + keys) so that they begin at row `at` of the layout. Returns NaN if a
+// value is not finite, else 0.
+float pack_forward_tile(const ForwardArgs& args, const ForwardLayout& layout, int64_t b, int64_t h,
+                        int64_t k0, int64_t keys, int64_t at, float* base, float* buffer) {
+  const Problem& p = args.problem;
+  float flag = 0.0f;
+  for (int64_t j = 0; j < keys; j += kPanel) {
+    const int64_t count = min_of<int64_t>(kPanel, keys - j);
+    pack_transposed(float_rows(p.dtype, args.k, b, h, k0 + j, count, p.dim, buffer), count, p.dim,
+                    base + layout.keys_t + (at + j) * p.dim);
+    const FloatRows values = float_rows(p.dtype, args.v, b, h, k0 + j, count, p.dim, buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      flag += zero_if_finite(values.row(i), p.dim);
+      pack_row(values.row(i), layout.value_panels, at + j + i, base + layout.values);
+    }
+  }
+  return flag;
 }
 
 void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
@@ -379,22 +405,11 @@ void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int6
   Scratch scratch(kPanel * p.dim);
   float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t pair = task / tiles, tile = task % tiles;
+    const int64_t pair = task / tiles, tile = task % tiles, k0 = tile * kForwardTileK;
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
-    const int64_t k1 = min_of(p.nk, (tile + 1) * kForwardTileK);
-    float flag = 0.0f;
-    for (int64_t k0 = tile * kForwardTileK; k0 < k1; k0 += kPanel) {
-      const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
-      pack_transposed(float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer), count, p.dim,
-                      base + layout.keys_t + k0 * p.dim);
-      const FloatRows values = float_rows(p.dtype, args.v, b, h, k0, count, p.dim, buffer);
-      for (int64_t i = 0; i < count; ++i) {
-        flag += zero_if_finite(values.row(i), p.dim);
-        pack_row(values.row(i), layout.value_panels, k0 + i, base + layout.values);
-      }
-    }
-    base[layout.flags + tile] = flag;  // NaN iff a value of this tile is not finite
+    const int64_t keys = min_of<int64_t>(kForwardTileK, p.nk - k0);
+    base[layout.flags + tile] = pack_forward_tile(args, layout, b, h, k0, keys, k0, base, buffer);
   }
 }
 
@@ -461,23 +476,27 @@ void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, co
 
 void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
-  const ForwardLayout layout(p);
+  const bool by_tile = packs_by_tile(p);
+  const ForwardLayout layout(p, by_tile ? min_of<int64_t>(p.nk, kForwardTileK) : p.nk);
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const ColumnPanels& vp = layout.value_panels;
   const int64_t out_stride = vp.padded_dim();
-  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kForwardTileStride + 64);
+  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kForwardTileStride +
+                  (by_tile ? layout.floats + kPanel * p.dim : 0) + 96);
   float* q = scratch.take(kTileQ * p.dim);
   float* s = scratch.take(kMaxRows * kForwardTileStride);
   float* out = scratch.take(kTileQ * out_stride);
   float* row_max = scratch.take(kTileQ);
   float* row_sum = scratch.take(kTileQ);
+  float* packed = by_tile ? scratch.take(layout.floats) : nullptr;
+  float* buffer = by_tile ? scratch.take(kPanel * p.dim) : nullptr;
   TileMask mask;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / (group * tiles);
     const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
     const int64_t h = hk * group + task / tiles % group;
-    const float* base = wave.workspace + pair * layout.floats;
+    float* base = by_tile ? packed : wave.workspace + pair * layout.floats;
     mask.enter_query_tile(p, b, h, fold(task % tiles, tiles) * kTileQ);
 
     const FloatRows queries = float_rows(p.dtype, args.q, b, h, mask.q0, mask.rows, p.dim, q);
@@ -491,7 +510,11 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
 
     for (int64_t k0 = 0; k0 < p.nk; k0 += kForwardTileK) {
       if (!mask.enter_key_tile(k0, kForwardTileK)) continue;
-      const bool careful = base[layout.flags + k0 / kForwardTileK] != 0.0f;
+      // Row of the layout at which this tile begins.
+      const int64_t at = by_tile ? 0 : k0;
+      const float flag = by_tile ? pack_forward_tile(args, layout, b, hk, k0, mask.keys, 0, base, buffer)
+                                 : base[layout.flags + k0 / kForwardTileK];
+      const bool careful = flag != 0.0f;
       for (int g = 0; g < mask.groups; ++g) {
         const Span cols = mask.computed(g), seen = mask.columns[g];
         if (cols.empty()) continue;
@@ -499,7 +522,7 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
         for (int64_t panel = cols.lo / kPanel * kPanel; panel < cols.hi; panel += kPanel) {
           const Span part = intersect(cols, {panel, panel + kPanel});
           multiply(rows, static_cast<int>((part.hi - part.lo) / kLanes), q + row * p.dim, p.dim,
-                   base + layout.keys_t + (k0 + panel) * p.dim + (part.lo - panel), s + part.lo,
+                   base + layout.keys_t + (at + panel) * p.dim + (part.lo - panel), s + part.lo,
                    kForwardTileStride, p.dim);
         }
         for (int r = 0; r < rows; ++r) {
@@ -509,13 +532,13 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
                          out_stride);
         }
         if (careful) {
-          careful_multiply_add(mask, row, rows, seen, s, kForwardTileStride, base + layout.values, vp, k0,
+          careful_multiply_add(mask, row, rows, seen, s, kForwardTileStride, base + layout.values, vp, at,
                                out + row * out_stride, out_stride);
           continue;
         }
         for (int64_t panel = 0; panel < vp.count(); ++panel)
           multiply_add(rows, vp.vectors(panel), s + seen.lo, kForwardTileStride,
-                       base + layout.values + vp.offset(panel, k0 + seen.lo),
+                       base + layout.values + vp.offset(panel, at + seen.lo),
                        out + row * out_stride + panel * kPanel, out_stride, seen.hi - seen.lo);
       }
     }
