@@ -38,7 +38,7 @@ def snippets() -> Iterator[object]:
                 yield pytest.param("\n" * (line - 1) + fence["code"], page, id=name)
 
 
-@pytest.mark.parametrize(("code", "page"), snippets())
+@pytest.mark.parametrize(("code", "page"), list(snippets()))
 def test_snippet_runs(code: str, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # torch.compile and dataclasses look the module of a function up.
