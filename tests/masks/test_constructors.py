@@ -232,8 +232,15 @@ def _seconds(build: Callable[[], object]) -> float:
             ValueError,
             "masks.skip_causal_step: expected block to be at least 0",
         ),
-        (lambda: masks.prefix_lm(4, 5), ValueError, "expected prefix to be at most n=4 but got 5"),
-        (lambda: masks.prefix_lm(4, [1, -1]), ValueError, r"expected prefix\[1\] to be at least 0"),
+        (lambda: masks.prefix_lm(4, 5), ValueError, r"expected prefix from 0 to n=4 but got \[5\]"),
+        (lambda: masks.prefix_lm(4, [1, -1]), ValueError, r"expected prefix from 0 to n=4 but got \[1, -1\]"),
+        (lambda: masks.prefix_lm(4, []), ValueError, r"expected prefix from 0 to n=4 but got \[\]"),
+        (lambda: masks.prefix_lm(4, 1.5), TypeError, "expected prefix of an integer dtype but got float32"),
+        (
+            lambda: masks.prefix_lm(4, "one"),
+            TypeError,
+            "expected prefix to be made of integers but got 'one'",
+        ),
         (
             lambda: masks.documents([3, -1]),
             ValueError,

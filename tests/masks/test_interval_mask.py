@@ -66,7 +66,13 @@ def test_any_integer_dtype(dtype: torch.dtype) -> None:
     [
         ([[0, 1]], 1, None, TypeError, "expected bounds to be an integer tensor but got list"),
         (torch.zeros(2, 2), 1, None, TypeError, "expected bounds of an integer dtype but got float32"),
-        (torch.zeros(2, 2, dtype=torch.bool), 1, None, TypeError, "but got bool; .* call from_bool"),
+        (
+            torch.zeros(2, 2, dtype=torch.bool),
+            1,
+            None,
+            TypeError,
+            "expected key ranges but got a bool mask; call from_bool",
+        ),
         (rows([0, 1, 2]), 3, None, ValueError, r"expected bounds of shape \[Nq, 2 or 4\].* but got \(1, 3\)"),
         (torch.zeros(1, 2, 2).int(), 3, None, ValueError, r"but got \(1, 2, 2\)"),
         (torch.zeros(0, 1, 2, 2).int(), 3, None, ValueError, r"but got \(0, 1, 2, 2\)"),

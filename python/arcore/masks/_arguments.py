@@ -65,8 +65,6 @@ def integers(where: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: expected {name} to be an integer tensor but got {type(x).__name__}")
     if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
-        raise TypeError(
-            f"{where}: expected {name} of an integer dtype but got {str(x.dtype).removeprefix('torch.')}; "
-            "positions are integers, for a bool mask call from_bool"
-        )
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{where}: expected {name} of an integer dtype but got {got}")
     return x.detach().to(device="cpu", dtype=torch.int64)

@@ -1,7 +1,7 @@
 """The masks of the field by name.
 
-Rows are queries i, columns keys j; ranges are half-open. Every constructor takes token counts, works without a loop
-over tokens, and returns a mask on the CPU (move it with `.to`).
+Rows are queries i, columns keys j; ranges are half-open. Every constructor works without a loop over tokens and
+returns a mask on the CPU; move it with `.to`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from arcore.masks.interval_mask import IntervalMask
 from arcore.masks.labels import Labels, Segment, consecutive
 from arcore.masks.tree_mask import TreeMask
 
-Range = tuple[Tensor | int, Tensor | int]
-
 
 def causal(n: int, offset: int = 0) -> IntervalMask:
     """Each token sees itself and what came before.
@@ -30,23 +28,24 @@ def causal(n: int, offset: int = 0) -> IntervalMask:
     Returns:
         ``[n, offset + n]``: row i sees ``[0, offset + i + 1)``.
     """
-    n, offset = check.length("causal", "n", n), check.length("causal", "offset", offset)
-    check.length("causal", "n + offset", n + offset)
-    names = (("cache", "cache"), ("tokens", "tokens"))
-    keys = consecutive((offset, n), names) if offset else consecutive((n,), names[1:])
-    labels = Labels(consecutive((n,), names[1:]), keys)
-    return _from_ranges((0, _arange(n) + offset + 1), nq=n, nk=offset + n, labels=labels)
+    n = check.length("causal", "n", n)
+    offset = check.length("causal", "offset", offset)
+    nk = check.length("causal", "offset + n", offset + n)
+    labels = Labels(consecutive([n], ["tokens"]), consecutive([offset, n], ["cache", "tokens"]))
+    return IntervalMask(_edges(n, 0, offset + _positions(n) + 1), nk, labels=labels)
 
 
 def full(nq: int, nk: int) -> IntervalMask:
     """Every query sees every key.
 
     Args:
-        nq, nk: query and key tokens.
+        nq: query tokens.
+        nk: key tokens.
     """
-    nq, nk = check.length("full", "nq", nq), check.length("full", "nk", nk)
-    labels = Labels((Segment(0, nq, "queries", "queries"),), (Segment(0, nk, "keys", "keys"),))
-    return _from_ranges((0, nk), nq=nq, nk=nk, labels=labels)
+    nq = check.length("full", "nq", nq)
+    nk = check.length("full", "nk", nk)
+    labels = Labels(consecutive([nq], ["queries"]), consecutive([nk], ["keys"]))
+    return IntervalMask(_edges(nq, 0, nk), nk, labels=labels)
 
 
 def next_scale(scales: Sequence[int]) -> IntervalMask:
@@ -61,8 +60,8 @@ def next_scale(scales: Sequence[int]) -> IntervalMask:
     Returns:
         ``[N, N]``: row i of scale k sees ``[0, o_{k+1})``.
     """
-    sides = check.lengths("next_scale", "scales", scales, 1)
-    return _block_causal("next_scale", [side * side for side in sides], _scale_names(sides))
+    sizes, labels = _scales("next_scale", scales)
+    return _block_causal(sizes, labels)
 
 
 def next_scale_markov(scales: Sequence[int]) -> IntervalMask:
@@ -76,16 +75,8 @@ def next_scale_markov(scales: Sequence[int]) -> IntervalMask:
     Returns:
         ``[N, N]``: row i of scale k sees ``[o_k, o_{k+1})``.
     """
-    sides = check.lengths("next_scale_markov", "scales", scales, 1)
-    sizes = [side * side for side in sides]
-    stop = _cumulative("next_scale_markov", sizes)
-    labels = _square(consecutive(sizes, _scale_names(sides)), ordered=True)
-    return _from_ranges(
-        (_per_token(stop - torch.tensor(sizes, device="cpu"), sizes), _per_token(stop, sizes)),
-        nq=sum(sizes),
-        nk=sum(sizes),
-        labels=labels,
-    )
+    sizes, labels = _scales("next_scale_markov", scales)
+    return _documents(sizes, labels, causal=False)
 
 
 def skip_causal(
@@ -110,40 +101,31 @@ def skip_causal(
     Returns:
         ``[2TB, 2TB]``, or ``[(2T-1)B, (2T-1)B]`` without the last clean block.
     """
-    where = "skip_causal"
-    num_blocks, block_size = (
-        check.length(where, "num_blocks", num_blocks, 1),
-        check.length(where, "block_size", block_size, 1),
-    )
+    num_blocks = check.length("skip_causal", "num_blocks", num_blocks, 1)
+    block_size = check.length("skip_causal", "block_size", block_size, 1)
     if order not in ("clean_first", "noisy_first"):
         raise ValueError(
-            f"arcore.masks.{where}: expected order to be 'clean_first' or 'noisy_first' but got {order!r}"
+            f"arcore.masks.skip_causal: expected order to be 'clean_first' or 'noisy_first' but got {order!r}"
         )
     num_clean = num_blocks - 1 if drop_last_clean else num_blocks
-    n = check.length(where, "the number of tokens", (num_clean + num_blocks) * block_size)
-    clean_at, noisy_at = (
-        (0, num_clean * block_size) if order == "clean_first" else (num_blocks * block_size, 0)
-    )
+    n = check.length("skip_causal", "the number of tokens", (num_clean + num_blocks) * block_size)
+    clean_first = order == "clean_first"
+    clean_at = 0 if clean_first else num_blocks * block_size
+    noisy_at = num_clean * block_size if clean_first else 0
 
-    clean = _arange(num_clean).repeat_interleave(block_size) * block_size  # start of each clean token's block
-    noisy = _arange(num_blocks).repeat_interleave(block_size) * block_size
-    nothing = torch.zeros_like(clean)
-    clean_rows = torch.stack([nothing + clean_at, clean_at + clean + block_size, nothing, nothing], -1)
-    noisy_rows = torch.stack(
-        [
-            noisy.new_full(noisy.shape, clean_at),
-            clean_at + noisy,
-            noisy_at + noisy,
-            noisy_at + noisy + block_size,
-        ],
-        -1,
+    # Tokens of a half that come before the block of each of its tokens.
+    clean = _positions(num_clean).repeat_interleave(block_size) * block_size
+    noisy = _positions(num_blocks).repeat_interleave(block_size) * block_size
+    clean_rows = _edges(len(clean), clean_at, clean_at + clean + block_size, 0, 0)
+    noisy_rows = _edges(
+        len(noisy), clean_at, clean_at + noisy, noisy_at + noisy, noisy_at + noisy + block_size
     )
-    halves = [clean_rows, noisy_rows] if order == "clean_first" else [noisy_rows, clean_rows]
+    rows = [clean_rows, noisy_rows] if clean_first else [noisy_rows, clean_rows]
     segments = [
         *_blocks("clean", num_clean, block_size, clean_at),
         *_blocks("noisy", num_blocks, block_size, noisy_at),
     ]
-    return IntervalMask(torch.cat(halves), n, labels=_square(tuple(sorted(segments))))
+    return IntervalMask(torch.cat(rows), n, labels=_square(tuple(sorted(segments))))
 
 
 def skip_causal_step(block: int, block_size: int) -> IntervalMask:
@@ -160,28 +142,23 @@ def skip_causal_step(block: int, block_size: int) -> IntervalMask:
     Returns:
         ``[2B, (b+1)B]``: clean rows see ``[0, bB)``, noisy rows all keys. For block 0, ``[B, B]``.
     """
-    block, block_size = (
-        check.length("skip_causal_step", "block", block),
-        check.length("skip_causal_step", "block_size", block_size, 1),
-    )
+    block = check.length("skip_causal_step", "block", block)
+    block_size = check.length("skip_causal_step", "block_size", block_size, 1)
     nk = check.length("skip_causal_step", "the number of keys", (block + 1) * block_size)
-    keys = consecutive(
-        [block_size] * (block + 1),
-        [*(("clean", f"clean {b}") for b in range(block)), ("noisy", f"noisy {block}")],
-    )
+    cached = block * block_size
+    keys = (*_blocks("clean", block, block_size), Segment(cached, nk, "noisy", f"noisy {block}"))
     if block == 0:
-        return _from_ranges((0, nk), nq=block_size, nk=nk, labels=_square(keys))
-    row = _arange(2 * block_size)
-    stop = torch.where(row < block_size, block * block_size, nk)
-    queries = consecutive([block_size] * 2, [("clean", f"clean {block - 1}"), ("noisy", f"noisy {block}")])
-    return _from_ranges((0, stop), nq=2 * block_size, nk=nk, labels=Labels(queries, keys))
+        return IntervalMask(_edges(block_size, 0, nk), nk, labels=_square(keys))
+    last_two = Labels(keys, keys).cut(cached - block_size, nk, nk)
+    stop = torch.where(_positions(2 * block_size) < block_size, cached, nk)
+    return IntervalMask(_edges(2 * block_size, 0, stop), nk, labels=last_two)
 
 
 def prefix_lm(n: int, prefix: int | Sequence[int] | Tensor) -> IntervalMask:
     """A prefix that sees itself in both directions, then causal tokens.
 
-    Prefix language models, and blank infilling (GLM, arXiv:2103.10360) with the corrupted text as prefix
-    and the spans after it.
+    Prefix language models, and blank infilling (GLM, arXiv:2103.10360) with the corrupted text as prefix and the
+    spans after it.
 
     Args:
         n: tokens.
@@ -191,17 +168,15 @@ def prefix_lm(n: int, prefix: int | Sequence[int] | Tensor) -> IntervalMask:
         ``[n, n]``: row i sees ``[0, max(prefix, i + 1))``. Of batch size B for B prefixes.
     """
     n = check.length("prefix_lm", "n", n)
-    if isinstance(prefix, Tensor) and prefix.dim() == 0:
-        prefix = int(prefix)
-    sizes = check.lengths(
-        "prefix_lm", "prefix", prefix if isinstance(prefix, Sequence | Tensor) else [prefix]
-    )
-    for size in sizes:
-        if size > n:
-            raise ValueError(f"arcore.masks.prefix_lm: expected prefix to be at most n={n} but got {size}")
-    stop = torch.maximum(torch.tensor(sizes, device="cpu").view(-1, 1, 1), _arange(n) + 1)  # [B, 1, n]
-    parts = consecutive((sizes[0], n - sizes[0]), (("prefix", "prefix"), ("tokens", "tokens")))
-    labels = _square(parts) if len(set(sizes)) == 1 else None
+    sizes = check.numbers("arcore.masks.prefix_lm", "prefix", prefix).view(-1, 1, 1)
+    if sizes.numel() == 0 or int(sizes.min()) < 0 or int(sizes.max()) > n:
+        raise ValueError(
+            f"arcore.masks.prefix_lm: expected prefix from 0 to n={n} but got {sizes.flatten().tolist()}"
+        )
+    stop = torch.maximum(sizes, _positions(n) + 1)  # [B, 1, n]
+    first = int(sizes[0])
+    shared = bool((sizes == first).all())
+    labels = _square(consecutive([first, n - first], ["prefix", "tokens"])) if shared else None
     return IntervalMask(torch.stack([torch.zeros_like(stop), stop], -1), n, labels=labels)
 
 
@@ -216,15 +191,8 @@ def documents(lengths: Sequence[int] | Tensor, causal: bool = True) -> IntervalM
         ``[N, N]`` with N the sum of `lengths`: row i of a document ``[a, b)`` sees ``[a, i + 1)`` or ``[a, b)``.
     """
     sizes = check.lengths("documents", "lengths", lengths)
-    stop = _cumulative("documents", sizes)
-    n = int(stop[-1])
-    labels = _square(
-        consecutive(sizes, ((f"document {i}", f"document {i}") for i in range(len(sizes)))), ordered=True
-    )
-    last = _arange(n) + 1 if causal else _per_token(stop, sizes)
-    return _from_ranges(
-        (_per_token(stop - torch.tensor(sizes, device="cpu"), sizes), last), nq=n, nk=n, labels=labels
-    )
+    titles = [f"document {i}" for i in range(len(sizes))]
+    return _documents(sizes, _square(consecutive(sizes, titles), ordered=True), causal)
 
 
 def sliding_window(n: int, window: int, sinks: int = 0) -> IntervalMask:
@@ -241,17 +209,13 @@ def sliding_window(n: int, window: int, sinks: int = 0) -> IntervalMask:
         ``[n, n]``: row i sees ``[max(0, i - window + 1), i + 1)`` and ``[0, min(sinks, i + 1))``.
     """
     n = check.length("sliding_window", "n", n)
-    window, sinks = (
-        check.length("sliding_window", "window", window, 1),
-        check.length("sliding_window", "sinks", sinks),
-    )
+    window = check.length("sliding_window", "window", window, 1)
+    sinks = check.length("sliding_window", "sinks", sinks)
     if sinks > n:
         raise ValueError(f"arcore.masks.sliding_window: expected sinks to be at most n={n} but got {sinks}")
-    row = _arange(n)
-    names = (("sinks", "sinks"), ("tokens", "tokens"))
-    labels = _square(consecutive((sinks, n - sinks), names) if sinks else consecutive((n,), names[1:]))
-    recent: Range = ((row - window + 1).clamp(min=0), row + 1)
-    return _from_ranges(recent, (0, (row + 1).clamp(max=sinks)), nq=n, nk=n, labels=labels)
+    stop = _positions(n) + 1
+    edges = _edges(n, (stop - window).clamp(min=0), stop, 0, stop.clamp(max=sinks))
+    return IntervalMask(edges, n, labels=_square(consecutive([sinks, n - sinks], ["sinks", "tokens"])))
 
 
 def block_causal(sizes: Sequence[int] | Tensor) -> IntervalMask:
@@ -267,7 +231,8 @@ def block_causal(sizes: Sequence[int] | Tensor) -> IntervalMask:
         ``[N, N]`` with N the sum of `sizes`: row i sees ``[0, end of its block)``.
     """
     blocks = check.lengths("block_causal", "sizes", sizes)
-    return _block_causal("block_causal", blocks, [(f"block {i}", f"block {i}") for i in range(len(blocks))])
+    titles = [f"block {i}" for i in range(len(blocks))]
+    return _block_causal(blocks, _square(consecutive(blocks, titles), ordered=True))
 
 
 def tree(
@@ -282,38 +247,42 @@ def tree(
     return TreeMask.from_parents(parents, prefix)
 
 
-def _block_causal(where: str, sizes: list[int], names: list[tuple[str, str]]) -> IntervalMask:
-    stop = _cumulative(where, sizes)
-    n = int(stop[-1])
-    labels = _square(consecutive(sizes, names), ordered=True)
-    return _from_ranges((0, _per_token(stop, sizes)), nq=n, nk=n, labels=labels)
+def _block_causal(sizes: list[int], labels: Labels) -> IntervalMask:
+    size = torch.tensor(sizes, device="cpu")
+    n = int(size.sum())
+    return IntervalMask(_edges(n, 0, size.cumsum(0).repeat_interleave(size)), n, labels=labels)
 
 
-def _from_ranges(*ranges: Range, nq: int, nk: int, labels: Labels | None) -> IntervalMask:
-    edges = [torch.as_tensor(edge, device="cpu").expand(nq) for pair in ranges for edge in pair]
-    return IntervalMask(torch.stack(edges, -1), nk, labels=labels)
+def _documents(sizes: list[int], labels: Labels, causal: bool) -> IntervalMask:
+    size = torch.tensor(sizes, device="cpu")
+    n = int(size.sum())
+    end = size.cumsum(0)
+    stop = _positions(n) + 1 if causal else end.repeat_interleave(size)
+    return IntervalMask(_edges(n, (end - size).repeat_interleave(size), stop), n, labels=labels)
 
 
-def _arange(n: int) -> Tensor:
+def _edges(n: int, *edges: Tensor | int) -> Tensor:
+    """Bounds ``[n, len(edges)]``; each edge is a number or has one entry per row."""
+    return torch.stack([torch.as_tensor(edge, device="cpu").expand(n) for edge in edges], -1)
+
+
+def _positions(n: int) -> Tensor:
     return torch.arange(n, device="cpu")
 
 
-def _cumulative(where: str, sizes: list[int]) -> Tensor:
+def _scales(where: str, scales: Sequence[int]) -> tuple[list[int], Labels]:
+    """Tokens of each scale, and their labels."""
+    sides = check.lengths(where, "scales", scales, 1)
+    sizes = [side * side for side in sides]
     check.length(where, "the number of tokens", sum(sizes))
-    return torch.tensor(sizes, device="cpu").cumsum(0)
+    groups = [f"scale {k}" for k in range(len(sides))]
+    return sizes, _square(consecutive(sizes, [f"{side}×{side}" for side in sides], groups), ordered=True)
 
 
-def _per_token(values: Tensor, sizes: list[int]) -> Tensor:
-    return values.repeat_interleave(torch.tensor(sizes, device="cpu"))
-
-
-def _scale_names(sides: list[int]) -> list[tuple[str, str]]:
-    return [(f"scale {k}", f"{side}×{side}") for k, side in enumerate(sides)]
-
-
-def _blocks(group: str, count: int, size: int, start: int) -> tuple[Segment, ...]:
-    return consecutive([size] * count, ((group, f"{group} {b}") for b in range(count)), start)
+def _blocks(group: str, count: int, size: int, start: int = 0) -> tuple[Segment, ...]:
+    return consecutive([size] * count, [f"{group} {b}" for b in range(count)], [group] * count, start)
 
 
 def _square(segments: tuple[Segment, ...], ordered: bool = False) -> Labels:
+    """Labels of a mask whose queries are its keys."""
     return Labels(segments, segments, ordered)

@@ -29,9 +29,9 @@ class IntervalMask(Value):
     Query i may see key j iff j lies in one of row i's ranges and, where `key_bounds` are given, i lies in key j's
     query range. Batch and head sizes of 1 broadcast, as one mask usually serves all heads and layers.
 
-    A mask is a value: immutable, hashable and equal by content (on one device), printable, picklable. Make masks with
-    the constructors of `arcore.masks`, combine them with ``|`` and ``&``, cut them with `rows` or ``mask[start:stop]``.
-    Memory is O(Nq + Nk); only `to_bool` builds the Nq x Nk square.
+    A mask is a value: immutable, hashable and equal by content (on one device), printable, picklable, and moved by
+    ``to(device)``. Make masks with the constructors of `arcore.masks`, combine them with ``|`` and ``&``, and cut them
+    with `rows` or ``mask[start:stop]``. Memory is O(Nq + Nk); only `to_bool` builds the Nq x Nk square.
 
     Args:
         bounds: integer ``[Bm, Hm, Nq, 2]`` or ``[Bm, Hm, Nq, 4]`` (or without the first two dimensions): the ranges
@@ -67,6 +67,10 @@ class IntervalMask(Value):
         self, bounds: Tensor, nk: int, *, key_bounds: Tensor | None = None, labels: Labels | None = None
     ) -> None:
         nk = length("IntervalMask", "nk", nk)
+        if isinstance(bounds, Tensor) and bounds.dtype == torch.bool:
+            raise TypeError(
+                "arcore.masks.IntervalMask: expected key ranges but got a bool mask; call from_bool"
+            )
         rows = integers("arcore.masks.IntervalMask", "bounds", bounds)
         keys = None if key_bounds is None else integers("arcore.masks.IntervalMask", "key_bounds", key_bounds)
         device = bounds.device
@@ -91,11 +95,8 @@ class IntervalMask(Value):
     @property
     def batch(self) -> int:
         """Batch size of the mask; 1 broadcasts."""
-        return (
-            self.bounds.shape[0]
-            if self.key_bounds is None
-            else max(self.bounds.shape[0], self.key_bounds.shape[0])
-        )
+        of_keys = 1 if self.key_bounds is None else self.key_bounds.shape[0]
+        return max(self.bounds.shape[0], of_keys)
 
     @property
     def heads(self) -> int:
@@ -241,9 +242,8 @@ class IntervalMask(Value):
         if int(real.min()) < 0 or int(real.max()) > self.nk:
             raise ValueError(f"{where}: expected lengths from 0 to nk={self.nk} but got {real.tolist()}")
         key = torch.arange(self.nk, device="cpu")
-        padding = (
-            key >= real.unsqueeze(1) if side == "right" else key < self.nk - real.unsqueeze(1)
-        )  # [B, Nk]
+        real = real.unsqueeze(1)
+        padding = key >= real if side == "right" else key < self.nk - real  # [B, Nk]
         hi = torch.where(padding, 0, self.nq)
         return self.with_key_bounds(torch.stack([torch.zeros_like(hi), hi], -1))
 
@@ -251,7 +251,8 @@ class IntervalMask(Value):
         """The mask of query rows ``[start, stop)``, for a step of cached decoding.
 
         Args:
-            start, stop: rows, ``0 <= start <= stop <= nq``.
+            start: first row.
+            stop: row after the last, ``0 <= start <= stop <= nq``.
             nk: number of keys that are in the cache at this step; all by default.
 
         Raises:
@@ -334,7 +335,8 @@ class IntervalMask(Value):
         """The tiles of `tile_q` x `tile_k` that hold an allowed pair, no more and no fewer; computed once.
 
         Args:
-            tile_q, tile_k: queries and keys per tile, at least 1.
+            tile_q: queries per tile, at least 1.
+            tile_k: keys per tile, at least 1.
         """
         tile_q = length("IntervalMask.plan", "tile_q", tile_q, 1)
         tile_k = length("IntervalMask.plan", "tile_k", tile_k, 1)
@@ -353,7 +355,8 @@ class IntervalMask(Value):
 
         Args:
             ax: matplotlib axes to draw on; new ones by default.
-            batch, head: which mask to show.
+            batch: batch entry of the mask to show.
+            head: its head.
             title: text above the picture.
             path: also write the picture to this file, as PNG, SVG or PDF by its suffix.
 

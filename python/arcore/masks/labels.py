@@ -35,12 +35,14 @@ class Labels(NamedTuple):
 
 
 def consecutive(
-    sizes: Iterable[int], names: Iterable[tuple[str, str]], start: int = 0
+    sizes: Iterable[int], titles: Iterable[str], groups: Iterable[str] | None = None, start: int = 0
 ) -> tuple[Segment, ...]:
-    """Segments of the given sizes, one after the other; `names` gives group and title of each."""
+    """Segments one after the other, without those of size 0; each is a group of its own by default."""
+    titles = list(titles)
     segments = []
-    for size, (group, title) in zip(sizes, names, strict=True):
-        segments.append(Segment(start, start + size, group, title))
+    for size, title, group in zip(sizes, titles, titles if groups is None else groups, strict=True):
+        if size:
+            segments.append(Segment(start, start + size, group, title))
         start += size
     return tuple(segments)
 

@@ -26,7 +26,7 @@ class TreeMask(Value):
     bit j of node i's word is set iff node j is an ancestor of node i or node i itself (the 64 bits of an int64 read as
     unsigned). This is the mask of tree verification in Medusa (arXiv:2401.10774) and EAGLE (arXiv:2401.15077).
 
-    A value: immutable, hashable and equal by content (on one device), picklable.
+    A value: immutable, hashable and equal by content (on one device), picklable, moved by ``to(device)``.
 
     Args:
         words: int64 ``[Bm, m]`` or ``[m]``, the ancestor words, 1 <= m <= 64. Parents come before their children, so
