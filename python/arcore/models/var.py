@@ -304,8 +304,8 @@ def var_tiny() -> VARConfig:
     """8x8 digits in 4 scales, 30 tokens; trains on a CPU in minutes."""
     return VARConfig(
         depth=4,
-        embed_dim=128,
-        num_heads=4,
+        embed_dim=96,
+        num_heads=3,
         num_classes=10,
         vocab_size=128,
         z_channels=16,

@@ -432,10 +432,10 @@ def msvq_tiny() -> MultiScaleVQConfig:
     """8x8 grey images as 4 scales, 30 tokens; trains on a CPU in a minute."""
     return MultiScaleVQConfig(
         in_channels=1,
-        channels=32,
+        channels=16,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        norm_groups=8,
+        norm_groups=4,
         z_channels=16,
         vocab_size=128,
         patch_nums=(1, 2, 3, 4),
