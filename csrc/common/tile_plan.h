@@ -88,53 +88,86 @@ struct TilePlan {
 
 namespace detail {
 
-// Appends the tiles that `kinds` [rows, columns] names; the strides choose the direction.
-inline void append_lists(const std::vector<TileKind>& kinds, int64_t rows, int64_t columns,
-                         int64_t row_stride, int64_t column_stride, TileLists& lists) {
-  std::vector<int32_t> lengths(static_cast<size_t>(rows));
-  for (int64_t r = 0; r < rows; ++r) {
-    lists.ptr.push_back(static_cast<int32_t>(lists.idx.size()));
-    for (int64_t c = 0; c < columns; ++c) {
-      const TileKind kind = kinds[static_cast<size_t>(r * row_stride + c * column_stride)];
-      if (kind == TileKind::kEmpty) continue;
-      lists.idx.push_back(static_cast<int32_t>(c));
-      lists.full.push_back(kind == TileKind::kFull);
-    }
-    if (lists.idx.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
-      throw std::invalid_argument(
-          "arcore.masks: the tile plan has more than 2^31 - 1 tiles; take larger tiles");
-    }
-    lengths[static_cast<size_t>(r)] = static_cast<int32_t>(lists.idx.size()) - lists.ptr.back();
+struct KeySpan {
+  int64_t lo, hi;
+};
+
+// From the first key that a row of [q0, q1) sees to the last; empty if they see none.
+inline KeySpan key_span(const int32_t* rows, int intervals, int64_t q0, int64_t q1) {
+  KeySpan span{std::numeric_limits<int32_t>::max(), 0};
+  for (const int32_t* range = rows + q0 * 2 * intervals; range != rows + q1 * 2 * intervals; range += 2) {
+    if (range[0] >= range[1]) continue;
+    span.lo = std::min<int64_t>(span.lo, range[0]);
+    span.hi = std::max<int64_t>(span.hi, range[1]);
   }
-  lists.ptr.push_back(static_cast<int32_t>(lists.idx.size()));
-  const size_t first = lists.order.size();
-  lists.order.resize(first + static_cast<size_t>(rows));
-  const auto begin = lists.order.begin() + static_cast<std::ptrdiff_t>(first);
+  return span;
+}
+
+inline int32_t position(size_t tiles) {
+  if (tiles > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+    throw std::invalid_argument(
+        "arcore.masks: the tile plan has more than 2^31 - 1 tiles; take larger tiles");
+  }
+  return static_cast<int32_t>(tiles);
+}
+
+// The last grid of `from`, which has `rows` rows and `columns` columns, is appended to `to` by columns.
+inline void append_transposed(const TileLists& from, int64_t rows, int64_t columns, TileLists& to) {
+  const int32_t* ptr = from.ptr.data() + from.ptr.size() - static_cast<size_t>(rows) - 1;
+  std::vector<int32_t> next(static_cast<size_t>(columns) + 1);
+  next[0] = ptr[0];
+  for (int32_t t = ptr[0]; t < ptr[rows]; ++t)
+    ++next[static_cast<size_t>(from.idx[t]) + 1];
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  to.ptr.insert(to.ptr.end(), next.begin(), next.end());
+  to.idx.resize(from.idx.size());
+  to.full.resize(from.full.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int32_t t = ptr[r]; t < ptr[r + 1]; ++t) {
+      const auto at = static_cast<size_t>(next[from.idx[t]]++);
+      to.idx[at] = static_cast<int32_t>(r);
+      to.full[at] = from.full[t];
+    }
+  }
+}
+
+// The order of the last grid, which has `rows` rows.
+inline void append_order(TileLists& lists, int64_t rows) {
+  const int32_t* ptr = lists.ptr.data() + lists.ptr.size() - static_cast<size_t>(rows) - 1;
+  lists.order.resize(lists.order.size() + static_cast<size_t>(rows));
+  const auto begin = lists.order.end() - static_cast<std::ptrdiff_t>(rows);
   std::iota(begin, lists.order.end(), 0);
-  std::stable_sort(begin, lists.order.end(), [&](int32_t a, int32_t b) {
-    return lengths[static_cast<size_t>(a)] > lengths[static_cast<size_t>(b)];
-  });
+  std::stable_sort(begin, lists.order.end(),
+                   [&](int32_t a, int32_t b) { return ptr[a + 1] - ptr[a] > ptr[b + 1] - ptr[b]; });
 }
 
 }  // namespace detail
 
+// Memory is that of the plan; tiles outside the keys that a query tile sees are not looked at.
 inline TilePlan plan_tiles(const IntervalMaskView& mask, int64_t tile_q, int64_t tile_k) {
   const int64_t rows = (mask.nq + tile_q - 1) / tile_q, columns = (mask.nk + tile_k - 1) / tile_k;
   TilePlan plan;
-  std::vector<TileKind> kinds(static_cast<size_t>(rows * columns));
+  TileLists& lists = plan.by_query;
   for (int64_t b = 0; b < mask.batch(); ++b) {
     const int32_t* keys = mask.keys(b);
     for (int64_t h = 0; h < mask.heads; ++h) {
       const int32_t* ranges = mask.rows(b, h);
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c) {
-          const Tile tile{r * tile_q, std::min((r + 1) * tile_q, mask.nq), c * tile_k,
-                          std::min((c + 1) * tile_k, mask.nk)};
-          kinds[static_cast<size_t>(r * columns + c)] = classify_tile(ranges, mask.intervals, keys, tile);
+        lists.ptr.push_back(detail::position(lists.idx.size()));
+        const int64_t q0 = r * tile_q, q1 = std::min(q0 + tile_q, mask.nq);
+        const detail::KeySpan span = detail::key_span(ranges, mask.intervals, q0, q1);
+        for (int64_t c = span.lo / tile_k; c * tile_k < span.hi; ++c) {
+          const Tile tile{q0, q1, c * tile_k, std::min((c + 1) * tile_k, mask.nk)};
+          const TileKind kind = classify_tile(ranges, mask.intervals, keys, tile);
+          if (kind == TileKind::kEmpty) continue;
+          lists.idx.push_back(static_cast<int32_t>(c));
+          lists.full.push_back(kind == TileKind::kFull);
         }
       }
-      detail::append_lists(kinds, rows, columns, columns, 1, plan.by_query);
-      detail::append_lists(kinds, columns, rows, 1, columns, plan.by_key);
+      lists.ptr.push_back(detail::position(lists.idx.size()));
+      detail::append_transposed(lists, rows, columns, plan.by_key);
+      detail::append_order(lists, rows);
+      detail::append_order(plan.by_key, columns);
     }
   }
   return plan;
