@@ -225,6 +225,21 @@ def test_density_counts_pairs() -> None:
     assert by_key.num_pairs == 3000 * 3001 // 2
 
 
+@pytest.mark.parametrize("at_once", [1, 40])
+def test_long_masks_are_worked_on_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arcore.masks.interval_mask._PIECES_AT_ONCE", at_once)
+    mask = masks.sliding_window(30, 9, 2).with_padding([30, 25, 3])
+    dense = mask.to_bool()
+    assert mask.num_pairs == int(dense.sum())
+    assert torch.equal((mask | masks.causal(30)).to_bool(), dense | masks.causal(30).to_bool())
+    with pytest.raises(ValueError, match="batch 0, row 27 sees key 27"):
+        mask.rows(20, 30, nk=27)
+    holes = torch.zeros(30, 2, dtype=torch.int64)
+    holes[::2] = torch.tensor([20, 30])  # rows from 20 on see every other key
+    with pytest.raises(ValueError, match=r"\| of masks with different key_bounds: .* row 20 has 15"):
+        _ = masks.full(30, 30).with_key_bounds(holes) | masks.causal(30)
+
+
 def test_padding() -> None:
     real = torch.tensor([5, 3, 0])
     right = masks.causal(5).with_padding(real)

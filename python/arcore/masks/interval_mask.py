@@ -386,26 +386,21 @@ class IntervalMask(Value):
         for first in range(0, self.nq, step):
             part = bounds[:, :, first : first + step]
             row = torch.arange(first, first + part.shape[2], device="cpu").unsqueeze(-1)
-            seen = ((row >= seen_from.unsqueeze(1)) & (row < seen_to.unsqueeze(1))).unsqueeze(
-                1
-            )  # [Bk, 1, rows, R]
-            lo = torch.cat(
-                [torch.maximum(part[..., i : i + 1], run_lo) for i in range(0, part.shape[-1], 2)], -1
-            )
-            hi = torch.cat(
-                [torch.minimum(part[..., i : i + 1], run_hi) for i in range(1, part.shape[-1], 2)], -1
-            )
-            yield first, lo, torch.where(seen.repeat(1, 1, 1, self.num_intervals), hi, 0)
+            seen = (row >= seen_from.unsqueeze(1)) & (row < seen_to.unsqueeze(1))  # [Bk, rows, R]
+            # [B, H, rows, I, R]
+            lo = torch.maximum(part[..., 0::2].unsqueeze(-1), run_lo)
+            hi = torch.minimum(part[..., 1::2].unsqueeze(-1), run_hi).where(seen[:, None, :, None], 0)
+            yield first, lo.flatten(3), hi.flatten(3)
 
     def _as_rows(self, sign: str) -> IntervalMask:
         """The same pairs without key bounds."""
         if self.key_bounds is None:
             return self
-        parts = [
-            _united(lo, hi, self.nk, f"arcore.masks.IntervalMask: {sign} of masks with different key_bounds")
-            for _, lo, hi in self._pieces()
-        ]
-        bounds = torch.cat(parts, 2) if parts else self.bounds.cpu().expand(self.batch, -1, -1, -1)
+        parts = [_united(lo, hi, self.nk) for _, lo, hi in self._pieces()]
+        if not parts:
+            return IntervalMask(self.bounds.expand(self.batch, -1, -1, -1), self.nk, labels=self.labels)
+        bounds, count = (torch.cat(column, 2) for column in zip(*parts, strict=True))
+        _spans.check_fits(count, f"arcore.masks.IntervalMask: {sign} of masks with different key_bounds")
         return IntervalMask(bounds.to(self.device), self.nk, labels=self.labels)
 
     def _aligned(self, other: IntervalMask, sign: str) -> tuple[Tensor, Tensor]:
@@ -424,21 +419,19 @@ class IntervalMask(Value):
     def _combined(
         self, lo: Tensor, hi: Tensor, key_bounds: Tensor | None, other: IntervalMask, sign: str
     ) -> IntervalMask:
-        bounds = _united(lo, hi, self.nk, f"arcore.masks.IntervalMask: {sign}")
+        bounds, count = _united(lo, hi, self.nk)
+        _spans.check_fits(count, f"arcore.masks.IntervalMask: {sign}")
         labels = self.labels if self.labels is not None else other.labels
         return IntervalMask(bounds.to(self.device), self.nk, key_bounds=key_bounds, labels=labels)
 
 
-def _united(lo: Tensor, hi: Tensor, nk: int, where: str) -> Tensor:
-    """Bounds ``[B, H, N, 4]`` in normal form of ranges ``[B, H, N, S]``; ValueError if a row has more than two."""
+def _united(lo: Tensor, hi: Tensor, nk: int) -> tuple[Tensor, Tensor]:
+    """Bounds ``[B, H, N, 4]`` in normal form of ranges ``[B, H, N, S]``, and how many ranges each row has."""
     shape = lo.shape[:3]
-    num_rows = shape.numel()
-    row = torch.arange(num_rows, device="cpu").repeat_interleave(lo.shape[3])
-    bounds, count = _spans.unite(
-        row, lo.flatten().to(torch.int64), hi.flatten().to(torch.int64), num_rows, nk
-    )
-    _spans.check_fits(count.view(shape), where)
-    return bounds.view(*shape, 4)
+    row = torch.arange(shape.numel(), device="cpu").repeat_interleave(lo.shape[3])
+    lo, hi = lo.flatten().to(torch.int64), hi.flatten().to(torch.int64)
+    bounds, count = _spans.unite(row, lo, hi, shape.numel(), nk)
+    return bounds.view(*shape, 4), count.view(shape)
 
 
 def _normal_bounds(bounds: Tensor, nk: int) -> Tensor:
@@ -459,7 +452,7 @@ def _normal_bounds(bounds: Tensor, nk: int) -> Tensor:
             f"{where}: expected key ranges [lo, hi) with 0 <= lo <= hi <= nk={nk} but "
             f"{_spans.name_row(first, *bounds.shape[:3])} has {bounds.flatten(0, 2)[first].tolist()}"
         )
-    normal = _united(lo, hi, nk, where)
+    normal, _ = _united(lo, hi, nk)
     return normal if normal[..., 2:].any() else normal[..., :2].contiguous()
 
 
