@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from arcore import masks
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, AdaLNBlock, AdaLNHead, ClassEmbedding, KVCache, LevelEmbedding, SelfAttention
+from arcore.nn.checks import check_floating, check_patch_nums
 from arcore.nn.registry import Check, preset, register
 
 
@@ -49,7 +49,7 @@ class VARConfig:
         gate_init: standard deviation of the initial gates, relative to other weights.
 
     Raises:
-        ValueError: `patch_nums` are no growing side lengths.
+        ValueError: a size is below 1, or `patch_nums` are no growing side lengths.
     """
 
     depth: int
@@ -68,10 +68,8 @@ class VARConfig:
     def __post_init__(self) -> None:
         for name in ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size", "z_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}")
-        sides = self.patch_nums
-        if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
-            raise ValueError(f"patch_nums must be growing side lengths, coarse to fine, but got {sides}")
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
 
 
 @register(
@@ -106,20 +104,16 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, sizes[0], dim))
         self.pos_embed = nn.Parameter(torch.empty(1, sum(sizes), dim))
         self.level_embed = LevelEmbedding(sizes, dim)
+        scale = 0.25 / math.sqrt(dim / config.num_heads)
         self.blocks = nn.ModuleList(
             AdaLNBlock(
                 dim,
                 dim,
-                attn=SelfAttention(
-                    dim,
-                    config.num_heads,
-                    l2_norm=config.attn_l2_norm,
-                    scale=0.25 / math.sqrt(dim / config.num_heads),
-                ),
+                attn=SelfAttention(dim, config.num_heads, l2_norm=config.attn_l2_norm, scale=scale),
                 ffn=MLP(dim, round(dim * config.mlp_ratio)),
-                drop_path=config.drop_path * i / max(config.depth - 1, 1),
+                drop_path=config.drop_path * layer / max(config.depth - 1, 1),
             )
-            for i in range(config.depth)
+            for layer in range(config.depth)
         )
         self.head = AdaLNHead(dim, dim, config.vocab_size)
         self._init_weights()
@@ -135,12 +129,13 @@ class VAR(nn.Module):
                     nn.init.zeros_(module.bias)
         for table in (self.class_embed.weight, self.level_embed.weight, self.pos_start, self.pos_embed):
             nn.init.trunc_normal_(table, std=std)
-        for block in self.blocks:
-            block.attn.proj.weight.div_(math.sqrt(2 * config.depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * config.depth))
-            gates, rest = block.modulation.linear.weight.split([2 * config.embed_dim, 4 * config.embed_dim])
-            gates.mul_(config.gate_init)
-            rest.mul_(0.5)
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
+                weight.div_(math.sqrt(2 * config.depth))
+            elif name.endswith("modulation.linear.weight"):
+                gates, rest = weight.split([2 * config.embed_dim, 4 * config.embed_dim])
+                gates.mul_(config.gate_init)
+                rest.mul_(0.5)
         self.head.modulation.linear.weight.mul_(0.5)
         self.head.linear.weight.mul_(0.02)
 
@@ -173,59 +168,44 @@ class VAR(nn.Module):
         """
         self._check_inputs(inputs, self.scale_starts[-1] - self.scale_starts[1], len(labels))
         cond = self.class_embed(labels)
-        x = torch.cat([self._first_tokens(cond), self.word_embed(inputs)], dim=1)
+        x = torch.cat([cond.unsqueeze(1) + self.pos_start, self.word_embed(inputs)], dim=1)  # [B, L, C]
         return self._transform(x + self.level_embed() + self.pos_embed, cond, self.mask.to(x.device))
 
     def make_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` rows, in the dtype and on the device of the model."""
-        config = self.config
         return KVCache(
-            num_layers=config.depth,
+            num_layers=self.config.depth,
             batch=batch,
-            num_heads=config.num_heads,
+            num_heads=self.config.num_heads,
             max_length=self.scale_starts[-1],
-            head_dim=config.embed_dim // config.num_heads,
+            head_dim=self.config.embed_dim // self.config.num_heads,
             dtype=self.pos_embed.dtype,
             device=self.pos_embed.device,
         )
 
     def scale_logits(self, k: int, inputs: Tensor | None, labels: Tensor, cache: KVCache) -> Tensor:
-        """Logits of scale k, given the coarser scales in the cache.
-
-        Args:
-            k: scale; scales come in order.
-            inputs: `[B, p_k^2, z]`, from the tokenizer's `next_input`; None for the first scale.
-            labels: int64 `[B]`, as in `forward`.
-            cache: from `make_cache(B)`; receives the keys and values of scale k.
-
-        Returns:
-            float32 `[B, p_k^2, V]`.
+        """Logits of scale k from the coarser scales in the cache; arguments and result are those of `ScaleModel`.
 
         Raises:
-            TypeError: inputs or labels have a wrong dtype.
-            ValueError: the scale is not the next one, shapes do not fit, or a label is out of range.
+            TypeError, ValueError: as `forward` does, or the scale is not the next one.
         """
         if not 0 <= k < len(self.patch_nums) or cache.length != self.scale_starts[k]:
             raise ValueError(
                 f"expected the scales 0 to {len(self.patch_nums) - 1} in order, but got scale {k} while the cache "
                 f"holds {cache.length} tokens (scales start at {self.scale_starts[:-1]})"
             )
+        if (inputs is None) != (k == 0):
+            got = "None" if inputs is None else "some"
+            raise ValueError(f"expected inputs for every scale but the first; scale {k} got {got}")
         start, stop = self.scale_starts[k : k + 2]
         cond = self.class_embed(labels)
-        if (inputs is None) != (k == 0):
-            raise ValueError(
-                f"expected inputs for every scale but the first; scale {k} got {type(inputs).__name__}"
-            )
         if inputs is None:
-            x = self._first_tokens(cond)
+            x = cond.unsqueeze(1) + self.pos_start  # [B, p_0^2, C]
         else:
             self._check_inputs(inputs, stop - start, len(labels))
             x = self.word_embed(inputs)
         x = x + self.level_embed.weight[k] + self.pos_embed[:, start:stop]
         return self._transform(x, cond, masks.full(stop - start, stop).to(x.device), cache)
-
-    def _first_tokens(self, cond: Tensor) -> Tensor:
-        return cond.unsqueeze(1) + self.pos_start  # [B, p_0^2, C]
 
     def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):
@@ -240,63 +220,47 @@ class VAR(nn.Module):
                 f"expected inputs of shape {expected}, for patch_nums={self.patch_nums} and "
                 f"z_channels={self.config.z_channels}, but got {tuple(inputs.shape)}"
             )
-        if not inputs.is_floating_point():
-            raise TypeError(
-                f"expected inputs of a floating dtype but got {str(inputs.dtype).removeprefix('torch.')}; "
-                "codes become inputs by the tokenizer's scale_inputs"
-            )
+        check_floating(
+            "inputs", inputs, self.word_embed.weight, "make them with the tokenizer's scale_inputs"
+        )
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a published checkpoint under our names.
 
-        Three of its buffers hold nothing that is learnt: `lvl_1L`, the scale of each token, and
-        `attn_bias_for_masking`, the L x L mask, must describe our scales; `zero_k_bias` must be zero. They are
-        checked and dropped; an L x L buffer is never kept.
+        Its buffers hold nothing learnt: the scale of each token, the L x L mask and a zero bias on keys. They must be
+        what ours are and are dropped; no L x L buffer is kept.
 
         Raises:
-            ValueError: the scales differ, or a key bias is not zero.
+            ValueError: they are not.
         """
-        level = torch.cat([torch.full((p * p,), k) for k, p in enumerate(self.patch_nums)])
-        found = state.get("lvl_1L")
-        if found is not None and found.flatten().tolist() != level.tolist():
-            raise ValueError(
-                f"the weights are for other scales than patch_nums={self.patch_nums}: they have "
-                f"{found.numel()} tokens and we {len(level)}"
-            )
+        levels = [k for k, side in enumerate(self.patch_nums) for _ in range(side * side)]
+        if "lvl_1L" in state and state["lvl_1L"].flatten().tolist() != levels:
+            raise ValueError(f"they are for other scales than patch_nums={self.patch_nums}")
         bias = state.get("attn_bias_for_masking")
-        if bias is not None and (
-            bias.shape[-2:] != (len(level), len(level))
-            or not torch.equal(bias[0, 0] == 0, self.mask.to_bool()[0, 0])
-        ):
-            raise ValueError("the weights were trained under another mask than masks.next_scale")
+        if bias is not None and not torch.equal(bias == 0, self.mask.to_bool()):
+            raise ValueError("they are for another mask than masks.next_scale")
+        ours = {}
         for key, value in state.items():
-            if key.endswith(".zero_k_bias") and value.count_nonzero():
-                raise ValueError(f"{key} is not zero, but the model has no bias on keys")
-        return {
-            _our_name(key): value
-            for key, value in state.items()
-            if key not in ("lvl_1L", "attn_bias_for_masking") and not key.endswith(".zero_k_bias")
-        }
+            if key.endswith(".zero_k_bias"):
+                if value.any():
+                    raise ValueError(f"{key} is not zero, but the model has no bias on keys")
+            elif key not in ("lvl_1L", "attn_bias_for_masking"):
+                for pattern, name in _OFFICIAL_NAMES:
+                    key = re.sub(pattern, name, key)
+                ours[key] = value
+        return ours
 
 
 _OFFICIAL_NAMES = (
     (r"^pos_1LC$", "pos_embed"),
     (r"^class_emb\.", "class_embed."),
     (r"^lvl_embed\.", "level_embed."),
-    (r"\.attn\.mat_qkv\.", ".attn.qkv."),
-    (r"\.attn\.scale_mul_1H11$", ".attn.log_scale"),
+    (r"\.mat_qkv\.", ".qkv."),
+    (r"\.scale_mul_1H11$", ".log_scale"),
     (r"^head\.", "head.linear."),
     (r"^head_nm\.ada_lin\.1\.", "head.modulation.linear."),
     (r"\.ada_lin\.1\.", ".modulation.linear."),
 )
-
-
-def _our_name(key: str) -> str:
-    for pattern, ours in _OFFICIAL_NAMES:
-        renamed = re.sub(pattern, ours, key)
-        if renamed != key:
-            return renamed
-    return key
 
 
 @preset("var", tokenizer="msvq_tiny")

@@ -38,7 +38,8 @@ class Modulation(nn.Module):
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
         """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`."""
-        return self.linear(F.silu(cond)).unsqueeze(1).chunk(self.parts, dim=-1)
+        vectors: Tensor = self.linear(F.silu(cond))
+        return vectors.unsqueeze(1).chunk(self.parts, dim=-1)
 
 
 class DropPath(nn.Module):
@@ -101,7 +102,8 @@ class AdaLNBlock(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond)
         attended = self.attn(modulated_norm(x, scale1, shift1), mask, cache, layer)
         x = x + self.drop_path(gate1 * attended)
-        return x + self.drop_path(gate2 * self.ffn(modulated_norm(x, scale2, shift2)))
+        x = x + self.drop_path(gate2 * self.ffn(modulated_norm(x, scale2, shift2)))
+        return x
 
 
 class AdaLNHead(nn.Module):

@@ -76,4 +76,5 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = block_sparse_attention(q, k, v, mask, scale=scale)  # [B, H, N, D]
-        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        return mixed

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from arcore.nn.checks import check_ids
+
 
 class ClassEmbedding(nn.Module):
     """Class embedding with one more row, the null class of classifier-free guidance (arXiv:2207.12598).
@@ -33,22 +35,12 @@ class ClassEmbedding(nn.Module):
         """Int64 labels `[B]` in [0, num_classes], the null class included, to `[B, C]`.
 
         Raises:
-            TypeError: the labels are no integers.
+            TypeError: the labels are not int64.
             ValueError: a label is out of range (checked on the CPU only: on a GPU it would wait for the device).
         """
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"expected labels of dtype int64 but got {str(labels.dtype).removeprefix('torch.')}"
-            )
         if labels.dim() != 1:
             raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
-        if labels.is_cpu and not torch.compiler.is_compiling() and labels.numel():
-            lowest, highest = (int(x) for x in labels.aminmax())
-            if lowest < 0 or highest > self.null_class:
-                raise ValueError(
-                    f"expected class ids from 0 to {self.null_class - 1} (or {self.null_class}, the null class) "
-                    f"but got {lowest if lowest < 0 else highest}"
-                )
+        check_ids("class ids", labels, self.null_class + 1, f" ({self.null_class} means no class)")
         if self.training and self.drop > 0.0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.drop
             labels = torch.where(dropped, self.null_class, labels)

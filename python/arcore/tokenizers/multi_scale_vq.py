@@ -17,20 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.checks import check_floating, check_ids, check_patch_nums
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.registry import Check, preset, register
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
-# The published weights were trained with these. They are what float64 arithmetic gives, ties included; in float32 the
-# ties at k = 2 and k = 7 of 10 scales fall otherwise, so the tables are written out.
+# The published weights were trained with these. At k = 2 and k = 7 of 10 scales two ticks are equally near and the
+# rounding of float64 decides; float32 decides otherwise, so the tables are written out.
 _PHI_TABLES = {
     (10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
     (14, 4): (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3),
@@ -40,15 +40,17 @@ _PHI_TABLES = {
 def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
     """Which of the phi convolutions each scale uses.
 
-    Scale k sits at k / (num_scales - 1) on the unit interval and takes the nearest of `num_phi` ticks, the lower one
-    in a tie. The ticks are evenly spaced from m to 1 - m, with m = 1/12 for four phis and 1 / (2 num_phi) otherwise.
+    Scale k sits at k / (num_scales - 1) on the unit interval and takes the nearest of `num_phi` ticks. The ticks are
+    evenly spaced from m to 1 - m, with m = 1/12 for four phis and 1 / (2 num_phi) otherwise. Between two equally near
+    ticks the rounding of float64 decides, as in the published code.
     """
     if (num_scales, num_phi) in _PHI_TABLES:
         return _PHI_TABLES[num_scales, num_phi]
     if num_phi == 1:
         return (0,) * num_scales
     margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
-    step = (1 - 2 * margin) / (num_phi - 1)
+    # 1 - 2 * margin would round otherwise and change which of two equally near ticks is taken.
+    step = ((1 - margin) - margin) / (num_phi - 1)
     ticks = [margin + step * i for i in range(num_phi - 1)] + [1 - margin]
     places = [k / max(num_scales - 1, 1) for k in range(num_scales)]
     return tuple(min(range(num_phi), key=lambda i: abs(ticks[i] - place)) for place in places)
@@ -93,21 +95,20 @@ class MultiScaleVQConfig:
     def __post_init__(self) -> None:
         for name in ("in_channels", "channels", "num_res_blocks", "z_channels", "vocab_size", "num_phi"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult must hold positive numbers but got {self.channel_mult}")
+            raise ValueError(f"expected channel_mult to hold positive numbers but got {self.channel_mult}")
         for mult in (1, *self.channel_mult):
             if self.norm_groups < 1 or self.channels * mult % self.norm_groups:
                 raise ValueError(
-                    f"norm_groups must divide every width but got {self.norm_groups} groups for the width "
+                    f"expected norm_groups to divide every width but got {self.norm_groups} groups for the width "
                     f"{self.channels * mult}"
                 )
-        sides = self.patch_nums
-        if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
-            raise ValueError(f"patch_nums must be growing side lengths, coarse to fine, but got {sides}")
         if not 0 <= self.phi_ratio <= 1 or not 0 <= self.restart_below < 1:
             raise ValueError(
-                "phi_ratio must lie in [0, 1] and restart_below in [0, 1) "
+                "expected phi_ratio in [0, 1] and restart_below in [0, 1) "
                 f"but got {self.phi_ratio} and {self.restart_below}"
             )
 
@@ -291,19 +292,20 @@ class MultiScaleVQ(nn.Module):
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         self.config = config
-        sizes = {
-            "in_channels": config.in_channels,
-            "channels": config.channels,
-            "channel_mult": config.channel_mult,
-            "num_res_blocks": config.num_res_blocks,
-            "z_channels": config.z_channels,
-            "norm_groups": config.norm_groups,
-        }
-        self.encoder = ConvEncoder(**sizes)
-        self.decoder = ConvDecoder(**sizes)
+        channels, z_channels, groups = config.channels, config.z_channels, config.norm_groups
+        layout = (
+            config.in_channels,
+            channels,
+            config.channel_mult,
+            config.num_res_blocks,
+            z_channels,
+            groups,
+        )
+        self.encoder = ConvEncoder(*layout)
+        self.decoder = ConvDecoder(*layout)
         self.quantize = MultiScaleQuantizer(config)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
 
     @property
     def patch_nums(self) -> tuple[int, ...]:
@@ -386,11 +388,8 @@ class MultiScaleVQ(nn.Module):
 
     def _latent(self, images: Tensor) -> Tensor:
         size = self.config.image_size
-        if not images.is_floating_point():
-            raise TypeError(
-                f"expected images of a floating dtype in [-1, 1] but got {str(images.dtype).removeprefix('torch.')}; "
-                "bytes become such by `images / 127.5 - 1`"
-            )
+        hint = "bytes become images in [-1, 1] by `images / 127.5 - 1`"
+        check_floating("images", images, self.quant_conv.weight, hint)
         if images.dim() != 4 or images.shape[1:] != (self.config.in_channels, size, size):
             raise ValueError(
                 f"expected images of shape [B, {self.config.in_channels}, {size}, {size}] "
@@ -406,24 +405,12 @@ class MultiScaleVQ(nn.Module):
                 f"expected codes of {count} scales, for patch_nums={self.patch_nums}, but got {len(indices)}"
             )
         for k, codes in enumerate(indices):
-            if codes.dtype != torch.int64:
-                raise TypeError(
-                    f"expected codes of dtype int64 but those of scale {k} are "
-                    f"{str(codes.dtype).removeprefix('torch.')}"
-                )
             expected = (len(indices[0]), self.patch_nums[k] ** 2)
             if tuple(codes.shape) != expected:
                 raise ValueError(
                     f"expected codes of scale {k} of shape {expected} but got {tuple(codes.shape)}"
                 )
-            # On a GPU looking at the values would wait for the device.
-            if codes.is_cpu and not torch.compiler.is_compiling() and codes.numel():
-                lowest, highest = (int(x) for x in codes.aminmax())
-                if lowest < 0 or highest >= self.vocab_size:
-                    raise ValueError(
-                        f"expected codes from 0 to {self.vocab_size - 1} "
-                        f"but scale {k} holds {lowest if lowest < 0 else highest}"
-                    )
+            check_ids(f"codes of scale {k}", codes, self.vocab_size)
         return indices
 
 
