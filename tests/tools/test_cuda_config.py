@@ -60,7 +60,7 @@ def test_unknown_and_old_architectures_are_left_out_with_a_warning(nvcc, capsys)
 
 def test_a_malformed_list_is_an_error(nvcc):
     nvcc.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(SystemExit, match="expected entries like 8.0, 8.0\\+PTX or 9.0a but got 'Hopper'"):
+    with pytest.raises(SystemExit, match=r"expected entries like 8.0, 8.0\+PTX or 9.0a but got 'Hopper'"):
         cuda_config.detect_cuda("13.0")
 
 
