@@ -40,11 +40,7 @@ def fails(arcore: Callable[..., Outcome]) -> Callable[..., str]:
         assert outcome.code == 2, outcome
         lines = outcome.err.splitlines()
         assert len(lines) == 1, outcome.err
-        command = (
-            f"arcore {argv[0]}"
-            if argv and argv[0] in ("demo", "train", "sample", "zoo", "env", "bench")
-            else "arcore"
-        )
+        command = f"arcore {argv[0]}" if argv and argv[0] in COMMANDS else "arcore"
         assert lines[0].startswith(f"{command}: error: ")
         return lines[0]
 

@@ -32,6 +32,6 @@ def toy_task():
             return nn.functional.cross_entropy(logits, labels), {"accuracy": accuracy}
 
         def meta(self):
-            return {"family": "toy", "modules": {"model": {}}}
+            return {"family": "toy"}
 
     return ToyTask

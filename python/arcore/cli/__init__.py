@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from arcore._optional import require
+
 COMMANDS = {
     "demo": "train a small next-scale image model on handwritten digits and show what it learnt",
     "train": "train a model of the zoo on your images",
@@ -16,6 +18,8 @@ COMMANDS = {
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",
 }
+# Their options are read by tyro; the others work with torch alone.
+_EXTRA = {"demo": "train", "train": "train", "sample": "zoo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arcore: error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     try:
+        if name in _EXTRA:
+            require("tyro", extra=_EXTRA[name])
         return int(importlib.import_module(f"arcore.cli.{name}").main(rest))
     except KeyboardInterrupt:
         print(f"arcore {name}: interrupted", file=sys.stderr)

@@ -11,8 +11,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
 
-from arcore._optional import require
-
 Options = TypeVar("Options")
 _BORDER = "│╭╮╰╯┃┏┓┗┛|+"
 
@@ -24,7 +22,8 @@ def parse(options: type[Options], command: str, argv: Sequence[str]) -> Options:
         ValueError: the options do not fit; one line.
         SystemExit: `--help` was asked for and printed.
     """
-    tyro = require("tyro", extra="zoo")
+    import tyro
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_unless_help(argv):

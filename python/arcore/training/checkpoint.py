@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arcore._files import atomic_path
+from arcore._files import atomic_folder
 
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.pt"
@@ -39,6 +39,12 @@ def _steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder, if there is one."""
+    steps = _steps(run) if run.is_dir() else []
+    return steps[-1] if steps else None
+
+
 def find(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest one of a run folder.
 
@@ -50,12 +56,12 @@ def find(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"the checkpoint {path} does not exist (expected a folder)")
-    steps = _steps(path)
-    if not steps:
+    found = newest(path)
+    if found is None:
         raise FileNotFoundError(
             f"{path} holds no checkpoint: expected {CONFIG} or folders named step-00000500 in it"
         )
-    return steps[-1]
+    return found
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(meta["modules"], dict) or not isinstance(meta["step"], int):
+        if not isinstance(meta["step"], int):
             raise TypeError("fields of the wrong kind")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -146,9 +152,7 @@ def write(
         meta: contents of config.json.
         optimizer: optimiser state; None writes weights only.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
+    with atomic_folder(folder) as temporary:
         for name, state in weights.items():
             tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             save_file(tensors, temporary / f"{name}.safetensors")
@@ -170,11 +174,7 @@ class FolderCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         state = checkpoint.pop("state_dict")
         weights = {
-            name: {
-                key.removeprefix(f"{name}."): value
-                for key, value in state.items()
-                if key.startswith(f"{name}.")
-            }
+            name: {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
             for name in self.task.saved
         }
         # Lightning's own counters would make it skip batches on resume; see engine.py.
@@ -186,8 +186,8 @@ class FolderCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         folder = Path(path)
         state: dict[str, Tensor] = {}
-        for name in self.task.saved:
-            weights = read_weights_of(folder, name, getattr(self.task, name))
+        for name, module in self.task.modules_to_save().items():
+            weights = read_weights_of(folder, name, module)
             state |= {f"{name}.{key}": value for key, value in weights.items()}
         return {**read_optimizer(folder), "state_dict": state}
 

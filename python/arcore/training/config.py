@@ -89,3 +89,10 @@ class TrainConfig:
 FREE_ON_RESUME = frozenset(
     {"steps", "checkpoint_every", "accelerator", "devices", "num_nodes", "strategy", "workers"}
 )
+
+
+# What each family of the zoo is trained with unless told otherwise.
+DEFAULTS = {
+    "tokenizer": TrainConfig(steps=1000, batch_size=64, lr=3e-3),
+    "next-scale": TrainConfig(steps=1000, batch_size=64, lr=1e-3),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,15 +19,15 @@ from arcore.training.stream import StreamSampler, derive_seed
 class Task(pl.LightningModule):
     """Base of all training tasks.
 
-    A subclass sets its networks as attributes, names them in `saved`, and implements `loss`.
+    A subclass sets its networks as attributes, names them in `saved`, and implements `loss` and `meta`.
 
     Attributes:
-        saved: attribute names of the networks that a checkpoint holds, one safetensors file each.
+        saved: names of the attributes that are networks; a checkpoint holds one safetensors file for each.
         config: settings of the run.
         start_step: optimiser steps that were done before this process took over.
     """
 
-    saved: ClassVar[tuple[str, ...]]
+    saved: tuple[str, ...]
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Task(pl.LightningModule):
 
     @abstractmethod
     def meta(self) -> dict[str, Any]:
-        """JSON-ready description from which `arcore.training.checkpoint` can rebuild the networks."""
+        """What config.json says, ready for JSON; `step` is added to it."""
 
     def modules_to_save(self) -> dict[str, nn.Module]:
         """The networks of a checkpoint by name."""

@@ -1,0 +1,131 @@
+"""`arcore train`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from arcore.cli._output import writable_folder
+from arcore.cli._parse import parse
+from arcore.training.config import DEFAULTS
+
+
+def _hint(field: str) -> str:
+    """The defaults of each task, for the help text."""
+    values = {family: getattr(config, field) for family, config in DEFAULTS.items()}
+    if len(set(values.values())) == 1:
+        return f"(default: {next(iter(values.values()))})"
+    return f"(default: {', '.join(f'{value} for {family}' for family, value in values.items())})"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model of the zoo on your images.
+
+    Example: arcore train var_tiny --data digits --out out/digits
+
+    The run folder receives checkpoints (step-*/, the newest stays) and metrics.csv. Ctrl-C loses the steps since the
+    last checkpoint; --resume then ends with the same weights, bit for bit, as a run that never stopped.
+
+    A next-scale model (var_*) reads images through a tokenizer. Without --tokenizer, the tokenizer preset that fits is
+    trained first, with its own defaults, into OUT/tokenizer. `arcore zoo` lists the presets.
+    """
+
+    preset: Positional[Annotated[str, arg(metavar="PRESET")]]
+    """What to train, for example var_tiny or msvq_tiny."""
+    data: Annotated[str | None, arg(metavar="digits|FOLDER", help_behavior_hint="(default: digits)")] = None
+    """scikit-learn's handwritten digits, or a folder with one subfolder of images per class."""
+    out: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
+    ] = None
+    """Run folder."""
+    resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: start anew)")] = None
+    """Run folder or checkpoint to continue. Its settings hold; steps, checkpoints and devices may change."""
+    tokenizer: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: train one first)")
+    ] = None
+    """Checkpoint of a trained tokenizer."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("steps"))] = None
+    """Optimiser steps."""
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("batch_size"))] = None
+    """Images per device and micro-batch."""
+    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("accumulate"))] = None
+    """Micro-batches per step; raises the batch without raising the memory."""
+    lr: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=_hint("lr"))] = None
+    """Peak learning rate; it warms up linearly and decays by a cosine."""
+    precision: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("precision"))] = None
+    """32-true, bf16-mixed, or another name that Lightning knows."""
+    checkpoint_every: Annotated[
+        int | None, arg(metavar="STEPS", help_behavior_hint=_hint("checkpoint_every"))
+    ] = None
+    """Steps between checkpoints, each with a held-out evaluation; 0: only at the end."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("seed"))] = None
+    """Decides initial weights, image order and random draws."""
+    accelerator: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("accelerator"))] = None
+    """auto, cpu or gpu."""
+    devices: Annotated[str | None, arg(metavar="N|auto", help_behavior_hint="(default: auto; 1 on CPU)")] = (
+        None
+    )
+    """Devices per node."""
+    num_nodes: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("num_nodes"))] = None
+    """Machines; start the same command on each, or use SLURM or torchrun."""
+    strategy: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("strategy"))] = None
+    """auto, ddp, fsdp, or another name that Lightning knows."""
+    workers: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("workers"))] = None
+    """Processes that read images; 0 reads them in the training process."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(TrainOptions, "train", argv)
+    from arcore.training import TrainConfig, train
+    from arcore.training.zoo_tasks import task_for
+
+    task_for(options.preset)
+    out = options.out or _run_folder(options.resume) or Path("out") / options.preset
+    writable_folder(out)
+    settings = {
+        name: value for name, value in asdict(options).items() if name in TrainConfig.__dataclass_fields__
+    }
+    try:
+        result = train(
+            options.preset,
+            data=options.data,
+            out=out,
+            tokenizer=options.tokenizer,
+            resume=options.resume,
+            settings=settings,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        # Lightning turns Ctrl-C into SystemExit.
+        print(
+            f"arcore train: interrupted; go on with: arcore train {options.preset} --resume {out}",
+            file=sys.stderr,
+        )
+        return 130
+    last = result.history[-1] if result.history else {}
+    figures = ", ".join(
+        f"{name} {value:.4g}" for name, value in last.items() if name not in ("step", "split")
+    )
+    print(f"{options.preset}: step {last.get('step')}, {last.get('split')} {figures}")
+    print(f"checkpoint: {result.checkpoint}")
+    if "model" in _networks(result.checkpoint):
+        print(f"draw images: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / 'samples.png'}")
+    return 0
+
+
+def _run_folder(resume: Path | None) -> Path | None:
+    """The run that a checkpoint belongs to."""
+    if resume is None:
+        return None
+    return resume.parent if resume.name.startswith("step-") else resume
+
+
+def _networks(folder: Path) -> list[str]:
+    from arcore.training.checkpoint import read_meta
+
+    return list(read_meta(folder)["modules"])

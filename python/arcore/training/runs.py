@@ -1,0 +1,179 @@
+"""Training a preset of the zoo on a dataset, from nothing or from where a run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arcore.data import ImageDataset, open_dataset
+from arcore.models import create_model, get_config, list_models, load_checkpoint
+from arcore.training import checkpoint
+from arcore.training.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
+from arcore.training.engine import FitResult, fit
+from arcore.training.stream import derive_seed
+from arcore.training.zoo_tasks import TokenizerTask, task_for
+
+TOKENIZER_FOLDER = "tokenizer"
+# What a next-scale model and its tokenizer must agree on.
+CODE_FORMAT = ("patch_nums", "vocab_size", "z_channels")
+
+
+def train(
+    preset: str,
+    *,
+    out: str | Path,
+    data: str | None = None,
+    tokenizer: str | Path | None = None,
+    resume: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> FitResult:
+    """Train a preset.
+
+    A next-scale model needs a tokenizer. Without one, the tokenizer preset that fits the model is trained first,
+    with its own default settings, into `out/tokenizer`.
+
+    Args:
+        preset: for example `"var_tiny"` or `"msvq_tiny"`.
+        out: run folder.
+        data: `"digits"` (also when None) or a folder with one subfolder of images per class.
+        tokenizer: checkpoint of a trained tokenizer.
+        resume: run folder or checkpoint to continue from. The settings and the data are read from there; those in
+            `arcore.training.config.FREE_ON_RESUME` may be changed. A run that stopped while it still trained its
+            tokenizer goes on with that; all else is then taken from the arguments again.
+        settings: fields of `TrainConfig` that differ from the defaults of the task.
+        show_progress: show progress bars.
+
+    Returns:
+        The last checkpoint and the logged figures.
+
+    Raises:
+        ValueError: unknown preset, unusable data, settings out of range or changed on resume, damaged checkpoint.
+        OSError: a file cannot be read or written.
+    """
+    out = Path(out)
+    settings = {key: value for key, value in (settings or {}).items() if value is not None}
+    task_type = task_for(preset)
+    half_done = None
+    if resume is not None:
+        half_done = checkpoint.newest(Path(resume) / TOKENIZER_FOLDER)
+        if half_done is None or checkpoint.newest(Path(resume)) is not None:
+            return _continue(preset, checkpoint.find(resume), out, data, settings, show_progress)
+    elif checkpoint.newest(out) or checkpoint.newest(out / TOKENIZER_FOLDER):
+        raise ValueError(
+            f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
+        )
+    config = dataclasses.replace(DEFAULTS[task_type.family], **settings)
+    data = data or "digits"
+    networks: dict[str, nn.Module] = {}
+    if task_type is TokenizerTask:
+        train_set, test_set = _open(data, get_config(preset))
+        networks["tokenizer"] = _fresh(preset, config)
+    else:
+        networks["tokenizer"] = _tokenizer_for(preset, data, out, tokenizer, config, half_done, show_progress)
+        train_set, test_set = _open(data, networks["tokenizer"].config)
+        networks["model"] = _fresh(preset, config, num_classes=len(train_set.class_names))
+    facts = {"preset": preset, "data": data, "class_names": list(train_set.class_names)}
+    task = task_type(config, networks, facts)
+    return fit(task, train_set, out, test=test_set, title=preset, show_progress=show_progress)
+
+
+def _continue(
+    preset: str, source: Path, out: Path, data: str | None, settings: Mapping[str, Any], show_progress: bool
+) -> FitResult:
+    networks, meta = load_checkpoint(source)
+    try:
+        facts = {name: meta[name] for name in ("preset", "data", "class_names")}
+        before = TrainConfig(**{name: _tuple(value) for name, value in meta["training"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{source} holds no training run that could go on: its config.json lacks {error}"
+        ) from error
+    if facts["preset"] != preset:
+        raise ValueError(
+            f"the run in {source} trains {facts['preset']}, not {preset}: name that preset, or start a new run"
+        )
+    if data not in (None, facts["data"]):
+        raise ValueError(f"the run in {source} uses the data {facts['data']!r}, not {data!r}")
+    for name, value in settings.items():
+        if name not in FREE_ON_RESUME and value != getattr(before, name):
+            raise ValueError(
+                f"the run in {source} was started with {name}={getattr(before, name)}, which cannot become {value} "
+                "on resume: leave the option out, or start a new run in another folder"
+            )
+    config = dataclasses.replace(before, **settings)
+    train_set, test_set = _open(facts["data"], networks["tokenizer"].config)
+    if list(train_set.class_names) != facts["class_names"]:
+        raise ValueError(f"the classes in {facts['data']!r} are no longer those of the run in {source}")
+    task = task_for(preset)(config, networks, facts)
+    return fit(task, train_set, out, test=test_set, resume=source, title=preset, show_progress=show_progress)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fresh(preset: str, config: TrainConfig, **overrides: Any) -> nn.Module:
+    """A network with the initial weights that the run's seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights", preset))
+        return create_model(preset, **overrides)
+
+
+def _open(data: str, tokenizer: Any) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and held-out images in the shape that a tokenizer takes."""
+    size, channels = tokenizer.image_size, tokenizer.in_channels
+    test = open_dataset(data, split="test", image_size=size, channels=channels)
+    train = open_dataset(data, split="train", image_size=size, channels=channels)
+    return train, test if len(test) else None
+
+
+def _tokenizer_for(
+    preset: str,
+    data: str,
+    out: Path,
+    path: str | Path | None,
+    config: TrainConfig,
+    resume: Path | None,
+    show_progress: bool,
+) -> nn.Module:
+    wanted = _code_format(get_config(preset))
+    if path is not None:
+        networks, _ = load_checkpoint(checkpoint.find(path))
+        if "tokenizer" not in networks:
+            raise ValueError(f"{path} holds no tokenizer but {', '.join(networks)}")
+        found = _code_format(networks["tokenizer"].config)
+        if found != wanted:
+            raise ValueError(
+                f"the tokenizer in {path} does not fit {preset}: it has {_shown(found)} "
+                f"but the model needs {_shown(wanted)}"
+            )
+        return networks["tokenizer"]
+    fitting = [name for name in list_models(family="tokenizer") if _code_format(get_config(name)) == wanted]
+    if not fitting:
+        raise ValueError(
+            f"no tokenizer preset fits {preset} ({_shown(wanted)}): train one and give it with --tokenizer"
+        )
+    shared = ("seed", "accelerator", "devices", "num_nodes", "strategy", "workers")
+    result = train(
+        fitting[0],
+        data=data,
+        out=out / TOKENIZER_FOLDER,
+        resume=resume,
+        settings={name: getattr(config, name) for name in shared},
+        show_progress=show_progress,
+    )
+    return load_checkpoint(result.checkpoint)[0]["tokenizer"]
+
+
+def _code_format(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in CODE_FORMAT}
+
+
+def _shown(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in facts.items())

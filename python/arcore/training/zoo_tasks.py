@@ -1,0 +1,103 @@
+"""Training tasks of the zoo, one per family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from arcore.models import describe, model_info
+from arcore.objectives import next_scale_loss
+from arcore.training.config import TrainConfig
+from arcore.training.task import Task
+
+
+class ZooTask(Task):
+    """A task whose networks come from the zoo.
+
+    Args:
+        config: settings of the run.
+        networks: the networks by name.
+        facts: further entries of config.json, for example the class names.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(
+        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(config)
+        self.facts = dict(facts)
+        self.saved = tuple(networks)
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "modules": {name: describe(network) for name, network in self.modules_to_save().items()},
+            **self.facts,
+            "training": dataclasses.asdict(self.config),
+        }
+
+
+class TokenizerTask(ZooTask):
+    """Autoencoder with a quantiser: mean squared error of the pixels plus the quantiser's own loss."""
+
+    family = "tokenizer"
+    tokenizer: Any
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self.tokenizer(images)
+        pixels = mse_loss(out.reconstruction.float(), images)
+        return pixels + out.vq_loss, {"mse": pixels.detach(), "vq": out.vq_loss.detach()}
+
+
+class NextScaleTask(ZooTask):
+    """A next-scale model on the codes of a frozen tokenizer."""
+
+    family = "next-scale"
+    model: Any
+    tokenizer: Any
+
+    def __init__(
+        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(config, networks, facts)
+        self.tokenizer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> NextScaleTask:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Codes are the same whatever the precision of the model's own arithmetic.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            indices = self.tokenizer.encode(images)
+            inputs = self.tokenizer.scale_inputs(indices)
+        logits = self.model(inputs, labels)
+        loss = next_scale_loss(logits, indices)
+        hits = logits.argmax(-1) == torch.cat(list(indices), dim=1)
+        return loss, {"accuracy": hits.float().mean()}
+
+
+TASKS: dict[str, type[ZooTask]] = {task.family: task for task in (TokenizerTask, NextScaleTask)}
+
+
+def task_for(preset: str) -> type[ZooTask]:
+    """The task that trains a preset.
+
+    Raises:
+        ValueError: unknown preset, or nothing trains its family.
+    """
+    family = model_info(preset).family
+    if family not in TASKS:
+        raise ValueError(
+            f"{preset} cannot be trained here: there is no task for its family {family!r}, "
+            f"only for {', '.join(TASKS)}"
+        )
+    return TASKS[family]
