@@ -106,6 +106,8 @@ class MultiScaleVQConfig:
                     f"expected norm_groups to divide every width but got {self.norm_groups} groups for the width "
                     f"{self.channels * mult}"
                 )
+        if self.beta < 0:
+            raise ValueError(f"expected beta to be at least 0 but got {self.beta}")
         if not 0 <= self.phi_ratio <= 1 or not 0 <= self.restart_below < 1:
             raise ValueError(
                 "expected phi_ratio in [0, 1] and restart_below in [0, 1) "
@@ -165,7 +167,8 @@ class MultiScaleQuantizer(nn.Module):
         codes = self.embedding(indices).transpose(1, 2).unflatten(2, (side, side))  # [B, C, p_k, p_k]
         if side != last:
             codes = F.interpolate(codes, size=(last, last), mode="bicubic")
-        return self.quant_resi(k, codes)
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.quant_resi(k, codes)
 
     def shrink(self, k: int, latent: Tensor) -> Tensor:
         """A latent `[B, C, p_K, p_K]` as the vectors of scale k, `[B, p_k^2, C]`."""
@@ -176,10 +179,11 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the code nearest to each vector in L2; `[..., C]` to int64 `[...]`."""
-        codes = self.embedding.weight
-        flat = vectors.reshape(-1, vectors.shape[-1])
+        codes = self.embedding.weight.float()
+        flat = vectors.reshape(-1, vectors.shape[-1]).float()
         # |v - e|^2 without |v|^2, which is the same for all codes.
-        distance = torch.addmm(codes.square().sum(1), flat, codes.t(), alpha=-2)
+        with torch.autocast(flat.device.type, enabled=False):
+            distance = torch.addmm(codes.square().sum(1), flat, codes.t(), alpha=-2)
         return distance.argmin(1).view(vectors.shape[:-1])
 
     def scales(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -210,6 +214,7 @@ class MultiScaleQuantizer(nn.Module):
             f_hat whose gradient goes to f unchanged, the loss (mean over scales of
             mse(f_hat, sg f) + beta mse(sg f_hat, f)), and the codes per scale.
         """
+        dtype = f.dtype
         with torch.autocast(f.device.type, enabled=False):
             f = f.float()
             vectors, indices, partial = zip(*self.scales(f), strict=True)
@@ -221,13 +226,13 @@ class MultiScaleQuantizer(nn.Module):
             ).mean()
             if self.training:
                 self._record(indices, vectors)
-            return f + (partial[-1] - f).detach(), loss, list(indices)
+            return (f + (partial[-1] - f).detach()).to(dtype), loss, list(indices)
 
     @torch.no_grad()
     def _record(self, indices: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         """Update the use of codes, and restart dead ones. No branch depends on data, so it compiles."""
-        ones = torch.ones((), device=self.ema_vocab_hit_SV.device)
         hits = torch.zeros_like(self.ema_vocab_hit_SV)
+        ones = hits.new_ones(())
         for k, codes in enumerate(indices):
             hits[k].scatter_add_(0, codes.flatten(), ones.expand(codes.numel()))
         several = dist.is_available() and dist.is_initialized()
@@ -319,6 +324,15 @@ class MultiScaleVQ(nn.Module):
     def z_channels(self) -> int:
         return self.config.z_channels
 
+    @property
+    def in_channels(self) -> int:
+        return self.config.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Side of the image in pixels."""
+        return self.config.image_size
+
     def forward(self, images: Tensor) -> MultiScaleVQOutput:
         """Encode, quantise, decode.
 
@@ -374,11 +388,26 @@ class MultiScaleVQ(nn.Module):
         return self.quantize.embedding.weight.new_zeros(batch, self.z_channels, side, side)
 
     def add_scale(self, k: int, indices: Tensor, latent: Tensor) -> Tensor:
-        """f_hat `[B, C, p_K, p_K]` after scale k with codes `[B, p_k^2]`."""
+        """f_hat `[B, C, p_K, p_K]` after scale k with codes `[B, p_k^2]`.
+
+        Raises:
+            ValueError: there is no scale k, or the shape of the codes is not that of B images at scale k.
+        """
+        self._check_scale(k, len(self.patch_nums))
+        expected = (len(latent), self.patch_nums[k] ** 2)
+        if tuple(indices.shape) != expected:
+            raise ValueError(
+                f"expected codes of scale {k} of shape {expected} but got {tuple(indices.shape)}"
+            )
         return latent + self.quantize.code_map(k, indices)
 
     def next_input(self, k: int, latent: Tensor) -> Tensor:
-        """f_hat shrunk to scale k + 1, `[B, p_{k+1}^2, C]`."""
+        """f_hat shrunk to scale k + 1, `[B, p_{k+1}^2, C]`.
+
+        Raises:
+            ValueError: no scale follows scale k.
+        """
+        self._check_scale(k, len(self.patch_nums) - 1)
         return self.quantize.shrink(k + 1, latent)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
@@ -397,6 +426,12 @@ class MultiScaleVQ(nn.Module):
             )
         out: Tensor = self.quant_conv(self.encoder(images))
         return out
+
+    def _check_scale(self, k: int, stop: int) -> None:
+        if not 0 <= k < stop:
+            raise ValueError(
+                f"expected k from 0 to {stop - 1}, for patch_nums={self.patch_nums}, but got {k}"
+            )
 
     def _checked(self, indices: Sequence[Tensor], least: int | None = None) -> Sequence[Tensor]:
         count = len(self.patch_nums)
