@@ -58,11 +58,13 @@ def _cuda_lines(built_archs: str) -> tuple[list[tuple[str, str]], list[str]]:
     if not built_archs:
         lines.append(("CUDA kernels", "not built"))
         if torch.version.cuda is None:
-            missing.append("GPU kernels: this torch is a CPU build; install a CUDA torch, then run `pip install .` again")
+            missing.append(
+                "GPU kernels: this torch is a CPU build; install a CUDA torch, then `pip install .` again"
+            )
         else:
             missing.append(
                 f"GPU kernels: torch has CUDA {torch.version.cuda} but arcore was built without; put an nvcc of CUDA "
-                f"{torch.version.cuda.split('.')[0]} on PATH and run `ARCORE_CUDA=on pip install .`, which says what fails"
+                f"{torch.version.cuda.split('.')[0]} on PATH, then `ARCORE_CUDA=on pip install .` says what fails"
             )
         return lines, missing
     lines.append(("CUDA kernels", f"built for {built_archs}"))
