@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,20 +145,19 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
         path = _file_for(module, path)
     state = _read_state(path, getattr(module, "official_entry", None))
     expected = module.state_dict()
-    if not state.keys() & expected.keys() or state.keys() - expected.keys():
-        convert = getattr(module, "from_official", None)
-        if convert is not None:
-            try:
-                state = convert(state)
-            except ValueError as error:
-                raise ValueError(f"the weights {path} do not fit: {error}") from error
+    convert = getattr(module, "from_official", None)
+    if convert is not None and state.keys() != expected.keys():
+        try:
+            renamed = convert(state)
+        except ValueError as error:
+            raise ValueError(f"the weights {path} do not fit: {error}") from error
+        # Of our own names, renaming loses some: then the file is ours, and its faults are reported by our names.
+        if len(renamed.keys() & expected.keys()) > len(state.keys() & expected.keys()):
+            state = renamed
     _check_fit(path, state, expected)
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
-    if not any(value.is_meta for value in expected.values()):
-        module.load_state_dict(cast, strict=True)
-    else:
-        module.load_state_dict(cast, strict=True, assign=True)
+    module.load_state_dict(cast, strict=True, assign=any(value.is_meta for value in expected.values()))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -204,7 +204,10 @@ def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
                 bad = archive.testzip()
             if bad is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Hints about the format of a file that will be refused, or is fine.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights {path} are damaged or hold more than tensors and plain values, which is not read because "

@@ -1,0 +1,116 @@
+"""How the contract test drives each family of systems. A new family brings one adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import arcore
+from arcore.decoding import generate_next_scale
+from arcore.objectives import next_scale_loss
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Away from the special point of initialisation, where gates and logits are almost zero and hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+class NextScale:
+    """Models that predict token maps scale by scale."""
+
+    batch_size = 3
+
+    def __init__(self, preset: str) -> None:
+        [info] = [info for info in arcore.model_info(preset).presets if info.name == preset]
+        self.tokenizer: Any = shaken(arcore.create_model(info.tokenizer)).eval()
+        self.config = info.config
+        self.indices = [torch.randint(self.config.vocab_size, (3, p * p)) for p in self.config.patch_nums]
+        with torch.no_grad():
+            self.inputs = self.tokenizer.scale_inputs(self.indices)
+        self.labels = torch.tensor([0, self.config.num_classes - 1, self.config.num_classes])
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.inputs, self.labels)
+
+    def expected_shape(self) -> tuple[int, ...]:
+        return (3, sum(p * p for p in self.config.patch_nums), self.config.vocab_size)
+
+    def loss(self, model: Any) -> Tensor:
+        return next_scale_loss(self.forward(model), self.indices)
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        """The result of one pass and the same from steps."""
+        cache, latent, parts = model.make_cache(3), self.tokenizer.empty_latent(3), []
+        for k, codes in enumerate(self.indices):
+            inputs = None if k == 0 else self.tokenizer.next_input(k - 1, latent)
+            parts.append(model.scale_logits(k, inputs, self.labels, cache))
+            latent = self.tokenizer.add_scale(k, codes, latent)
+        return self.forward(model), torch.cat(parts, dim=1)
+
+    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+        """Codes and images of some rows; row i always has the same label and seed."""
+        out = generate_next_scale(
+            model, self.tokenizer, self.labels[rows], cfg_scale=1.0, top_k=50, top_p=0.95, seed=[7 + r for r in rows]
+        )
+        return out.indices, out.images
+
+
+class Tokenizer:
+    """Images to codes and back."""
+
+    def __init__(self, preset: str) -> None:
+        self.config = arcore.models.get_config(preset)
+        size = self.config.image_size
+        self.images = torch.rand(3, self.config.in_channels, size, size) * 2 - 1
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.images).reconstruction
+
+    def expected_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape)
+
+    def loss(self, model: Any) -> Tensor:
+        out = model(self.images)
+        return (out.reconstruction - self.images).square().mean() + out.vq_loss
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        indices = model.encode(self.images)
+        latent, inputs = model.empty_latent(3), []
+        for k, codes in enumerate(indices):
+            latent = model.add_scale(k, codes, latent)
+            if k + 1 < len(indices):
+                inputs.append(model.next_input(k, latent))
+        whole = [model.decode(indices).flatten(), model.scale_inputs(indices).flatten()]
+        steps = [model.decode_latent(latent).flatten(), torch.cat(inputs, dim=1).flatten()]
+        return torch.cat(whole), torch.cat(steps)
+
+    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+        with torch.no_grad():
+            indices = model.encode(self.images[rows])
+            return indices, model.decode(indices)
+
+
+ADAPTERS = {"next-scale": NextScale, "tokenizer": Tokenizer}
+
+
+@pytest.fixture(params=arcore.list_models("*_tiny"))
+def preset(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def adapter(preset: str) -> Any:
+    return ADAPTERS[arcore.model_info(preset).family](preset)
+
+
+@pytest.fixture
+def model(preset: str) -> nn.Module:
+    """The preset with random weights, away from initialisation, in evaluation mode."""
+    return shaken(arcore.create_model(preset)).eval()

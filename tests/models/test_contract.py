@@ -1,0 +1,103 @@
+"""What every system of the zoo must do, tested on each preset that ends in `_tiny`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import arcore
+from arcore.models import load_checkpoint, save_checkpoint
+
+MAX_PARAMETERS = 2_000_000
+
+
+def test_every_system_has_a_tiny_preset():
+    systems = {arcore.model_info(name).name for name in arcore.list_models()}
+    assert {arcore.model_info(name).name for name in arcore.list_models("*_tiny")} == systems
+
+
+def test_tiny_is_small(model):
+    assert sum(parameter.numel() for parameter in model.parameters()) <= MAX_PARAMETERS
+
+
+def test_forward_has_the_promised_shape(adapter, model):
+    out = adapter.forward(model)
+    assert tuple(out.shape) == adapter.expected_shape()
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_gradients_reach_all_parameters(adapter, model):
+    adapter.loss(model).backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without == []
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_loss_falls_over_five_steps(adapter, preset):
+    model = arcore.create_model(preset)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(6):
+        loss = adapter.loss(model)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0], losses
+
+
+@torch.no_grad()
+def test_steps_equal_one_pass(adapter, model):
+    whole, steps = adapter.stepwise(model)
+    assert whole.std() > 0.1
+    assert (whole - steps).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_checkpoint_round_trip(adapter, preset, model, tmp_path: Path):
+    pytest.importorskip("safetensors")
+    save_checkpoint(tmp_path / "checkpoint", {"network": model}, {"note": "ours"})
+    modules, meta = load_checkpoint(tmp_path / "checkpoint")
+    assert meta == {"note": "ours"}
+    loaded = [modules["network"], arcore.create_model(preset, weights=tmp_path / "checkpoint")]
+    for other in loaded:
+        assert other.config == model.config
+        state = other.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert torch.equal(adapter.forward(other.eval()), adapter.forward(model))
+
+
+def test_compiles_as_one_graph(adapter, model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager_loss, loss = adapter.loss(model), adapter.loss(compiled)
+    torch.testing.assert_close(loss, eager_loss)
+    eager = torch.autograd.grad(eager_loss, list(model.parameters()))
+    traced = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_training_step_compiles_as_one_graph(adapter, preset):
+    torch._dynamo.reset()
+    model = arcore.create_model(preset).train()
+    adapter.loss(torch.compile(model, fullgraph=True, backend="aot_eager")).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_generation_is_repeatable_and_ignores_batch_mates(adapter, model):
+    codes, images = adapter.generate(model, [0, 1, 2])
+    again, _ = adapter.generate(model, [0, 1, 2])
+    assert all(torch.equal(a, b) for a, b in zip(codes, again, strict=True))
+    for rows in ([1], [2, 0]):
+        part, pictures = adapter.generate(model, rows)
+        assert all(torch.equal(a[rows], b) for a, b in zip(codes, part, strict=True))
+        torch.testing.assert_close(pictures, images[rows], rtol=0, atol=1e-4)
+    assert not model.training
+    assert images.min() >= -1
+    assert images.max() <= 1
