@@ -57,7 +57,13 @@ class NextScale:
     def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
         """Codes and images of some rows; row i always has the same label and seed."""
         out = generate_next_scale(
-            model, self.tokenizer, self.labels[rows], cfg_scale=1.0, top_k=50, top_p=0.95, seed=[7 + r for r in rows]
+            model,
+            self.tokenizer,
+            self.labels[rows],
+            cfg_scale=1.0,
+            top_k=50,
+            top_p=0.95,
+            seed=[7 + r for r in rows],
         )
         return out.indices, out.images
 

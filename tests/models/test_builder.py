@@ -56,7 +56,9 @@ def test_weights_of_both_formats(model, file: Path):
 
 
 def test_dtype_of_the_module_stays(model, tmp_path: Path):
-    torch.save({key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}, tmp_path / "w.pt")
+    torch.save(
+        {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}, tmp_path / "w.pt"
+    )
     other = arcore.create_model("var_tiny", weights=tmp_path / "w.pt", depth=1, embed_dim=16, num_heads=1)
     assert {parameter.dtype for parameter in other.parameters()} == {torch.float32}
     assert torch.equal(other.pos_embed, model.pos_embed.bfloat16().float())
@@ -72,12 +74,14 @@ def test_bad_fit_is_listed_and_nothing_is_loaded(model, tmp_path: Path):
     torch.save(state, tmp_path / "w.pth")
     other = small()
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="do not fit the model") as error:
         load_weights(other, tmp_path / "w.pth")
     message = str(error.value)
     assert str(tmp_path / "w.pth") in message
     assert "2 missing (word_embed.weight, word_embed.bias)" in message
-    assert "4 unexpected (blocks.9.attn.q_bias, blocks.9.attn.v_bias, blocks.9.attn.log_scale, ...)" in message
+    assert (
+        "4 unexpected (blocks.9.attn.q_bias, blocks.9.attn.v_bias, blocks.9.attn.log_scale, ...)" in message
+    )
     assert "1 of another shape (head.linear.bias is (7,) instead of (128,))" in message
     assert "1 of another kind of dtype (pos_start is int64)" in message
     assert "\n" not in message
@@ -164,7 +168,9 @@ def test_bad_descriptions(description, message: str):
 @pytest.fixture
 def folder(model, tmp_path: Path) -> Path:
     tokenizer = arcore.create_model("msvq_tiny", channels=4)
-    save_checkpoint(tmp_path / "run" / "last", {"model": model, "tokenizer": tokenizer}, {"classes": ["a", "b"]})
+    save_checkpoint(
+        tmp_path / "run" / "last", {"model": model, "tokenizer": tokenizer}, {"classes": ["a", "b"]}
+    )
     return tmp_path / "run" / "last"
 
 
@@ -223,5 +229,7 @@ def test_folder_without_the_system(folder: Path):
     content = json.loads((folder / "config.json").read_text())
     del content["modules"]["tokenizer"]
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="one module of the system 'msvq' in the checkpoint .* but it has 0"):
+    with pytest.raises(
+        ValueError, match=r"one module of the system 'msvq' in the checkpoint .* but it has 0"
+    ):
         arcore.create_model("msvq_tiny", weights=folder)

@@ -32,7 +32,9 @@ def test_forward_has_the_promised_shape(adapter, model):
 def test_gradients_reach_all_parameters(adapter, model):
     adapter.loss(model).backward()
     without = [
-        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
     ]
     assert without == []
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -67,7 +67,9 @@ def official_weights(config: VARConfig) -> dict[str, Tensor]:
     state = {name: 0.3 * torch.randn(shape) for name, shape in official_shapes(config).items()}
     levels = torch.tensor([k for k, p in enumerate(config.patch_nums) for _ in range(p * p)])
     state["lvl_1L"] = levels.unsqueeze(0)
-    state["attn_bias_for_masking"] = torch.where(levels[:, None] >= levels[None, :], 0.0, -math.inf)[None, None]
+    state["attn_bias_for_masking"] = torch.where(levels[:, None] >= levels[None, :], 0.0, -math.inf)[
+        None, None
+    ]
     for name, value in state.items():
         if name.endswith("zero_k_bias"):
             value.zero_()
@@ -128,7 +130,8 @@ def test_claim_one_masked_pass_equals_cached_generation():
 
 
 @pytest.mark.parametrize(
-    ("preset", "keys", "millions"), [("var_d16", 220, 310.28), ("var_d20", 272, 600.92), ("var_d30", 402, 2010.02)]
+    ("preset", "keys", "millions"),
+    [("var_d16", 220, 310.28), ("var_d20", 272, 600.92), ("var_d30", 402, 2010.02)],
 )
 def test_published_sizes(preset: str, keys: int, millions: float):
     with torch.device("meta"):
@@ -156,7 +159,9 @@ def test_published_checkpoint_gives_published_arithmetic(tmp_path: Path, nested:
     inputs, labels = torch.randn(2, 13, 8), torch.tensor([1, 5])
     expected = textbook_forward(weights, config, inputs, labels)
     assert expected.std() > 0.1
-    torch.testing.assert_close(model(inputs, labels), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        model(inputs, labels), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_published_checkpoint_of_another_model_is_refused(tmp_path: Path):
@@ -164,7 +169,9 @@ def test_published_checkpoint_of_another_model_is_refused(tmp_path: Path):
     weights = official_weights(config)
     file = tmp_path / "var.pth"
     torch.save(weights, file)
-    with pytest.raises(ValueError, match=r"var\.pth do not fit: they are for other scales than patch_nums=\(1, 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"var\.pth do not fit: they are for other scales than patch_nums=\(1, 2, 4\)"
+    ):
         load_weights(VAR(VARConfig(**SMALL | {"patch_nums": (1, 2, 4)})), file)
     torch.save(weights | {"attn_bias_for_masking": torch.zeros(1, 1, 14, 14)}, file)
     with pytest.raises(ValueError, match="another mask"):
@@ -240,10 +247,20 @@ def test_autocast_gives_float32_logits_and_gradients():
 @pytest.mark.parametrize(
     ("inputs", "labels", "kind", "message"),
     [
-        (torch.zeros(2, 12, 8), [0, 1], ValueError, r"expected inputs of shape \(2, 13, 8\).*got \(2, 12, 8\)"),
+        (
+            torch.zeros(2, 12, 8),
+            [0, 1],
+            ValueError,
+            r"expected inputs of shape \(2, 13, 8\).*got \(2, 12, 8\)",
+        ),
         (torch.zeros(2, 13, 7), [0, 1], ValueError, r"z_channels=8, but got \(2, 13, 7\)"),
         (torch.zeros(1, 13, 8), [0, 1], ValueError, r"expected inputs of shape \(2, 13, 8\)"),
-        (torch.zeros(2, 13, 8, dtype=torch.int64), [0, 1], TypeError, "floating dtype but got int64; make them"),
+        (
+            torch.zeros(2, 13, 8, dtype=torch.int64),
+            [0, 1],
+            TypeError,
+            "floating dtype but got int64; make them",
+        ),
         (torch.zeros(2, 13, 8, dtype=torch.float64), [0, 1], TypeError, "dtype float32 but got float64"),
         (torch.zeros(2, 13, 8), [0, 6], ValueError, r"class ids from 0 to 5 \(5 means no class\) but got 6"),
         (torch.zeros(2, 13, 8), [-1, 2], ValueError, "but got -1"),

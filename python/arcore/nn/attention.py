@@ -66,7 +66,9 @@ class SelfAttention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         # A transposed view: the op takes any strides, so no copy is made here or of its output.
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).transpose(1, 3).unbind(2)  # [B, H, N, D]
+        q, k, v = (
+            qkv.unflatten(2, (3, self.num_heads, dim // self.num_heads)).transpose(1, 3).unbind(2)
+        )  # [B, H, N, D]
         scale = self.scale
         if self.log_scale is not None:
             temperature = self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp()

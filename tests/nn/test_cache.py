@@ -1,0 +1,77 @@
+"""The preallocated cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arcore.nn import KVCache
+
+SIZES = {"num_layers": 2, "batch": 3, "num_heads": 2, "max_length": 10, "head_dim": 8}
+
+
+def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(3, 2, count, 8), torch.randn(3, 2, count, 8)
+
+
+def test_appended_tokens_come_back_as_views():
+    cache, parts = KVCache(**SIZES), [tokens(n) for n in (1, 4, 5)]
+    for layer in (0, 1):
+        for i, (k, v) in enumerate(parts):
+            keys, values = cache.append(layer, k, v)
+            assert torch.equal(keys, torch.cat([k for k, _ in parts[: i + 1]], dim=2))
+            assert torch.equal(values, torch.cat([v for _, v in parts[: i + 1]], dim=2))
+            assert keys.data_ptr() == cache.keys[layer].data_ptr()
+            assert values.data_ptr() == cache.values[layer].data_ptr()
+    assert cache.length == cache.max_length == 10
+
+
+def test_length_counts_what_all_layers_hold():
+    cache = KVCache(**SIZES)
+    assert cache.length == 0
+    cache.append(0, *tokens(4))
+    assert cache.length == 0
+    cache.append(1, *tokens(4))
+    assert cache.length == 4
+    assert repr(cache) == "KVCache(num_layers=2, batch=3, num_heads=2, head_dim=8, length=4/10)"
+
+
+def test_truncated_tokens_are_overwritten_in_place():
+    cache, (first, second, other) = KVCache(**SIZES), [tokens(n) for n in (2, 3, 4)]
+    for layer in (0, 1):
+        cache.append(layer, *first)
+        cache.append(layer, *second)
+    cache.truncate(2)
+    assert cache.length == 2
+    keys, values = cache.append(1, *other)
+    assert torch.equal(keys, torch.cat([first[0], other[0]], dim=2))
+    assert torch.equal(values, torch.cat([first[1], other[1]], dim=2))
+    cache.truncate(0)
+    assert torch.equal(cache.append(0, *other)[0], other[0])
+
+
+def test_storage_has_one_dtype_and_takes_any_strides():
+    cache = KVCache(**SIZES, dtype=torch.bfloat16)
+    k = torch.randn(3, 4, 2, 8).transpose(1, 2)
+    keys, _ = cache.append(0, k, k)
+    assert keys.dtype == torch.bfloat16
+    assert torch.equal(keys, k.bfloat16())
+
+
+def test_errors():
+    cache = KVCache(**SIZES)
+    with pytest.raises(ValueError, match=r"shape \(B=3, H=2, N, D=8\) but got \(2, 2, 1, 8\)"):
+        cache.append(0, torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
+    with pytest.raises(ValueError, match=r"but got \(3, 2, 1, 8\) and \(3, 2, 2, 8\)"):
+        cache.append(0, torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 2, 8))
+    with pytest.raises(ValueError, match=r"but got \(3, 2, 8\)"):
+        cache.append(0, torch.zeros(3, 2, 8), torch.zeros(3, 2, 8))
+    cache.append(0, *tokens(8))
+    with pytest.raises(ValueError, match="8 tokens are stored and 3 more do not fit into max_length=10"):
+        cache.append(0, *tokens(3))
+    with pytest.raises(ValueError, match="length from 0 to 0, the tokens stored, but got 1"):
+        cache.truncate(1)
+    with pytest.raises(ValueError, match="got -1"):
+        cache.truncate(-1)
+    with pytest.raises(ValueError, match="num_layers=0"):
+        KVCache(**SIZES | {"num_layers": 0})
