@@ -16,7 +16,17 @@ from pathlib import Path
 from cuda_config import find_nvcc, gencodes, nvcc_version
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "1", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "--threads",
+    "1",
+    "-Xptxas",
+    "-v",
+    "-I",
+    str(ROOT / "csrc"),
+]
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
@@ -46,7 +56,9 @@ def check(nvcc: str, source: Path, gencode: list[str]) -> bool:
             spilled = int(match.group(1)) + int(match.group(2))
         elif match := USED.search(line):
             note = f", {spilled} BYTES SPILLED" if spilled else ""
-            print(f"  {kernel}: {match.group(1)} registers, {match.group(2) or 0} bytes of static shared memory{note}")
+            print(
+                f"  {kernel}: {match.group(1)} registers, {match.group(2) or 0} bytes of static shared memory{note}"
+            )
             good &= spilled == 0
     return good
 

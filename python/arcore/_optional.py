@@ -26,6 +26,6 @@ def require(module: str, extra: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise ImportError(
-            f"this needs the package {package!r}, which is not installed: run `pip install \"arcore[{extra}]\"`",
+            f'this needs the package {package!r}, which is not installed: run `pip install "arcore[{extra}]"`',
             name=package,
         ) from error
