@@ -1,5 +1,5 @@
-// Proves that this build's device code runs on the GPU at hand: a kernel that reports the architecture it was compiled
-// for. `arcore env` calls it through torch.ops.arcore.cuda_arch_probe.
+// Proves that this build's device code runs on the GPU at hand: a kernel that reports the architecture it was
+// compiled for. `arcore env` calls it through torch.ops.arcore.cuda_arch_probe.
 #include <cuda_runtime.h>
 
 namespace arcore::machine {

@@ -38,8 +38,8 @@ double run_fma(int64_t iterations) {
 #if defined(ARCORE_WITH_CUDA)
 int64_t probe_arch() {
   const int result = cuda_arch_probe();
-  ARCORE_CHECK(result > 0, "cuda_arch_probe", "no kernel of this build ran on the current GPU (CUDA error ", -result,
-               "); build with TORCH_CUDA_ARCH_LIST set to its compute capability");
+  ARCORE_CHECK(result > 0, "cuda_arch_probe", "no kernel of this build ran on the current GPU (CUDA error ",
+               -result, "); build with TORCH_CUDA_ARCH_LIST set to its compute capability");
   return result;
 }
 #endif

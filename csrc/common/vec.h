@@ -52,8 +52,8 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 // exp(x) for x <= 88, about 1 ulp; 0 below -87.33 (where float32 would be denormal); NaN stays NaN.
-// 2^n * p(f) with n = round(x * log2 e) and the degree-6 minimax polynomial of 2^f on |f| <= 1/2 (relative error 2e-9
-// before rounding, 8e-8 after).
+// 2^n * p(f) with n = round(x * log2 e) and the degree-6 minimax polynomial of 2^f on |f| <= 1/2 (relative
+// error 2e-9 before rounding, 8e-8 after).
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kExpLowest = -87.33f;
 constexpr float kExpPoly[7] = {1.0f,
