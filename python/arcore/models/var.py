@@ -1,9 +1,8 @@
 """VAR: visual autoregressive modelling by next-scale prediction (Tian et al., arXiv:2404.02905).
 
 An image is a sequence of token maps, coarse to fine (`arcore.tokenizers.MultiScaleVQ`). A transformer predicts all
-tokens of a scale at once from the coarser scales, so ten passes make a 256-pixel image. In training all scales go
-through in one pass under `masks.next_scale`: a token sees its own scale and all coarser ones. In generation each
-scale sees everything in the cache and needs no mask.
+tokens of a scale at once from the coarser scales, so ten passes make a 256-pixel image. Training takes all scales
+in one pass under `masks.next_scale`; in generation each scale sees all of the cache and needs no mask.
 
 What enters for scale k is not the previous scale's tokens but their reconstruction: f_hat of scales < k, shrunk to
 p_k x p_k. The first scale enters as the class embedding, which also modulates every layer norm.
@@ -96,6 +95,9 @@ class VAR(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
+        self.patch_nums = config.patch_nums
+        self.vocab_size = config.vocab_size
+        self.null_class = config.num_classes
         dim, sizes = config.embed_dim, [side * side for side in config.patch_nums]
         self.scale_starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
         self.mask = masks.next_scale(config.patch_nums)
@@ -126,7 +128,7 @@ class VAR(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    module.bias.zero_()
         for table in (self.class_embed.weight, self.level_embed.weight, self.pos_start, self.pos_embed):
             nn.init.trunc_normal_(table, std=std)
         for name, weight in self.blocks.named_parameters():
@@ -138,19 +140,6 @@ class VAR(nn.Module):
                 rest.mul_(0.5)
         self.head.modulation.linear.weight.mul_(0.5)
         self.head.linear.weight.mul_(0.02)
-
-    @property
-    def patch_nums(self) -> tuple[int, ...]:
-        return self.config.patch_nums
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def null_class(self) -> int:
-        """The label for "no class"."""
-        return self.config.num_classes
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Logits of all scales in one pass, each scale given the true coarser ones.
@@ -199,11 +188,9 @@ class VAR(nn.Module):
             raise ValueError(f"expected inputs for every scale but the first; scale {k} got {got}")
         start, stop = self.scale_starts[k : k + 2]
         cond = self.class_embed(labels)
-        if inputs is None:
-            x = cond.unsqueeze(1) + self.pos_start  # [B, p_0^2, C]
-        else:
+        if inputs is not None:
             self._check_inputs(inputs, stop - start, len(labels))
-            x = self.word_embed(inputs)
+        x = cond.unsqueeze(1) + self.pos_start if inputs is None else self.word_embed(inputs)  # [B, p_k^2, C]
         x = x + self.level_embed.weight[k] + self.pos_embed[:, start:stop]
         return self._transform(x, cond, masks.full(stop - start, stop).to(x.device), cache)
 
