@@ -24,15 +24,6 @@ def infos() -> list[ModelInfo]:
     return sorted(every, key=lambda info: (info.family == "tokenizer", info.family, info.name))
 
 
-def count(parameters: int) -> str:
-    """A number of parameters for people: 950, 9.5 k, 1.9 M, 310 M, 2.0 B."""
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if parameters >= size:
-            value = parameters / size
-            return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-    return str(parameters)
-
-
 def source(info: ModelInfo) -> str:
     """The path of the system's file below the project."""
     return info.path.resolve().relative_to(ROOT).as_posix()
@@ -47,7 +38,7 @@ def table(link: str) -> str:
     for info in infos():
         address = link.format(info=info, source=source(info))
         paper = f"[{info.paper}]({info.url})"
-        presets = ", ".join(f"`{preset.name}` ({count(preset.parameters)})" for preset in info.presets)
+        presets = ", ".join(f"`{preset.name}` ({preset.size})" for preset in info.presets)
         ops = ", ".join(f"`{op}`" for op in info.ops) or "plain PyTorch"
         lines.append(
             f"| [{info.title}]({address}) | {info.family} | {paper} | {presets} | {ops} | {info.check.claim} |"
@@ -98,7 +89,7 @@ def page(info: ModelInfo) -> str:
     ]
     for preset in info.presets:
         note = f" Tokenizer: `{preset.tokenizer}`." if preset.tokenizer else ""
-        lines.append(f"| `{preset.name}` | {count(preset.parameters)} | {preset.summary}{note} |")
+        lines.append(f"| `{preset.name}` | {preset.size} | {preset.summary}{note} |")
     names = [preset.name for preset in info.presets]
     lines += ["", f"| setting | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for field in fields(info.presets[0].config):

@@ -144,3 +144,18 @@ def test_registering_twice_or_under_a_foreign_name():
             pass
 
     assert "tiny" not in SYSTEMS["var"].presets
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        (950, "950"),
+        (9_500, "9.5 k"),
+        (735_432, "735 k"),
+        (1_234_567, "1.2 M"),
+        (310_000_000, "310 M"),
+        (2_040_000_000, "2.0 B"),
+    ],
+)
+def test_sizes_are_short(parameters: int, text: str) -> None:
+    assert _registry.PresetInfo("x", parameters, "", None, None).size == text

@@ -46,18 +46,3 @@ def test_missing_markers_are_one_clear_line(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "README.md").write_text("nothing")
     assert zoo_table.main([], root=tmp_path) == 2
     assert "expected one <!-- zoo:begin" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("parameters", "text"),
-    [
-        (950, "950"),
-        (9_500, "9.5 k"),
-        (735_000, "735 k"),
-        (1_234_567, "1.2 M"),
-        (310_000_000, "310 M"),
-        (2.04e9, "2.0 B"),
-    ],
-)
-def test_counts_are_short(parameters: int, text: str) -> None:
-    assert zoo_table.count(parameters) == text

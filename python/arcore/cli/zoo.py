@@ -37,7 +37,7 @@ def _table(pattern: str) -> str:
     for name in names:
         info = model_info(name)
         preset = next(preset for preset in info.presets if preset.name == name)
-        rows.append((name, _size(preset.parameters), info.family, preset.summary))
+        rows.append((name, preset.size, info.family, preset.summary))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         f"{name:{widths[0]}}  {size:>{widths[1]}}  {family:{widths[2]}}  {summary}"
@@ -62,7 +62,7 @@ def _details(name: str) -> str:
     width = max(len(preset.name) for preset in info.presets)
     for preset in info.presets:
         needs = f" Tokenizer: {preset.tokenizer}." if preset.tokenizer else ""
-        lines.append(f"    {preset.name:{width}}  {_size(preset.parameters):>7}  {preset.summary}{needs}")
+        lines.append(f"    {preset.name:{width}}  {preset.size:>7}  {preset.summary}{needs}")
     chosen = [preset for preset in info.presets if preset.name == name]
     if chosen:
         lines += ["", f"  settings of {name}"]
@@ -70,12 +70,3 @@ def _details(name: str) -> str:
         width = max(len(field.name) for field in fields)
         lines += [f"    {field.name:{width}}  {getattr(chosen[0].config, field.name)}" for field in fields]
     return "\n".join(lines)
-
-
-def _size(parameters: int) -> str:
-    """1234567 as "1.2 M"."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if parameters >= factor:
-            value = parameters / factor
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return str(parameters)

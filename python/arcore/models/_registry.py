@@ -42,6 +42,15 @@ class PresetInfo:
     config: Any
     tokenizer: str | None
 
+    @property
+    def size(self) -> str:
+        """The number of parameters for people, e.g. `"1.2 M"`."""
+        for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+            if self.parameters >= factor:
+                value = self.parameters / factor
+                return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+        return str(self.parameters)
+
 
 @dataclass(frozen=True)
 class ModelInfo:
