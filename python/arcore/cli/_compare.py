@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare_training_step(
-    model: torch.nn.Module, tokenizer: Any, images: Tensor, labels: Tensor, rounds: int = 15
+    model: torch.nn.Module, tokenizer: Any, images: Tensor, labels: Tensor, rounds: int = 9
 ) -> Comparison:
     """A whole step of a next-scale model: encode, forward, backward, AdamW. Works on a copy of the model."""
     model = copy.deepcopy(model).train()

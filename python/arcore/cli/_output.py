@@ -1,4 +1,4 @@
-"""Output places are tried before the work starts."""
+"""Output places are tried before the work starts. Nothing is created until there is something to write."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import tempfile
 from pathlib import Path
 
 
-def writable_folder(folder: Path) -> Path:
-    """Create the folder if need be and make sure that files can be written into it.
+def check_folder(folder: Path) -> None:
+    """Make sure that a folder can be created, or written if it is there.
 
     Raises:
-        OSError: it cannot be created or written; says which folder.
+        OSError: it cannot; the message says why.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise OSError(
-            f"cannot write into the folder {folder} ({error.strerror}): choose another --out"
+            f"cannot write into the folder {folder} ({there}: {error.strerror}): choose another --out"
         ) from error
-    return folder
 
 
-def writable_file(path: Path) -> Path:
-    """The same for the folder of a file.
+def check_file(path: Path) -> None:
+    """Make sure that a file can be written.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: it cannot; the message says why.
     """
     if path.is_dir():
-        raise OSError(f"{path} is a folder but --out must be a file")
-    writable_folder(path.parent)
-    return path
+        raise OSError(f"{path} is a folder but --out must name a file")
+    check_folder(path.parent)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 Options = TypeVar("Options")
+# A line of the frame, with or without a title in it.
+_RULE = re.compile("[─━-]{3}")
 _BORDER = "│╭╮╰╯┃┏┓┗┛|+"
 
 
@@ -55,12 +57,11 @@ def _plain(box: str) -> str:
     words: list[str] = []
     for line in box.splitlines():
         text = line.strip().strip(_BORDER).strip()
-        if not text.strip("─━-"):
+        if not text or _RULE.search(text):
             continue
         if text.startswith(("For full helptext", "Argument helptext")):
             break
-        if line.strip()[:1] not in "╭┏":
-            words.append(text)
+        words.append(text)
     sentence = " ".join(words) or "these options do not fit"
     return re.sub(r"no type matching .*? Got errors: - <class '\w+'>: ", "", sentence)
 

@@ -15,8 +15,9 @@ from tyro.conf import arg
 from arcore import masks
 from arcore._optional import require
 from arcore.cli._compare import Comparison, compare_attention, compare_training_step
-from arcore.cli._output import writable_folder
+from arcore.cli._output import check_folder
 from arcore.cli._parse import parse
+from arcore.training.config import DEFAULTS, TrainConfig
 
 TOKENIZER, MODEL = "msvq_tiny", "var_tiny"
 SAMPLES_PER_CLASS = 50
@@ -56,11 +57,13 @@ def main(argv: Sequence[str]) -> int:
         require(package, extra="train")
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1 but got {options.threads}")
-    out = writable_folder(options.out)
+    for steps in (options.tokenizer_steps, options.steps):
+        TrainConfig(**_settings(steps, options.seed))
+    check_folder(options.out)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        _run(options, out)
+        _run(options, options.out)
     finally:
         torch.set_num_threads(before)
     return 0
@@ -129,7 +132,6 @@ def _run(options: DemoOptions, out: Path) -> None:
 def _train_tokenizer(
     options: DemoOptions, out: Path, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    from arcore.training.config import DEFAULTS
     from arcore.training.zoo_tasks import TokenizerTask
 
     config = replace(DEFAULTS["tokenizer"], **_settings(options.tokenizer_steps, options.seed), lr=5e-3)
@@ -141,7 +143,6 @@ def _train_tokenizer(
 def _train_model(
     options: DemoOptions, out: Path, tokenizer: nn.Module, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    from arcore.training.config import DEFAULTS
     from arcore.training.zoo_tasks import NextScaleTask
 
     config = replace(

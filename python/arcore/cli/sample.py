@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from arcore.cli._output import writable_file
+from arcore.cli._output import check_file
 from arcore.cli._parse import parse
 from arcore.cli._pictures import grid, image_format, save_picture
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             f"{options.checkpoint} holds a tokenizer only; images are drawn from a model such as var_tiny"
         )
     label = _class_number(options.label, meta["class_names"])
-    writable_file(options.out)
+    check_file(options.out)
     device = _device(options.device)
     model: Any = networks["model"].to(device)
     tokenizer: Any = networks["tokenizer"].to(device)

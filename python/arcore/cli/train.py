@@ -6,13 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from arcore.cli._output import writable_folder
+from arcore.cli._output import check_folder
 from arcore.cli._parse import parse
 from arcore.training.config import DEFAULTS
+
+if TYPE_CHECKING:
+    from arcore.training import FitResult
 
 
 def _hint(field: str) -> str:
@@ -87,35 +90,48 @@ def main(argv: Sequence[str]) -> int:
 
     task_for(options.preset)
     out = options.out or _run_folder(options.resume) or Path("out") / options.preset
-    writable_folder(out)
+    check_folder(out)
     settings = {
         name: value for name, value in asdict(options).items() if name in TrainConfig.__dataclass_fields__
     }
     try:
         result = train(
             options.preset,
-            data=options.data,
             out=out,
+            data=options.data,
             tokenizer=options.tokenizer,
             resume=options.resume,
             settings=settings,
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning turns Ctrl-C into SystemExit.
-        print(
-            f"arcore train: interrupted; go on with: arcore train {options.preset} --resume {out}",
-            file=sys.stderr,
-        )
+        print(f"arcore train: interrupted: {_how_to_go_on(options.preset, out)}", file=sys.stderr)
         return 130
+    if result.rank == 0:
+        _report(options.preset, out, result)
+    return 0
+
+
+def _report(preset: str, out: Path, result: FitResult) -> None:
+    from arcore.training.checkpoint import read_meta
+
     last = result.history[-1] if result.history else {}
     figures = ", ".join(
         f"{name} {value:.4g}" for name, value in last.items() if name not in ("step", "split")
     )
-    print(f"{options.preset}: step {last.get('step')}, {last.get('split')} {figures}")
+    print(f"{preset}: step {last.get('step')}, {last.get('split')} {figures}")
     print(f"checkpoint: {result.checkpoint}")
-    if "model" in _networks(result.checkpoint):
+    if "model" in read_meta(result.checkpoint)["modules"]:
         print(f"draw images: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / 'samples.png'}")
-    return 0
+
+
+def _how_to_go_on(preset: str, out: Path) -> str:
+    from arcore.training.checkpoint import newest
+    from arcore.training.runs import TOKENIZER_FOLDER
+
+    if newest(out) or newest(out / TOKENIZER_FOLDER):
+        return f"go on from the last checkpoint with: arcore train {preset} --resume {out}"
+    return "there was no checkpoint yet"
 
 
 def _run_folder(resume: Path | None) -> Path | None:
@@ -123,9 +139,3 @@ def _run_folder(resume: Path | None) -> Path | None:
     if resume is None:
         return None
     return resume.parent if resume.name.startswith("step-") else resume
-
-
-def _networks(folder: Path) -> list[str]:
-    from arcore.training.checkpoint import read_meta
-
-    return list(read_meta(folder)["modules"])

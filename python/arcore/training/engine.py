@@ -33,10 +33,12 @@ class FitResult:
     Attributes:
         checkpoint: folder of the last checkpoint.
         history: one row per logged step: `step`, `split` (`"train"` or `"test"`) and the task's figures.
+        rank: which process of a run on several devices this is.
     """
 
     checkpoint: Path
     history: list[dict[str, Any]]
+    rank: int = 0
 
 
 def fit(
@@ -87,7 +89,7 @@ def fit(
         trainer = _trainer(task, out, callbacks, evaluate=test is not None)
         task.train_data, task.test_data = train, test
         trainer.fit(task, ckpt_path=source)
-    return FitResult(checkpoint.find(out), history.rows)
+    return FitResult(checkpoint.find(out), history.rows, trainer.global_rank)
 
 
 def _trainer(task: Task, out: Path, callbacks: list[pl.Callback], *, evaluate: bool) -> pl.Trainer:
