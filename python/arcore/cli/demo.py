@@ -231,7 +231,7 @@ def _speeds(comparisons: Sequence[Comparison], threads: int) -> Any:
 
     plural = "s" if threads > 1 else ""
     table = Table(
-        title=f"arcore's attention beside PyTorch's with a bool mask: CPU ms, {threads} thread{plural}, median",
+        title=f"Attention: arcore, and PyTorch with a bool mask (CPU ms, {threads} thread{plural})",
         title_justify="left",
         title_style="bold",
     )
