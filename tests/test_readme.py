@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(
     r"(?P<run><!-- run -->\n)?^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+IMAGE = re.compile(r'<img src="([^"]+)"')
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\((?P<target>[^)#\s]+)(?:#[^)]*)?\)")
 PAGES = [
     ROOT / "README.md",
@@ -73,7 +74,7 @@ def test_zoo_table_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_to_files_resolve(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    targets = [match["target"] for match in LINK.finditer(text)]
+    targets = [match["target"] for match in LINK.finditer(text)] + IMAGE.findall(text)
     relative = [target for target in targets if not target.startswith(("http://", "https://", "mailto:"))]
     made_at_build = {"docs/zoo/index.md", "docs/benchmarks.md"}
     missing = [
