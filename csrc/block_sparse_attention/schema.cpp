@@ -11,6 +11,7 @@
 #include "block_sparse_attention/params.h"
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/parallel.h"
 
 namespace arcore::block_sparse_attention {
 
@@ -110,15 +111,6 @@ const float* check_rows(const char* op, const char* name, const Tensor& t, const
   return static_cast<const float*>(t.data_ptr());
 }
 
-// Runs tasks [0, tasks) on at most `threads` threads, in equal consecutive shares.
-template <typename F>
-void run_tasks(int64_t tasks, int64_t threads, const F& f) {
-  if (tasks == 0) return;
-  const int64_t shares = std::min(tasks, threads);
-  torch::stable::parallel_for(
-      0, shares, 1, [&](int64_t begin, int64_t end) { f(tasks * begin / shares, tasks * end / shares); });
-}
-
 // Calls f(wave, threads) for consecutive groups of (batch, kv head) pairs. A wave is just wide enough to feed
 // all threads: its packed operands are the op's whole workspace, and a small one stays in cache.
 template <typename F>
@@ -126,8 +118,7 @@ void run_waves(const Problem& p, const Tensor& like, int64_t floats_per_pair, in
                double flops_per_pair, const F& f) {
   const int64_t pairs = p.batch * p.kv_heads;
   const double flops = flops_per_pair * static_cast<double>(pairs);
-  const int64_t available = torch::stable::get_num_threads();
-  const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(flops / kFlopsPerThread), 1, available);
+  const int64_t threads = threads_for(flops, kFlopsPerThread);
   // Two tasks per thread even out the last ones.
   const int64_t wanted = threads == 1 ? 1 : (2 * threads + tasks_per_pair - 1) / tasks_per_pair;
   const int64_t width = std::clamp<int64_t>(wanted, 1, pairs);

@@ -152,6 +152,69 @@ static inline float reduce_add(Vec value) {
 }
 #endif
 
+static inline Vec max(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
+
+// Where a < b: x, elsewhere (also where a or b is NaN): y.
+static inline Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+#else
+  return Vec::blendv(y, x, a < b);
+#endif
+}
+
+static inline Vec abs(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_abs_ps(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+#else
+  return x.abs();
+#endif
+}
+
+// exp(x) for any x: infinite from 88.73 on, where `exp` above would leave the exponent's range.
+static inline Vec exp_any(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return exp(x);
+#else
+  // exp(x) = exp(x - 64) * exp(64) for large x; the product rounds to infinity by itself.
+  const Vec large = where_less(Vec(64.0f), x, Vec(64.0f), Vec(0.0f));
+  const Vec capped = where_less(Vec(120.0f), x, Vec(120.0f), x);
+  return exp(capped - large) * where_less(Vec(64.0f), x, Vec(6.2351490808116169e27f), Vec(1.0f));
+#endif
+}
+
+// log(1 + t) for 0 <= t <= 1, relative error below 2e-7, also for tiny t: 2 atanh(t / (2 + t)).
+static inline Vec log1p_unit(Vec t) {
+  const Vec s = t / (Vec(2.0f) + t), s2 = s * s;
+  Vec p(1.0f / 15);
+  for (int k = 13; k >= 1; k -= 2)
+    p = fma(p, s2, Vec(1.0f / static_cast<float>(k)));
+  return Vec(2.0f) * s * p;
+}
+
+// log(1 + exp(x)).
+static inline Vec softplus(Vec x) {
+  return max(Vec(0.0f), x) + log1p_unit(exp(Vec(0.0f) - abs(x)));
+}
+
+// 1 / (1 + exp(-x)).
+static inline Vec sigmoid(Vec x) {
+  const Vec e = exp(Vec(0.0f) - abs(x)), one(1.0f);
+  return where_less(x, Vec(0.0f), e, one) / (one + e);
+}
+
 // Lanes [begin, end) of x, `other` in the rest; begin and end may lie outside the vector.
 static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
   const int lo = static_cast<int>(min_of<int64_t>(max_of<int64_t>(begin, 0), kLanes));
@@ -171,16 +234,6 @@ static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
   for (int i = 0; i < kLanes; ++i)
     rest[i] = i >= lo && i < hi ? kept[i] : rest[i];
   return Vec::loadu(rest);
-#endif
-}
-
-static inline Vec max(Vec a, Vec b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_max_ps(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_max_ps(a, b);
-#else
-  return at::vec::maximum(a, b);
 #endif
 }
 

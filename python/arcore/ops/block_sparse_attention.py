@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask
+from arcore.ops._registration import forbid_second_derivative
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -234,14 +235,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 torch.library.register_autograd("arcore::block_sparse_attention", _backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "arcore::block_sparse_attention has no second derivative; "
-        "use reference_block_sparse_attention where you need one"
-    )
-
-
-torch.library.register_autograd("arcore::block_sparse_attention_backward", _no_second_derivative)
+forbid_second_derivative("block_sparse_attention")
 
 
 def _register_autocast(device_type: str, key: str) -> torch.library.Library:
