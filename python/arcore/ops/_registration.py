@@ -12,8 +12,6 @@ def forbid_second_derivative(op: str) -> None:
     """Make differentiating ``arcore::<op>_backward`` an error that names the reference, instead of a wrong zero."""
 
     def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(
-            f"arcore::{op} has no second derivative; use reference_{op} where you need one"
-        )
+        raise RuntimeError(f"arcore::{op} has no second derivative; use reference_{op} where you need one")
 
     torch.library.register_autograd(f"arcore::{op}_backward", refuse)
