@@ -15,13 +15,21 @@ inline int64_t threads_for(double work, double work_per_thread) {
   return std::clamp<int64_t>(static_cast<int64_t>(work / work_per_thread), 1, available);
 }
 
-// Runs tasks [0, tasks) on at most `threads` threads, in equal consecutive shares.
+// Runs f(share, begin, end) over tasks [0, tasks) on at most `threads` threads, in equal consecutive shares;
+// `share` < threads tells which workspace a share may use.
 template <typename F>
-void run_tasks(int64_t tasks, int64_t threads, const F& f) {
+void run_shares(int64_t tasks, int64_t threads, const F& f) {
   if (tasks == 0) return;
   const int64_t shares = std::min(tasks, threads);
-  torch::stable::parallel_for(
-      0, shares, 1, [&](int64_t begin, int64_t end) { f(tasks * begin / shares, tasks * end / shares); });
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    f(begin, tasks * begin / shares, tasks * end / shares);
+  });
+}
+
+// Runs f(begin, end), where a share needs no workspace of its own.
+template <typename F>
+void run_tasks(int64_t tasks, int64_t threads, const F& f) {
+  run_shares(tasks, threads, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
 }
 
 }  // namespace arcore

@@ -183,6 +183,51 @@ static inline Vec abs(Vec x) {
 #endif
 }
 
+// 2^x. Below -126 the result is at most 2^-126; from 128 on it is infinite (AVX-512) or 2^127.5 (elsewhere).
+#if defined(CPU_CAPABILITY_AVX512)
+static inline Vec exp2(Vec value) {
+  const __m512 x = value;
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(kExpPoly[6]);
+  for (int i = 5; i >= 0; --i)
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExpPoly[i]));
+  return _mm512_scalef_ps(p, n);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+static inline Vec exp2(Vec value) {
+  // max(c, x) returns x when x is NaN.
+  const __m256 x = _mm256_max_ps(_mm256_set1_ps(-126.0f), _mm256_min_ps(_mm256_set1_ps(127.49f), value));
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const __m256 magic = _mm256_set1_ps(12582912.0f);
+  const __m256 shifted = _mm256_add_ps(x, magic);
+  const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
+  __m256 p = _mm256_set1_ps(kExpPoly[6]);
+  for (int i = 5; i >= 0; --i)
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExpPoly[i]));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+}
+#else
+static inline Vec exp2(Vec value) {
+  float x[kLanes], out[kLanes];
+  value.store(x);
+  for (int i = 0; i < kLanes; ++i) {
+    const float clamped = x[i] < -126.0f ? -126.0f : x[i] > 127.49f ? 127.49f : x[i];
+    const float n = (clamped + 12582912.0f) - 12582912.0f;
+    const float f = clamped - n;
+    float p = kExpPoly[6];
+    for (int j = 5; j >= 0; --j)
+      p = p * f + kExpPoly[j];
+    const int32_t exponent = (x[i] == x[i] ? static_cast<int32_t>(n) + 127 : 127) << 23;
+    float power;
+    std::memcpy(&power, &exponent, sizeof(power));
+    out[i] = p * power;
+  }
+  return Vec::loadu(out);
+}
+#endif
+
 // exp(x) for any x: infinite from 88.73 on, where `exp` above would leave the exponent's range.
 static inline Vec exp_any(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -251,6 +296,62 @@ static inline auto narrow(Half, Vec low, Vec high) {
   return at::vec::convert_float_half(low, high);
 }
 
+// kLanes storage elements -> one vector of floats and back.
+static inline Vec load_lanes(const float* p) {
+  return Vec::loadu(p);
+}
+static inline void store_lanes(float* p, Vec x) {
+  x.store(p);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+static inline Vec load_lanes(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+static inline Vec load_lanes(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline void store_lanes(BFloat16* p, Vec x) {
+  const __m512i both = narrow(BFloat16{}, x, x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(both));
+}
+static inline void store_lanes(Half* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+static inline Vec load_lanes(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+static inline Vec load_lanes(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline void store_lanes(BFloat16* p, Vec x) {
+  const __m256i both = narrow(BFloat16{}, x, x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(both));
+}
+static inline void store_lanes(Half* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+template <typename T>
+static inline Vec load_lanes(const T* p) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    x[i] = static_cast<float>(p[i]);
+  return Vec::loadu(x);
+}
+template <typename T>
+static inline void store_lanes(T* p, Vec value) {
+  float x[kLanes];
+  value.store(x);
+  for (int i = 0; i < kLanes; ++i)
+    p[i] = static_cast<T>(x[i]);
+}
+#endif
+
 // n storage elements -> n floats and back.
 static inline void to_float(const float* ARCORE_RESTRICT src, float* ARCORE_RESTRICT dst, int64_t n) {
   std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
@@ -313,6 +414,62 @@ static inline void transpose_block(const float* src, int64_t src_stride, float* 
       dst[j * dst_stride + i] = src[i * src_stride + j];
 #endif
 }
+
+// Sums of four vectors at once: lane i of every group of four lanes holds a part of the sum of vi; adding the
+// groups gives the sums.
+#if defined(CPU_CAPABILITY_AVX512)
+static inline Vec sum_quad(Vec v0, Vec v1, Vec v2, Vec v3) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
+  const __m512d da = _mm512_castps_pd(a), db = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(da, db)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(da, db)));
+}
+// Lane 4 i + j of the result: the sum that quad i holds in its lanes j.
+static inline Vec sum_groups(const Vec (&quads)[4]) {
+  auto fold = [](__m512 p, __m512 q) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
+  };
+  return fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+static inline Vec sum_quad(Vec v0, Vec v1, Vec v2, Vec v3) {
+  const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(v0, v1), _mm256_unpackhi_ps(v0, v1));
+  const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(v2, v3), _mm256_unpackhi_ps(v2, v3));
+  const __m256d da = _mm256_castps_pd(a), db = _mm256_castps_pd(b);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(da, db)),
+                       _mm256_castpd_ps(_mm256_unpackhi_pd(da, db)));
+}
+static inline Vec sum_groups(const Vec (&quads)[2]) {
+  return _mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                       _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
+#else
+static inline Vec sum_quad(Vec v0, Vec v1, Vec v2, Vec v3) {
+  float x[4][kLanes], out[kLanes];
+  v0.store(x[0]);
+  v1.store(x[1]);
+  v2.store(x[2]);
+  v3.store(x[3]);
+  for (int g = 0; g < kLanes; g += 4)
+    for (int i = 0; i < 4; ++i)
+      out[g + i] = (x[i][g] + x[i][g + 2]) + (x[i][g + 1] + x[i][g + 3]);
+  return Vec::loadu(out);
+}
+static inline Vec sum_groups(const Vec (&quads)[kLanes / 4]) {
+  float out[kLanes];
+  for (int q = 0; q < kLanes / 4; ++q) {
+    float x[kLanes];
+    quads[q].store(x);
+    for (int i = 0; i < 4; ++i) {
+      out[4 * q + i] = x[i];
+      for (int g = 4; g < kLanes; g += 4)
+        out[4 * q + i] += x[g + i];
+    }
+  }
+  return Vec::loadu(out);
+}
+#endif
 
 }  // namespace ARCORE_ISA
 }  // namespace arcore

@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
 from arcore.ops._registration import forbid_second_derivative
+from arcore.ops._registration import forbid_second_derivative
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATE = 256
@@ -338,3 +339,89 @@ def _check(op: str, inputs: _Inputs, cu_seqlens: Tensor | None, seq_idx: Tensor 
         if tensor is not None and tensor.device != u.device:
             raise ValueError(f"{op}: expected {name} on u's device {u.device} but got {tensor.device}")
     return inputs
+
+
+@torch.library.register_fake("arcore::selective_scan")
+def _fake(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dim, length = u.shape
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = torch.sym_max((length + CHUNK - 1) // CHUNK - 1, 0)
+    return (
+        torch.empty_like(u),
+        u.new_empty((rows, dim, A.shape[1]), dtype=torch.float32),
+        u.new_empty((batch if save_states else 0, slots, A.shape[1], dim), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("arcore::selective_scan_backward")
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_last_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    states: Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    def dense(t: Tensor | None) -> Tensor:
+        return u.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
+
+    def like(t: Tensor | None) -> Tensor:
+        return u.new_empty((0,), dtype=torch.float32) if t is None else torch.empty_like(t)
+
+    return (
+        like(u),
+        like(delta),
+        dense(A),
+        dense(B) if B.dim() == 2 else like(B),
+        dense(C) if C.dim() == 2 else like(C),
+        dense(D),
+        like(z),
+        dense(delta_bias),
+        dense(initial_state),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, delta_softplus, reverse, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.flags = (delta_softplus, reverse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_last_state: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    if grad_out is None and grad_last_state is None:
+        return (None,) * 14
+    grads = torch.ops.arcore.selective_scan_backward(grad_out, grad_last_state, *tensors, states, *ctx.flags)
+    return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), *(None,) * 5
+
+
+torch.library.register_autograd("arcore::selective_scan", _backward, setup_context=_setup_context)
+forbid_second_derivative("selective_scan")

@@ -1,0 +1,100 @@
+// What schema.cpp hands to the kernels: raw pointers and int64 strides in elements, no torch types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace arcore::selective_scan {
+
+// Longest run of steps that is handled at once, and the distance of the states that the forward keeps for the
+// backward. The Python file has it too (CHUNK).
+constexpr int64_t kChunk = 64;
+
+// [batch, channel, time]; data is null where an optional tensor is absent. With reverse, time strides are
+// negative and data points at the last step, so kernels know one direction only.
+struct Sequence {
+  void* data;
+  int64_t batch, channel, time;
+  StorageType dtype;
+};
+
+// B or C. Varying: [batch, group, state, time]. Constant: [channel, state], with groups = 0.
+struct Coefficient {
+  void* data;
+  int64_t batch, channel, state, time;  // channel is the stride of the group where varying
+  int64_t groups;
+  StorageType dtype;
+};
+
+// At most kChunk steps of one row that belong to one sequence. Chunks that start a sequence load its initial
+// state, those that end one store its last state.
+struct Chunk {
+  int64_t begin;  // in scan order
+  int64_t length;
+  int64_t sequence;  // row of initial_state and last_state
+  int64_t slot;      // where the state before this chunk is kept, -1 for the first of a sequence
+  bool first, last;
+  bool zero_start;  // the sequence starts from zero, whatever initial_state holds
+  bool keep_last;   // its last state is a result
+  // Sequence ids of its steps, or null if none is padding: a step with a negative id is skipped.
+  const int32_t* ids;
+  int64_t id_stride;
+};
+
+struct Problem {
+  int64_t batch, dim, length, state;
+  bool delta_softplus;
+  int64_t slots;        // kept states per row
+  int64_t chunk_rows;   // 1 if every batch row has the same chunks, else batch
+  const Chunk* chunks;  // of row b: [first_chunk[b], first_chunk[b + 1])
+  const int64_t* first_chunk;
+};
+
+struct Inputs {
+  Sequence u, delta, z;
+  const float* A;  // [dim, state] contiguous
+  Coefficient B, C;
+  const float* D;              // [dim] or null
+  const float* delta_bias;     // [dim] or null
+  const float* initial_state;  // [rows, dim, state] contiguous or null
+};
+
+struct ForwardArgs {
+  Problem problem;
+  Inputs in;
+  Sequence out;
+  float* last_state;  // [rows, dim, state] contiguous
+  float* states;      // [batch, slots, state, dim] contiguous or null
+};
+
+// Partial sums of one (batch row, slice of channels), added in fixed order by backward_reduce.
+struct BackwardArgs {
+  Problem problem;
+  Inputs in;
+  Sequence grad_out;             // data null: zero
+  const float* grad_last_state;  // null: zero
+  const float* states;
+  Sequence grad_u, grad_delta, grad_z;
+  float* grad_initial_state;  // [rows, dim, state] contiguous or null
+  float* partial_B;           // varying: [batch, slices, length, state]; constant: [batch, dim, state]
+  float* partial_C;
+  float* partial_A;            // [batch, dim, state]
+  float* partial_D;            // [batch, dim]
+  float* partial_delta_bias;   // [batch, dim]
+  Coefficient grad_B, grad_C;  // varying only
+};
+
+// Work is split into tasks, one per (batch row, slice of channels); any split of the tasks over threads gives
+// the same result.
+struct CpuKernels {
+  int64_t (*slices)(const Problem&, const Inputs&);
+  int64_t (*forward_workspace)(const Problem&, const Inputs&);  // floats per thread
+  void (*forward)(const ForwardArgs&, float* workspace, int64_t begin, int64_t end);
+  int64_t (*backward_workspace)(const Problem&, const Inputs&);
+  void (*backward)(const BackwardArgs&, float* workspace, int64_t begin, int64_t end);
+  // Adds partial_B and partial_C over slices into grad_B and grad_C: tasks [0, batch * max(groups)).
+  void (*backward_reduce)(const BackwardArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace arcore::selective_scan

@@ -1,0 +1,423 @@
+// torch.ops.arcore.selective_scan and its backward: checks, allocation, threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/cpu_dispatch.h"
+#include "common/parallel.h"
+#include "selective_scan/params.h"
+
+namespace arcore::selective_scan {
+
+ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "selective_scan";
+constexpr const char* kBackwardOp = "selective_scan_backward";
+constexpr int64_t kMaxState = 256;
+// Below this many state updates (about 0.2 ms) a second thread costs more than it saves.
+constexpr double kUpdatesPerThread = 5e5;
+
+void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape)
+    fits = fits && t.size(i++) == size;
+  std::ostringstream wanted;
+  for (const int64_t size : shape)
+    wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+  ARCORE_CHECK(fits, op, "expected ", name, " of shape (", wanted.str(), ") but got ", shape_of(t));
+}
+
+// The scan direction is a sign: the first step in scan order is the last one in memory.
+Sequence sequence(const char* op, const char* name, const OptionalTensor& t, bool reverse) {
+  if (!t.has_value()) return {};
+  const StorageType dtype = storage_type(*t, op, name);
+  const int64_t bytes = dtype == StorageType::kFloat32 ? 4 : 2;
+  Sequence s{t->data_ptr(), t->stride(0), t->stride(1), t->stride(2), dtype};
+  if (reverse && t->size(2) > 0) {
+    s.data = static_cast<char*>(s.data) + (t->size(2) - 1) * s.time * bytes;
+    s.time = -s.time;
+  }
+  return s;
+}
+
+Coefficient coefficient(const char* op, const char* name, const Tensor& t, const Problem& p, bool reverse) {
+  const StorageType dtype = storage_type(t, op, name);
+  if (t.dim() == 2) {
+    check_shape(op, name, t, {p.dim, p.state});
+    return {t.data_ptr(), 0, t.stride(0), t.stride(1), 0, 0, dtype};
+  }
+  const bool grouped = t.dim() == 4;
+  const int64_t groups = grouped ? t.size(1) : 1;
+  if (grouped)
+    check_shape(op, name, t, {p.batch, groups, p.state, p.length});
+  else
+    check_shape(op, name, t, {p.batch, p.state, p.length});
+  ARCORE_CHECK(groups > 0 && p.dim % groups == 0, op, "expected the groups of ", name,
+               " to divide dim=", p.dim, " but got ", groups);
+  const int64_t last = t.dim() - 1;
+  Coefficient m{t.data_ptr(), t.stride(0), grouped ? t.stride(1) : 0, t.stride(last - 1), t.stride(last),
+                groups,       dtype};
+  if (reverse && p.length > 0) {
+    m.data = static_cast<char*>(m.data) + (p.length - 1) * m.time * (dtype == StorageType::kFloat32 ? 4 : 2);
+    m.time = -m.time;
+  }
+  return m;
+}
+
+// float32, contiguous; small tensors only.
+Tensor as_floats(const Tensor& t) {
+  return torch::stable::contiguous(
+      t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+
+// Chunks of every row in scan order.
+struct ChunkList {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first{0};
+
+  // Steps [begin, end) in scan order as one sequence.
+  void add_sequence(int64_t begin, int64_t end, const Chunk& like) {
+    int64_t at = begin;
+    do {
+      Chunk chunk = like;
+      chunk.begin = at;
+      chunk.length = std::min(kChunk, end - at);
+      chunk.first = at == begin;
+      chunk.last = at + chunk.length == end;
+      chunk.keep_last = like.keep_last && chunk.last;
+      // A chunk that does not start its sequence begins at least kChunk steps after the one before it.
+      chunk.slot = chunk.first ? -1 : at / kChunk - 1;
+      if (like.ids != nullptr) chunk.ids = like.ids + at * like.id_stride;
+      chunks.push_back(chunk);
+      at += chunk.length;
+    } while (at < end);
+  }
+  void end_row() { first.push_back(static_cast<int64_t>(chunks.size())); }
+};
+
+ChunkList whole_rows(const Problem& p) {
+  ChunkList list;
+  Chunk like{};
+  like.sequence = -1;
+  like.keep_last = true;
+  list.add_sequence(0, p.length, like);
+  list.end_row();
+  return list;
+}
+
+ChunkList packed_row(const char* op, const Problem& p, const Tensor& cu_seqlens, bool reverse) {
+  ChunkList list;
+  const Tensor bounds = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
+  const int64_t* at = static_cast<const int64_t*>(bounds.data_ptr());
+  const int64_t count = bounds.size(0) - 1;
+  ARCORE_CHECK(at[0] == 0 && at[count] == p.length, op, "expected cu_seqlens to run from 0 to the length ",
+               p.length, " but it runs from ", at[0], " to ", at[count]);
+  for (int64_t i = 0; i < count; ++i)
+    ARCORE_CHECK(at[i] <= at[i + 1], op, "expected cu_seqlens not to decrease but entry ", i + 1, " is ",
+                 at[i + 1], " after ", at[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t sequence = reverse ? count - 1 - i : i;
+    Chunk like{};
+    like.sequence = sequence;
+    like.keep_last = true;
+    const int64_t begin = reverse ? p.length - at[sequence + 1] : at[sequence];
+    list.add_sequence(begin, begin + at[sequence + 1] - at[sequence], like);
+  }
+  list.end_row();
+  return list;
+}
+
+ChunkList rows_by_id(const Problem& p, const Tensor& seq_idx, bool reverse) {
+  ChunkList list;
+  const int64_t step = reverse ? -seq_idx.stride(1) : seq_idx.stride(1);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int32_t* ids = static_cast<const int32_t*>(seq_idx.data_ptr()) + b * seq_idx.stride(0);
+    if (reverse && p.length > 0) ids += (p.length - 1) * seq_idx.stride(1);
+    Chunk like{};
+    like.sequence = -1;
+    int64_t begin = 0;
+    int32_t current = -1;
+    bool padded = false;
+    for (int64_t t = 0; t < p.length; ++t) {
+      const int32_t id = ids[t * step];
+      padded = padded || id < 0;
+      if (id < 0 || id == current) continue;
+      if (current >= 0) {
+        like.ids = padded ? ids : nullptr;
+        like.id_stride = step;
+        list.add_sequence(begin, t, like);
+        like.zero_start = true;
+        begin = t;
+        padded = false;
+      }
+      current = id;
+    }
+    like.ids = padded ? ids : nullptr;
+    like.id_stride = step;
+    like.keep_last = true;
+    list.add_sequence(begin, p.length, like);
+    list.end_row();
+  }
+  if (p.batch == 0) list.end_row();
+  return list;
+}
+
+ChunkList chunk_list(const char* op, const Problem& p, const OptionalTensor& cu_seqlens,
+                     const OptionalTensor& seq_idx, bool reverse) {
+  ARCORE_CHECK(!cu_seqlens.has_value() || !seq_idx.has_value(), op,
+               "expected cu_seqlens or seq_idx but got both");
+  if (cu_seqlens.has_value()) {
+    ARCORE_CHECK(p.batch == 1, op, "expected batch 1 with cu_seqlens but got ", p.batch);
+    ARCORE_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
+                 "expected cu_seqlens of shape (num_sequences + 1,) but got ", shape_of(*cu_seqlens));
+    return packed_row(op, p, *cu_seqlens, reverse);
+  }
+  if (seq_idx.has_value()) {
+    check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
+    ARCORE_CHECK(seq_idx->scalar_type() == ScalarType::Int, op, "expected seq_idx of dtype int32 but got ",
+                 torch::headeronly::toString(seq_idx->scalar_type()));
+    return rows_by_id(p, *seq_idx, reverse);
+  }
+  return whole_rows(p);
+}
+
+// Owns what the raw pointers of Problem and Inputs point at.
+struct Call {
+  Problem problem{};
+  Inputs in{};
+  ChunkList list;
+  int64_t rows;  // of the state tensors
+  std::vector<Tensor> held;
+
+  Call(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+       const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const OptionalTensor& seq_idx,
+       bool delta_softplus, bool reverse) {
+    Problem& p = problem;
+    ARCORE_CHECK(u.dim() == 3, op, "expected u of shape (batch, dim, length) but got ", shape_of(u));
+    p.batch = u.size(0);
+    p.dim = u.size(1);
+    p.length = u.size(2);
+    p.delta_softplus = delta_softplus;
+    ARCORE_CHECK(A.dim() == 2 && A.size(0) == p.dim && A.size(1) >= 1 && A.size(1) <= kMaxState, op,
+                 "expected A of shape (dim=", p.dim, ", d_state) but got ", shape_of(A),
+                 "; d_state must be 1 to ", kMaxState);
+    p.state = A.size(1);
+    p.slots = std::max<int64_t>((p.length + kChunk - 1) / kChunk - 1, 0);
+    check_shape(op, "delta", delta, {p.batch, p.dim, p.length});
+    if (z.has_value()) check_shape(op, "z", *z, {p.batch, p.dim, p.length});
+    list = chunk_list(op, p, cu_seqlens, seq_idx, reverse);
+    p.chunk_rows = seq_idx.has_value() ? p.batch : 1;
+    p.chunks = list.chunks.data();
+    p.first_chunk = list.first.data();
+    rows = cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : p.batch;
+
+    in.u = sequence(op, "u", u, reverse);
+    in.delta = sequence(op, "delta", delta, reverse);
+    in.z = sequence(op, "z", z, reverse);
+    in.B = coefficient(op, "B", B, p, reverse);
+    in.C = coefficient(op, "C", C, p, reverse);
+    storage_type(A, op, "A");
+    in.A = hold(A);
+    if (D.has_value()) {
+      check_shape(op, "D", *D, {p.dim});
+      in.D = hold(*D);
+    }
+    if (delta_bias.has_value()) {
+      check_shape(op, "delta_bias", *delta_bias, {p.dim});
+      in.delta_bias = hold(*delta_bias);
+    }
+    if (initial_state.has_value()) {
+      check_shape(op, "initial_state", *initial_state, {rows, p.dim, p.state});
+      in.initial_state = hold(*initial_state);
+    }
+  }
+
+  const float* hold(const Tensor& t) {
+    held.push_back(as_floats(t));
+    return static_cast<const float*>(held.back().data_ptr());
+  }
+
+  double updates() const {
+    return static_cast<double>(problem.batch) * static_cast<double>(problem.dim) *
+           static_cast<double>(problem.length) * static_cast<double>(problem.state);
+  }
+};
+
+template <typename Run>
+void run_with_workspace(const Tensor& like, int64_t tasks, int64_t threads, int64_t floats, const Run& run) {
+  // One cache line more, so that every thread's part starts on one.
+  Tensor workspace =
+      torch::stable::new_empty(like, {std::min(tasks, threads) * floats + 16}, ScalarType::Float);
+  const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
+  float* aligned = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  run_shares(tasks, threads,
+             [&](int64_t share, int64_t begin, int64_t end) { run(aligned + share * floats, begin, end); });
+}
+
+int64_t whole_lines(int64_t floats) {
+  return (floats + 15) / 16 * 16;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                               const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                               const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                               const OptionalTensor& initial_state,
+                                               const OptionalTensor& cu_seqlens,
+                                               const OptionalTensor& seq_idx, bool delta_softplus,
+                                               bool reverse, bool save_states) {
+  const Call call(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, seq_idx,
+                  delta_softplus, reverse);
+  const Problem& p = call.problem;
+  Tensor out = torch::stable::empty_like(u);
+  Tensor last_state = torch::stable::new_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
+  Tensor states =
+      torch::stable::new_empty(u, {save_states ? p.batch : 0, p.slots, p.state, p.dim}, ScalarType::Float);
+  if (p.batch == 0 || p.dim == 0) {
+    torch::stable::zero_(last_state);
+    return {out, last_state, states};
+  }
+  ForwardArgs args{};
+  args.problem = p;
+  args.in = call.in;
+  args.out = sequence(kOp, "out", out, reverse);
+  args.last_state = static_cast<float*>(last_state.data_ptr());
+  args.states = save_states ? static_cast<float*>(states.data_ptr()) : nullptr;
+
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t threads = threads_for(call.updates(), kUpdatesPerThread);
+  run_with_workspace(
+      u, p.batch * kernels.slices(p, call.in), threads, whole_lines(kernels.forward_workspace(p, call.in)),
+      [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); });
+  return {out, last_state, states};
+}
+
+// Sum over the first dimension, in the dtype of `like`.
+Tensor sum_rows(const Tensor& partial, const Tensor& like) {
+  const int64_t rows = partial.size(0), size = partial.numel() / std::max<int64_t>(rows, 1);
+  Tensor total = torch::stable::new_empty(partial, like.sizes(), ScalarType::Float);
+  const float* src = static_cast<const float*>(partial.data_ptr());
+  float* dst = static_cast<float*>(total.data_ptr());
+  for (int64_t i = 0; i < size; ++i) {
+    float sum = 0.0f;
+    for (int64_t r = 0; r < rows; ++r)
+      sum += src[r * size + i];
+    dst[i] = sum;
+  }
+  return like.scalar_type() == ScalarType::Float ? total : torch::stable::to(total, like.scalar_type());
+}
+
+// Absent optional inputs get an empty gradient.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& grad_last_state, const Tensor& u,
+                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                       const OptionalTensor& seq_idx, const Tensor& states, bool delta_softplus,
+                       bool reverse) {
+  const Call call(kBackwardOp, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, seq_idx,
+                  delta_softplus, reverse);
+  const Problem& p = call.problem;
+  if (grad_out.has_value()) check_shape(kBackwardOp, "grad_out", *grad_out, {p.batch, p.dim, p.length});
+  check_shape(kBackwardOp, "states", states, {p.batch, p.slots, p.state, p.dim});
+  const auto none = [&] { return torch::stable::new_empty(u, {0}, ScalarType::Float); };
+  Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);
+  Tensor grad_z = z.has_value() ? torch::stable::empty_like(*z) : none();
+  Tensor grad_initial = initial_state.has_value()
+                            ? torch::stable::new_empty(u, initial_state->sizes(), ScalarType::Float)
+                            : none();
+  const auto empty_varying = [&](const Tensor& m) {
+    return m.dim() == 2 ? none() : torch::stable::empty_like(m);
+  };
+  Tensor grad_B = empty_varying(B), grad_C = empty_varying(C);
+  const CpuKernels& kernels = cpu_kernels();
+  const bool empty = p.batch == 0 || p.dim == 0;
+  const int64_t slices = empty ? 0 : kernels.slices(p, call.in);
+  const auto floats = [&](std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(u, shape, ScalarType::Float);
+  };
+  const auto partial = [&](const Tensor& m) {
+    return m.dim() == 2 ? floats({p.batch, p.dim, p.state}) : floats({p.batch, slices, p.length, p.state});
+  };
+  Tensor partial_B = partial(B), partial_C = partial(C), partial_A = floats({p.batch, p.dim, p.state});
+  Tensor partial_D = floats({p.batch, p.dim}), partial_bias = floats({p.batch, p.dim});
+
+  if (!empty) {
+    BackwardArgs args{};
+    args.problem = p;
+    args.in = call.in;
+    args.grad_out = sequence(kBackwardOp, "grad_out", grad_out, reverse);
+    Tensor grad_last = none();
+    if (grad_last_state.has_value()) {
+      check_shape(kBackwardOp, "grad_last_state", *grad_last_state, {call.rows, p.dim, p.state});
+      grad_last = as_floats(*grad_last_state);
+      args.grad_last_state = static_cast<const float*>(grad_last.data_ptr());
+    }
+    args.states = static_cast<const float*>(states.data_ptr());
+    args.grad_u = sequence(kBackwardOp, "u", grad_u, reverse);
+    args.grad_delta = sequence(kBackwardOp, "delta", grad_delta, reverse);
+    if (z.has_value()) args.grad_z = sequence(kBackwardOp, "z", grad_z, reverse);
+    args.grad_initial_state =
+        initial_state.has_value() ? static_cast<float*>(grad_initial.data_ptr()) : nullptr;
+    args.partial_A = static_cast<float*>(partial_A.data_ptr());
+    args.partial_B = static_cast<float*>(partial_B.data_ptr());
+    args.partial_C = static_cast<float*>(partial_C.data_ptr());
+    args.partial_D = static_cast<float*>(partial_D.data_ptr());
+    args.partial_delta_bias = static_cast<float*>(partial_bias.data_ptr());
+    // Partial sums are kept in scan order, as the gradients are written.
+    if (B.dim() != 2) args.grad_B = coefficient(kBackwardOp, "B", grad_B, p, reverse);
+    if (C.dim() != 2) args.grad_C = coefficient(kBackwardOp, "C", grad_C, p, reverse);
+
+    const int64_t threads = threads_for(call.updates(), kUpdatesPerThread);
+    run_with_workspace(
+        u, p.batch * slices, threads, whole_lines(kernels.backward_workspace(p, call.in)),
+        [&](float* workspace, int64_t begin, int64_t end) { kernels.backward(args, workspace, begin, end); });
+    run_tasks(p.batch * std::max(call.in.B.groups, call.in.C.groups), threads,
+              [&](int64_t begin, int64_t end) { kernels.backward_reduce(args, begin, end); });
+  }
+  return {grad_u,
+          grad_delta,
+          sum_rows(partial_A, A),
+          B.dim() == 2 ? sum_rows(partial_B, B) : grad_B,
+          C.dim() == 2 ? sum_rows(partial_C, C) : grad_C,
+          D.has_value() ? sum_rows(partial_D, *D) : none(),
+          grad_z,
+          delta_bias.has_value() ? sum_rows(partial_bias, *delta_bias) : none(),
+          initial_state.has_value() && initial_state->scalar_type() != ScalarType::Float
+              ? torch::stable::to(grad_initial, initial_state->scalar_type())
+              : grad_initial};
+}
+
+}  // namespace
+}  // namespace arcore::selective_scan
+
+STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? seq_idx, bool delta_softplus, "
+      "bool reverse, bool save_states) -> (Tensor out, Tensor last_state, Tensor states)");
+  m.def(
+      "selective_scan_backward(Tensor? grad_out, Tensor? grad_last_state, Tensor u, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, Tensor? seq_idx, Tensor states, bool delta_softplus, bool reverse) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&arcore::selective_scan::forward_cpu));
+  m.impl("selective_scan_backward", TORCH_BOX(&arcore::selective_scan::backward_cpu));
+}
