@@ -1,5 +1,5 @@
 // torch.ops.arcore.cpu_isa and run_fma: which instruction set the CPU kernels use, and the core's own
-// ceiling.
+// ceiling; random_bits and inverse_cdf: the headers of those names, for tests and references.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,9 @@
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/inverse_cdf.h"
 #include "common/params.h"
+#include "common/philox.h"
 
 namespace arcore::machine {
 
@@ -35,6 +37,46 @@ double run_fma(int64_t iterations) {
   return sink == 12345.678f ? 0.0 : flops;
 }
 
+const int64_t* int64_vector(const torch::stable::Tensor& t, const char* op, const char* name, int64_t size) {
+  ARCORE_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1 && t.size(0) == size,
+               op, "expected ", name, " int64 of shape (", size, ") but got ",
+               torch::headeronly::toString(t.scalar_type()), " ", shape_of(t));
+  return static_cast<const int64_t*>(t.data_ptr());
+}
+
+torch::stable::Tensor random_bits_of(const torch::stable::Tensor& seed, const torch::stable::Tensor& position,
+                                     int64_t stream, int64_t index) {
+  const int64_t rows = seed.dim() == 1 ? seed.size(0) : 0;
+  const int64_t* seeds = int64_vector(seed, "random_bits", "seed", rows);
+  const int64_t* positions = int64_vector(position, "random_bits", "position", rows);
+  ARCORE_CHECK(stream >= 0 && stream < int64_t{1} << 32, "random_bits",
+               "expected 0 <= stream < 2^32 but got ", stream);
+  ARCORE_CHECK(index >= 0 && index < int64_t{1} << 33, "random_bits", "expected 0 <= index < 2^33 but got ",
+               index);
+  torch::stable::Tensor out = torch::stable::new_empty(seed, {rows});
+  int64_t* bits = static_cast<int64_t*>(out.data_ptr());
+  for (int64_t row = 0; row < rows; ++row)
+    bits[row] =
+        static_cast<int64_t>(random_bits(seeds[row * seed.stride(0)], positions[row * position.stride(0)],
+                                         static_cast<Stream>(stream), index));
+  return out;
+}
+
+torch::stable::Tensor inverse_cdf_of(const torch::stable::Tensor& probs, const torch::stable::Tensor& bits) {
+  ARCORE_CHECK(probs.dim() == 2 && probs.scalar_type() == torch::headeronly::ScalarType::Float, "inverse_cdf",
+               "expected probs float32 of shape (rows, vocab) but got ",
+               torch::headeronly::toString(probs.scalar_type()), " ", shape_of(probs));
+  const int64_t rows = probs.size(0);
+  const int64_t* words = int64_vector(bits, "inverse_cdf", "bits", rows);
+  const float* p = static_cast<const float*>(probs.data_ptr());
+  torch::stable::Tensor out = torch::stable::new_empty(bits, {rows});
+  int64_t* tokens = static_cast<int64_t*>(out.data_ptr());
+  for (int64_t row = 0; row < rows; ++row)
+    tokens[row] = inverse_cdf(p + row * probs.stride(0), probs.size(1),
+                              static_cast<uint64_t>(words[row * bits.stride(0)]), probs.stride(1));
+  return out;
+}
+
 #if defined(ARCORE_WITH_CUDA)
 int64_t probe_arch() {
   const int result = cuda_arch_probe();
@@ -51,6 +93,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_supported() -> str");
   m.def("run_fma(int iterations) -> float");
+  m.def("random_bits(Tensor seed, Tensor position, int stream, int index) -> Tensor");
+  m.def("inverse_cdf(Tensor probs, Tensor bits) -> Tensor");
 #if defined(ARCORE_WITH_CUDA)
   m.def("cuda_arch_probe() -> int");
 #endif
@@ -63,4 +107,9 @@ STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
 #if defined(ARCORE_WITH_CUDA)
   m.impl("cuda_arch_probe", TORCH_BOX(&arcore::machine::probe_arch));
 #endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
+  m.impl("random_bits", TORCH_BOX(&arcore::machine::random_bits_of));
+  m.impl("inverse_cdf", TORCH_BOX(&arcore::machine::inverse_cdf_of));
 }
