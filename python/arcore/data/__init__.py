@@ -9,16 +9,30 @@ from __future__ import annotations
 from arcore.data.digits import load_digits
 from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
+from arcore.data.photos import load_photos
+from arcore.data.rotation_crop import RotatedImages, adaptive_rotation
 
-__all__ = ["ImageDataset", "ImageFolder", "InMemoryImages", "held_out_mask", "load_digits", "open_dataset"]
+__all__ = [
+    "ImageDataset",
+    "ImageFolder",
+    "InMemoryImages",
+    "RotatedImages",
+    "adaptive_rotation",
+    "held_out_mask",
+    "load_digits",
+    "load_photos",
+    "open_dataset",
+]
 
 
 def open_dataset(source: str, *, image_size: int, channels: int, split: str = "train") -> ImageDataset:
     """Open what `arcore train --data` names.
 
     Args:
-        source: `"digits"`, or the path of a folder with one subfolder of images per class.
-        image_size: side length in pixels that the model wants; folder images are resized and centre-cropped to it.
+        source: `"digits"`, `"photos"` (crops of two photographs), or the path of a folder with one subfolder of images
+            per class.
+        image_size: side length in pixels that the model wants; folder images are resized and centre-cropped to it,
+            digits are repeated to fill it (8, or a multiple of 16).
         channels: 1 (grey) or 3 (RGB).
         split: `"train"`, `"test"` or `"all"`.
 
@@ -26,14 +40,16 @@ def open_dataset(source: str, *, image_size: int, channels: int, split: str = "t
         The dataset.
 
     Raises:
-        FileNotFoundError: `source` is neither `"digits"` nor a folder.
-        ValueError: the folder holds no usable images, or the model does not take 8x8 grey digits.
+        FileNotFoundError: `source` is neither of the names nor a folder.
+        ValueError: the folder holds no usable images, or the built-in data have none of that size.
     """
     if source == "digits":
-        if (channels, image_size) != (1, 8):
+        if channels != 1 or (image_size != 8 and image_size % 16):
             raise ValueError(
-                f"the digits are 1 x 8 x 8 images but the model takes {channels} x {image_size} x {image_size}: "
-                "choose a *_tiny preset, or give --data a folder of images"
+                f"the digits are 1 x 8 x 8 images (or 16, 32, 48, ...) but the model takes "
+                f"{channels} x {image_size} x {image_size}: choose a *_tiny preset, or give --data a folder of images"
             )
-        return load_digits(split)
+        return load_digits(split, image_size=image_size)
+    if source == "photos":
+        return load_photos(split, image_size=image_size, channels=channels)
     return ImageFolder(source, image_size=image_size, channels=channels, split=split)

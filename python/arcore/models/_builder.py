@@ -8,6 +8,7 @@ A checkpoint is a folder that appears whole or not at all:
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -204,7 +205,8 @@ def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
                 bad = archive.testzip()
             if bad is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-        with warnings.catch_warnings():
+        # Trainers store their command line beside the weights: a Namespace, which holds plain values and runs no code.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # Hints about the format of a file that will be refused, or is fine.
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)

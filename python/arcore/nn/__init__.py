@@ -1,11 +1,13 @@
 """Building blocks that systems share, and the protocols between models and decoders."""
 
 from arcore.nn.adaln import AdaLNBlock, AdaLNHead, DropPath, Modulation, modulated_norm
-from arcore.nn.attention import SelfAttention
+from arcore.nn.attention import CrossAttention, SelfAttention
+from arcore.nn.blocks import PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import KVCache
 from arcore.nn.conv import ConvDecoder, ConvEncoder
-from arcore.nn.embed import ClassEmbedding, LevelEmbedding
-from arcore.nn.mlp import MLP
+from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
+from arcore.nn.mlp import MLP, SwiGLU
+from arcore.nn.patches import PatchEmbed
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer
 
 __all__ = [
@@ -15,12 +17,18 @@ __all__ = [
     "ClassEmbedding",
     "ConvDecoder",
     "ConvEncoder",
+    "CrossAttention",
     "DropPath",
     "KVCache",
     "LevelEmbedding",
     "Modulation",
+    "PatchEmbed",
+    "PreNormBlock",
     "ScaleModel",
     "ScaleTokenizer",
     "SelfAttention",
+    "SwiGLU",
+    "init_mamba_encoder",
     "modulated_norm",
+    "sincos_positions",
 ]

@@ -1,4 +1,4 @@
-"""Multi-head self-attention on the block-sparse op."""
+"""Multi-head attention on the block-sparse op."""
 
 from __future__ import annotations
 
@@ -37,11 +37,7 @@ class SelfAttention(nn.Module):
         self, dim: int, num_heads: int, *, l2_norm: bool = False, scale: float | None = None
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads or dim // num_heads % 8 or dim // num_heads > 256:
-            raise ValueError(
-                "arcore.nn.SelfAttention: expected dim / num_heads to be a multiple of 8, at most 256, "
-                f"but got dim={dim} and num_heads={num_heads}"
-            )
+        _check_heads("SelfAttention", dim, num_heads)
         self.num_heads = num_heads
         self.scale = scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -80,3 +76,51 @@ class SelfAttention(nn.Module):
         out = block_sparse_attention(q, k, v, mask, scale=scale)  # [B, H, N, D]
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, length, dim))
         return mixed
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to a context under an `IntervalMask`; all projections have a bias.
+
+    Args:
+        dim: width C of queries and context.
+        num_heads: heads H; C / H must be a multiple of 8, at most 256.
+
+    Raises:
+        ValueError: `dim` does not split into such heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads("CrossAttention", dim, num_heads)
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: IntervalMask) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `[B, Nq, C]`.
+            context: `[B, Nk, C]`.
+            mask: for Nq queries and Nk keys.
+
+        Returns:
+            `[B, Nq, C]`.
+        """
+        batch, length, dim = x.shape
+        head_dim = dim // self.num_heads
+        q = self.q(x).unflatten(2, (self.num_heads, head_dim)).transpose(1, 2)  # [B, H, Nq, D]
+        kv = self.kv(context).unflatten(2, (2, self.num_heads, head_dim))
+        k, v = kv.transpose(1, 3).unbind(2)  # [B, H, Nk, D]
+        out = block_sparse_attention(q, k, v, mask)
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        return mixed
+
+
+def _check_heads(module: str, dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads or dim // num_heads % 8 or dim // num_heads > 256:
+        raise ValueError(
+            f"arcore.nn.{module}: expected dim / num_heads to be a multiple of 8, at most 256, "
+            f"but got dim={dim} and num_heads={num_heads}"
+        )

@@ -65,3 +65,30 @@ class LevelEmbedding(nn.Module):
         """Vectors of all tokens, `[1, N, C]`."""
         rows = [row.expand(size, -1) for row, size in zip(self.weight, self.sizes, strict=True)]
         return torch.cat(rows).unsqueeze(0)
+
+
+def sincos_positions(side: int, dim: int, base: float = 10000.0) -> Tensor:
+    """Fixed sine-cosine positions of side x side patches in raster order (as in arXiv:2111.06377).
+
+    The first half of the channels encodes the column, the second half the row; each half has its sines first.
+    Computed in float64 on the CPU.
+
+    Args:
+        side: patches per side.
+        dim: width C, a multiple of 4.
+        base: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        float32 `[1, side * side, C]`.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4.
+    """
+    if dim < 4 or dim % 4:
+        raise ValueError(f"expected dim to be a multiple of 4 but got {dim}")
+    rates = base ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * rates  # [side, C / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, C / 2]
+    columns = waves.expand(side, side, -1)
+    table = torch.cat([columns, columns.transpose(0, 1)], dim=-1)
+    return table.reshape(1, side * side, dim).float()

@@ -1,13 +1,36 @@
-"""Feed-forward network."""
+"""Feed-forward networks."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them.
+    """Two linear layers with GELU between them.
+
+    Args:
+        dim: width C.
+        hidden_dim: width of the hidden layer.
+        approximate: `"tanh"`, or `"none"` for the exact GELU.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, approximate: Literal["tanh", "none"] = "tanh") -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., C]`."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward network `w3(silu(w1 x) * w2 x)` with biases (arXiv:2002.05202).
 
     Args:
         dim: width C.
@@ -16,10 +39,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.w1 = nn.Linear(dim, hidden_dim)
+        self.w2 = nn.Linear(dim, hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` to `[..., C]`."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
         return out

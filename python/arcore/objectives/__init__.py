@@ -1,5 +1,6 @@
 """Training objectives: pure functions of logits or predictions."""
 
+from arcore.objectives.next_cluster import NextClusterLoss, next_cluster_loss, next_cluster_targets
 from arcore.objectives.next_scale import next_scale_loss
 
-__all__ = ["next_scale_loss"]
+__all__ = ["NextClusterLoss", "next_cluster_loss", "next_cluster_targets", "next_scale_loss"]
