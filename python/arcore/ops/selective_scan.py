@@ -13,7 +13,6 @@ from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
 from arcore.ops._registration import forbid_second_derivative
-from arcore.ops._registration import forbid_second_derivative
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATE = 256
