@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& de
 
 // Sum over the first dimension, in the dtype of `like`.
 Tensor sum_rows(const Tensor& partial, const Tensor& like) {
-  const int64_t rows = partial.size(0), size = partial.numel() / std::max<int64_t>(rows, 1);
+  const int64_t rows = partial.size(0), size = like.numel();
   Tensor total = torch::stable::new_empty(partial, like.sizes(), ScalarType::Float);
   const float* src = static_cast<const float*>(partial.data_ptr());
   float* dst = static_cast<float*>(total.data_ptr());
@@ -356,7 +356,11 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   Tensor partial_B = partial(B), partial_C = partial(C), partial_A = floats({p.batch, p.dim, p.state});
   Tensor partial_D = floats({p.batch, p.dim}), partial_bias = floats({p.batch, p.dim});
 
-  if (!empty) {
+  if (empty) {
+    torch::stable::zero_(grad_B);
+    torch::stable::zero_(grad_C);
+    torch::stable::zero_(grad_initial);
+  } else {
     BackwardArgs args{};
     args.problem = p;
     args.in = call.in;

@@ -1,0 +1,149 @@
+"""opcheck, torch.compile, torch.export, autocast, second derivatives, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcore.ops import selective_scan
+from tests.selective_scan.cases import make_case
+
+
+def arguments(case):
+    return (
+        *(case.u, case.delta, case.A, case.B, case.C, case.D, case.z, case.delta_bias, case.initial_state),
+        *(case.cu_seqlens, case.seq_idx, case.delta_softplus, case.reverse),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16, "initial": True, "reverse": True},
+        {"b": "constant", "c": "2", "skip": False, "gate": False, "bias": False},
+        {"lengths": [3, 70], "initial": True},
+        {"ids": torch.zeros(2, 70, dtype=torch.int32)},
+    ],
+    ids=str,
+)
+def test_opcheck(options):
+    case = make_case(2, 6, 70, 4, **options)
+    leaves = [
+        t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in arguments(case)
+    ]
+    torch.library.opcheck(torch.ops.arcore.selective_scan.default, (*leaves, True))
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_opcheck_of_the_backward(initial):
+    case = make_case(2, 6, 70, 4, initial=initial)
+    with torch.no_grad():
+        _, _, states = torch.ops.arcore.selective_scan(*arguments(case), True)
+    torch.library.opcheck(
+        torch.ops.arcore.selective_scan_backward.default,
+        (case.grad_out, case.grad_last_state, *arguments(case)[:11], states, True, False),
+    )
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 8 + 8 + 4 + 4)
+        self.A_log = torch.nn.Parameter(torch.zeros(8, 4))
+
+    def forward(self, x, state=None):  # [B, L, 8]
+        u, delta, b, c = self.project(x).transpose(1, 2).split([8, 8, 4, 4], dim=1)
+        return selective_scan(
+            u, delta, -self.A_log.exp(), b, c, None, u, None, True, True, initial_state=state
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    torch.manual_seed(0)
+    layer, x, state = Layer(), torch.randn(2, 70, 8), torch.randn(2, 8, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = []
+    for f in (layer, compiled):
+        layer.zero_grad()
+        out, last = f(x, state)
+        (out.square().sum() + last.sum()).backward()
+        results.append((out, last, *(p.grad.clone() for p in layer.parameters())))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_with_dynamic_length():
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 64, 130):
+        out, last = compiled(torch.randn(2, length, 8, requires_grad=True))
+        (out.sum() + last.sum()).backward()
+        assert out.shape == (2, 8, length)
+
+
+def test_export():
+    layer, x = Layer().eval(), torch.randn(2, 20, 8)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
+
+
+def test_autocast_keeps_the_state_in_float32():
+    layer, x = Layer(), torch.randn(2, 70, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, last = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert last.dtype == torch.float32
+    out.float().sum().backward()
+    torch.testing.assert_close(out.float(), layer(x)[0], rtol=0.1, atol=0.1)
+
+
+def test_second_derivative_is_refused():
+    case = make_case(1, 4, 10, 4)
+    u = case.u.requires_grad_()
+    grad = torch.autograd.grad(
+        selective_scan(u, case.delta, case.A, case.B, case.C).square().sum(), u, create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError, match="no second derivative; use reference_selective_scan"):
+        grad.sum().backward()
+
+
+def test_state_is_only_kept_for_a_backward():
+    case = make_case(1, 4, 200, 4)
+    assert torch.ops.arcore.selective_scan(*arguments(case), False)[2].numel() == 0
+    with pytest.raises(RuntimeError, match="expected states of shape"):
+        u = case.u.requires_grad_()
+        out = torch.ops.arcore.selective_scan(u, *arguments(case)[1:], False)[0]
+        out.sum().backward()
+
+
+SCRIPT = """
+import torch
+from tests.selective_scan.cases import check_against_reference, make_case
+print(torch.ops.arcore.cpu_isa())
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    check_against_reference(make_case(2, 37, 131, 19, b="1", c="constant", initial=True, dtype=dtype))
+    check_against_reference(make_case(1, 33, 70, 16, reverse=True, dtype=dtype))
+"""
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    supported = ["default", "avx2", "avx512"]
+    if supported.index(isa) > supported.index(torch.ops.arcore.cpu_isa_supported()):
+        pytest.skip(f"this CPU has no {isa}")
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa}
+    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == isa
