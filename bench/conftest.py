@@ -21,25 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What each bench module makes of the figures: its `floors_report(records)`, lines of text."""
     session = getattr(config, "_benchmarksession", None)
-    records = [b.extra_info for b in session.benchmarks if "gflops" in b.extra_info] if session else []
-    if not records:
-        return
-    write = terminalreporter.write_line
-    terminalreporter.section("GFLOP/s of allowed pairs, one thread, CPU time")
-    write(f"{cpu_model()}, {torch.ops.arcore.cpu_isa()}, torch {torch.__version__}")
-    write(f"measured FMA peak of one core: {records[0]['peak_gflops']} GFLOP/s")
-    for r in records:
-        name = f"{r['case']} {r['direction']} {r['dtype']}"
-        write(
-            f"{name:<44} {r['impl']:<14} {r['gflops']:7.1f}  {r['fraction_of_peak']:6.1%} of peak"
-            f"  +{r['peak_extra_mib']:.1f} MiB (q, k, v, out: {r['qkvo_mib']} MiB)"
-        )
-    for module in {
-        item.module for item in terminalreporter._session.items if hasattr(item.module, "floors_report")
-    }:
+    records = [b.extra_info for b in session.benchmarks if b.extra_info] if session else []
+    items = terminalreporter._session.items if records else []
+    modules = {m.__name__: m for m in (item.module for item in items) if hasattr(m, "floors_report")}
+    for name, module in modules.items():
+        terminalreporter.section(f"{name.rpartition('.')[2]}: one thread, CPU time")
+        terminalreporter.write_line(f"{cpu_model()}, {torch.ops.arcore.cpu_isa()}, torch {torch.__version__}")
         for line in module.floors_report(records):
-            write(line)
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

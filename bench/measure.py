@@ -34,6 +34,16 @@ def fma_peak_gflops() -> float:
     return best
 
 
+def exp_seconds() -> float:
+    """Seconds per exponential on one core, in the kernels' own vector code; best of five."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        count = torch.ops.arcore.run_exp(4_000_000)
+        best = min(best, (time.process_time() - start) / count)
+    return best
+
+
 def peak_extra_bytes(run: Callable[[], object]) -> int:
     """How far `run` raises the resident memory of this process at its highest, result included (Linux, glibc)."""
     run()

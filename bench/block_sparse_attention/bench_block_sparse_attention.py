@@ -175,10 +175,24 @@ def _applies(impl: str, case: str, direction: str, dtype: str) -> bool:
     return True
 
 
+def _figure(r: dict) -> str:
+    name = f"{r['case']} {r['direction']} {r['dtype']}"
+    return (
+        f"{name:<44} {r['impl']:<14} {r['gflops']:7.1f}  {r['fraction_of_peak']:6.1%} of peak"
+        f"  +{r['peak_extra_mib']:.1f} MiB (q, k, v, out: {r['qkvo_mib']} MiB)"
+    )
+
+
 def floors_report(records: list[dict]) -> list[str]:
-    """One line per floor that this run can judge."""
+    """One line per figure, and one per floor that this run can judge."""
+    records = [r for r in records if "gflops" in r]
+    if not records:
+        return []
+    lines = [
+        f"GFLOP/s of allowed pairs; measured FMA peak of one core: {records[0]['peak_gflops']} GFLOP/s",
+        *(_figure(r) for r in records),
+    ]
     gflops = {(r["case"], r["direction"], r["dtype"], r["impl"]): r["gflops"] for r in records}
-    lines = []
     for case, direction, dtype, peer, multiple in FLOORS:
         mine = gflops.get((case, direction, dtype, "arcore"))
         own = peer == "arcore float32"

@@ -37,6 +37,13 @@ double run_fma(int64_t iterations) {
   return sink == 12345.678f ? 0.0 : flops;
 }
 
+double run_exp(int64_t count) {
+  ARCORE_CHECK(count >= 0, "run_exp", "expected count >= 0 but got ", count);
+  float sink = 0.0f;
+  const double done = cpu_kernels().run_exp(count, &sink);
+  return sink == 12345.678f ? 0.0 : done;
+}
+
 const int64_t* int64_vector(const torch::stable::Tensor& t, const char* op, const char* name, int64_t size) {
   ARCORE_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1 && t.size(0) == size,
                op, "expected ", name, " int64 of shape (", size, ") but got ",
@@ -93,6 +100,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_supported() -> str");
   m.def("run_fma(int iterations) -> float");
+  m.def("run_exp(int count) -> float");
   m.def("random_bits(Tensor seed, Tensor position, int stream, int index) -> Tensor");
   m.def("inverse_cdf(Tensor probs, Tensor bits) -> Tensor");
 #if defined(ARCORE_WITH_CUDA)
@@ -104,6 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&arcore::machine::isa_in_use));
   m.impl("cpu_isa_supported", TORCH_BOX(&arcore::machine::isa_supported));
   m.impl("run_fma", TORCH_BOX(&arcore::machine::run_fma));
+  m.impl("run_exp", TORCH_BOX(&arcore::machine::run_exp));
 #if defined(ARCORE_WITH_CUDA)
   m.impl("cuda_arch_probe", TORCH_BOX(&arcore::machine::probe_arch));
 #endif

@@ -76,7 +76,7 @@ def test_wrong_arguments(wrong, f):
 
 
 def test_float64_points_to_the_reference():
-    with pytest.raises(TypeError, match="for float64 .* call reference_selective_scan"):
+    with pytest.raises(TypeError, match=r"for float64 .* call reference_selective_scan"):
         call(selective_scan, make_case(2, 4, 5, 3).to(torch.float64))
 
 
