@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from arcore.decoding._evaluating import evaluating
 from arcore.decoding.sampling import RowSeeds, sample
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer
 
@@ -81,7 +81,7 @@ def generate_next_scale(
     latent = tokenizer.empty_latent(batch)
     indices: list[Tensor] = []
     shown: list[Tensor] = []
-    with _evaluating(model, tokenizer):
+    with evaluating(model, tokenizer):
         cache = model.make_cache(len(rows))
         for k, side in enumerate(model.patch_nums):
             inputs = None if k == 0 else tokenizer.next_input(k - 1, latent)
@@ -100,17 +100,3 @@ def generate_next_scale(
                 shown.append(tokenizer.decode_latent(latent))
         images = shown[-1] if previews else tokenizer.decode_latent(latent)
     return NextScaleOutput(images, indices, shown)
-
-
-@contextmanager
-def _evaluating(*modules: object) -> Iterator[None]:
-    """Switch what is left of dropout off, and back on as it was."""
-    networks = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
-    modes = [network.training for network in networks]
-    for network in networks:
-        network.training = False
-    try:
-        yield
-    finally:
-        for network, mode in zip(networks, modes, strict=True):
-            network.training = mode

@@ -17,14 +17,19 @@ from arcore.models._builder import build, describe, load_checkpoint, load_weight
 from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_config, list_models, model_info
 
 if TYPE_CHECKING:
+    from arcore.models.mamba import Mamba, MambaConfig, MambaLayer
     from arcore.models.var import VAR, VARConfig
 
 _FILES = {
+    "mamba": ("Mamba", "MambaConfig", "MambaLayer"),
     "var": ("VAR", "VARConfig"),
 }
 
 __all__ = [
     "VAR",
+    "Mamba",
+    "MambaConfig",
+    "MambaLayer",
     "ModelInfo",
     "PresetInfo",
     "VARConfig",

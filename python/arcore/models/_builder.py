@@ -25,9 +25,16 @@ from torch import Tensor, nn
 from arcore._files import atomic_folder
 from arcore._optional import require
 from arcore.models._registry import find_system
-from arcore.nn.registry import SYSTEMS
+from arcore.nn.registry import SYSTEMS, System
 
 CONFIG = "config.json"
+INDEX = ".index.json"
+PUBLISHED = (
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
 NAMES_SHOWN = 3
 
 
@@ -132,7 +139,8 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
             a `.safetensors` file;
             a file of `torch.save` (`.pth`, `.pt`, ...), read with `weights_only=True`: ours, or as the authors of the
             paper publish it, model file or trainer file;
-            a checkpoint folder, of which the module of the same system is taken.
+            a checkpoint folder, of which the module of the same system is taken;
+            a folder as model hubs have it, with model.safetensors or pytorch_model.bin, in one piece or with an index.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -143,7 +151,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     if not path.exists():
         raise FileNotFoundError(f"the weights {path} do not exist")
     if path.is_dir():
-        path = _file_for(module, path)
+        path = _published_file(path) or _file_for(module, path)
     state = _read_state(path, getattr(module, "official_entry", None))
     expected = module.state_dict()
     convert = getattr(module, "from_official", None)
@@ -159,6 +167,55 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
     module.load_state_dict(cast, strict=True, assign=any(value.is_meta for value in expected.values()))
+
+
+def _published_file(folder: Path) -> Path | None:
+    """The weights in a folder as model hubs have it; None when it is none, or a checkpoint of ours."""
+    if (folder / CONFIG).is_file() and "modules" in _read_json(folder / CONFIG):
+        return None
+    return next((folder / name for name in PUBLISHED if (folder / name).is_file()), None)
+
+
+def config_beside(system: System, path: str | os.PathLike[str]) -> Any:
+    """The config that lies beside weights: of our checkpoint, or of a published model where the system can read it.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is damaged, of another system, or cannot be read by this one.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise FileNotFoundError(f"the weights {path} do not exist")
+    official_config = getattr(system.model, "official_config", None)
+    if (folder / CONFIG).is_file() and official_config is not None:
+        content = _read_json(folder / CONFIG)
+        if "modules" not in content:
+            try:
+                return official_config(content)
+            except KeyError as error:
+                raise ValueError(f"the config {folder / CONFIG} has no {error}") from error
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the config {folder / CONFIG} does not fit: {error}") from error
+    modules = _read_config(folder)["modules"].values()
+    fitting = [entry for entry in modules if isinstance(entry, dict) and entry.get("system") == system.name]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"expected one module of the system {system.name!r} in {folder / CONFIG} but it has {len(fitting)}"
+        )
+    with torch.device("meta"):
+        module: Any = build(fitting[0])
+    return module.config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the file {path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the file {path} is damaged: it holds no table")
+    return content
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -192,6 +249,15 @@ def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
     """The tensors of a file by name, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} do not exist")
+    if path.name.endswith(INDEX):
+        table = _read_json(path).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise ValueError(f"the file {path} is damaged: it has no table 'weight_map'")
+        state: dict[str, Tensor] = {}
+        for name in sorted(set(table.values())):
+            # Nothing but files of this folder: an index must not point elsewhere.
+            state |= _read_state(path.parent / Path(name).name, official_entry)
+        return state
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", extra="zoo")
         try:

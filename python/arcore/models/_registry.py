@@ -19,6 +19,7 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 
 # Sorted. A preset's name starts with its system's, so that one lookup imports one file.
 _MODULES = {
+    "mamba": "arcore.models.mamba",
     "msvq": "arcore.tokenizers.multi_scale_vq",
     "var": "arcore.models.var",
 }
@@ -93,7 +94,8 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
     """Make a model or tokenizer of the zoo.
 
     Args:
-        name: a preset, e.g. `"var_tiny"`; `list_models()` has them all.
+        name: a preset, e.g. `"var_tiny"`; `list_models()` has them all. With weights that have a config.json beside
+            them also a system, e.g. `"mamba"`: then the config is read from there.
         weights: file or folder to load, see `arcore.models.load_weights`; None leaves random weights.
         **overrides: fields of the preset's config to change, e.g. `num_classes=5`.
 
@@ -104,7 +106,12 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
         ValueError: unknown name (the message suggests close ones), unknown or unfit override, unfit weights.
         FileNotFoundError: `weights` does not exist.
     """
-    config = get_config(name, **overrides)
+    if weights is not None and name in _MODULES:
+        from arcore.models._builder import config_beside
+
+        config = _replace(name, config_beside(find_system(name), weights), overrides)
+    else:
+        config = get_config(name, **overrides)
     model: Any = find_system(name).model
     if weights is None:
         module: nn.Module = model(config)
@@ -124,7 +131,10 @@ def get_config(name: str, **overrides: Any) -> Any:
     Raises:
         ValueError: unknown preset, unknown field (the message suggests close ones), or a value that the config refuses.
     """
-    config = find_preset(name).config()
+    return _replace(name, find_preset(name).config(), overrides)
+
+
+def _replace(name: str, config: Any, overrides: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     for field in overrides:
         if field not in known:

@@ -7,27 +7,37 @@ from arcore.nn.cache import KVCache
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
 from arcore.nn.mlp import MLP, SwiGLU
+from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
-from arcore.nn.protocols import ScaleModel, ScaleTokenizer
+from arcore.nn.protocols import ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.ssm import CausalConv1d, MambaMixer
+from arcore.nn.state import StateCache, StateSnapshot
 
 __all__ = [
     "MLP",
     "AdaLNBlock",
     "AdaLNHead",
+    "CausalConv1d",
     "ClassEmbedding",
     "ConvDecoder",
     "ConvEncoder",
     "CrossAttention",
     "DropPath",
+    "GatedRMSNorm",
     "KVCache",
     "LevelEmbedding",
+    "MambaMixer",
     "Modulation",
     "PatchEmbed",
     "PreNormBlock",
+    "RMSNorm",
     "ScaleModel",
     "ScaleTokenizer",
     "SelfAttention",
+    "StateCache",
+    "StateSnapshot",
     "SwiGLU",
+    "TokenModel",
     "init_mamba_encoder",
     "modulated_norm",
     "sincos_positions",

@@ -1,12 +1,12 @@
 """What a decoder asks of a model. Decoders are written against these and never against a model.
 
-`docs/architecture.md` plans protocols for token, masked and block-diffusion models; they come with their decoders.
+`docs/architecture.md` plans protocols for masked and block-diffusion models; they come with their decoders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -85,4 +85,37 @@ class ScaleTokenizer(Protocol):
 
     def scale_inputs(self, indices: Sequence[Tensor]) -> Tensor:
         """`next_input` of all scales but the last in one sequence, for training."""
+        ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """Predicts one token after the other.
+
+    Attributes:
+        vocab_size: tokens that may be drawn; logits may have more columns, which mean nothing.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def make_cache(self, batch: int, max_length: int) -> Any:
+        """An empty cache for `batch` rows of up to `max_length` tokens, padding included."""
+        ...
+
+    def prefill(self, ids: Tensor, cache: Any, mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after `ids`, which follow what the cache holds and are added to it.
+
+        Args:
+            ids: int64 `[B, L]`, L >= 1.
+            cache: from `make_cache(B, ...)`.
+            mask: bool `[B, L]`, False at padding, which may stand before a row's first token only.
+
+        Returns:
+            float32 `[B, V]`, V >= vocab_size.
+        """
+        ...
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """`prefill` of one token per row: int64 `[B]` to float32 `[B, V]`."""
         ...

@@ -77,14 +77,8 @@ class Task(pl.LightningModule):
             group["lr"] = self.config.lr * factor
 
     def configure_optimizers(self) -> Optimizer:
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return AdamW(
-            [group for group in groups if group["params"]], lr=self.config.lr, betas=self.config.betas
-        )
+        groups = parameter_groups(self, self.config.weight_decay)
+        return AdamW(groups, lr=self.config.lr, betas=self.config.betas)
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None
@@ -108,3 +102,24 @@ class Task(pl.LightningModule):
         if self.test_data is None:
             return []
         return DataLoader(self.test_data, batch_size=self.config.batch_size, num_workers=self.config.workers)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimiser trains, with and without weight decay.
+
+    Vectors are not decayed, nor what a module names in its attribute `no_weight_decay`.
+    """
+    exempt = {
+        id(parameter)
+        for part in module.modules()
+        for name in getattr(part, "no_weight_decay", ())
+        if (parameter := getattr(part, name)) is not None
+    }
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
+    others = [p for p in parameters if p.ndim < 2 or id(p) in exempt]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

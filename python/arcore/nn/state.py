@@ -1,0 +1,116 @@
+"""Recurrent state of a decoder, allocated once; its size does not grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StateSnapshot:
+    """A copy of what a `StateCache` held.
+
+    Attributes:
+        conv, ssm: as in `StateCache`.
+        length: as in `StateCache`.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+    length: int
+
+
+class StateCache:
+    """What state-space layers remember of the tokens so far: the last inputs of their convolution and their state.
+
+    Layers write their entries in place. There is no way back from a state to an earlier one, so speculative decoders
+    take a `snapshot` first and `restore` it.
+
+    A cache belongs to the weights that filled it, and `derived` holds what layers computed from those weights alone
+    and need again in each step.
+
+    Args:
+        num_layers: layers.
+        batch: rows.
+        conv_shape: of the convolution's inputs of a row and layer, (channels, taps - 1).
+        state_shape: of the state of a row and layer, e.g. (channels, d_state).
+        dtype: of the convolution's inputs; states are float32 whatever the weights are.
+        device: of both.
+
+    Attributes:
+        conv: `[num_layers, B, *conv_shape]`, oldest input first.
+        ssm: float32 `[num_layers, B, *state_shape]`.
+        length: tokens seen so far, padding included.
+        derived: by layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch: int,
+        conv_shape: Sequence[int],
+        state_shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_layers < 1 or min((batch, *conv_shape, *state_shape)) < 0:
+            raise ValueError(
+                "arcore.nn.StateCache: expected at least one layer and no negative size but got num_layers="
+                f"{num_layers}, batch={batch}, conv_shape={tuple(conv_shape)}, state_shape={tuple(state_shape)}"
+            )
+        self.conv = torch.zeros(num_layers, batch, *conv_shape, dtype=dtype, device=device)
+        self.ssm = torch.zeros(num_layers, batch, *state_shape, dtype=torch.float32, device=device)
+        self.length = 0
+        self.derived: dict[int, Tensor] = {}
+        self._split()
+
+    @property
+    def batch(self) -> int:
+        return self.conv.shape[1]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer's entries: the convolution's inputs and the state, to be written in place."""
+        return self._layers[layer]
+
+    def snapshot(self) -> StateSnapshot:
+        """A copy of everything, to come back to."""
+        return StateSnapshot(self.conv.clone(), self.ssm.clone(), self.length)
+
+    def restore(self, snapshot: StateSnapshot) -> None:
+        """Make the cache what it was at the time of the snapshot.
+
+        Raises:
+            ValueError: the snapshot is of another cache, or of other rows.
+        """
+        if snapshot.conv.shape != self.conv.shape or snapshot.ssm.shape != self.ssm.shape:
+            raise ValueError(
+                f"arcore.nn.StateCache: expected a snapshot of {self!r} but its states are of shape "
+                f"{tuple(snapshot.conv.shape)} and {tuple(snapshot.ssm.shape)}"
+            )
+        self.conv.copy_(snapshot.conv)
+        self.ssm.copy_(snapshot.ssm)
+        self.length = snapshot.length
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).
+
+        Args:
+            rows: int64 `[B']`, row numbers from 0.
+        """
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.conv.device)
+        self.conv = self.conv.index_select(1, index)
+        self.ssm = self.ssm.index_select(1, index)
+        self._split()
+
+    def _split(self) -> None:
+        self._layers = list(zip(self.conv.unbind(), self.ssm.unbind(), strict=True))
+
+    def __repr__(self) -> str:
+        return (
+            f"StateCache(num_layers={self.conv.shape[0]}, batch={self.batch}, "
+            f"conv_shape={tuple(self.conv.shape[2:])}, state_shape={tuple(self.ssm.shape[2:])}, length={self.length})"
+        )

@@ -1,0 +1,176 @@
+"""Generation token by token, on a model small enough to follow by hand and on Mamba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import arcore
+from arcore.decoding import filter_logits, generate, penalize_repetition, stream
+from arcore.nn import TokenModel
+
+
+class Counter(nn.Module):
+    """Expects the sum of all tokens read so far, modulo 10; has two columns too many, which are likeliest."""
+
+    vocab_size = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def make_cache(self, batch: int, max_length: int) -> dict[str, Tensor]:
+        self.max_length = max_length
+        return {"sum": torch.zeros(batch, dtype=torch.int64)}
+
+    def logits(self, cache: dict[str, Tensor]) -> Tensor:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        logits = torch.nn.functional.one_hot(cache["sum"] % 10, 12) * 5.0
+        logits[:, 10:] = 99.0
+        return logits
+
+    def prefill(self, ids: Tensor, cache: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        self.calls.append(("prefill", ids.shape[1]))
+        cache["sum"] += (ids if mask is None else ids * mask).sum(1)
+        return self.logits(cache)
+
+    def step(self, ids: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        self.calls.append(("step", len(ids)))
+        cache["sum"] += ids
+        return self.logits(cache)
+
+
+def test_greedy_by_hand():
+    model = Counter().train()
+    out = generate(model, torch.tensor([[1, 2], [0, 5]]), max_new_tokens=4, temperature=0.0)
+    assert out.ids.tolist() == [[3, 6, 2, 4], [5, 0, 0, 0]]
+    assert out.lengths.tolist() == [4, 4]
+    assert out.rows() == [[3, 6, 2, 4], [5, 0, 0, 0]]
+    # One pass for the prompt, one step per token but the last, whose logits nobody needs.
+    assert model.calls == [("prefill", 2)] + [("step", 2)] * 3
+    assert model.max_length == 6
+    assert model.training
+    assert isinstance(model, TokenModel)
+    assert isinstance(arcore.create_model("mamba_tiny"), TokenModel)
+
+
+def test_prompts_of_different_lengths():
+    out = generate(Counter(), [[1, 2], [7], [9, 9, 9]], max_new_tokens=2, temperature=0.0)
+    assert out.ids.tolist() == [[3, 6], [7, 4], [7, 4]]
+    ids = torch.tensor([[0, 1, 2], [8, 8, 7]])
+    mask = torch.tensor([[True, True, True], [False, False, True]])
+    assert generate(Counter(), ids, mask=mask, max_new_tokens=2, temperature=0.0).ids.tolist() == [
+        [3, 6],
+        [7, 4],
+    ]
+
+
+def test_rows_end_each_for_itself():
+    prompts = [[1, 2], [5, 0], [4]]  # 3 6 2 4 8 6 2 ..., 5 0 0 ..., 4 8 6 2 ...
+    out = generate(Counter(), prompts, max_new_tokens=6, temperature=0.0, eos=8, pad_id=-9)
+    assert out.rows() == [[3, 6, 2, 4, 8], [5, 0, 0, 0, 0, 0], [4, 8]]
+    assert out.ids.tolist()[2] == [4, 8, -9, -9, -9, -9]
+    model = Counter()
+    out = generate(model, prompts, max_new_tokens=60, temperature=0.0, eos=[8, 5])
+    assert out.rows() == [[3, 6, 2, 4, 8], [5], [4, 8]]
+    assert out.ids.shape == (3, 5)
+    assert len(model.calls) == 5
+    out = generate(Counter(), prompts, max_new_tokens=60, temperature=0.0, stop=[[6, 2], [0, 0, 0]])
+    assert out.rows() == [[3, 6, 2], [5, 0, 0, 0], [4, 8, 6, 2]]
+    # A stop sequence must be new text, not the prompt's end.
+    assert generate(Counter(), [[6, 2]], max_new_tokens=1, temperature=0.0, stop=[[2, 8]]).rows() == [[8]]
+
+
+def test_streaming_gives_the_same_tokens_one_at_a_time():
+    model = Counter().train()
+    tokens = stream(model, [[1, 2], [4]], max_new_tokens=9, temperature=0.0, eos=8)
+    assert model.calls == []
+    assert next(tokens).tolist() == [3, 4]
+    assert model.calls == [("prefill", 2)]
+    assert [step.tolist() for step in tokens] == [[6, 8], [2, -1], [4, -1], [8, -1]]
+    assert model.training
+    given_up = stream(model, [[1, 2]], max_new_tokens=9)
+    next(given_up)
+    given_up.close()
+    assert model.training
+
+
+def test_seeds_belong_to_rows():
+    model: Any = arcore.create_model("mamba_tiny")
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    together = generate(model, prompts, max_new_tokens=12, seed=[11, 22, 33])
+    for row in range(3):
+        alone = generate(model, [prompts[row]], max_new_tokens=12, seed=[11 * (row + 1)])
+        assert alone.rows() == [together.rows()[row]]
+    assert generate(model, prompts, max_new_tokens=12, seed=5).rows() != together.rows()
+    same = generate(model, [[1, 2]] * 3, max_new_tokens=12, seed=5).rows()
+    assert same[0] != same[1] != same[2]
+    assert same == generate(model, [[1, 2]] * 3, max_new_tokens=12, seed=5).rows()
+
+
+def test_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
+    logits, seen = torch.tensor([[2.0, -2.0, 1.0, -1.0]]), torch.tensor([[True, True, False, False]])
+    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+
+    class Flat(Counter):
+        def logits(self, cache: dict[str, Tensor]) -> Tensor:
+            return torch.arange(12.0, 0.0, -1.0).expand(len(cache["sum"]), 12)
+
+    out = generate(Flat(), [[1], [3, 0]], max_new_tokens=11, temperature=0.0, repetition_penalty=100.0)
+    # Likeliest first, each once; the padding in the first row is token 0 and does not count.
+    assert out.ids[0].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]
+    assert out.ids[1].tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 0, 0, 0]
+
+
+def test_min_p():
+    logits = torch.tensor([0.5, 0.24, 0.26, 0.0]).log()
+    assert filter_logits(logits, min_p=0.5).isfinite().tolist() == [True, False, True, False]
+    assert filter_logits(logits, min_p=1.0).isfinite().tolist() == [True, False, False, False]
+    assert filter_logits(logits, min_p=0.0) is logits
+    # It looks at what the others left, whose likeliest token is the same.
+    assert filter_logits(logits, top_k=1, min_p=0.1).isfinite().tolist() == [True, False, False, False]
+    with pytest.raises(ValueError, match=r"expected 0 <= min_p <= 1 but got 1\.5"):
+        filter_logits(logits, min_p=1.5)
+
+
+def test_nothing_to_do():
+    out = generate(Counter(), [[1], [2, 3]], max_new_tokens=0)
+    assert out.ids.shape == (2, 0)
+    assert out.lengths.tolist() == [0, 0]
+    out = generate(Counter(), torch.zeros(0, 3, dtype=torch.int64), max_new_tokens=4)
+    assert out.ids.shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": -1}, "expected max_new_tokens >= 0 but got -1"),
+        ({"prompt": [[1], []]}, "expected at least one token in every row"),
+        ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "expected at least one token in every row"),
+        (
+            {"prompt": torch.zeros(3, dtype=torch.int64)},
+            r"expected a prompt of shape \[B, L\] but got \(3,\)",
+        ),
+        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, "expected a mask only with a tensor of ids"),
+        (
+            {"prompt": torch.ones(1, 2, dtype=torch.int64), "mask": torch.ones(1, 3, dtype=torch.bool)},
+            r"expected a bool mask of shape \(1, 2\) but got bool of shape \(1, 3\)",
+        ),
+        ({"stop": [[]]}, "expected stop sequences of at least one token"),
+        ({"repetition_penalty": 0.0}, "expected repetition_penalty > 0"),
+        ({"temperature": -1.0}, "expected a finite temperature >= 0"),
+        ({"top_k": 0}, "expected top_k >= 1"),
+        ({"temperature": 0.0, "top_p": 1.5}, "expected 0 < top_p <= 1"),
+        ({"seed": [1, 2]}, "expected one seed, or 1 of them"),
+    ],
+)
+def test_errors_come_before_the_model_runs(settings: dict[str, Any], message: str):
+    model = Counter()
+    arguments: dict[str, Any] = {"prompt": [[1]], "max_new_tokens": 3} | settings
+    with pytest.raises(ValueError, match=message):
+        stream(model, arguments.pop("prompt"), **arguments)
+    assert model.calls == []
