@@ -58,8 +58,10 @@ class CausalConv1d(nn.Module):
         if ids is None and x.shape[2] > 0:
             padded = torch.cat([before, x], dim=2)
             out = F.silu(F.conv1d(padded, self.weight.to(x.dtype), self.bias, groups=x.shape[1]))
+        elif ids is None:
+            out = x.clone()
         else:
-            out = self._packed(x, before, x.new_zeros(len(x), x.shape[2]) if ids is None else ids)
+            out = self._packed(x, before, ids)
         if reverse:
             return out.flip(2)
         if state is not None:
