@@ -253,6 +253,12 @@ static inline Vec log1p_unit(Vec t) {
 static inline Vec softplus(Vec x) {
   return max(Vec(0.0f), x) + log1p_unit(exp(Vec(0.0f) - abs(x)));
 }
+// The same, and its derivative 1 / (1 + exp(-x)) from the same exponential.
+static inline Vec softplus(Vec x, Vec& derivative) {
+  const Vec e = exp(Vec(0.0f) - abs(x)), one(1.0f);
+  derivative = where_less(x, Vec(0.0f), e, one) / (one + e);
+  return max(Vec(0.0f), x) + log1p_unit(e);
+}
 
 // 1 / (1 + exp(-x)).
 static inline Vec sigmoid(Vec x) {
@@ -382,7 +388,7 @@ static inline void from_float(const float* ARCORE_RESTRICT src, T* ARCORE_RESTRI
 }
 
 // dst[j][i] = src[i][j] for a kLanes x kLanes block of floats.
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX2)
 static inline void transpose_8x8(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i)
@@ -403,11 +409,44 @@ static inline void transpose_8x8(const float* src, int64_t src_stride, float* ds
   }
 }
 #endif
+#if defined(CPU_CAPABILITY_AVX512)
+// Four rounds of 16 shuffles: pairs of rows, of pairs, of quarters of a vector, of halves.
+static inline void transpose_16x16(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    r[i] = _mm512_loadu_ps(src + i * src_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  // r[i + j]: column 4 q + j of rows i to i + 3, in quarter q.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_low = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+    _mm512_storeu_ps(dst + j * dst_stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    _mm512_storeu_ps(dst + (j + 4) * dst_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_ps(dst + (j + 8) * dst_stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+    _mm512_storeu_ps(dst + (j + 12) * dst_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+  }
+}
+#endif
 static inline void transpose_block(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  for (int i = 0; i < kLanes; i += 8)
-    for (int j = 0; j < kLanes; j += 8)
-      transpose_8x8(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
+#if defined(CPU_CAPABILITY_AVX512)
+  transpose_16x16(src, src_stride, dst, dst_stride);
+#elif defined(CPU_CAPABILITY_AVX2)
+  transpose_8x8(src, src_stride, dst, dst_stride);
 #else
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < kLanes; ++j)

@@ -628,16 +628,19 @@ void backward_slice(const BackwardArgs& args, const Cut& cut, const Slice& slice
       for (int64_t t = 0; t < w.length; ++t) {
         const int64_t o = t * kLanes;
         const Vec xt = load(x + o) + bias, ut = load(u + o);
-        const Vec step = p.delta_softplus ? softplus(xt) : xt;
-        store(x + o, xt);
+        Vec slope(1.0f);
+        const Vec step = p.delta_softplus ? softplus(xt, slope) : xt;
+        store(x + o, slope);
         store(dt + o, step);
         store(dtu + o, step * ut);
         store(gb + o, Vec(0.0f));
         store(ga + o, Vec(0.0f));
         Vec gt = load(g + o);
         if (gated) {
-          const Vec zt = load(z + o);
-          gt = gt * zt * sigmoid(zt);
+          // result holds what the gate's gradient needs beside y: gout s (1 + z (1 - s)).
+          const Vec zt = load(z + o), s = sigmoid(zt), gs = gt * s, one(1.0f);
+          store(result + o, gs * fma(zt, one - s, one));
+          gt = gs * zt;
           store(y + o, skip * ut);
         }
         store(gy + o, gt);
@@ -673,8 +676,7 @@ void backward_slice(const BackwardArgs& args, const Cut& cut, const Slice& slice
       if (gated) {
         for (int64_t t = 0; t < w.length; ++t) {
           const int64_t o = t * kLanes;
-          const Vec zt = load(z + o), s = sigmoid(zt), one(1.0f);
-          store(result + o, load(g + o) * load(y + o) * s * fma(zt, one - s, one));
+          store(result + o, load(result + o) * load(y + o));
         }
         store_tile(args.grad_z, w, channel, valid, result, rows);
       }
@@ -686,8 +688,7 @@ void backward_slice(const BackwardArgs& args, const Cut& cut, const Slice& slice
         const Vec ut = load(u + o), gbt = load(gb + o), gyt = load(gy + o);
         store(result + o, fma(skip, gyt, load(dt + o) * gbt));
         sum_d = fma(gyt, ut, sum_d);
-        Vec grad_delta = fma(ut, gbt, load(ga + o));
-        if (p.delta_softplus) grad_delta = grad_delta * sigmoid(load(x + o));
+        const Vec grad_delta = fma(ut, gbt, load(ga + o)) * load(x + o);
         sum_bias = sum_bias + grad_delta;
         store(ga + o, grad_delta);
       }

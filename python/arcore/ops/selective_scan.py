@@ -186,7 +186,8 @@ def reference_selective_scan(
     dtype = (
         torch.float64 if any(t is not None and t.dtype == torch.float64 for t in inputs) else torch.float32
     )
-    x = _Inputs(*(None if t is None else t.to(dtype) for t in inputs))
+    tensors: list[Any] = [None if t is None else t.to(dtype) for t in inputs]
+    x = _Inputs(*tensors)
     if cu_seqlens is not None:
         out, state = _packed(x, cu_seqlens.tolist(), delta_softplus, reverse)
     else:
