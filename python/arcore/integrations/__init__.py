@@ -1,0 +1,1 @@
+"""Our ops under the names of other packages; each module is imported by name."""

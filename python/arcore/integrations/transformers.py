@@ -1,0 +1,193 @@
+"""Makes the Mamba models of transformers run on our kernels.
+
+    import arcore.integrations.transformers as kernels
+
+    with kernels.enable():
+        model.generate(...)
+
+transformers picks its implementation of the scan when a modelling file is imported: that of the package mamba_ssm where
+there is one, which needs a GPU, else PyTorch code that loops over tokens. `enable` puts our ops into the place of the
+chosen functions in these files. Models that exist already use them too, because they look the functions up by name when
+they run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcore._optional import require
+from arcore.ops import selective_scan
+
+_MODELS = ("mamba", "falcon_mamba", "jamba")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_originals: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+class Enabled:
+    """What `enable` returns; as a context manager it undoes the call at the end of the block."""
+
+    def __init__(self, changed: bool) -> None:
+        self._changed = changed
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._changed:
+            disable()
+
+
+def enable() -> Enabled:
+    """Let Mamba, FalconMamba and Jamba of transformers use our scan and our decoding step.
+
+    Calls that our kernels cannot serve go to the functions that were there before: tensors on other devices, float64,
+    and tracing by `torch.export`. The fused training function of mamba_ssm is switched off, because it is not told
+    about padding. Calling this twice does no harm.
+
+    Returns:
+        For `with`: the end of the block calls `disable`, unless an outer block had it enabled already.
+
+    Raises:
+        ImportError: transformers is missing.
+        RuntimeError: this version of transformers is built differently.
+    """
+    if _originals:
+        return Enabled(changed=False)
+    transformers = require("transformers", extra="transformers")
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    for name in _MODELS:
+        try:
+            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+            found += [(module, function, getattr(module, function)) for function in _REPLACEMENTS]
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} keeps its functions for {name} elsewhere than version 5.23 "
+                f"does ({error}); install transformers 5.23"
+            ) from error
+    for module, function, original in found:
+        _originals[module.__name__, function] = original
+        setattr(module, function, _REPLACEMENTS[function](original))
+    return Enabled(changed=True)
+
+
+def disable() -> None:
+    """Put everything back as `enable` found it; without `enable` this does nothing."""
+    while _originals:
+        (module, function), original = _originals.popitem()
+        setattr(importlib.import_module(module), function, original)
+
+
+def is_enabled() -> bool:
+    """Whether transformers uses our kernels."""
+    return bool(_originals)
+
+
+def _ours(*tensors: Tensor | None) -> bool:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(t.is_cpu and t.dtype in _DTYPES for t in given) and not torch.compiler.is_exporting()
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mamba_selective_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        tensors = (hidden_states, dt, A, B, C, D, z, delta_bias)
+        if not _ours(*tensors):
+            return original(*tensors, delta_softplus, return_last_state, **kwargs)
+        packing = {name: kwargs[name] for name in ("seq_idx", "cu_seqlens") if kwargs.get(name) is not None}
+        return selective_scan(
+            hidden_states,
+            dt,
+            A.float(),
+            B,
+            C,
+            _float(D),
+            z,
+            _float(delta_bias),
+            delta_softplus,
+            return_last_state,
+            **packing,
+        )
+
+    return mamba_selective_scan
+
+
+def _state_update(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mamba_selective_state_update(
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        z: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        tensors = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
+        if not _ours(*tensors):
+            return original(
+                *tensors[:6], D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
+            )
+        with torch.no_grad():
+            out, last_state = selective_scan(
+                hidden_states.unsqueeze(2),
+                dt.unsqueeze(2),
+                A.float(),
+                B.unsqueeze(2),
+                C.unsqueeze(2),
+                _float(D),
+                None if z is None else z.unsqueeze(2),
+                _float(dt_bias),
+                dt_softplus,
+                return_last_state=True,
+                initial_state=state,
+            )
+            state.copy_(last_state)
+        return out.squeeze(2)
+
+    return mamba_selective_state_update
+
+
+def _no_fusion(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mamba_inner_fn(xz: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # None means: take the way through the scan, which knows about padding.
+        return None if _ours(xz) else original(xz, *args, **kwargs)
+
+    return mamba_inner_fn
+
+
+_REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "mamba_selective_scan": _scan,
+    "mamba_selective_state_update": _state_update,
+    "mamba_inner_fn": _no_fusion,
+}

@@ -1,0 +1,166 @@
+"""transformers' Mamba models on our kernels give what they give without, and go back to it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import arcore.integrations.transformers as kernels  # noqa: E402
+
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2}
+FUNCTIONS = ("mamba_selective_scan", "mamba_selective_state_update", "mamba_inner_fn")
+
+
+@pytest.fixture(autouse=True)
+def _afterwards_disabled() -> Iterator[None]:
+    yield
+    kernels.disable()
+
+
+@pytest.fixture(params=["mamba", "falcon_mamba", "jamba"])
+def model(request: pytest.FixtureRequest) -> Any:
+    if request.param == "mamba":
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, state_size=8, use_bias=True))
+    elif request.param == "falcon_mamba":
+        model = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**SIZES, state_size=8))
+    else:
+        config = transformers.JambaConfig(
+            **SIZES | {"num_hidden_layers": 3},
+            intermediate_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_layer_period=3,
+            attn_layer_offset=2,
+            num_experts=2,
+            mamba_d_state=8,
+            pad_token_id=0,
+        )
+        model = transformers.JambaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def functions() -> list[Any]:
+    modules = [importlib.import_module(f"transformers.models.{m}.modeling_{m}") for m in kernels._MODELS]
+    return [getattr(module, name) for module in modules for name in FUNCTIONS]
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 96, (2, 23))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def test_logits_and_generation_are_the_same(model: Any):
+    ids, mask = padded()
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = model(ids, attention_mask=mask).logits
+    tokens = model.generate(ids, attention_mask=mask, **settings)
+    with kernels.enable():
+        ours = model(ids, attention_mask=mask).logits
+        assert torch.equal(model.generate(ids, attention_mask=mask, **settings), tokens)
+    assert plain[mask.bool()].std() > 0.3
+    assert (ours - plain)[mask.bool()].abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_gradients_are_the_same(model: Any):
+    ids, mask = padded()
+    model.train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    with kernels.enable():
+        ours = gradients()
+    assert ours.keys() == plain.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
+
+
+def test_enabling_changes_the_functions_and_disabling_brings_them_back():
+    before = functions()
+    handle = kernels.enable()
+    assert kernels.is_enabled()
+    assert all(new is not old for new, old in zip(functions(), before, strict=True))
+    enabled = functions()
+    with kernels.enable():
+        assert functions() == enabled
+    # The inner block found it enabled and leaves it so.
+    assert functions() == enabled
+    with handle:
+        pass
+    assert functions() == before
+    assert not kernels.is_enabled()
+    kernels.disable()
+    assert functions() == before
+    with pytest.raises(KeyError, match="x"), kernels.enable():
+        raise KeyError("x")
+    assert functions() == before
+
+
+@torch.no_grad()
+def test_our_ops_are_what_runs(monkeypatch: pytest.MonkeyPatch):
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES)).eval()
+    lengths = []
+
+    def counting(u: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(u.shape[2])
+        return scan(u, *args, **kwargs)
+
+    scan = kernels.selective_scan
+    monkeypatch.setattr(kernels, "selective_scan", counting)
+    with kernels.enable():
+        model.generate(torch.randint(96, (1, 9)), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert lengths == [9, 9, 1, 1, 1, 1]
+    model(torch.randint(96, (1, 9)))
+    assert len(lengths) == 6
+
+
+@torch.no_grad()
+def test_what_we_cannot_serve_goes_to_the_functions_from_before():
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES)).eval().double()
+    ids = torch.randint(96, (2, 11))
+    plain = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    logits = model(ids).logits
+    with kernels.enable():
+        assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None), plain)
+
+
+@torch.no_grad()
+def test_bfloat16_is_at_least_as_close_to_float32():
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES)).eval()
+    ids = torch.randint(96, (2, 40))
+    exact = model(ids).logits
+    low = model.bfloat16()
+    plain = low(ids).logits
+    with kernels.enable():
+        ours = low(ids).logits
+    error = lambda logits: (logits - exact).square().mean().sqrt()  # noqa: E731
+    assert error(ours) <= 1.1 * error(plain)
+
+
+def test_another_layout_of_transformers_is_refused(monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.jamba import modeling_jamba
+
+    before = functions()
+    original = modeling_jamba.mamba_selective_scan
+    monkeypatch.delattr(modeling_jamba, "mamba_selective_scan")
+    with pytest.raises(RuntimeError, match="functions for jamba elsewhere .* install transformers 5.23"):
+        kernels.enable()
+    monkeypatch.setattr(modeling_jamba, "mamba_selective_scan", original, raising=False)
+    assert functions() == before
+    assert not kernels.is_enabled()
