@@ -5,9 +5,10 @@
 
 The page docs/benchmarks.md is made from the same file while the docs are built (tools/docs_hooks.py).
 
-The input is what `pytest bench --benchmark-json=...` writes. Each benchmark carries in `extra_info`: op, case, impl,
-direction ("forward" or "backward"), dtype, gflops (of the pairs that the mask allows) and peak_gflops (the FMA peak
-of the same machine, measured in the same run).
+The input is what `pytest bench --benchmark-json=...` writes. Each benchmark carries in `extra_info`: op (or a model),
+case, impl, direction ("forward", "backward", "forward+backward" or what else was timed), and where they make sense
+dtype, seconds (process CPU time; else the run's median), gflops (of the pairs that the mask allows) and peak_gflops
+(the FMA peak of the same machine, measured in the same run).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 from marked import ROOT, replace_marked, update
 
 OURS = "arcore"
-KEYS = ("op", "case", "impl", "direction", "dtype", "gflops", "peak_gflops")
+KEYS = ("op", "case", "impl", "direction")
 DIRECTIONS = ("forward", "backward")
+# What a cell of README's table quotes, in this order.
+QUOTED = {"forward": ("forward",), "backward": ("backward", "forward+backward")}
 # Column of the op table -> what must exist in csrc/<op>/ for the forward and the backward.
 BACKENDS = {
     "CPU AVX2": ("kernel_cpu.cpp", "kernel_cpu.cpp"),
@@ -39,6 +42,7 @@ IMPLEMENTATIONS = {
     "sdpa_loop": "SDPA, loop",
     "sdpa_causal": "SDPA, is_causal",
     "flex_compiled": "FlexAttention",
+    "transformers": "transformers, loop",
 }
 
 
@@ -49,9 +53,9 @@ class Row:
     impl: str
     direction: str
     dtype: str
-    gflops: float
-    peak_gflops: float
-    seconds: float  # median of the run's rounds
+    seconds: float
+    gflops: float | None = None
+    peak_gflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Results:
 
     @property
     def peak(self) -> float:
-        return sum(row.peak_gflops for row in self.rows) / len(self.rows)
+        peaks = [row.peak_gflops for row in self.rows if row.peak_gflops is not None]
+        return sum(peaks) / len(peaks) if peaks else 0.0
 
 
 def newest(folder: Path) -> Path:
@@ -92,7 +97,15 @@ def load(path: Path) -> Results:
         missing = [key for key in KEYS if key not in info]
         if missing:
             raise ValueError(f"{path.name}: {benchmark['name']} lacks {', '.join(missing)} in extra_info")
-        rows.append(Row(**{key: info[key] for key in KEYS}, seconds=benchmark["stats"]["median"]))
+        rows.append(
+            Row(
+                **{key: info[key] for key in KEYS},
+                dtype=info.get("dtype", "float32"),
+                seconds=info.get("seconds", benchmark["stats"]["median"]),
+                gflops=info.get("gflops"),
+                peak_gflops=info.get("peak_gflops"),
+            )
+        )
     if not rows:
         raise ValueError(f"{path.name}: expected at least one benchmark but found none")
     machine: dict[str, Any] = data["machine_info"]
@@ -112,42 +125,52 @@ def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], l
     for row in results.rows:
         if all(getattr(row, key) == value for key, value in wanted.items()):
             found.setdefault((row.op, row.case, row.direction, row.dtype), []).append(row)
-    return {key: sorted(rows, key=lambda row: (row.impl != OURS, -row.gflops)) for key, rows in found.items()}
+    return {key: sorted(rows, key=lambda row: (row.impl != OURS, row.seconds)) for key, rows in found.items()}
 
 
-def headline(results: Results, op: str, direction: str) -> Row | None:
-    """Our float32 row of the case that README's table quotes: the first one measured in that direction."""
-    rows = (
-        r for r in results.rows if (r.op, r.direction, r.dtype, r.impl) == (op, direction, "float32", OURS)
-    )
-    return next(rows, None)
+def headline(results: Results, op: str, direction: str) -> list[Row]:
+    """Our float32 row of the case that README's table quotes, the first one measured, and its peers' rows."""
+    for wanted in QUOTED[direction]:
+        for rows in groups(results, op=op, direction=wanted, dtype="float32").values():
+            if rows[0].impl == OURS:
+                return rows
+    return []
+
+
+def quote(rows: list[Row]) -> str:
+    """What a cell says of its measurement: the fraction of the peak, or the distance to the fastest peer."""
+    ours, *peers = rows
+    if ours.gflops is not None and ours.peak_gflops is not None:
+        return f"yes, {ours.gflops / ours.peak_gflops:.0%} of peak"
+    if not peers:
+        return "yes"
+    return f"yes, {peers[0].seconds / ours.seconds:.3g}x {label(peers[0].impl)}"
 
 
 def op_table(results: Results, csrc: Path) -> str:
     """README's table of ops and backends; a cell is filled only where the code exists."""
     lines = [f"| op | direction | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
-    quoted: Row | None = None
+    cases: list[str] = []
     ops = (p for p in csrc.iterdir() if (p / "schema.cpp").is_file() and p.name != "common")
     for folder in sorted(ops):
-        for i, direction in enumerate(DIRECTIONS):
+        differentiable = f'"{folder.name}_backward' in (folder / "schema.cpp").read_text()
+        for i, direction in enumerate(DIRECTIONS[: 1 + differentiable]):
             cells = []
             for backend, files in BACKENDS.items():
                 cell = "yes" if (folder / files[i]).is_file() else "not yet"
-                row = (
-                    headline(results, folder.name, direction)
-                    if backend == f"CPU {ISAS[results.isa]}"
-                    else None
-                )
-                if row is not None:
-                    cell = f"yes, {row.gflops / row.peak_gflops:.0%} of peak"
-                    quoted = quoted or row
+                rows = headline(results, folder.name, direction)
+                if rows and backend == f"CPU {ISAS[results.isa]}":
+                    cell = quote(rows)
+                    if i == 0:
+                        cases.append(f"{folder.name} {rows[0].case}")
                 cells.append(cell)
             name = f"[`{folder.name}`](csrc/{folder.name}/README.md)" if i == 0 else ""
             lines.append(f"| {name} | {direction} | {' | '.join(cells)} |")
-    if quoted is not None:
+    if cases:
         lines += [
             "",
-            f"Peak: the FMA peak of one core, measured in the same run. Case: {quoted.case}, {quoted.dtype}.",
+            "Peak: the FMA peak of one core, measured in the same run. Multiples: of the fastest peer's speed in "
+            f"the same run. Cases, float32: {', '.join(cases)}.",
         ]
     return "\n".join(lines)
 
@@ -188,19 +211,44 @@ def page(results: Results) -> str:
         impls = sorted(
             {row.impl for rows in cases.values() for row in rows}, key=lambda impl: (impl != OURS, impl)
         )
-        lines += [
-            f"| case | {' | '.join(map(label, impls))} | {OURS}, ms | {OURS}, of peak |",
-            "|---|" + "---:|" * (len(impls) + 2),
-        ]
-        for case, rows in cases.items():
-            by_impl = {row.impl: row for row in rows}
-            cells = [f"{by_impl[impl].gflops:.1f}" if impl in by_impl else "" for impl in impls]
-            ours = by_impl.get(OURS)
-            cells += (
-                [f"{ours.seconds * 1e3:.2f}", f"{ours.gflops / ours.peak_gflops:.0%}"] if ours else ["", ""]
-            )
-            lines.append(f"| {case} | {' | '.join(cells)} |")
+        lines += _gflops_table(cases, impls) if _counted(cases) else _time_table(cases, impls)
     return "\n".join(lines) + "\n"
+
+
+def _counted(cases: dict[str, list[Row]]) -> bool:
+    return all(row.gflops is not None for rows in cases.values() for row in rows)
+
+
+def _gflops_table(cases: dict[str, list[Row]], impls: list[str]) -> list[str]:
+    lines = [
+        f"| case, GFLOP/s | {' | '.join(map(label, impls))} | {OURS}, ms | {OURS}, of peak |",
+        "|---|" + "---:|" * (len(impls) + 2),
+    ]
+    for case, rows in cases.items():
+        by_impl = {row.impl: row for row in rows}
+        cells = [f"{by_impl[impl].gflops:.1f}" if impl in by_impl else "" for impl in impls]
+        ours = by_impl.get(OURS)
+        if ours is not None and ours.gflops is not None and ours.peak_gflops:
+            cells += [f"{ours.seconds * 1e3:.2f}", f"{ours.gflops / ours.peak_gflops:.0%}"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def _time_table(cases: dict[str, list[Row]], impls: list[str]) -> list[str]:
+    lines = [
+        f"| case, ms | {' | '.join(map(label, impls))} | fastest peer / {OURS} |",
+        "|---|" + "---:|" * (len(impls) + 1),
+    ]
+    for case, rows in cases.items():
+        by_impl = {row.impl: row for row in rows}
+        cells = [f"{by_impl[impl].seconds * 1e3:.3g}" if impl in by_impl else "" for impl in impls]
+        peers = [row.seconds for row in rows if row.impl != OURS]
+        ours = by_impl.get(OURS)
+        cells.append(f"{min(peers) / ours.seconds:.3g}" if ours is not None and peers else "")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
 
 
 def _by_table(results: Results) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
@@ -217,7 +265,7 @@ def figure(results: Results, op: str = "block_sparse_attention") -> str:
     rows_high = max(sum(title + bar * len(rows) + gap for rows in panel.values()) for panel in panels)
     height = 58 + rows_high + 26
     peak = results.peak
-    scale = (width - left - 52) / peak
+    scale = (width - left - 52) / peak if peak else 0.0
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{height}" '
         f'viewBox="0 0 {2 * width} {height}" font-family="Helvetica, Arial, sans-serif" font-size="11">',
@@ -243,12 +291,13 @@ def figure(results: Results, op: str = "block_sparse_attention") -> str:
             y += title
             for row in rows:
                 colour = "#1f6feb" if row.impl == OURS else "#b8c0cc"
-                length = scale * row.gflops
+                gflops = row.gflops or 0.0
+                length = scale * gflops
                 parts.append(_text(x + left - 6, y + bar - 3, label(row.impl), anchor="end"))
                 parts.append(
                     f'<rect x="{x + left}" y="{y + 1}" width="{length:.1f}" height="{bar - 2}" fill="{colour}"/>'
                 )
-                parts.append(_text(x + left + length + 4, y + bar - 3, f"{row.gflops:.0f}"))
+                parts.append(_text(x + left + length + 4, y + bar - 3, f"{gflops:.0f}"))
                 y += bar
             y += gap
     parts.append(_text(12, height - 10, where(results), fill="#666666"))

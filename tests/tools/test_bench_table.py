@@ -31,6 +31,9 @@ def project(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     for file in ("schema.cpp", "kernel_cpu.cpp", "fwd_sm80.cuh"):
         (tmp_path / "csrc/block_sparse_attention" / file).touch()
+    (tmp_path / "csrc/block_sparse_attention/schema.cpp").write_text(
+        'm.def("block_sparse_attention_backward(")'
+    )
     (tmp_path / "README.md").write_text("before\n<!-- ops:begin -->\nold\n<!-- ops:end -->\nafter\n")
     write(
         tmp_path,
@@ -81,8 +84,26 @@ def test_check_notices_a_newer_measurement(project: Path, capsys: pytest.Capture
 
 def test_page_lists_every_case_with_all_peers(project: Path) -> None:
     page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
-    assert "| case | arcore | SDPA, bool mask | arcore, ms | arcore, of peak |" in page
+    assert "| case, GFLOP/s | arcore | SDPA, bool mask | arcore, ms | arcore, of peak |" in page
     assert "| next_scale N=680 | 80.0 | 37.0 | 2.00 | 80% |" in page
+
+
+def test_ops_without_a_peak_quote_the_fastest_peer(project: Path) -> None:
+    def timed(impl: str, seconds: float) -> dict[str, Any]:
+        info = {"op": "sample", "case": "V=7", "impl": impl, "direction": "forward", "seconds": seconds}
+        return {"name": f"sample-{impl}", "stats": {"median": 1.0}, "extra_info": info}
+
+    (project / "csrc/sample").mkdir()
+    for file in ("schema.cpp", "kernel_cpu.cpp"):
+        (project / "csrc/sample" / file).touch()
+    write(project, [timed("slow", 0.9), timed("quick", 0.3), timed("arcore", 0.1), benchmark("arcore", 80.0)])
+    assert bench_table.main([], root=project) == 0
+    text = (project / "README.md").read_text()
+    assert "| [`sample`](csrc/sample/README.md) | forward | yes | yes, 3x quick | not yet | not yet |" in text
+    assert text.count("| backward |") == 1
+    page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
+    assert "| case, ms | arcore | quick | slow | fastest peer / arcore |" in page
+    assert "| V=7 | 100 | 300 | 900 | 3 |" in page
 
 
 def test_missing_results_are_one_clear_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,10 +114,10 @@ def test_missing_results_are_one_clear_line(project: Path, capsys: pytest.Captur
 
 def test_missing_key_names_the_benchmark(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = benchmark("arcore", 1.0)
-    del broken["extra_info"]["peak_gflops"]
+    del broken["extra_info"]["impl"]
     write(project, [broken])
     assert bench_table.main([], root=project) == 2
-    assert "next_scale N=680-arcore lacks peak_gflops" in capsys.readouterr().err
+    assert "next_scale N=680-arcore lacks impl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
