@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import arcore
+from arcore.data import adaptive_rotation
 from arcore.decoding import generate, generate_next_scale
-from arcore.objectives import next_scale_loss
+from arcore.objectives import next_cluster_loss, next_scale_loss
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -134,7 +135,79 @@ class Language:
         return [out.ids], torch.stack([logits[0, -1].softmax(-1) for logits in whole])
 
 
-ADAPTERS = {"language": Language, "next-scale": NextScale, "tokenizer": Tokenizer}
+class NextCluster:
+    """Encoders that are pretrained by predicting the next cluster of patches."""
+
+    def __init__(self, preset: str) -> None:
+        self.config = arcore.models.get_config(preset)
+        size = self.config.image_size
+        self.images = torch.rand(3, self.config.in_channels, size, size) * 2 - 1
+        self.angles = torch.tensor([-40.0, 10.0, 25.0])
+        self.seen, self.windows = self.rotated([0, 1, 2])
+
+    def rotated(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        return adaptive_rotation(self.images[rows], self.config.patch_size, angles=self.angles[rows])
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.seen, self.windows)
+
+    def expected_shape(self) -> tuple[int, ...]:
+        return (3, self.config.side**2 - self.config.cluster**2, self.config.patch_values)
+
+    def loss(self, model: Any) -> Tensor:
+        predictions = self.forward(model)
+        return next_cluster_loss(predictions, self.images, patch_size=self.config.patch_size).loss
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Clusters are squares of the image in raster order; the last one is not read."""
+        side = self.config.cluster * self.config.patch_size
+        squares = self.seen.unfold(2, side, side).unfold(3, side, side).flatten(2, 3).unbind(2)
+        cache = model.make_cache(3)
+        parts = [model.predict_next(square, cache, self.windows) for square in squares[:-1]]
+        return self.forward(model), torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+        """The windows that are rotated, and the predictions as pictures; row i always has the same angle."""
+        seen, windows = self.rotated(rows)
+        return [windows], model.reconstruct(self.images[rows], model(seen, windows)).clamp(-1, 1)
+
+
+class Classifier:
+    """Images to classes. Nothing is generated step by step: `stepwise` classifies from features."""
+
+    def __init__(self, preset: str) -> None:
+        self.config = arcore.models.get_config(preset)
+        size = self.config.image_size
+        self.images = torch.rand(3, self.config.in_channels, size, size) * 2 - 1
+        self.labels = torch.tensor([0, self.config.num_classes - 1, 1])
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.images)
+
+    def expected_shape(self) -> tuple[int, ...]:
+        return (3, self.config.num_classes)
+
+    def loss(self, model: Any) -> Tensor:
+        return F.cross_entropy(self.forward(model), self.labels)
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        return self.forward(model), model.head(torch.cat([model.features(row[None]) for row in self.images]))
+
+    @torch.no_grad()
+    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+        """Classes and their probabilities."""
+        logits = model(self.images[rows])
+        return [logits.argmax(-1)], logits.softmax(-1)
+
+
+ADAPTERS = {
+    "classifier": Classifier,
+    "language": Language,
+    "next-cluster": NextCluster,
+    "next-scale": NextScale,
+    "tokenizer": Tokenizer,
+}
 
 
 @pytest.fixture(params=arcore.list_models("*_tiny"))

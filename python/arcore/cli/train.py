@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -36,13 +36,16 @@ class TrainOptions:
     last checkpoint; --resume then ends with the same weights, bit for bit, as a run that never stopped.
 
     A next-scale model (var_*) reads images through a tokenizer. Without --tokenizer, the tokenizer preset that fits is
-    trained first, with its own defaults, into OUT/tokenizer. `arcore zoo` lists the presets.
+    trained first, with its own defaults, into OUT/tokenizer. An encoder is pretrained with roma_* and goes on as
+    roma_classifier_* with --pretrained. `arcore zoo` lists the presets.
     """
 
     preset: Positional[Annotated[str, arg(metavar="PRESET")]]
     """What to train, for example var_tiny or msvq_tiny."""
-    data: Annotated[str | None, arg(metavar="digits|FOLDER", help_behavior_hint="(default: digits)")] = None
-    """scikit-learn's handwritten digits, or a folder with one subfolder of images per class."""
+    data: Annotated[
+        str | None, arg(metavar="digits|photos|FOLDER", help_behavior_hint="(default: digits)")
+    ] = None
+    """scikit-learn's handwritten digits or its two photographs, or a folder with one subfolder of images per class."""
     out: Annotated[
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
     ] = None
@@ -53,6 +56,10 @@ class TrainOptions:
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: train one first)")
     ] = None
     """Checkpoint of a trained tokenizer."""
+    pretrained: Annotated[
+        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: random weights)")
+    ] = None
+    """Run folder or checkpoint of a pretrained encoder, for a classifier."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("steps"))] = None
     """Optimiser steps."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("batch_size"))] = None
@@ -100,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
             out=out,
             data=options.data,
             tokenizer=options.tokenizer,
+            pretrained=options.pretrained,
             resume=options.resume,
             settings=settings,
         )
@@ -114,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(preset: str, out: Path, result: FitResult) -> None:
     from arcore.training.checkpoint import read_meta
+    from arcore.training.zoo_tasks import task_for
 
     last = result.history[-1] if result.history else {}
     figures = ", ".join(
@@ -121,8 +130,34 @@ def _report(preset: str, out: Path, result: FitResult) -> None:
     )
     print(f"{preset}: step {last.get('step')}, {last.get('split')} {figures}")
     print(f"checkpoint: {result.checkpoint}")
-    if "model" in read_meta(result.checkpoint)["modules"]:
+    networks = read_meta(result.checkpoint)["modules"]
+    if task_for(preset).family == "next-cluster":
+        print(f"held-out images and their predictions: {_draw_predictions(result.checkpoint, out)}")
+    elif {"model", "tokenizer"} <= networks.keys():
         print(f"draw images: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / 'samples.png'}")
+
+
+def _draw_predictions(checkpoint: Path, out: Path, count: int = 8) -> Path:
+    """A picture with images above what the model predicts of them, each cluster from those before it."""
+    import torch
+
+    from arcore.cli._pictures import grid, save_picture
+    from arcore.data import open_dataset
+    from arcore.models import load_checkpoint
+
+    networks, meta = load_checkpoint(checkpoint)
+    model: Any = networks["model"].eval()
+    size, channels = model.config.image_size, model.config.in_channels
+    data = open_dataset(meta["data"], split="test", image_size=size, channels=channels)
+    if not len(data):
+        data = open_dataset(meta["data"], split="train", image_size=size, channels=channels)
+    chosen = [round(place * (len(data) - 1) / max(count - 1, 1)) for place in range(min(count, len(data)))]
+    images = torch.stack([data[index][0] for index in chosen])
+    with torch.no_grad():
+        drawn = model.reconstruct(images, model(images))
+    path = out / "predictions.png"
+    save_picture(grid(torch.cat([images, drawn]), columns=len(images)), path)
+    return path
 
 
 def _how_to_go_on(preset: str, out: Path) -> str:

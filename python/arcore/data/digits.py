@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from arcore._optional import require
 from arcore.data.images import InMemoryImages, check_split, held_out_mask
@@ -16,7 +17,8 @@ def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
 
     Args:
         split: `"train"` (1442 images), `"test"` (355 images) or `"all"`.
-        image_size: 8, or a multiple of 16 for models of larger images: the digit with doubled pixels, over and over.
+        image_size: 8, or a multiple of 16 for models of larger images: the digit at 16 x 16 pixels
+            (interpolated linearly), over and over.
 
     Returns:
         Images `[N, 1, image_size, image_size]`, float32 in [-1, 1] (-1 is background), with labels 0..9. The
@@ -36,6 +38,6 @@ def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
         chosen = held_out_mask(labels) == (split == "test")
         images, labels = images[chosen], labels[chosen]
     if image_size > 8:
-        doubled = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-        images = doubled.repeat(1, 1, image_size // 16, image_size // 16)
+        images = F.interpolate(images, scale_factor=2, mode="bilinear")
+        images = images.repeat(1, 1, image_size // 16, image_size // 16)
     return InMemoryImages(images, labels, tuple(str(digit) for digit in range(10)))

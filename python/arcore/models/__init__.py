@@ -18,20 +18,30 @@ from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_con
 
 if TYPE_CHECKING:
     from arcore.models.mamba import Mamba, MambaConfig, MambaLayer
+    from arcore.models.roma import RoMA, RoMACache, RoMAConfig
+    from arcore.models.roma_classifier import FourDirectionMixer, RoMAClassifier, RoMAClassifierConfig
     from arcore.models.var import VAR, VARConfig
 
 _FILES = {
     "mamba": ("Mamba", "MambaConfig", "MambaLayer"),
+    "roma": ("RoMA", "RoMACache", "RoMAConfig"),
+    "roma_classifier": ("FourDirectionMixer", "RoMAClassifier", "RoMAClassifierConfig"),
     "var": ("VAR", "VARConfig"),
 }
 
 __all__ = [
     "VAR",
+    "FourDirectionMixer",
     "Mamba",
     "MambaConfig",
     "MambaLayer",
     "ModelInfo",
     "PresetInfo",
+    "RoMA",
+    "RoMACache",
+    "RoMAClassifier",
+    "RoMAClassifierConfig",
+    "RoMAConfig",
     "VARConfig",
     "build",
     "create_model",

@@ -21,8 +21,12 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 _MODULES = {
     "mamba": "arcore.models.mamba",
     "msvq": "arcore.tokenizers.multi_scale_vq",
+    "roma": "arcore.models.roma",
+    "roma_classifier": "arcore.models.roma_classifier",
     "var": "arcore.models.var",
 }
+# First parts of names under which presets of a system are published, where that is not the system's name.
+_ALIASES = {"arm": "roma"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,6 @@ def list_models(pattern: str = "*", *, family: str | None = None) -> list[str]:
     return sorted(fnmatch.filter(names, pattern))
 
 
-@cache
 def model_info(name: str) -> ModelInfo:
     """What there is to know about a system.
 
@@ -168,7 +171,12 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         ValueError: unknown name (the message suggests close ones).
     """
-    system = find_system(name)
+    return _system_info(find_system(name).name)
+
+
+@cache
+def _system_info(name: str) -> ModelInfo:
+    system = SYSTEMS[name]
     facts = {field.name: getattr(system, field.name) for field in dataclasses.fields(ModelInfo)}
     facts["presets"] = tuple(_preset_info(system, preset) for preset in system.presets.values())
     return ModelInfo(**facts)
@@ -196,9 +204,9 @@ def find_system(name: str) -> System:
 
 def find_preset(name: str) -> Preset:
     """The preset of that name."""
-    for system, module in _MODULES.items():
-        if name.startswith(f"{system}_"):
-            importlib.import_module(module)
+    for first, system in ({system: system for system in _MODULES} | _ALIASES).items():
+        if name.startswith(f"{first}_"):
+            importlib.import_module(_MODULES[system])
             if name in SYSTEMS[system].presets:
                 return SYSTEMS[system].presets[name]
     names = list_models()

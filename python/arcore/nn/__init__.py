@@ -10,7 +10,7 @@ from arcore.nn.mlp import MLP, SwiGLU
 from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer, TokenModel
-from arcore.nn.ssm import CausalConv1d, MambaMixer
+from arcore.nn.ssm import CausalConv1d, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RMSNorm",
     "ScaleModel",
     "ScaleTokenizer",
+    "SelectiveSSM",
     "SelfAttention",
     "StateCache",
     "StateSnapshot",

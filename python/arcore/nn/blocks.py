@@ -46,6 +46,9 @@ def init_mamba_encoder(patch_embed: PatchEmbed, layers: Iterable[Any]) -> None:
         layers: `PreNormBlock`s with a `SwiGLU` and a mixer that has `out_proj`; otherwise they stay as they are made.
     """
     linear: Any = patch_embed.proj
+    # On the meta device only shapes matter, and random numbers take long.
+    if linear.weight.is_meta:
+        return
     nn.init.trunc_normal_(linear.weight, std=linear.weight[0].numel() ** -0.5)
     nn.init.zeros_(linear.bias)
     blocks = list(layers)

@@ -63,6 +63,7 @@ class System:
         summary: one sentence.
         check: the test of the paper's claim.
         model: the class; called with a config.
+        aliases: other first parts of its presets' names, where those are published under another name.
         presets: by name, in the order of the file.
     """
 
@@ -74,6 +75,7 @@ class System:
     summary: str
     check: Check
     model: type[nn.Module]
+    aliases: tuple[str, ...] = ()
     presets: dict[str, Preset] = field(default_factory=dict)
 
     @property
@@ -99,24 +101,25 @@ def register(
     ops: tuple[str, ...],
     summary: str,
     check: Check,
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[Class], Class]:
     """Class decorator that enters a system; the arguments are the fields of `System`."""
 
     def enter(model: Class) -> Class:
         if name in SYSTEMS:
             raise ValueError(f"the system {name!r} is registered twice")
-        SYSTEMS[name] = System(name, title, paper, family, ops, summary, check, model)
+        SYSTEMS[name] = System(name, title, paper, family, ops, summary, check, model, aliases)
         return model
 
     return enter
 
 
 def preset(system: str, *, tokenizer: str | None = None) -> Callable[[ConfigFunction], ConfigFunction]:
-    """Function decorator that enters a preset under the function's name, which starts with the system's."""
+    """Function decorator that enters a preset under the function's name, which starts with the system's or an alias."""
 
     def enter(function: ConfigFunction) -> ConfigFunction:
         name = function.__name__
-        if not name.startswith(f"{system}_"):
+        if not name.startswith(tuple(f"{first}_" for first in (system, *SYSTEMS[system].aliases))):
             raise ValueError(f"the preset {name!r} of the system {system!r} must be named {system}_...")
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
         SYSTEMS[system].presets[name] = Preset(name, system, function, summary, tokenizer)

@@ -1,7 +1,7 @@
-"""The mixer on selective state spaces of Mamba (arXiv:2312.00752).
+"""Selective state spaces (arXiv:2312.00752): the mixer of Mamba and its core, for mixers of several directions.
 
-It runs in three ways: over whole sequences, over sequences that continue from a `StateCache` and leave their last
-state there, and one token at a time. All three give the same numbers up to rounding.
+The mixer runs in three ways: over whole sequences, over sequences that continue from a `StateCache` and leave their
+last state there, and one token at a time. All three give the same numbers up to rounding.
 
 Legend: B rows, L tokens, C width, D inner channels, N states per channel, R rank of the step sizes, W taps of the
 convolution.
@@ -10,6 +10,7 @@ convolution.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,21 +94,18 @@ class CausalConv1d(nn.Module):
         return out.masked_fill(~real.unsqueeze(1), 0.0)
 
 
-class MambaMixer(nn.Module):
-    """The mixer of Mamba (arXiv:2312.00752, section 3.4).
+class SelectiveSSM(nn.Module):
+    """Convolution and selective scan of D channels (arXiv:2312.00752, section 3.2), without projections in and out.
 
-    Two branches of D = expand * C channels. One is convolved, then scanned with step sizes and input and output
-    matrices that depend on the token (`select`); the other gates the result.
+    The scan's step sizes and its input and output matrices depend on the token (`select`).
 
     The parameters have the names and shapes of the published code.
 
     Args:
-        dim: width C.
+        inner: channels D.
+        dt_rank: rank R of the step sizes.
         d_state: states N per channel.
         d_conv: taps W of the convolution.
-        expand: D / C.
-        dt_rank: rank R of the step sizes; ceil(C / 16) when None.
-        bias: of the projections in and out.
         conv_bias: of the convolution.
         dt_min, dt_max: range of the initial step sizes, log-uniform.
         dt_floor: least initial step size.
@@ -121,36 +119,31 @@ class MambaMixer(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        inner: int,
         *,
+        dt_rank: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | None = None,
-        bias: bool = False,
         conv_bias: bool = True,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
     ) -> None:
         super().__init__()
-        inner = expand * dim
-        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.dt_rank = dt_rank
         self.d_state = d_state
-        if min(inner, self.dt_rank, d_state) < 1 or d_state > 256 or d_conv < 2:
+        if min(inner, dt_rank, d_state) < 1 or d_state > 256 or d_conv < 2:
             raise ValueError(
-                "arcore.nn.MambaMixer: expected positive sizes, d_state <= 256 and d_conv >= 2 but got "
-                f"dim={dim}, expand={expand}, dt_rank={dt_rank}, d_state={d_state}, d_conv={d_conv}"
+                f"arcore.nn.{type(self).__name__}: expected positive sizes, d_state <= 256 and d_conv >= 2 but got "
+                f"{inner} inner channels, dt_rank={dt_rank}, d_state={d_state}, d_conv={d_conv}"
             )
         self.conv_shape = (inner, d_conv - 1)
         self.state_shape = (inner, d_state)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
         self.conv1d = CausalConv1d(inner, d_conv, bias=conv_bias)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
         # On the meta device only shapes matter, and random numbers take long.
         if not self.A_log.is_meta:
             with torch.no_grad():
@@ -173,6 +166,74 @@ class MambaMixer(nn.Module):
         """
         low_rank, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return F.linear(low_rank, self.dt_proj.weight), b, c
+
+    def scan(
+        self,
+        u: Tensor,
+        z: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        reverse: bool = False,
+        states: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Convolve and scan whole sequences, and gate the result.
+
+        Args:
+            u: `[B, L, D]`.
+            z: `[B, L, D]`, the gate before its SiLU.
+            seq_idx, reverse: see `MambaMixer.forward`.
+            states: of the convolution and of the scan, to start from; receive those after u.
+
+        Returns:
+            `[B, L, D]`.
+        """
+        conv_state, state = (None, None) if states is None else states
+        # Channel-last views all the way: the ops read any strides, so nothing is copied or transposed.
+        u = self.conv1d(u.transpose(1, 2), seq_idx=seq_idx, reverse=reverse, state=conv_state)  # [B, D, L]
+        delta, b, c = self.select(u.transpose(1, 2))
+        y, last_state = selective_scan(
+            u,
+            delta.transpose(1, 2),
+            self.decay(),
+            b.transpose(1, 2),
+            c.transpose(1, 2),
+            self.D.float(),
+            z.transpose(1, 2),
+            self.dt_proj.bias.float(),
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=state,
+            seq_idx=seq_idx,
+            reverse=reverse,
+        )
+        if state is not None:
+            state.copy_(last_state)
+        return y.transpose(1, 2)
+
+
+class MambaMixer(SelectiveSSM):
+    """The mixer of Mamba (arXiv:2312.00752, section 3.4).
+
+    Two branches of D = expand * C channels. One is convolved and scanned; the other gates the result.
+
+    Args:
+        dim: width C.
+        expand: D / C.
+        dt_rank: rank R of the step sizes; ceil(C / 16) when None.
+        bias: of the projections in and out.
+        others: those of `SelectiveSSM`.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    def __init__(
+        self, dim: int, *, expand: int = 2, dt_rank: int | None = None, bias: bool = False, **others: Any
+    ) -> None:
+        inner = expand * dim
+        super().__init__(inner, dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank, **others)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.out_proj = nn.Linear(inner, dim, bias=bias)
 
     def forward(
         self,
@@ -197,29 +258,9 @@ class MambaMixer(nn.Module):
         Returns:
             `[B, L, C]`.
         """
-        conv_state, state = (None, None) if cache is None else cache.layer(layer)
-        # Channel-last views all the way: the ops read any strides, so nothing is copied or transposed.
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, L, D]
-        u = self.conv1d(u.transpose(1, 2), seq_idx=seq_idx, reverse=reverse, state=conv_state)  # [B, D, L]
-        delta, b, c = self.select(u.transpose(1, 2))
-        y, last_state = selective_scan(
-            u,
-            delta.transpose(1, 2),
-            self.decay(),
-            b.transpose(1, 2),
-            c.transpose(1, 2),
-            self.D.float(),
-            z.transpose(1, 2),
-            self.dt_proj.bias.float(),
-            delta_softplus=True,
-            return_last_state=True,
-            initial_state=state,
-            seq_idx=seq_idx,
-            reverse=reverse,
-        )
-        if state is not None:
-            state.copy_(last_state)
-        out: Tensor = self.out_proj(y.transpose(1, 2))
+        states = None if cache is None else cache.layer(layer)
+        out: Tensor = self.out_proj(self.scan(u, z, seq_idx=seq_idx, reverse=reverse, states=states))
         return out
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:

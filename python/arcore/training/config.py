@@ -95,4 +95,6 @@ FREE_ON_RESUME = frozenset(
 DEFAULTS = {
     "tokenizer": TrainConfig(steps=1000, batch_size=64, lr=3e-3),
     "next-scale": TrainConfig(steps=1000, batch_size=64, lr=1e-3),
+    "next-cluster": TrainConfig(steps=1000, batch_size=32, lr=3e-3),
+    "classifier": TrainConfig(steps=500, batch_size=32, lr=1e-3),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from arcore.data import ImageDataset, open_dataset
-from arcore.models import create_model, get_config, list_models, load_checkpoint
+from arcore.models import RoMA, RoMAClassifier, create_model, get_config, list_models, load_checkpoint
 from arcore.training import checkpoint
 from arcore.training.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
 from arcore.training.engine import FitResult, fit
@@ -29,6 +29,7 @@ def train(
     out: str | Path,
     data: str | None = None,
     tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
     resume: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     show_progress: bool = True,
@@ -41,8 +42,9 @@ def train(
     Args:
         preset: for example `"var_tiny"` or `"msvq_tiny"`.
         out: run folder.
-        data: `"digits"` (also when None) or a folder with one subfolder of images per class.
-        tokenizer: checkpoint of a trained tokenizer.
+        data: `"digits"` (also when None), `"photos"`, or a folder with one subfolder of images per class.
+        tokenizer: checkpoint of a trained tokenizer, for a model that reads codes.
+        pretrained: run folder or checkpoint of a pretrained encoder, for a classifier to start from.
         resume: run folder or checkpoint to continue from. The settings and the data are read from there; those in
             `arcore.training.config.FREE_ON_RESUME` may be changed. A run that stopped while it still trained its
             tokenizer goes on with that; all else is then taken from the arguments again.
@@ -59,6 +61,8 @@ def train(
     out = Path(out)
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
     task_type = task_for(preset)
+    if tokenizer is not None and not task_type.needs_tokenizer:
+        raise ValueError(f"{preset} reads pixels and no codes: leave the tokenizer out")
     half_done = None
     if resume is not None:
         half_done = checkpoint.newest(Path(resume) / TOKENIZER_FOLDER)
@@ -71,13 +75,13 @@ def train(
     config = dataclasses.replace(DEFAULTS[task_type.family], **settings)
     data = data or "digits"
     networks: dict[str, nn.Module] = {}
-    if task_type is TokenizerTask:
-        train_set, test_set = _open(data, get_config(preset))
-        networks["tokenizer"] = _fresh(preset, config)
-    else:
+    if task_type.needs_tokenizer:
         networks["tokenizer"] = _tokenizer_for(preset, data, out, tokenizer, config, half_done, show_progress)
-        train_set, test_set = _open(data, networks["tokenizer"].config)
-        networks["model"] = _fresh(preset, config, num_classes=len(train_set.class_names))
+    train_set, test_set = _open(data, _image_config(networks) or get_config(preset))
+    name = "tokenizer" if task_type is TokenizerTask else "model"
+    networks[name] = _fresh(preset, config, **task_type.overrides(train_set))
+    if pretrained is not None:
+        _start_from(networks[name], preset, pretrained)
     facts = {"preset": preset, "data": data, "class_names": list(train_set.class_names)}
     task = task_type(config, networks, facts)
     return fit(task, train_set, out, test=test_set, title=preset, show_progress=show_progress)
@@ -107,7 +111,7 @@ def _continue(
                 "on resume: leave the option out, or start a new run in another folder"
             )
     config = dataclasses.replace(before, **settings)
-    train_set, test_set = _open(facts["data"], networks["tokenizer"].config)
+    train_set, test_set = _open(facts["data"], _image_config(networks))
     if list(train_set.class_names) != facts["class_names"]:
         raise ValueError(f"the classes in {facts['data']!r} are no longer those of the run in {source}")
     task = task_for(preset)(config, networks, facts)
@@ -125,9 +129,28 @@ def _fresh(preset: str, config: TrainConfig, **overrides: Any) -> nn.Module:
         return create_model(preset, **overrides)
 
 
-def _open(data: str, tokenizer: Any) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and held-out images in the shape that a tokenizer takes."""
-    size, channels = tokenizer.image_size, tokenizer.in_channels
+def _image_config(networks: Mapping[str, nn.Module]) -> Any:
+    """The config of the network that reads pixels, if there is one."""
+    network = networks.get("tokenizer", networks.get("model"))
+    return network.config if network is not None else None
+
+
+def _start_from(model: nn.Module, preset: str, path: str | Path) -> None:
+    networks, _ = load_checkpoint(checkpoint.find(path))
+    if not isinstance(model, RoMAClassifier):
+        raise ValueError(f"{preset} does not start from a pretrained encoder: leave that out")
+    encoder = networks.get("model")
+    if not isinstance(encoder, RoMA):
+        raise ValueError(f"{path} holds no pretrained encoder such as roma_tiny but {', '.join(networks)}")
+    try:
+        model.start_from(encoder)
+    except ValueError as error:
+        raise ValueError(f"the encoder in {path} does not fit {preset}: {error}") from error
+
+
+def _open(data: str, config: Any) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and held-out images in the shape that a network takes."""
+    size, channels = config.image_size, config.in_channels
     test = open_dataset(data, split="test", image_size=size, channels=channels)
     train = open_dataset(data, split="train", image_size=size, channels=channels)
     return train, test if len(test) else None

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
+from arcore.data import ImageDataset, adaptive_rotation
 from arcore.models import describe, model_info
-from arcore.objectives import next_scale_loss
+from arcore.objectives import next_cluster_loss, next_scale_loss
 from arcore.training.config import TrainConfig
 from arcore.training.task import Task
 
@@ -23,9 +24,14 @@ class ZooTask(Task):
         config: settings of the run.
         networks: the networks by name.
         facts: further entries of config.json, for example the class names.
+
+    Attributes:
+        family: of the presets that it trains.
+        needs_tokenizer: the model reads a tokenizer's codes instead of pixels.
     """
 
     family: ClassVar[str]
+    needs_tokenizer: ClassVar[bool] = False
 
     def __init__(
         self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
@@ -35,6 +41,11 @@ class ZooTask(Task):
         self.saved = tuple(networks)
         for name, network in networks.items():
             self.add_module(name, network)
+
+    @classmethod
+    def overrides(cls, data: ImageDataset) -> dict[str, Any]:
+        """Fields of the model's config that the data decide."""
+        return {}
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -60,6 +71,7 @@ class NextScaleTask(ZooTask):
     """A next-scale model on the codes of a frozen tokenizer."""
 
     family = "next-scale"
+    needs_tokenizer = True
     model: Any
     tokenizer: Any
 
@@ -68,6 +80,10 @@ class NextScaleTask(ZooTask):
     ) -> None:
         super().__init__(config, networks, facts)
         self.tokenizer.requires_grad_(False)
+
+    @classmethod
+    def overrides(cls, data: ImageDataset) -> dict[str, Any]:
+        return {"num_classes": len(data.class_names)}
 
     def train(self, mode: bool = True) -> NextScaleTask:
         super().train(mode)
@@ -85,7 +101,47 @@ class NextScaleTask(ZooTask):
         return loss, {"accuracy": hits.float().mean()}
 
 
-TASKS: dict[str, type[ZooTask]] = {task.family: task for task in (TokenizerTask, NextScaleTask)}
+class NextClusterTask(ZooTask):
+    """Pretraining of an encoder by predicting the next cluster of patches; the training input is partly rotated."""
+
+    family = "next-cluster"
+    model: Any
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.model.config
+        seen, windows = images, None
+        if self.training:
+            sizes = [max(1, config.side // part) for part in (2, 3, 6)]
+            seen, windows = adaptive_rotation(images, config.patch_size, sizes=sizes)
+        out = next_cluster_loss(
+            self.model(seen, windows),
+            images,
+            patch_size=config.patch_size,
+            cluster=config.cluster,
+            block=config.block,
+            official_quirks=config.official_quirks,
+        )
+        return out.loss, {"patches": out.patches.detach(), "blocks": out.blocks.detach()}
+
+
+class ClassifierTask(ZooTask):
+    """Cross entropy of the classes."""
+
+    family = "classifier"
+    model: Any
+
+    @classmethod
+    def overrides(cls, data: ImageDataset) -> dict[str, Any]:
+        return {"num_classes": len(data.class_names)}
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(images)
+        return cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
+
+
+TASKS: dict[str, type[ZooTask]] = {
+    task.family: task for task in (TokenizerTask, NextScaleTask, NextClusterTask, ClassifierTask)
+}
 
 
 def task_for(preset: str) -> type[ZooTask]:
