@@ -39,6 +39,24 @@ def test_train_reports_where_the_checkpoint_is(arcore, trained, tmp_path):
     assert "var_tiny: step 2/2  loss" in outcome.err
 
 
+def test_an_encoder_draws_its_predictions_and_a_classifier_starts_from_it(arcore, fails, tmp_path):
+    run = tmp_path / "encoder"
+    outcome = arcore("train", "roma_tiny", "--data", "photos", "--out", run, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert f"held-out images and their predictions: {run / 'predictions.png'}" in outcome.out
+    assert "arcore sample" not in outcome.out
+    with Image.open(run / "predictions.png") as picture:
+        assert picture.size == (8 * (96 + 4) + 4, 2 * (96 + 4) + 4)
+    words = ("train", "roma_classifier_tiny", "--data", "photos", "--pretrained", run, *QUICK)
+    outcome = arcore(*words, "--out", tmp_path / "classifier")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy" in outcome.out
+    assert "arcore sample" not in outcome.out
+    assert "holds no checkpoint" in fails(
+        "train", "roma_classifier_tiny", "--pretrained", tmp_path, "--out", tmp_path / "x", *QUICK
+    )
+
+
 def test_train_goes_on(arcore, fails, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)

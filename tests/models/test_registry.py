@@ -159,3 +159,14 @@ def test_registering_twice_or_under_a_foreign_name():
 )
 def test_sizes_are_short(parameters: int, text: str) -> None:
     assert _registry.PresetInfo("x", parameters, "", None, None).size == text
+
+
+def test_presets_may_carry_a_published_name():
+    for first, system in _registry._ALIASES.items():
+        assert first in arcore.models._registry.find_system(system).aliases
+        assert arcore.list_models(f"{first}_*")
+        assert {arcore.model_info(name).name for name in arcore.list_models(f"{first}_*")} == {system}
+    assert {alias for s in SYSTEMS.values() for alias in s.aliases} == set(_registry._ALIASES)
+    assert not set(_registry._ALIASES) & set(_registry._MODULES)
+    with pytest.raises(ValueError, match="did you mean arm_base_pz16"):
+        arcore.create_model("arm_base_pz61")

@@ -154,9 +154,7 @@ def _state_update(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tensors = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
         if not _ours(*tensors):
-            return original(
-                *tensors[:6], D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
-            )
+            return original(*tensors[:6], D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs)
         with torch.no_grad():
             out, last_state = selective_scan(
                 hidden_states.unsqueeze(2),
