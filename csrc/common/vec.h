@@ -266,6 +266,21 @@ static inline Vec sigmoid(Vec x) {
   return where_less(x, Vec(0.0f), e, one) / (one + e);
 }
 
+// tanh(x), about 1.5 ulp: an odd polynomial below 5/8, where 1 - exp(-2 |x|) would cancel, else from the
+// exponential.
+static inline Vec tanh(Vec x) {
+  constexpr float kPoly[6] = {-0.3333333432674408f,  0.13333304226398468f,   -0.05395941436290741f,
+                              0.021770017221570015f, -0.008347122929990292f, 0.002295974176377058f};
+  const Vec size = abs(x), square = x * x, one(1.0f);
+  Vec p(kPoly[5]);
+  for (int k = 4; k >= 0; --k)
+    p = fma(p, square, Vec(kPoly[k]));
+  const Vec near_zero = fma(x, square * p, x);
+  const Vec e = exp(Vec(-2.0f) * size);
+  const Vec magnitude = (one - e) / (one + e);
+  return where_less(size, Vec(0.625f), near_zero, where_less(x, Vec(0.0f), Vec(0.0f) - magnitude, magnitude));
+}
+
 // Lanes [begin, end) of x, `other` in the rest; begin and end may lie outside the vector.
 static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
   const int lo = static_cast<int>(min_of<int64_t>(max_of<int64_t>(begin, 0), kLanes));
@@ -284,6 +299,24 @@ static inline Vec keep_lanes(Vec x, int64_t begin, int64_t end, Vec other) {
   other.store(rest);
   for (int i = 0; i < kLanes; ++i)
     rest[i] = i >= lo && i < hi ? kept[i] : rest[i];
+  return Vec::loadu(rest);
+#endif
+}
+
+// Lanes whose bit is set in the low kLanes of `bits` from x, the others from `other`.
+static inline Vec keep_bits(uint32_t bits, Vec x, Vec other) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), other, x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit);
+  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
+#else
+  float kept[kLanes], rest[kLanes];
+  x.store(kept);
+  other.store(rest);
+  for (int i = 0; i < kLanes; ++i)
+    rest[i] = bits >> i & 1u ? kept[i] : rest[i];
   return Vec::loadu(rest);
 #endif
 }

@@ -1,0 +1,401 @@
+// CPU forward and backward; compiled once per instruction set. The formulas and the numerics are in README.md
+// beside this file.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common/vec.h"
+#include "token_logprobs/params.h"
+
+namespace arcore::token_logprobs {
+namespace ARCORE_ISA {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Columns that are read from memory once and then stay in the first-level cache for both passes over them.
+constexpr int64_t kBlock = 2048;
+static_assert(kBlock % (4 * kLanes) == 0 && kBlock % 64 == 0);
+
+// exp is 0 from here on. Keeps -inf out of products with that 0.
+constexpr float kLowest = -88.0f;
+
+int64_t offset_of(const Rows& rows, int64_t row) {
+  int64_t offset = 0;
+  for (int d = rows.dims - 1; d > 0; --d) {
+    offset += row % rows.sizes[d] * rows.strides[d];
+    row /= rows.sizes[d];
+  }
+  return offset + row * rows.strides[0];
+}
+
+// kLanes bits that tell which columns from `column` on are kept; all of them must exist.
+template <MaskKind kMask>
+uint32_t kept_bits(const void* mask, int64_t column) {
+  if constexpr (kMask == MaskKind::kBool) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; i += 8) {
+      uint64_t bytes;
+      std::memcpy(&bytes, static_cast<const char*>(mask) + column + i, 8);
+      // The product moves the low bit of byte j to bit 56 + j.
+      bits |= static_cast<uint32_t>((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
+    }
+    return bits;
+  } else {
+    static_assert(32 % kLanes == 0);
+    return static_cast<const uint32_t*>(mask)[column >> 5] >> (column & 31);
+  }
+}
+
+template <MaskKind kMask>
+bool is_kept(const void* mask, int64_t column) {
+  if constexpr (kMask == MaskKind::kNone) return true;
+  if constexpr (kMask == MaskKind::kBool) return static_cast<const bool*>(mask)[column];
+  return static_cast<const uint32_t*>(mask)[column >> 5] >> (column & 31) & 1u;
+}
+
+// dst[i] = y of column `begin + i` for i in [0, n), -inf where it is not kept and up to a multiple of kLanes;
+// returns the maximum, where a NaN may be overlooked. `logits` starts at the tile's first column, `mask` at
+// the row's.
+template <typename T, bool kSoftcap, MaskKind kMask>
+float stage(const Problem& p, const void* logits, const void* mask, int64_t begin, int64_t n, float* dst) {
+  const T* src = static_cast<const T*>(logits) + begin;
+  const int64_t column = p.first_column + begin;
+  const Vec cap(static_cast<float>(p.softcap)), inverse_cap(static_cast<float>(1.0 / p.softcap));
+  const Vec none(-kInfinity);
+  Vec highest = none;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec y = load_lanes(src + i);
+    if constexpr (kSoftcap) y = cap * tanh(y * inverse_cap);
+    if constexpr (kMask != MaskKind::kNone) y = keep_bits(kept_bits<kMask>(mask, column + i), y, none);
+    store(dst + i, y);
+    highest = max(highest, y);
+  }
+  if (i < n) {
+    float rest[kLanes] = {};
+    for (int64_t j = i; j < n; ++j)
+      rest[j - i] = static_cast<float>(src[j]);
+    Vec y = load(rest);
+    if constexpr (kSoftcap) y = cap * tanh(y * inverse_cap);
+    y = keep_lanes(y, 0, n - i, none);
+    y.store(rest);
+    for (int64_t j = i; j < n; ++j)
+      if (!is_kept<kMask>(mask, column + j)) rest[j - i] = -kInfinity;
+    y = load(rest);
+    store(dst + i, y);
+    highest = max(highest, y);
+  }
+  return reduce_max(highest);
+}
+
+using Stage = float (*)(const Problem&, const void*, const void*, int64_t, int64_t, float*);
+
+template <typename T, bool kSoftcap>
+Stage stage_for_mask(MaskKind kind) {
+  switch (kind) {
+    case MaskKind::kBool:
+      return stage<T, kSoftcap, MaskKind::kBool>;
+    case MaskKind::kBits:
+      return stage<T, kSoftcap, MaskKind::kBits>;
+    default:
+      return stage<T, kSoftcap, MaskKind::kNone>;
+  }
+}
+
+template <typename T>
+Stage stage_for(const Problem& p) {
+  return p.softcap != 0.0 ? stage_for_mask<T, true>(p.mask_kind) : stage_for_mask<T, false>(p.mask_kind);
+}
+
+Stage stage_for(const Problem& p) {
+  switch (p.dtype) {
+    case StorageType::kBFloat16:
+      return stage_for<BFloat16>(p);
+    case StorageType::kFloat16:
+      return stage_for<Half>(p);
+    default:
+      return stage_for<float>(p);
+  }
+}
+
+float max_of_block(const float* y, int64_t n) {
+  Vec highest[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j)
+      highest[j] = max(highest[j], load(y + i + j * kLanes));
+  for (; i < n; i += kLanes)
+    highest[0] = max(highest[0], load(y + i));
+  return reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
+}
+
+// The columns of one row, block by block, as y values.
+struct RowReader {
+  const Problem& problem;
+  const Stage stage;
+  const bool in_place;  // whole vectors of float32 logits need no staging
+  const char* logits = nullptr;
+  const char* mask = nullptr;
+  int64_t element;
+  alignas(64) float staged[kBlock];
+
+  explicit RowReader(const Problem& p)
+      : problem(p),
+        stage(stage_for(p)),
+        in_place(p.dtype == StorageType::kFloat32 && p.softcap == 0.0 && p.mask_kind == MaskKind::kNone),
+        element(p.dtype == StorageType::kFloat32 ? 4 : 2) {}
+
+  void open(const Rows& rows, int64_t row) {
+    logits = static_cast<const char*>(rows.data) + offset_of(rows, row) * element;
+    if (problem.mask_kind != MaskKind::kNone)
+      mask = static_cast<const char*>(problem.mask.data) +
+             offset_of(problem.mask, row) * (problem.mask_kind == MaskKind::kBits ? 4 : 1);
+  }
+
+  bool reads_in_place(int64_t n) const { return in_place && n % kLanes == 0; }
+
+  // n columns from `begin` on, padded with -inf to whole vectors, and their maximum.
+  const float* block(int64_t begin, int64_t n, float* highest) {
+    if (reads_in_place(n)) {
+      const float* y = reinterpret_cast<const float*>(logits) + begin;
+      *highest = max_of_block(y, n);
+      return y;
+    }
+    *highest = stage(problem, logits, mask, begin, n, staged);
+    return staged;
+  }
+  const float* block(int64_t begin, int64_t n) {
+    if (reads_in_place(n)) return reinterpret_cast<const float*>(logits) + begin;
+    stage(problem, logits, mask, begin, n, staged);
+    return staged;
+  }
+  float at(int64_t column) {
+    stage(problem, logits, mask, column, 1, staged);
+    return staged[0];
+  }
+};
+
+double temperature_of(const Problem& p, int64_t row) {
+  return p.temperature_rows != nullptr ? static_cast<double>(p.temperature_rows[row]) : p.temperature;
+}
+
+template <bool kEntropy>
+void add_block(const float* y, int64_t n, float shift, float inverse_temperature, RowState* state) {
+  const Vec center(shift), scale(inverse_temperature), lowest(kLowest);
+  Vec sum[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  Vec weighted[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  auto add = [&](int j, const float* from) {
+    const Vec d = (load(from) - center) * scale;
+    const Vec e = exp(d);
+    sum[j] = sum[j] + e;
+    if constexpr (kEntropy) weighted[j] = fma(max(lowest, d), e, weighted[j]);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j)
+      add(j, y + i + j * kLanes);
+  for (; i < n; i += kLanes)
+    add(0, y + i);
+  state->sum += static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  if constexpr (kEntropy)
+    state->weighted +=
+        static_cast<double>(reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])));
+}
+
+void update(const UpdateArgs& args, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  RowReader reader(p);
+  for (int64_t row = begin; row < end; ++row) {
+    RowState state = p.first_column == 0 ? RowState{-kInfinity, 0.0, 0.0, -kInfinity} : args.state[row];
+    if (p.target[row] != p.ignore_index) {
+      reader.open(args.logits, row);
+      const double inverse_temperature = 1.0 / temperature_of(p, row);
+      for (int64_t at = 0; at < p.columns; at += kBlock) {
+        const int64_t n = min_of(kBlock, p.columns - at);
+        float highest;
+        const float* y = reader.block(at, n, &highest);
+        if (static_cast<double>(highest) > state.max) {
+          if (state.max != -kInfinity) {
+            const double drop = (state.max - static_cast<double>(highest)) * inverse_temperature;
+            const double shrink = std::exp(drop);
+            if (shrink > 0.0)
+              state.weighted = (state.weighted + drop * state.sum) * shrink;
+            else
+              state.weighted = 0.0;
+            state.sum *= shrink;
+          }
+          state.max = highest;
+        }
+        // All -inf so far: with a finite shift they add 0, and a NaN among them still shows.
+        const float shift = state.max == -kInfinity ? 0.0f : static_cast<float>(state.max);
+        const int64_t padded = round_up(n, kLanes);
+        if (args.entropy) {
+          add_block<true>(y, padded, shift, static_cast<float>(inverse_temperature), &state);
+        } else {
+          add_block<false>(y, padded, shift, static_cast<float>(inverse_temperature), &state);
+        }
+      }
+      const int64_t target = p.target[row] - p.first_column;
+      if (target >= 0 && target < p.columns) state.target = reader.at(target);
+    }
+    args.state[row] = state;
+  }
+}
+
+double log_prob(const RowState& s, double inverse_temperature) {
+  const double logp = (s.target - s.max) * inverse_temperature - std::log(s.sum);
+  return logp > 0.0 ? 0.0 : logp;
+}
+double entropy_of(const RowState& s) {
+  const double entropy = std::log(s.sum) - s.weighted / s.sum;
+  return entropy < 0.0 ? 0.0 : entropy;
+}
+// Nothing kept, or everything -inf.
+bool is_empty(const RowState& s) {
+  return s.sum == 0.0;
+}
+
+void finish(const FinishArgs& args, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  for (int64_t row = begin; row < end; ++row) {
+    const RowState& s = args.state[row];
+    const double inverse_temperature = 1.0 / temperature_of(p, row);
+    float logp = -kInfinity, logsumexp = -kInfinity, entropy = 0.0f;
+    if (p.target[row] == p.ignore_index) {
+      logp = logsumexp = 0.0f;
+    } else if (!is_empty(s)) {
+      logp = static_cast<float>(log_prob(s, inverse_temperature));
+      logsumexp = static_cast<float>(s.max * inverse_temperature + std::log(s.sum));
+      entropy = static_cast<float>(entropy_of(s));
+    }
+    args.logp[row] = logp;
+    args.logsumexp[row] = logsumexp;
+    if (args.entropy != nullptr) args.entropy[row] = entropy;
+  }
+}
+
+// Gradient of one row without its target's own term: e^d * (constant - slope * d) * (1 - (y / cap)^2).
+struct RowGrad {
+  float shift, inverse_temperature, constant, slope, inverse_cap;
+};
+
+// Returns the sum of d times the gradient before softcap, if kMoment.
+template <bool kEntropy, bool kSoftcap, bool kMoment>
+double grad_block(const RowGrad& g, const float* y, int64_t n, float* grad) {
+  const Vec center(g.shift), scale(g.inverse_temperature), lowest(kLowest);
+  const Vec constant(g.constant), slope(-g.slope), inverse_cap(g.inverse_cap), one(1.0f);
+  Vec moment(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec value = load(y + i);
+    const Vec d = (value - center) * scale;
+    Vec out = exp(d) * (kEntropy ? fma(slope, max(lowest, d), constant) : constant);
+    if constexpr (kMoment) moment = fma(max(lowest, d), out, moment);
+    if constexpr (kSoftcap) {
+      const Vec t = max(Vec(-1.0f), value * inverse_cap);
+      out = out * fma(Vec(0.0f) - t, t, one);
+    }
+    store(grad + i, out);
+  }
+  return kMoment ? static_cast<double>(reduce_add(moment)) : 0.0;
+}
+
+using GradBlock = double (*)(const RowGrad&, const float*, int64_t, float*);
+
+GradBlock grad_block_for(bool entropy, bool softcap, bool moment) {
+  static constexpr GradBlock kTable[2][2][2] = {
+      {{grad_block<false, false, false>, grad_block<false, false, true>},
+       {grad_block<false, true, false>, grad_block<false, true, true>}},
+      {{grad_block<true, false, false>, grad_block<true, false, true>},
+       {grad_block<true, true, false>, grad_block<true, true, true>}}};
+  return kTable[entropy][softcap][moment];
+}
+
+double value_or_zero(const float* values, int64_t row) {
+  return values != nullptr ? static_cast<double>(values[row]) : 0.0;
+}
+
+template <typename T>
+void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  RowReader reader(p);
+  alignas(64) float computed[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    T* grad = static_cast<T*>(args.grad.data) + offset_of(args.grad, row);
+    const RowState& s = args.state[row];
+    const double temperature = temperature_of(p, row), inverse_temperature = 1.0 / temperature;
+    // A target outside of the kept set has a log-probability of -inf whatever the logits are.
+    const double grad_logp = s.target == -kInfinity ? 0.0 : value_or_zero(args.grad_logp, row);
+    const double grad_lse = value_or_zero(args.grad_logsumexp, row);
+    const double grad_entropy = value_or_zero(args.grad_entropy, row);
+    const bool unused = grad_logp == 0.0 && grad_lse == 0.0 && grad_entropy == 0.0;
+    if (p.target[row] == p.ignore_index || is_empty(s) || unused) {
+      std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(p.columns) * sizeof(T));
+      if (args.grad_temperature != nullptr) args.grad_temperature[row] = 0.0f;
+      continue;
+    }
+    // dz = p * (level - grad_entropy * log p) + grad_logp at the target, with z = y / temperature.
+    const double log_sum = std::log(s.sum);
+    const double level =
+        grad_lse - grad_logp - (grad_entropy == 0.0 ? 0.0 : grad_entropy * (log_sum - s.weighted / s.sum));
+    const double scale = inverse_temperature / s.sum;
+    const RowGrad g{static_cast<float>(s.max), static_cast<float>(inverse_temperature),
+                    static_cast<float>((level + grad_entropy * log_sum) * scale),
+                    static_cast<float>(grad_entropy * scale),
+                    p.softcap != 0.0 ? static_cast<float>(1.0 / p.softcap) : 0.0f};
+    const GradBlock block =
+        grad_block_for(grad_entropy != 0.0, p.softcap != 0.0, args.grad_temperature != nullptr);
+    reader.open(args.logits, row);
+    double moment = 0.0;
+    for (int64_t at = 0; at < p.columns; at += kBlock) {
+      const int64_t n = min_of(kBlock, p.columns - at);
+      const float* y = reader.block(at, n);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (n % kLanes == 0) {
+          moment += block(g, y, n, grad + at);
+          continue;
+        }
+      }
+      moment += block(g, y, round_up(n, kLanes), computed);
+      from_float(computed, grad + at, n);
+    }
+    double target_share = 0.0;
+    const int64_t target = p.target[row] - p.first_column;
+    if (grad_logp != 0.0 && target >= 0 && target < p.columns) {
+      const double logp = log_prob(s, inverse_temperature),
+                   ratio = s.target * static_cast<double>(g.inverse_cap);
+      const double dz = std::exp(logp) * (level - grad_entropy * logp) + grad_logp;
+      grad[target] = static_cast<T>(static_cast<float>(dz * inverse_temperature * (1.0 - ratio * ratio)));
+      target_share = grad_logp * (s.target - s.max) * inverse_temperature;
+    }
+    if (args.grad_temperature != nullptr) {
+      // sum dz * z: the target's share, what the blocks added (they carry 1 / temperature), and, once per
+      // row, the shift by max, since all dz of a row add up to grad_lse.
+      double total = target_share + moment * temperature;
+      if (p.first_column == 0) total += grad_lse * s.max * inverse_temperature;
+      args.grad_temperature[row] = static_cast<float>(-total * inverse_temperature);
+    }
+  }
+}
+
+void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
+  switch (args.problem.dtype) {
+    case StorageType::kBFloat16:
+      return backward_rows<BFloat16>(args, begin, end);
+    case StorageType::kFloat16:
+      return backward_rows<Half>(args, begin, end);
+    default:
+      return backward_rows<float>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels& cpu_kernels();
+const CpuKernels& cpu_kernels() {
+  static constexpr CpuKernels kKernels{update, finish, backward};
+  return kKernels;
+}
+
+}  // namespace ARCORE_ISA
+}  // namespace arcore::token_logprobs

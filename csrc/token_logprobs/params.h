@@ -1,0 +1,75 @@
+// What schema.cpp hands to the kernels: raw pointers and int64 strides in elements, no torch types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace arcore::token_logprobs {
+
+constexpr int kMaxRowDims = 8;
+
+// The rows of a [..., V] tensor whose last dimension is contiguous, in row-major order of the leading
+// dimensions. Dimensions that strides allow to merge are merged, so that usually one is left.
+struct Rows {
+  void* data;
+  int dims;
+  int64_t sizes[kMaxRowDims], strides[kMaxRowDims];
+};
+
+// The kept set: none given, one bool per column, or bit `column % 32` of int32 word `column / 32`.
+enum class MaskKind { kNone, kBool, kBits };
+
+// Columns [first_column, first_column + columns) of the logits, whose rows may have more of them.
+struct Problem {
+  int64_t rows, columns, first_column;
+  StorageType dtype;
+  double softcap;                 // 0: none
+  double temperature;             // where temperature_rows is null
+  const float* temperature_rows;  // [rows]
+  const int64_t* target;          // [rows], column of the whole row, or ignore_index
+  int64_t ignore_index;
+  MaskKind mask_kind;
+  Rows mask;  // over all columns
+};
+
+// What a row leaves behind for its log-sum-exp and its gradient; y are logits after softcap, before
+// temperature, and d = (y - max) / temperature.
+struct RowState {
+  double max;       // of y
+  double sum;       // of exp(d)
+  double weighted;  // of d * exp(d); 0 where no entropy is asked for
+  double target;    // y of the target; -inf when it is not in the kept set
+};
+constexpr int64_t kStateDoubles = 4;
+static_assert(sizeof(RowState) == kStateDoubles * sizeof(double));
+
+struct UpdateArgs {
+  Problem problem;
+  Rows logits;
+  RowState* state;  // [rows]; written if first_column is 0, else continued
+  bool entropy;
+};
+
+struct FinishArgs {
+  Problem problem;
+  const RowState* state;
+  float *logp, *logsumexp;  // [rows]
+  float* entropy;           // [rows], or null
+};
+
+struct BackwardArgs {
+  Problem problem;
+  Rows logits, grad;  // may be the same memory
+  const RowState* state;
+  const float *grad_logp, *grad_logsumexp, *grad_entropy;  // [rows], or null
+  float* grad_temperature;                                 // [rows], or null; what these columns add to it
+};
+
+struct CpuKernels {
+  void (*update)(const UpdateArgs&, int64_t begin, int64_t end);
+  void (*finish)(const FinishArgs&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace arcore::token_logprobs
