@@ -201,13 +201,13 @@ def cluster_pixels(config: RoMAConfig, cluster: int) -> tuple[slice, slice]:
     return slice(top, top + side), slice(left, left + side)
 
 
-def train(model: RoMA, images: Tensor, steps: int, lr: float) -> None:
+def train(model: RoMA, images: Tensor, *, steps: int, batch_size: int, lr: float) -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 10) * (1 - step / steps)
-        batch = images[torch.randint(len(images), (16,), generator=generator)]
+        batch = images[torch.randint(len(images), (batch_size,), generator=generator)]
         seen = adaptive_rotation(batch, 4, generator=generator)
         loss = next_cluster_loss(model(seen.images, seen.windows), batch, patch_size=4).loss
         optimizer.zero_grad()
@@ -224,7 +224,7 @@ def held_out_error(model: RoMA, images: Tensor) -> float:
 
 def test_claim_clusters_are_predicted_from_earlier_ones():
     model = arcore.create_model("roma_tiny")
-    train(model, load_digits("train", image_size=48).images, steps=50, lr=5e-3)
+    train(model, load_digits("train", image_size=48).images, steps=50, batch_size=16, lr=5e-3)
     test = load_digits("test", image_size=48).images[::5]
     of_the_mean = next_cluster_targets(test, patch_size=4).square().mean().item()
     error = held_out_error(model, test)
@@ -245,10 +245,10 @@ def test_predictions_beat_the_best_that_ignores_the_image():
     """The mean patch of each place, over all training images, is what a model without context could know."""
     model = arcore.create_model("roma_tiny")
     images, test = (load_digits(split, image_size=48).images for split in ("train", "test"))
-    train(model, images, steps=500, lr=5e-3)
+    train(model, images, steps=300, batch_size=32, lr=3e-3)
     targets = next_cluster_targets(test, patch_size=4)
     of_the_place = (targets - next_cluster_targets(images, patch_size=4).mean(0)).square().mean().item()
-    assert held_out_error(model, test) < 0.9 * of_the_place
+    assert held_out_error(model, test) < 0.5 * of_the_place
 
 
 @pytest.mark.parametrize("quirks", [False, True])
