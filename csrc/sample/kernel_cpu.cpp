@@ -1,0 +1,777 @@
+// Sampling without a sort: see README.md beside this file for the algorithm.
+//
+// The loops are plain loops that the compiler vectorises for each instruction set. They may be split and
+// reordered at will, since every sum is one of integers; only `compact` needs intrinsics.
+#include <cmath>
+
+#include "common/inverse_cdf.h"
+#include "common/philox.h"
+#include "common/vec.h"
+#include "sample/compact.h"
+#include "sample/exact.h"
+#include "sample/params.h"
+
+namespace arcore::sample {
+namespace ARCORE_ISA {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // tokens that are loaded and mixed at once
+
+int64_t padded(int64_t n) {
+  return round_up(n, 16);
+}
+
+// What one thread works in; arrays have padded(vocab) entries.
+struct Workspace {
+  int32_t *key, *index, *keep, *select, *other_key, *active_key;
+  float *e, *active_e;
+  uint64_t* mass;
+  int32_t* count;  // of each token in the history; all zero between rows
+
+  Workspace(void* memory, int64_t vocab) {
+    const int64_t n = padded(vocab);
+    mass = static_cast<uint64_t*>(memory);
+    key = reinterpret_cast<int32_t*>(mass + n);
+    index = key + n;
+    keep = index + n;
+    select = keep + n;
+    other_key = select + n;
+    active_key = other_key + n;
+    e = reinterpret_cast<float*>(active_key + n);
+    active_e = e + n;
+    count = reinterpret_cast<int32_t*>(active_e + n);
+  }
+};
+
+int64_t workspace_bytes(int64_t vocab) {
+  return round_up(padded(vocab) * (8 + 9 * 4), 64);
+}
+
+// The tokens of a row that are still possible, in vocabulary order.
+struct Row {
+  int64_t n;
+  int32_t low, high;  // smallest and largest key
+  float top;          // the logit whose e is 1
+  bool weighed;       // e, sum and top are those of the current tokens
+  int64_t sum;        // of the masses
+};
+
+struct Scalars {
+  double temperature, top_p, min_p, typical_p, epsilon, eta;
+  int64_t top_k;
+  float repetition, presence, frequency;
+  const double* weights;
+};
+
+Scalars scalars_of(const Problem& p, int64_t row) {
+  const double* s = p.settings + row * p.settings_stride;
+  Scalars out;
+  out.temperature = s[kTemperature];
+  out.top_k = s[kTopK] >= 1.0 && s[kTopK] < static_cast<double>(p.vocab) ? static_cast<int64_t>(s[kTopK]) : 0;
+  out.top_p = s[kTopP];
+  out.min_p = s[kMinP];
+  out.typical_p = s[kTypicalP];
+  out.epsilon = s[kEpsilon];
+  out.eta = s[kEta];
+  out.repetition = static_cast<float>(s[kRepetition]);
+  out.presence = static_cast<float>(s[kPresence]);
+  out.frequency = static_cast<float>(s[kFrequency]);
+  out.weights = s + kWeights;
+  return out;
+}
+
+struct Place {
+  int64_t outer, inner;
+};
+
+template <typename T>
+const T* row_of(const View& view, Place at) {
+  return static_cast<const T*>(view.data) + at.outer * view.outer + at.inner * view.inner;
+}
+
+template <typename T>
+const float* load_as(const T* row, int64_t stride, int64_t begin, int64_t n, float* buffer) {
+  if (stride == 1) {
+    to_float(row + begin, buffer, n);
+    return buffer;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    buffer[i] = static_cast<float>(row[(begin + i) * stride]);
+  return buffer;
+}
+
+// n numbers from `begin` on, in place if they lie there as they are wanted.
+const float* load_source(const View& view, Place at, int64_t begin, int64_t n, float* buffer) {
+  switch (view.dtype) {
+    case StorageType::kBFloat16:
+      return load_as(row_of<BFloat16>(view, at), view.last, begin, n, buffer);
+    case StorageType::kFloat16:
+      return load_as(row_of<Half>(view, at), view.last, begin, n, buffer);
+    default:
+      if (view.last == 1) return row_of<float>(view, at) + begin;
+      return load_as(row_of<float>(view, at), view.last, begin, n, buffer);
+  }
+}
+
+// The mixed logits of n tokens from `begin` on. A token that source 0 forbids (-inf) stays forbidden; one
+// that a source of negative weight forbids gets source 0's logit in its place, for its own would be infinite.
+const float* load_mixed(const Problem& p, const double* weights, Place at, int64_t begin, int64_t n,
+                        float* ARCORE_RESTRICT mixed, float* first_buffer, float* buffer) {
+  const float* first = load_source(p.sources[0], at, begin, n, first_buffer);
+  const float w0 = static_cast<float>(weights[0]);
+  bool changed = w0 != 1.0f;
+  for (int s = 1; s < p.num_sources; ++s)
+    changed |= weights[s] != 0.0;
+  if (!changed) return first;
+  for (int64_t i = 0; i < n; ++i)
+    mixed[i] = w0 * first[i];
+  for (int s = 1; s < p.num_sources; ++s) {
+    const float w = static_cast<float>(weights[s]);
+    if (w == 0.0f) continue;
+    const float* x = load_source(p.sources[s], at, begin, n, buffer);
+    if (w < 0.0f)
+      for (int64_t i = 0; i < n; ++i)
+        mixed[i] = __builtin_fmaf(w, x[i] == -INFINITY ? first[i] : x[i], mixed[i]);
+    else
+      for (int64_t i = 0; i < n; ++i)
+        mixed[i] = __builtin_fmaf(w, x[i], mixed[i]);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    mixed[i] = first[i] == -INFINITY ? -INFINITY : mixed[i];
+  return mixed;
+}
+
+float mixed_logit(const Problem& p, const double* weights, Place at, int64_t token) {
+  float mixed, first, other;
+  return *load_mixed(p, weights, at, token, 1, &mixed, &first, &other);
+}
+
+float bias_of(const Problem& p, Place at, int64_t token) {
+  return p.bias.data == nullptr ? 0.0f : row_of<float>(p.bias, at)[token * p.bias.last];
+}
+
+bool is_allowed(const Problem& p, Place at, int64_t token) {
+  if (p.mask.data == nullptr) return true;
+  if (!p.mask_is_packed) return row_of<uint8_t>(p.mask, at)[token * p.mask.last] != 0;
+  return row_of<uint32_t>(p.mask, at)[(token / 32) * p.mask.last] >> (token % 32) & 1;
+}
+
+void apply_mask(const Problem& p, Place at, int64_t begin, int64_t n, int32_t* ARCORE_RESTRICT key) {
+  if (!p.mask_is_packed) {
+    const uint8_t* allowed = row_of<uint8_t>(p.mask, at) + begin * p.mask.last;
+    if (p.mask.last == 1)
+      for (int64_t i = 0; i < n; ++i)
+        key[i] = allowed[i] ? key[i] : kKeyNegInf;
+    else
+      for (int64_t i = 0; i < n; ++i)
+        key[i] = allowed[i * p.mask.last] ? key[i] : kKeyNegInf;
+    return;
+  }
+  const uint32_t* words = row_of<uint32_t>(p.mask, at);
+  for (int64_t i = 0; i < n; i += 32) {
+    const uint32_t word = words[(begin + i) / 32 * p.mask.last];
+    const int64_t end = min_of<int64_t>(n - i, 32);
+    for (int64_t j = 0; j < end; ++j)
+      key[i + j] = word >> j & 1 ? key[i + j] : kKeyNegInf;
+  }
+}
+
+// Repetition, frequency and presence penalties: the few tokens that occur are computed anew.
+void apply_penalties(const Problem& p, const Scalars& s, Place at, float temperature, int32_t* key,
+                     int32_t* count) {
+  // The low bit says that a token occurs anywhere; the others count it in the history.
+  const auto scan = [&](const View& ids, int64_t length, const auto& visit) {
+    if (ids.data == nullptr) return;
+    const int64_t* id = row_of<int64_t>(ids, at);
+    for (int64_t i = 0; i < length; ++i)
+      if (const int64_t token = id[i * ids.last]; token >= 0 && token < p.vocab) visit(token);
+  };
+  scan(p.prompt, p.prompt_length, [&](int64_t token) { count[token] |= 1; });
+  scan(p.history, p.history_length, [&](int64_t token) { count[token] = (count[token] | 1) + 2; });
+  const auto penalise = [&](int64_t token) {
+    if (count[token] == 0) return;
+    const int32_t times = count[token] >> 1;
+    count[token] = 0;
+    if (!is_allowed(p, at, token)) return;
+    float x = mixed_logit(p, s.weights, at, token) + bias_of(p, at, token);
+    x = x < 0.0f ? x * s.repetition : x / s.repetition;
+    x = x - s.frequency * static_cast<float>(times);
+    x = x - (times > 0 ? s.presence : 0.0f);
+    key[token] = key_of(x / temperature);
+  };
+  scan(p.prompt, p.prompt_length, penalise);
+  scan(p.history, p.history_length, penalise);
+}
+
+void find_range(const int32_t* key, int64_t n, Row& row) {
+  int32_t low = 0x7fffffff, high = kKeyPad;
+  for (int64_t i = 0; i < n; ++i) {
+    low = key[i] < low ? key[i] : low;
+    high = key[i] > high ? key[i] : high;
+  }
+  row.low = low;
+  row.high = high;
+}
+
+void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, Row& row) {
+  alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
+  const float temperature = s.temperature < kLowestTemperature ? 1.0f : static_cast<float>(s.temperature);
+  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, false, 0};
+  for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
+    const int64_t n = min_of(kBlock, p.vocab - begin);
+    const float* x = load_mixed(p, s.weights, at, begin, n, mixed, first, other);
+    int32_t* ARCORE_RESTRICT key = w.key + begin;
+    if (p.bias.data != nullptr) {
+      const float* bias = row_of<float>(p.bias, at) + begin * p.bias.last;
+      for (int64_t i = 0; i < n; ++i)
+        mixed[i] = x[i] + bias[i * p.bias.last];
+      x = mixed;
+    }
+    if (temperature == 1.0f)
+      for (int64_t i = 0; i < n; ++i)
+        key[i] = key_of(x[i]);
+    else
+      for (int64_t i = 0; i < n; ++i)
+        key[i] = key_of(x[i] / temperature);
+    if (p.mask.data != nullptr) apply_mask(p, at, begin, n, key);
+    Row part;
+    find_range(key, n, part);
+    row.low = min_of(row.low, part.low);
+    row.high = max_of(row.high, part.high);
+  }
+  if (p.history.data != nullptr || p.prompt.data != nullptr) {
+    apply_penalties(p, s, at, temperature, w.key, w.count);
+    find_range(w.key, p.vocab, row);
+  }
+  for (int64_t i = 0; i < padded(p.vocab); ++i) {
+    w.index[i] = static_cast<int32_t>(i);
+    w.keep[i] = i < p.vocab ? -1 : 0;
+  }
+}
+
+int64_t mass_of(float e, float scale) {
+  return static_cast<int64_t>(e * scale);
+}
+
+int64_t sum_masses(const float* e, int64_t n, float scale) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    sum += mass_of(e[i], scale);
+  return sum;
+}
+
+// e[i] = exp(logit - top), where top is the largest logit of the row.
+void weigh(Row& row, const Workspace& w, float scale) {
+  if (row.weighed) return;
+  row.top = value_of(row.high);
+  const float top = row.top;
+  const int32_t* ARCORE_RESTRICT key = w.key;
+  float* ARCORE_RESTRICT e = w.e;
+  for (int64_t i = 0; i < row.n; ++i)
+    e[i] = exp_of(value_of(key[i]) - top);
+  row.sum = sum_masses(e, row.n, scale);
+  row.weighed = true;
+}
+
+// Drops the tokens whose keep is 0. The others keep their e unless the likeliest has gone.
+void drop(Row& row, const Workspace& w, float scale) {
+  for (int64_t i = row.n; i < padded(row.n); ++i)
+    w.keep[i] = 0;
+  const int64_t before = row.n;
+  if (row.weighed)
+    row.n = compact<3>(row.n, w.keep, {w.key, w.index, reinterpret_cast<const int32_t*>(w.e)},
+                       {w.key, w.index, reinterpret_cast<int32_t*>(w.e)});
+  else
+    row.n = compact<2>(row.n, w.keep, {w.key, w.index}, {w.key, w.index});
+  for (int64_t i = 0; i < row.n; ++i)
+    w.keep[i] = -1;
+  if (row.n == before) return;
+  find_range(w.key, row.n, row);
+  if (!row.weighed) return;
+  row.weighed = value_of(row.high) == row.top;
+  if (row.weighed) row.sum = sum_masses(w.e, row.n, scale);
+  weigh(row, w, scale);
+}
+
+struct Above {
+  int64_t count, mass;
+};
+
+// For three pivots, what lies above each.
+template <bool kMass>
+void count_above(const int32_t* ARCORE_RESTRICT key, const uint64_t* ARCORE_RESTRICT mass, int64_t n,
+                 const int32_t (&pivot)[3], Above (&above)[3]) {
+  const int32_t p0 = pivot[0], p1 = pivot[1], p2 = pivot[2];
+  int64_t c0 = 0, c1 = 0, c2 = 0, m0 = 0, m1 = 0, m2 = 0;
+  // Counts of a block fit into 32 bits, of which a vector holds twice as many.
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = min_of(begin + kBlock, n);
+    int32_t b0 = 0, b1 = 0, b2 = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      b0 += key[i] > p0;
+      b1 += key[i] > p1;
+      b2 += key[i] > p2;
+    }
+    c0 += b0;
+    c1 += b1;
+    c2 += b2;
+    if constexpr (kMass)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t m = static_cast<int64_t>(mass[i]);
+        m0 += key[i] > p0 ? m : 0;
+        m1 += key[i] > p1 ? m : 0;
+        m2 += key[i] > p2 ? m : 0;
+      }
+  }
+  above[0] = {c0, kMass ? m0 : c0};
+  above[1] = {c1, kMass ? m1 : c1};
+  above[2] = {c2, kMass ? m2 : c2};
+}
+
+// Three pivots that quarter [low, high): by value while that narrows the range fast, then by bits, which ends
+// after 16 rounds whatever the numbers are.
+void choose_pivots(int32_t low, int32_t high, int round, int32_t (&pivot)[3]) {
+  const float x = value_of(low), width = value_of(high) - x;
+  const bool by_value = round < 4 && width > 0.0f && width < INFINITY;
+  for (int j = 0; j < 3; ++j) {
+    const float part = 0.25f * static_cast<float>(j + 1);
+    const int64_t bits = low + (static_cast<int64_t>(high) - low) * (j + 1) / 4;
+    const int64_t wanted = by_value ? key_of(x + width * part) : bits;
+    pivot[j] = static_cast<int32_t>(min_of<int64_t>(max_of<int64_t>(wanted, low), int64_t{high} - 1));
+  }
+}
+
+// The smallest threshold t in [low, high] such that the tokens with key > t weigh less than `limit` >= 1:
+// with kMass their masses, else their number. A token is in if key >= t, that is, if what is strictly above
+// it weighs less than the limit; ties are in or out together. All n keys lie in [low, high]; key and e are
+// not changed.
+template <bool kMass>
+int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t low, int32_t high,
+                       int64_t limit, float scale, const Workspace& w) {
+  int64_t outside = 0;     // weight of what was set aside, all of it above `high`
+  int64_t from_low = n;    // entries with key >= low
+  Above above_high{0, 0};  // entries with key > high
+  bool fresh = true;       // the entries have changed
+  for (int round = 0; low < high; ++round) {
+    if (kMass && fresh)
+      for (int64_t i = 0; i < n; ++i)
+        w.mass[i] = static_cast<uint64_t>(mass_of(e[i], scale));
+    fresh = false;
+    int32_t pivot[3];
+    choose_pivots(low, high, round, pivot);
+    Above above[3];
+    count_above<kMass>(key, w.mass, n, pivot, above);
+    int below = 0;  // how many pivots are below the threshold
+    while (below < 3 && outside + above[below].mass >= limit)
+      ++below;
+    if (below > 0) {
+      low = pivot[below - 1] + 1;
+      from_low = above[below - 1].count;
+    }
+    if (below < 3) {
+      high = pivot[below];
+      above_high = above[below];
+    }
+    const int64_t inside = from_low - above_high.count;
+    if (inside == 0) return low;
+    if (inside * 4 > n) continue;
+    for (int64_t i = 0; i < n; ++i)
+      w.select[i] = key[i] >= low && key[i] <= high ? -1 : 0;
+    for (int64_t i = n; i < padded(n); ++i)
+      w.select[i] = 0;
+    if constexpr (kMass)
+      compact<2>(n, w.select, {key, reinterpret_cast<const int32_t*>(e)},
+                 {w.active_key, reinterpret_cast<int32_t*>(w.active_e)});
+    else
+      compact<1>(n, w.select, {key}, {w.active_key});
+    key = w.active_key;
+    e = w.active_e;
+    outside += above_high.mass;
+    above_high = {0, 0};
+    n = from_low = inside;
+    fresh = true;
+  }
+  return low;
+}
+
+// The weight that a nucleus of share p reaches: the first integer not below p * sum, at least 1.
+int64_t limit_of(double p, int64_t sum) {
+  const double wanted = std::ceil(p * static_cast<double>(sum));
+  return wanted > 1.0 ? static_cast<int64_t>(wanted) : 1;
+}
+
+// Filters clear keep[i] of the tokens that they reject.
+
+void require_key(const Row& row, const Workspace& w, int32_t threshold) {
+  for (int64_t i = 0; i < row.n; ++i)
+    w.keep[i] &= w.key[i] >= threshold ? -1 : 0;
+}
+
+// Keeps e >= threshold, and the likeliest tokens in any case.
+void require_weight(const Row& row, const Workspace& w, double threshold) {
+  float at_least = static_cast<float>(threshold);
+  if (static_cast<double>(at_least) < threshold) at_least = std::nextafter(at_least, INFINITY);
+  for (int64_t i = 0; i < row.n; ++i)
+    w.keep[i] &= (w.e[i] >= at_least || w.key[i] == row.high) ? -1 : 0;
+}
+
+void filter_top_k(Row& row, const Workspace& w, const Scalars& s) {
+  if (s.top_k == 0 || s.top_k >= row.n) return;
+  require_key(row, w, find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w));
+}
+
+void filter_top_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
+  if (!(s.top_p < 1.0)) return;
+  weigh(row, w, scale);
+  const int64_t limit = limit_of(s.top_p, row.sum);
+  require_key(row, w, find_threshold<true>(w.key, w.e, row.n, row.low, row.high, limit, scale, w));
+}
+
+void filter_min_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
+  if (!(s.min_p > 0.0)) return;
+  weigh(row, w, scale);
+  require_weight(row, w, s.min_p);
+}
+
+// Sum of the masses of e * -log(e), the part of the entropy that depends on the tokens: the entropy is
+// log(sum) + this / sum.
+int64_t sum_surprises(const Row& row, const Workspace& w, float scale) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < row.n; ++i)
+    sum += mass_of(w.e[i] * (row.top - value_of(w.key[i])), scale);
+  return sum;
+}
+
+float mean_surprise(const Row& row, const Workspace& w, float scale) {
+  return static_cast<float>(static_cast<double>(sum_surprises(row, w, scale)) / static_cast<double>(row.sum));
+}
+
+// |-log p - entropy| is |log e + mean surprise|: the logarithm of the sum cancels.
+void filter_typical(Row& row, const Workspace& w, const Scalars& s, float scale) {
+  if (!(s.typical_p < 1.0)) return;
+  weigh(row, w, scale);
+  const float mean = mean_surprise(row, w, scale);
+  for (int64_t i = 0; i < row.n; ++i)
+    w.other_key[i] = -bits_of(std::fabs((value_of(w.key[i]) - row.top) + mean));
+  Row range;
+  find_range(w.other_key, row.n, range);
+  const int64_t limit = limit_of(s.typical_p, row.sum);
+  const int32_t threshold =
+      find_threshold<true>(w.other_key, w.e, row.n, range.low, range.high, limit, scale, w);
+  for (int64_t i = 0; i < row.n; ++i)
+    w.keep[i] &= w.other_key[i] >= threshold ? -1 : 0;
+}
+
+void filter_epsilon(Row& row, const Workspace& w, const Scalars& s, float scale) {
+  if (!(s.epsilon > 0.0)) return;
+  weigh(row, w, scale);
+  require_weight(row, w, s.epsilon * (static_cast<double>(row.sum) / static_cast<double>(scale)));
+}
+
+void filter_eta(Row& row, const Workspace& w, const Scalars& s, float scale) {
+  if (!(s.eta > 0.0)) return;
+  weigh(row, w, scale);
+  const double total = static_cast<double>(row.sum) / static_cast<double>(scale);
+  // exp(-entropy) = exp(-mean surprise) / total.
+  const double flat = std::sqrt(s.eta) * (static_cast<double>(exp_of(-mean_surprise(row, w, scale))) / total);
+  require_weight(row, w, (flat < s.eta ? flat : s.eta) * total);
+}
+
+void filter_row(const Problem& p, const Scalars& s, Row& row, const Workspace& w, float scale) {
+  const bool joint = p.order == Order::kJoint;
+  const auto next = [&] {
+    if (!joint) drop(row, w, scale);
+  };
+  if (joint) weigh(row, w, scale);
+  if (p.order == Order::kVllm && s.min_p > 0.0) {
+    filter_min_p(row, w, s, scale);
+    next();
+  }
+  if (s.top_k > 0) {
+    filter_top_k(row, w, s);
+    next();
+  }
+  if (s.top_p < 1.0) {
+    filter_top_p(row, w, s, scale);
+    next();
+  }
+  if (p.order != Order::kVllm && s.min_p > 0.0) {
+    filter_min_p(row, w, s, scale);
+    next();
+  }
+  if (s.typical_p < 1.0) {
+    filter_typical(row, w, s, scale);
+    next();
+  }
+  if (s.epsilon > 0.0) {
+    filter_epsilon(row, w, s, scale);
+    next();
+  }
+  if (s.eta > 0.0) {
+    filter_eta(row, w, s, scale);
+    next();
+  }
+  if (!joint) return;
+  int32_t any = 0;
+  for (int64_t i = 0; i < row.n; ++i)
+    any |= w.keep[i];
+  // Filters that are tested apart may have no token in common; then the likeliest stay.
+  if (any == 0)
+    for (int64_t i = 0; i < row.n; ++i)
+      w.keep[i] = w.key[i] == row.high ? -1 : 0;
+  drop(row, w, scale);
+}
+
+int64_t first_with_key(const Row& row, const Workspace& w, int32_t key) {
+  int64_t i = 0;
+  while (i < row.n && w.key[i] != key)
+    ++i;
+  return i;
+}
+
+// From the logits to the tokens that may be drawn, weighed. False: the row has no distribution.
+bool process_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, float scale, Row& row) {
+  load_row(p, s, at, w, row);
+  if (!(s.temperature >= 0.0) || p.vocab == 0) return false;
+  if (row.high > kKeyPosInf || row.low < kKeyNegInf || row.high == kKeyNegInf) return false;
+  if (row.high == kKeyPosInf) {
+    // The limit of ever larger logits: those that are infinite share the mass.
+    for (int64_t i = 0; i < row.n; ++i)
+      w.key[i] = w.key[i] == kKeyPosInf ? kKeyZero : kKeyNegInf;
+    find_range(w.key, row.n, row);
+  }
+  if (s.temperature < kLowestTemperature) {
+    const int64_t best = first_with_key(row, w, row.high);
+    for (int64_t i = 0; i < row.n; ++i)
+      w.keep[i] = i == best ? -1 : 0;
+    drop(row, w, scale);
+  } else {
+    if (row.low == kKeyNegInf) {
+      require_key(row, w, kKeyNegInf + 1);
+      drop(row, w, scale);
+    }
+    filter_row(p, s, row, w, scale);
+  }
+  weigh(row, w, scale);
+  return true;
+}
+
+uint64_t total_mass(const float* e, int64_t n, float norm) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    sum += fixed_point(e[i] * norm);
+  return sum;
+}
+
+// inverse_cdf over the numbers e[i] * norm, of which it holds a block at a time.
+int64_t draw_by_inverse_cdf(const Row& row, const Workspace& w, float norm, uint64_t level) {
+  float prob[kWalkBlock];
+  for (int64_t begin = 0; begin < row.n; begin += kWalkBlock) {
+    const int64_t n = min_of(kWalkBlock, row.n - begin);
+    const uint64_t sum = total_mass(w.e + begin, n, norm);
+    if (sum <= level) {
+      level -= sum;
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      prob[i] = w.e[begin + i] * norm;
+    return begin + walk_to_level(prob, n, level);
+  }
+  return row.n - 1;  // not reached: the level is below the total
+}
+
+// The first of exponential waiting times of rates p: the same law as the Gumbel maximum, one logarithm less.
+int64_t draw_by_noise(const Problem& p, const Row& row, const Workspace& w, float norm, int64_t seed,
+                      int64_t offset, int64_t draw) {
+  int64_t best = 0;
+  double shortest = INFINITY;
+  for (int64_t i = 0; i < row.n; ++i) {
+    const double prob = static_cast<double>(w.e[i] * norm);
+    if (prob == 0.0) continue;
+    const uint64_t bits = random_bits(seed, offset, Stream::kGumbel, draw * p.vocab + w.index[i]);
+    const double time = -std::log(uniform_open(bits)) / prob;
+    if (time < shortest) {
+      shortest = time;
+      best = i;
+    }
+  }
+  return best;
+}
+
+// log(sum of exp) over a row of mixed logits, NaN if one of them is; +inf where one is.
+double log_sum_exp(const Problem& p, const Scalars& s, Place at, float scale) {
+  alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
+  const auto blocks = [&](const auto& visit) {
+    for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
+      const int64_t n = min_of(kBlock, p.vocab - begin);
+      visit(load_mixed(p, s.weights, at, begin, n, mixed, first, other), n);
+    }
+  };
+  int32_t low = 0x7fffffff, high = kKeyPad;
+  blocks([&](const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t key = key_of(x[i]);
+      low = key < low ? key : low;
+      high = key > high ? key : high;
+    }
+  });
+  if (high > kKeyPosInf || low < kKeyNegInf) return NAN;
+  if (high == kKeyPosInf || high == kKeyNegInf) return static_cast<double>(value_of(high));
+  const float top = value_of(high);
+  int64_t sum = 0;
+  blocks([&](const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      sum += mass_of(exp_of(x[i] - top), scale);
+  });
+  return static_cast<double>(top) + std::log(static_cast<double>(sum) / static_cast<double>(scale));
+}
+
+void write_invalid(const Problem& p, const Draws& draws, const Outputs& out, int64_t row_number) {
+  const int64_t words = (p.vocab + 31) / 32;
+  out.valid[row_number] = 0;
+  if (out.entropy) out.entropy[row_number] = NAN;
+  if (out.kept) std::memset(out.kept + row_number * words, 0, static_cast<size_t>(words) * 4);
+  if (out.probs) std::memset(out.probs + row_number * p.vocab, 0, static_cast<size_t>(p.vocab) * 4);
+  for (int64_t d = 0; d < draws.count; ++d) {
+    const int64_t at = row_number * draws.count + d;
+    if (out.tokens) out.tokens[at] = -1;
+    if (out.prob) out.prob[at] = NAN;
+    if (out.logprob) out.logprob[at] = NAN;
+    if (out.raw_logprob) out.raw_logprob[at] = NAN;
+  }
+}
+
+void write_distribution(const Problem& p, const Outputs& out, const Row& row, const Workspace& w, float norm,
+                        float scale, int64_t row_number) {
+  out.valid[row_number] = 1;
+  if (out.entropy) {
+    const double total = static_cast<double>(row.sum) / static_cast<double>(scale);
+    const double surprises = static_cast<double>(sum_surprises(row, w, scale)) / static_cast<double>(scale);
+    out.entropy[row_number] = static_cast<float>(std::log(total) + surprises / total);
+  }
+  if (out.kept) {
+    const int64_t words = (p.vocab + 31) / 32;
+    auto* kept = reinterpret_cast<uint32_t*>(out.kept + row_number * words);
+    std::memset(kept, 0, static_cast<size_t>(words) * 4);
+    for (int64_t i = 0; i < row.n; ++i)
+      kept[w.index[i] / 32] |= 1u << (w.index[i] % 32);
+  }
+  if (out.probs == nullptr) return;
+  float* probs = out.probs + row_number * p.vocab;
+  if (row.n == p.vocab) {
+    for (int64_t i = 0; i < row.n; ++i)
+      probs[i] = w.e[i] * norm;
+    return;
+  }
+  std::memset(probs, 0, static_cast<size_t>(p.vocab) * 4);
+  for (int64_t i = 0; i < row.n; ++i)
+    probs[w.index[i]] = w.e[i] * norm;
+}
+
+void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const Outputs& out, Place at,
+                 const Row& row, const Workspace& w, float norm, float scale, int64_t row_number) {
+  const int64_t seed = draws.seeds[row_number * draws.seed_stride];
+  const int64_t offset = draws.offsets[row_number * draws.offset_stride];
+  const uint64_t total = draws.mode == Mode::kInverseCdf ? total_mass(w.e, row.n, norm) : 0;
+  const double log_total = std::log(static_cast<double>(row.sum) / static_cast<double>(scale));
+  const double log_raw = out.raw_logprob ? log_sum_exp(p, s, at, scale) : 0.0;
+  for (int64_t d = 0; d < draws.count; ++d) {
+    int64_t i = 0;
+    switch (draws.mode) {
+      case Mode::kInverseCdf:
+        i = draw_by_inverse_cdf(row, w, norm, level_of(random_bits(seed, offset, Stream::kSample, d), total));
+        break;
+      case Mode::kGumbel:
+        i = draw_by_noise(p, row, w, norm, seed, offset, d);
+        break;
+      case Mode::kGreedy:
+        i = first_with_key(row, w, row.high);
+        break;
+    }
+    const int64_t token = w.index[i], place = row_number * draws.count + d;
+    out.tokens[place] = token;
+    if (out.prob) out.prob[place] = w.e[i] * norm;
+    if (out.logprob)
+      out.logprob[place] = static_cast<float>(static_cast<double>(value_of(w.key[i]) - row.top) - log_total);
+    if (out.raw_logprob)
+      out.raw_logprob[place] =
+          static_cast<float>(static_cast<double>(mixed_logit(p, s.weights, at, token)) - log_raw);
+  }
+}
+
+void run(const Problem& p, const Draws& draws, const Outputs& out, void* workspace, int64_t begin,
+         int64_t end) {
+  const Workspace w(workspace, p.vocab);
+  const auto scale = static_cast<float>(static_cast<double>(int64_t{1} << mass_bits(p.vocab)));
+  if (p.history.data != nullptr || p.prompt.data != nullptr)
+    std::memset(w.count, 0, static_cast<size_t>(p.vocab) * 4);
+  for (int64_t r = begin; r < end; ++r) {
+    const Place at{r / p.inner, r % p.inner};
+    const Scalars s = scalars_of(p, r);
+    Row row;
+    if (!process_row(p, s, at, w, scale, row)) {
+      write_invalid(p, draws, out, r);
+      continue;
+    }
+    const auto norm = static_cast<float>(static_cast<double>(scale) / static_cast<double>(row.sum));
+    write_distribution(p, out, row, w, norm, scale, r);
+    if (out.tokens) write_draws(p, s, draws, out, at, row, w, norm, scale, r);
+  }
+}
+
+// NaN is the least confident of all.
+int32_t confidence_key(float x) {
+  return x != x ? kKeyPad + 1 : key_of(x);
+}
+
+void select_least(const Selection& sel, void* workspace, int64_t begin, int64_t end) {
+  const Workspace w(workspace, sel.length);
+  for (int64_t r = begin; r < end; ++r) {
+    const float* confidence = sel.confidence + r * sel.length;
+    uint8_t* chosen = sel.chosen + r * sel.length;
+    const uint8_t* candidate = sel.candidates == nullptr ? nullptr : sel.candidates + r * sel.length;
+    // Complements, so that the least confident has the largest key.
+    Row row{};
+    for (int64_t i = 0; i < sel.length; ++i) {
+      float x = confidence[i];
+      if (sel.temperature != 0.0) {
+        const uint64_t bits = random_bits(sel.seeds[r * sel.seed_stride], sel.offsets[r * sel.offset_stride],
+                                          Stream::kConfidence, i);
+        x = static_cast<float>(x - sel.temperature * std::log(-std::log(uniform_open(bits))));
+      }
+      w.key[row.n] = ~confidence_key(x);
+      w.index[row.n] = static_cast<int32_t>(i);
+      row.n += candidate == nullptr || candidate[i] != 0;
+    }
+    for (int64_t i = 0; i < sel.length; ++i)
+      chosen[i] = 0;
+    const int64_t wanted = min_of(max_of<int64_t>(sel.count[r * sel.count_stride], 0), row.n);
+    if (wanted == 0) continue;
+    find_range(w.key, row.n, row);
+    const int32_t cut = find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, wanted, 0.0f, w);
+    int64_t above = 0, tied = 0;
+    for (int64_t i = 0; i < row.n; ++i) {
+      above += w.key[i] > cut;
+      tied += w.key[i] == cut;
+    }
+    int64_t of_tied = wanted - above;
+    if (sel.ties == Ties::kAll) of_tied = tied;
+    if (sel.ties == Ties::kNone && of_tied < tied) of_tied = 0;
+    for (int64_t i = 0; i < row.n; ++i) {
+      const bool is_tied = w.key[i] == cut;
+      chosen[w.index[i]] = w.key[i] > cut || (is_tied && of_tied > 0);
+      of_tied -= is_tied;
+    }
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels& cpu_kernels();
+const CpuKernels& cpu_kernels() {
+  static constexpr CpuKernels kKernels{workspace_bytes, run, select_least};
+  return kKernels;
+}
+
+}  // namespace ARCORE_ISA
+}  // namespace arcore::sample

@@ -1,0 +1,100 @@
+// What schema.cpp hands to the kernels: raw pointers and int64 strides in elements, no torch types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace arcore::sample {
+
+constexpr int kMaxSources = 8;
+
+// Columns of the settings matrix, one row of float64 per row of logits (or one for all). A filter is off at
+// the value that stands behind it. ops/sample.py fills the matrix and has the same order.
+enum Setting {
+  kTemperature,  // below kLowestTemperature: the likeliest token alone
+  kTopK,         // off: below 1
+  kTopP,         // off: 1 and above
+  kMinP,         // off: 0 and below
+  kTypicalP,     // off: 1 and above
+  kEpsilon,      // off: 0 and below
+  kEta,          // off: 0 and below
+  kRepetition,   // off: 1
+  kPresence,     // off: 0
+  kFrequency,    // off: 0
+  kWeights,      // of the sources, in their order
+};
+
+constexpr double kLowestTemperature = 1e-5;
+
+enum class Order : int64_t { kHf, kVllm, kJoint };
+enum class Mode : int64_t { kInverseCdf, kGumbel, kGreedy };
+
+// One element per (row, token); rows are numbered outer * inner_size + inner.
+struct View {
+  const void* data;  // null where an optional tensor is absent
+  int64_t outer, inner, last;
+  StorageType dtype;
+};
+
+struct Problem {
+  int64_t outer, inner, vocab;
+  int num_sources;
+  View sources[kMaxSources];  // logits that are mixed with the weights of the settings
+  const double* settings;
+  int64_t settings_stride;  // 0: one row for all
+  View bias;                // float32
+  View mask;                // bool: one byte per token; packed: bit i % 32 of word i / 32
+  bool mask_is_packed;
+  View history, prompt;  // int64 token ids, others than [0, vocab) are padding
+  int64_t history_length, prompt_length;
+  Order order;
+};
+
+// Every pointer but `valid` may be null: not wanted.
+struct Outputs {
+  uint8_t* valid;   // [rows]
+  float* entropy;   // [rows], nats
+  int32_t* kept;    // [rows, ceil(vocab / 32)], bit i % 32 of word i / 32
+  float* probs;     // [rows, vocab]
+  int64_t* tokens;  // [rows, draws]
+  float* prob;      // [rows, draws]
+  float* logprob;
+  float* raw_logprob;
+};
+
+struct Draws {
+  Mode mode;
+  int64_t count;  // per row
+  const int64_t* seeds;
+  const int64_t* offsets;
+  int64_t seed_stride, offset_stride;  // 0: one for all
+};
+
+// How a cut through equal confidences is made: as many as wanted, lowest positions first; all of them; none.
+enum class Ties : int64_t { kExact, kAll, kNone };
+
+struct Selection {
+  const float* confidence;    // [rows, length] contiguous
+  const uint8_t* candidates;  // [rows, length] contiguous, or null: all
+  int64_t rows, length;
+  const int64_t* count;  // [rows], or one number with stride 0
+  int64_t count_stride;
+  // Gumbel noise times `temperature` is added where that is not 0; strides as in Draws.
+  double temperature;
+  const int64_t* seeds;
+  const int64_t* offsets;
+  int64_t seed_stride, offset_stride;
+  Ties ties;
+  uint8_t* chosen;  // [rows, length]
+};
+
+struct CpuKernels {
+  int64_t (*workspace_bytes)(int64_t vocab);  // per thread; the workspace starts on a cache line
+  // Rows [begin, end); draws are made where outputs.tokens is set.
+  void (*run)(const Problem&, const Draws&, const Outputs&, void* workspace, int64_t begin, int64_t end);
+  // Rows [begin, end); the workspace is one for a vocabulary of `length`.
+  void (*select_least)(const Selection&, void* workspace, int64_t begin, int64_t end);
+};
+
+}  // namespace arcore::sample

@@ -1,0 +1,854 @@
+"""Fused sampling: `sample`, `filter_probs`, `confidence_mask`, their references and fakes.
+
+The algorithm and the numerics are in csrc/sample/README.md; the exact rules are in _sample_reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from arcore import _extension as _extension
+from arcore.ops import _sample_reference as rules
+
+Order = Literal["hf", "vllm", "joint"]
+Mode = Literal["inverse_cdf", "gumbel", "greedy"]
+Ties = Literal["exact", "all", "none"]
+Setting = float | Tensor | None
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SOURCES = 8
+# What a filter that is not wanted is set to; the order of the columns is that of csrc/sample/params.h.
+OFF = dict(
+    zip(
+        rules.COLUMNS,
+        (1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.0),
+        strict=True,
+    )
+)
+# Bounds of settings that are plain numbers, both inclusive.
+RANGES = {
+    "temperature": (0.0, 3e38),
+    "top_k": (-1.0, math.inf),
+    "top_p": (0.0, math.inf),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, math.inf),
+    "epsilon": (0.0, 1.0),
+    "eta": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 1e6),
+    "presence_penalty": (-3e38, 3e38),
+    "frequency_penalty": (-3e38, 3e38),
+}
+
+
+class Sampled(NamedTuple):
+    """What `sample` returns when more than the tokens is asked for; None where it was not.
+
+    Shapes: `[...]` are the leading dimensions of the logits, with `num_samples` behind them if that is not 1.
+
+    Attributes:
+        tokens: int64 `[...]`, -1 in rows without a distribution.
+        logprob: float32 `[...]`, log-probability of the token, raw or processed; NaN in invalid rows.
+        prob: float32 `[...]`, processed probability of the token, the number that `filter_probs` has; NaN likewise.
+        entropy: float32 `[...]` without `num_samples`, entropy of the processed distribution in nats; NaN likewise.
+        valid: bool `[...]` without `num_samples`.
+        kept: int32 `[..., ceil(V / 32)]` without `num_samples`, the tokens that passed all filters: bit i % 32 of
+            word i // 32. Can be given back as `mask`.
+    """
+
+    tokens: Tensor
+    logprob: Tensor | None = None
+    prob: Tensor | None = None
+    entropy: Tensor | None = None
+    valid: Tensor | None = None
+    kept: Tensor | None = None
+
+
+class FilteredProbs(NamedTuple):
+    """What `filter_probs` returns when more than the probabilities is asked for; see `Sampled`."""
+
+    probs: Tensor
+    entropy: Tensor | None = None
+    valid: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def sample(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: Setting = None,
+    weights: Sequence[float | Tensor] | None = None,
+    temperature: Setting = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: Setting = None,
+    min_p: Setting = None,
+    typical_p: Setting = None,
+    epsilon: Setting = None,
+    eta: Setting = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    repetition_penalty: Setting = None,
+    presence_penalty: Setting = None,
+    frequency_penalty: Setting = None,
+    history: Tensor | None = None,
+    prompt: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    num_samples: int = 1,
+    order: Order = "hf",
+    mode: Mode = "inverse_cdf",
+    return_logprob: Literal["raw", "processed"] | None = None,
+    return_prob: bool = False,
+    return_entropy: bool = False,
+    return_valid: bool = False,
+    return_kept: bool = False,
+    check: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | Sampled:
+    """Draw tokens from logits: guidance, bias, penalties, masks, temperature, filters and the draw in one pass.
+
+    A row goes through these steps, in float32 whatever the type of the logits:
+
+    1. mix: `weights[0] * logits[0] + weights[1] * logits[1] + ...`. Guidance is short for the weights
+       `(cfg_scale, 1 - cfg_scale)` of `(logits, uncond)`. A token that the first tensor forbids (-inf) stays forbidden;
+       where a tensor of negative weight has -inf, the first tensor's logit stands in, so that no NaN or +inf arises.
+    2. add `bias`.
+    3. tokens of `prompt` and `history`: logit / repetition_penalty if it is positive, times it if not; tokens of
+       `history`: minus frequency_penalty * occurrences, minus presence_penalty.
+    4. forbid what `mask` does not allow.
+    5. divide by `temperature`; 0 (anything below 1e-5) takes the likeliest token, the lowest id among equals, and the
+       processed distribution is all on it.
+    6. filter, in the order below. Tokens that tie at a threshold are kept or dropped together, and a filter always
+       keeps a token:
+       `top_k` keeps tokens with fewer than k strictly larger logits; `top_p` those with less than share p of the
+       mass strictly above them; `min_p` those of at least min_p times the largest probability; `typical_p` the
+       smallest set of least `|-log p - H|` that reaches the mass; `epsilon` those of at least that probability;
+       `eta` those of at least `min(eta, sqrt(eta) * exp(-H))`.
+    7. renormalise and draw.
+
+    Orders: "hf" runs top_k, top_p, min_p, typical_p, epsilon, eta, each on what the one before left, as transformers
+    does. "vllm" runs min_p before top_k. "joint" tests every filter on the unfiltered distribution and keeps what
+    passes all (flashinfer's joint); should nothing pass, the likeliest tokens stay.
+
+    Off: `top_k` None, 0, -1 or >= V; `top_p`, `typical_p` None or >= 1; `min_p`, `epsilon`, `eta` None or 0;
+    penalties None (or 1, 0, 0). `top_p=0` keeps the likeliest tokens only, in every order.
+
+    Random numbers: a draw takes one number, a function of (seed, offset, number of the draw) and of nothing else
+    (Philox4x32-10), so a row draws the same alone and in any batch. `offset` is the position of the token. The draw
+    equals, bit for bit, the first token whose cumulative sum over `filter_probs(...)` is above the number
+    (csrc/common/inverse_cdf.h), in every instruction set and for any number of threads.
+
+    Rows without a distribution give token -1 and valid False, and touch no other row: a NaN among the allowed logits,
+    all logits -inf or forbidden, a negative or NaN temperature. Where logits are +inf, these share the mass.
+
+    Args:
+        logits: `[..., V]`, float32, bfloat16 or float16, or 1 to 8 of them to mix. Up to three dimensions of any
+            strides are read in place.
+        uncond: logits without the condition, of the same shape.
+        cfg_scale: strength of guidance, 1 for none; number or per row.
+        weights: one number, or tensor per row, for each tensor of `logits`.
+        temperature, top_k, top_p, min_p, typical_p, epsilon, eta: number, or tensor that broadcasts to `[...]`. Tensors
+            are not checked; None stands for off.
+        mask: what may be drawn: bool, broadcasts to `[..., V]`, or int32, broadcasts to `[..., ceil(V / 32)]`, bit
+            i % 32 of word i // 32.
+        bias: broadcasts to `[..., V]`.
+        repetition_penalty, presence_penalty, frequency_penalty: number or per row.
+        history: generated ids, int64, broadcasts to `[..., L]`; numbers outside [0, V) are padding.
+        prompt: ids before them, int64, likewise.
+        seed: int64 per row, broadcasts to `[...]`; a number for a single row, or together with an `offset` per row.
+        offset: int64 per row or number, default 0.
+        generator: draws the seeds, if `seed` is None; None means torch's global one.
+        num_samples: draws per row, independent, with replacement.
+        order: of the filters.
+        mode: "inverse_cdf"; "gumbel", V numbers per draw; "greedy", the likeliest of the processed tokens, the lowest
+            id among equals.
+        return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits.
+        return_prob, return_entropy, return_valid, return_kept: see `Sampled`.
+        check: raise if a row has no distribution; waits for the result.
+        out: int64 tensor for the tokens.
+
+    Returns:
+        int64 tokens `[...]`, `[..., num_samples]` if that is not 1; a `Sampled` if more is asked for. Without gradient.
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: shapes do not fit, a number is out of its range, rows would share their random numbers, or `check`
+            found an invalid row.
+
+    References: Philox (Salmon et al., SC 2011); top-p (arXiv:1904.09751), typical (arXiv:2202.00666), epsilon and eta
+    (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
+    """
+    name = "arcore.sample"
+    p = _prepare(
+        name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
+        (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
+         repetition_penalty, presence_penalty, frequency_penalty),
+    )  # fmt: skip
+    _check_choices(name, mode, num_samples, return_logprob)
+    seeds, offsets = _keys(name, p, seed, offset, generator, mode)
+    tokens, prob, logprob, raw_logprob, entropy, valid, kept = torch.ops.arcore.sample(
+        p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, seeds, offsets, num_samples,
+        get_args(Order).index(order), get_args(Mode).index(mode),
+        return_prob, return_logprob == "processed", return_logprob == "raw", return_entropy, return_kept,
+    )  # fmt: skip
+    draws = (*p.lead, num_samples) if num_samples != 1 else p.lead
+    if check:
+        _raise_if_invalid(name, valid, p.lead)
+    tokens = _into(name, out, tokens.view(draws))
+    if not (return_logprob or return_prob or return_entropy or return_valid or return_kept):
+        return tokens
+    chosen = raw_logprob if return_logprob == "raw" else logprob
+    return Sampled(
+        tokens,
+        chosen.view(draws) if return_logprob else None,
+        prob.view(draws) if return_prob else None,
+        entropy.view(p.lead) if return_entropy else None,
+        valid.view(p.lead) if return_valid else None,
+        kept.view(*p.lead, (p.vocab + 31) // 32) if return_kept else None,
+    )
+
+
+def filter_probs(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: Setting = None,
+    weights: Sequence[float | Tensor] | None = None,
+    temperature: Setting = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: Setting = None,
+    min_p: Setting = None,
+    typical_p: Setting = None,
+    epsilon: Setting = None,
+    eta: Setting = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    repetition_penalty: Setting = None,
+    presence_penalty: Setting = None,
+    frequency_penalty: Setting = None,
+    history: Tensor | None = None,
+    prompt: Tensor | None = None,
+    order: Order = "hf",
+    return_entropy: bool = False,
+    return_valid: bool = False,
+    return_kept: bool = False,
+    check: bool = False,
+) -> Tensor | FilteredProbs:
+    """The distribution that `sample` draws from, with the same arguments: processed and renormalised.
+
+    Returns:
+        float32 `[..., V]`, exactly 0 for tokens that were dropped, and 0 throughout in rows without a distribution; a
+        `FilteredProbs` if more is asked for. Without gradient.
+
+    Raises:
+        TypeError, ValueError: as `sample`.
+    """
+    name = "arcore.filter_probs"
+    p = _prepare(
+        name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
+        (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
+         repetition_penalty, presence_penalty, frequency_penalty),
+    )  # fmt: skip
+    probs: Tensor
+    probs, entropy, valid, kept = torch.ops.arcore.filter_probs(
+        p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, get_args(Order).index(order),
+        return_entropy, return_kept,
+    )  # fmt: skip
+    if check:
+        _raise_if_invalid(name, valid, p.lead)
+    probs = probs.view(*p.lead, p.vocab)
+    if not (return_entropy or return_valid or return_kept):
+        return probs
+    return FilteredProbs(
+        probs,
+        entropy.view(p.lead) if return_entropy else None,
+        valid.view(p.lead) if return_valid else None,
+        kept.view(*p.lead, (p.vocab + 31) // 32) if return_kept else None,
+    )
+
+
+def confidence_mask(
+    confidence: Tensor,
+    count: int | Tensor,
+    *,
+    candidates: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    ties: Ties = "exact",
+) -> Tensor:
+    """Choose the least confident positions, to be masked and predicted again.
+
+    The rule of masked decoders: MaskGIT and MAGE rank by log-probability plus Gumbel noise that cools down, HMAR by the
+    processed probability of the drawn token (`sample(..., return_prob=True)`). NaN counts as the least confident.
+
+    Equal confidences at the cut: "exact" chooses precisely `count` positions, the lowest ones of those that tie (HMAR's
+    sort); "all" takes every position that ties, so perhaps more (MAGE: confidence <= the count-th smallest); "none"
+    takes none of them if not all fit, so perhaps fewer (MaskGIT, aMUSEd: confidence < the next smallest).
+
+    Args:
+        confidence: `[..., N]`, any float dtype; float32 is used.
+        count: how many per row; number, or int64 tensor that broadcasts to `[...]`. Clamped to the candidates.
+        candidates: bool, broadcasts to `[..., N]`; positions that may be chosen. MaskGIT's known tokens are no
+            candidates. None means all.
+        temperature: factor of the Gumbel noise; 0 for none.
+        seed, offset, generator: see `sample`; used if `temperature` is not 0. A row's noise depends on its own key.
+        ties: see above.
+
+    Returns:
+        bool `[..., N]`, True where chosen.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or number does not fit.
+
+    References: MaskGIT (arXiv:2202.04200, section 3.2), MAGE (arXiv:2211.09117), HMAR (arXiv:2506.04421).
+    """
+    p = _prepare_confidence(confidence, count, candidates, temperature, seed, offset, generator, ties)
+    chosen: Tensor = torch.ops.arcore.confidence_mask(*p, float(temperature), get_args(Ties).index(ties))
+    return chosen.view(confidence.shape)
+
+
+def reference_sample(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: Setting = None,
+    weights: Sequence[float | Tensor] | None = None,
+    temperature: Setting = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: Setting = None,
+    min_p: Setting = None,
+    typical_p: Setting = None,
+    epsilon: Setting = None,
+    eta: Setting = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    repetition_penalty: Setting = None,
+    presence_penalty: Setting = None,
+    frequency_penalty: Setting = None,
+    history: Tensor | None = None,
+    prompt: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    num_samples: int = 1,
+    order: Order = "hf",
+    mode: Mode = "inverse_cdf",
+    return_logprob: Literal["raw", "processed"] | None = None,
+    return_prob: bool = False,
+    return_entropy: bool = False,
+    return_valid: bool = False,
+    return_kept: bool = False,
+    check: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | Sampled:
+    """`sample` in plain PyTorch, row by row: the same tokens and probabilities to the last bit.
+
+    Log-probabilities and entropies agree to rounding. Arguments, returns and errors are those of `sample`.
+    """
+    name = "arcore.sample"
+    p = _prepare(
+        name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
+        (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
+         repetition_penalty, presence_penalty, frequency_penalty),
+    )  # fmt: skip
+    _check_choices(name, mode, num_samples, return_logprob)
+    seeds, offsets = (k.expand(p.rows).tolist() for k in _keys(name, p, seed, offset, generator, mode))
+    tokens, probs, logprobs, results = [], [], [], []
+    for r in range(p.rows):
+        row = _row(p, r, order)
+        result = rules.process_row(row)
+        chosen = rules.draw_row(result, seeds[r], offsets[r], num_samples, mode)
+        raw = rules.mixed_row(row)
+        total = rules.log_sum_exp(raw, p.vocab) if return_logprob == "raw" and result.valid else math.nan
+        for token in chosen:
+            tokens.append(token)
+            probs.append(result.probs[token].item() if result.valid else math.nan)
+            if not result.valid:
+                logprobs.append(math.nan)
+            elif return_logprob == "raw":
+                logprobs.append(raw[token].item() - total)
+            else:
+                logprobs.append((result.logits[token] - result.top).item() - math.log(result.total))
+        results.append(result)
+    valid = torch.tensor([r.valid for r in results], dtype=torch.bool)
+    if check:
+        _raise_if_invalid(name, valid, p.lead)
+    draws = (*p.lead, num_samples) if num_samples != 1 else p.lead
+    drawn = _into(name, out, torch.tensor(tokens, dtype=torch.int64).view(draws))
+    if not (return_logprob or return_prob or return_entropy or return_valid or return_kept):
+        return drawn
+    return Sampled(
+        drawn,
+        torch.tensor(logprobs, dtype=torch.float32).view(draws) if return_logprob else None,
+        torch.tensor(probs, dtype=torch.float32).view(draws) if return_prob else None,
+        torch.tensor([r.entropy for r in results], dtype=torch.float32).view(p.lead)
+        if return_entropy
+        else None,
+        valid.view(p.lead) if return_valid else None,
+        _pack([r.kept for r in results], p) if return_kept else None,
+    )
+
+
+def reference_filter_probs(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    uncond: Tensor | None = None,
+    cfg_scale: Setting = None,
+    weights: Sequence[float | Tensor] | None = None,
+    temperature: Setting = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: Setting = None,
+    min_p: Setting = None,
+    typical_p: Setting = None,
+    epsilon: Setting = None,
+    eta: Setting = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    repetition_penalty: Setting = None,
+    presence_penalty: Setting = None,
+    frequency_penalty: Setting = None,
+    history: Tensor | None = None,
+    prompt: Tensor | None = None,
+    order: Order = "hf",
+    return_entropy: bool = False,
+    return_valid: bool = False,
+    return_kept: bool = False,
+    check: bool = False,
+) -> Tensor | FilteredProbs:
+    """`filter_probs` in plain PyTorch, row by row: the same probabilities to the last bit."""
+    name = "arcore.filter_probs"
+    p = _prepare(
+        name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
+        (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
+         repetition_penalty, presence_penalty, frequency_penalty),
+    )  # fmt: skip
+    results = [rules.process_row(_row(p, r, order)) for r in range(p.rows)]
+    valid = torch.tensor([r.valid for r in results], dtype=torch.bool)
+    if check:
+        _raise_if_invalid(name, valid, p.lead)
+    probs = torch.stack([r.probs for r in results]) if results else torch.empty(0)
+    probs = probs.view(*p.lead, p.vocab)
+    if not (return_entropy or return_valid or return_kept):
+        return probs
+    entropy = torch.tensor([r.entropy for r in results], dtype=torch.float32)
+    return FilteredProbs(
+        probs,
+        entropy.view(p.lead) if return_entropy else None,
+        valid.view(p.lead) if return_valid else None,
+        _pack([r.kept for r in results], p) if return_kept else None,
+    )
+
+
+def reference_confidence_mask(
+    confidence: Tensor,
+    count: int | Tensor,
+    *,
+    candidates: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    ties: Ties = "exact",
+) -> Tensor:
+    """`confidence_mask` in plain Python: the same positions."""
+    p = _prepare_confidence(confidence, count, candidates, temperature, seed, offset, generator, ties)
+    rows = len(p.confidence)
+    counts, seeds, offsets = (t.expand(rows).tolist() for t in (p.counts, p.seed, p.offset))
+    chosen = [
+        rules.select_least(
+            p.confidence[r],
+            None if p.candidates is None else p.candidates[r],
+            counts[r],
+            seeds[r],
+            offsets[r],
+            temperature,
+            ties,
+        )
+        for r in range(rows)
+    ]
+    return torch.stack(chosen).view(confidence.shape) if chosen else confidence.bool()
+
+
+class _Prepared(NamedTuple):
+    """Checked arguments in the op's form: three dimensions, rows numbered in order."""
+
+    logits: list[Tensor]  # [outer, inner, V] each
+    settings: Tensor  # float64 [1 or rows, columns]
+    bias: Tensor | None
+    mask: Tensor | None
+    history: Tensor | None
+    prompt: Tensor | None
+    lead: torch.Size
+    rows: int
+    vocab: int
+
+
+class _PreparedConfidence(NamedTuple):
+    confidence: Tensor  # float32 [rows, N]
+    candidates: Tensor | None  # bool [rows, N]
+    counts: Tensor  # int64 [1 or rows]
+    seed: Tensor
+    offset: Tensor
+
+
+def _prepare(
+    op: str,
+    logits: Tensor | Sequence[Tensor],
+    uncond: Tensor | None,
+    cfg_scale: Setting,
+    weights: Sequence[float | Tensor] | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    history: Tensor | None,
+    prompt: Tensor | None,
+    order: str,
+    settings: tuple[Setting, ...],
+) -> _Prepared:
+    sources = [logits] if isinstance(logits, Tensor) else list(logits)
+    mix = _mix(op, sources, uncond, cfg_scale, weights)
+    if uncond is not None:
+        sources.append(uncond)
+    first = sources[0]
+    if order not in get_args(Order):
+        raise ValueError(f"{op}: expected order 'hf', 'vllm' or 'joint' but got {order!r}")
+    for tensor in sources:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in SUPPORTED_DTYPES:
+            kind = _name(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(
+                f"{op}: expected logits of dtype float32, bfloat16 or float16 but got {kind}; "
+                "convert them with .float()"
+            )
+        if tensor.dim() == 0 or tensor.shape != first.shape:
+            raise ValueError(
+                f"{op}: expected logits of shape (..., V), all of the same, but got {tuple(first.shape)} and "
+                f"{tuple(tensor.shape)}"
+            )
+    lead, vocab = first.shape[:-1], first.shape[-1]
+    packed = mask is not None and mask.dtype == torch.int32
+    if mask is not None and not packed and mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}: expected mask of dtype bool, or int32 with 32 tokens per word, but got {_name(mask.dtype)}"
+        )
+    for name, ids in (("history", history), ("prompt", prompt)):
+        if ids is not None and ids.dtype != torch.int64:
+            raise TypeError(f"{op}: expected {name} of dtype int64 but got {_name(ids.dtype)}")
+    return _Prepared(
+        [_three_dims(op, "logits", t.detach(), lead, vocab) for t in sources],
+        _settings(op, settings, mix, lead, first.device),
+        None if bias is None else _three_dims(op, "bias", bias.detach().float(), lead, vocab),
+        None
+        if mask is None
+        else _three_dims(op, "mask", mask, lead, (vocab + 31) // 32 if packed else vocab),
+        None if history is None else _three_dims(op, "history", history, lead, history.shape[-1]),
+        None if prompt is None else _three_dims(op, "prompt", prompt, lead, prompt.shape[-1]),
+        lead,
+        math.prod(lead),
+        vocab,
+    )
+
+
+def _mix(
+    op: str,
+    sources: list[Tensor],
+    uncond: Tensor | None,
+    cfg_scale: Setting,
+    weights: Sequence[float | Tensor] | None,
+) -> list[float | Tensor]:
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        raise ValueError(f"{op}: expected 1 to {MAX_SOURCES} tensors of logits but got {len(sources)}")
+    if (uncond is None) != (cfg_scale is None):
+        raise ValueError(f"{op}: expected uncond and cfg_scale together but got only one of them")
+    if uncond is not None and cfg_scale is not None:
+        if len(sources) != 1 or weights is not None:
+            raise ValueError(
+                f"{op}: expected uncond with one tensor of logits and no weights; give weights for all"
+            )
+        return [cfg_scale, 1.0 - cfg_scale]
+    if weights is None:
+        if len(sources) > 1:
+            raise ValueError(f"{op}: expected weights for {len(sources)} tensors of logits but got none")
+        return [1.0]
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"{op}: expected {len(sources)} weights, one per tensor of logits, but got {len(weights)}"
+        )
+    return list(weights)
+
+
+def _settings(
+    op: str,
+    values: tuple[Setting, ...],
+    mix: list[float | Tensor],
+    lead: torch.Size,
+    device: torch.device,
+) -> Tensor:
+    columns: list[float | Tensor] = []
+    for (name, off), value in zip(OFF.items(), values, strict=True):
+        if value is None:
+            columns.append(off)
+            continue
+        if not isinstance(value, Tensor):
+            low, high = RANGES[name]
+            if not low <= value <= high:
+                raise ValueError(f"{op}: expected {name} in [{low:g}, {high:g}] but got {value}")
+        columns.append(value)
+    columns += mix
+    if not any(isinstance(c, Tensor) for c in columns):
+        return torch.tensor([[float(c) for c in columns]], dtype=torch.float64, device=device)
+    full = []
+    for name, column in zip((*OFF, *("weights",) * len(mix)), columns, strict=True):
+        tensor = torch.as_tensor(column, dtype=torch.float64, device=device)
+        full.append(_broadcast(op, name, tensor, lead).reshape(-1))
+    return torch.stack(full, dim=1)
+
+
+def _broadcast(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    if tensor.dim() > len(shape) or any(
+        have not in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(
+            f"{op}: expected {name} of a shape that broadcasts to {tuple(shape)} but got {tuple(tensor.shape)}"
+        )
+    return tensor.expand(shape)
+
+
+def _three_dims(op: str, name: str, tensor: Tensor, lead: torch.Size, last: int) -> Tensor:
+    full = _broadcast(op, name, tensor, (*lead, last))
+    while full.dim() < 3:
+        full = full.unsqueeze(0)
+    return full if full.dim() == 3 else full.reshape(-1, lead[-1], last)
+
+
+def _keys(
+    op: str,
+    p: _Prepared,
+    seed: int | Tensor | None,
+    offset: int | Tensor | None,
+    generator: torch.Generator | None,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Seeds and offsets, int64 `[1 or rows]`."""
+    device = p.settings.device
+    if mode == "greedy":
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        return zero, zero
+    return _row_keys(op, p.lead, device, seed, offset, generator)
+
+
+def _row_keys(
+    op: str,
+    lead: torch.Size,
+    device: torch.device,
+    seed: int | Tensor | None,
+    offset: int | Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    if seed is None:
+        where = device if generator is None else generator.device
+        seed = torch.randint(-(2**63), 2**63 - 1, lead, generator=generator, device=where).to(device)
+    elif generator is not None:
+        raise ValueError(f"{op}: expected seed or generator but got both; give one")
+    keys = []
+    for name, key in (("seed", seed), ("offset", 0 if offset is None else offset)):
+        if isinstance(key, Tensor) and key.dtype != torch.int64:
+            raise TypeError(f"{op}: expected {name} of dtype int64 but got {_name(key.dtype)}")
+        keys.append(key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=device))
+    for i, size in enumerate(reversed(lead)):
+        varies = any(k.dim() > i and k.shape[-1 - i] == size for k in keys)
+        if size > 1 and not varies:
+            raise ValueError(
+                f"{op}: expected seed or offset to differ between the {size} rows of dimension {len(lead) - 1 - i} but "
+                f"their shapes are {tuple(keys[0].shape)} and {tuple(keys[1].shape)}, and all would draw with the same "
+                "number; give a seed per row, or offset=torch.arange(...) for positions of one sequence"
+            )
+    full = [_broadcast(op, n, k, lead) for n, k in zip(("seed", "offset"), keys, strict=True)]
+    return full[0].reshape(-1), full[1].reshape(-1)
+
+
+def _prepare_confidence(
+    confidence: Tensor,
+    count: int | Tensor,
+    candidates: Tensor | None,
+    temperature: float,
+    seed: int | Tensor | None,
+    offset: int | Tensor | None,
+    generator: torch.Generator | None,
+    ties: str,
+) -> _PreparedConfidence:
+    op = "arcore.confidence_mask"
+    if not confidence.is_floating_point():
+        raise TypeError(f"{op}: expected confidence of a float dtype but got {_name(confidence.dtype)}")
+    if confidence.dim() == 0:
+        raise ValueError(f"{op}: expected confidence of shape (..., N) but got ()")
+    if ties not in get_args(Ties):
+        raise ValueError(f"{op}: expected ties 'exact', 'all' or 'none' but got {ties!r}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"{op}: expected a finite temperature >= 0 but got {temperature}")
+    if not isinstance(count, Tensor) and count < 0:
+        raise ValueError(f"{op}: expected count >= 0 but got {count}")
+    lead, length = confidence.shape[:-1], confidence.shape[-1]
+    counts = torch.as_tensor(count, device=confidence.device)
+    if counts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: expected count of dtype int64 but got {_name(counts.dtype)}")
+    if candidates is not None:
+        if candidates.dtype != torch.bool:
+            raise TypeError(f"{op}: expected candidates of dtype bool but got {_name(candidates.dtype)}")
+        candidates = _broadcast(op, "candidates", candidates, confidence.shape).reshape(-1, length)
+    seeds = offsets = torch.zeros(1, dtype=torch.int64, device=confidence.device)
+    if temperature != 0.0:
+        seeds, offsets = _row_keys(op, lead, confidence.device, seed, offset, generator)
+    return _PreparedConfidence(
+        confidence.detach().float().reshape(math.prod(lead), length),
+        candidates,
+        _broadcast(op, "count", counts.long(), lead).reshape(-1),
+        seeds,
+        offsets,
+    )
+
+
+def _check_choices(op: str, mode: str, num_samples: int, return_logprob: str | None) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"{op}: expected mode 'inverse_cdf', 'gumbel' or 'greedy' but got {mode!r}")
+    if num_samples < 1:
+        raise ValueError(f"{op}: expected num_samples >= 1 but got {num_samples}")
+    if return_logprob not in (None, "raw", "processed"):
+        raise ValueError(
+            f"{op}: expected return_logprob None, 'raw' or 'processed' but got {return_logprob!r}"
+        )
+
+
+def _raise_if_invalid(op: str, valid: Tensor, lead: torch.Size) -> None:
+    if not bool(valid.all()):
+        row = int(valid.int().argmin())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), lead)) if lead else ()
+        raise ValueError(
+            f"{op}: expected a distribution in every row but row {index} has NaN among its allowed logits, no allowed "
+            f"logit above -inf, or an invalid temperature ({int((~valid).sum())} of {valid.numel()} rows)"
+        )
+
+
+def _into(op: str, out: Tensor | None, tokens: Tensor) -> Tensor:
+    if out is None:
+        return tokens
+    if out.dtype != torch.int64 or out.shape != tokens.shape:
+        raise ValueError(
+            f"{op}: expected out int64 of shape {tuple(tokens.shape)} but got {_name(out.dtype)} {tuple(out.shape)}"
+        )
+    return out.copy_(tokens)
+
+
+def _row(p: _Prepared, r: int, order: str) -> rules.RowInputs:
+    """Row r of prepared arguments, for the reference."""
+    at = divmod(r, p.logits[0].shape[1])
+
+    def take(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t[at]
+
+    settings = p.settings[r if len(p.settings) > 1 else 0].tolist()
+    allowed = take(p.mask)
+    if allowed is not None and allowed.dtype == torch.int32:
+        token = torch.arange(p.vocab)
+        allowed = ((allowed[token // 32] >> (token % 32)) & 1).bool()
+    history, prompt = take(p.history), take(p.prompt)
+    return rules.RowInputs(
+        [t[at].float() for t in p.logits],
+        dict(zip(rules.COLUMNS, settings, strict=False)),
+        settings[len(rules.COLUMNS) :],
+        take(p.bias),
+        allowed,
+        [] if history is None else history.tolist(),
+        [] if prompt is None else prompt.tolist(),
+        order,
+    )
+
+
+def _pack(kept: list[Tensor], p: _Prepared) -> Tensor:
+    words = (p.vocab + 31) // 32
+    bits = torch.zeros(p.rows, words * 32, dtype=torch.int64)
+    for r, row in enumerate(kept):
+        bits[r, : p.vocab] = row.long()
+    packed = (bits.view(p.rows, words, 32) << torch.arange(32)).sum(dim=-1)
+    return packed.to(torch.int32).view(*p.lead, words)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.library.register_fake("arcore::sample")
+def _fake_sample(
+    logits: list[Tensor],
+    settings: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    history: Tensor | None,
+    prompt: Tensor | None,
+    seed: Tensor,
+    offset: Tensor,
+    num_samples: int,
+    order: int,
+    mode: int,
+    want_prob: bool,
+    want_logprob: bool,
+    want_raw_logprob: bool,
+    want_entropy: bool,
+    want_kept: bool,
+) -> tuple[Tensor, ...]:
+    x = logits[0]
+    rows, words = x.shape[0] * x.shape[1], (x.shape[2] + 31) // 32
+
+    def draws(wanted: bool) -> Tensor:
+        return x.new_empty((rows, num_samples) if wanted else (0,), dtype=torch.float32)
+
+    return (
+        x.new_empty((rows, num_samples), dtype=torch.int64),
+        draws(want_prob),
+        draws(want_logprob),
+        draws(want_raw_logprob),
+        x.new_empty((rows,) if want_entropy else (0,), dtype=torch.float32),
+        x.new_empty((rows,), dtype=torch.bool),
+        x.new_empty((rows, words) if want_kept else (0,), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("arcore::filter_probs")
+def _fake_filter_probs(
+    logits: list[Tensor],
+    settings: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    history: Tensor | None,
+    prompt: Tensor | None,
+    order: int,
+    want_entropy: bool,
+    want_kept: bool,
+) -> tuple[Tensor, ...]:
+    x = logits[0]
+    rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
+    return (
+        x.new_empty((rows, vocab), dtype=torch.float32),
+        x.new_empty((rows,) if want_entropy else (0,), dtype=torch.float32),
+        x.new_empty((rows,), dtype=torch.bool),
+        x.new_empty((rows, (vocab + 31) // 32) if want_kept else (0,), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("arcore::confidence_mask")
+def _fake_confidence_mask(
+    confidence: Tensor,
+    candidates: Tensor | None,
+    count: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    temperature: float,
+    ties: int,
+) -> Tensor:
+    return torch.empty_like(confidence, dtype=torch.bool, memory_format=torch.contiguous_format)
