@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/host_device.h"
 
@@ -22,8 +23,14 @@ constexpr int64_t kWalkBlock = 64;
 
 // floor(p * 2^62) for 0 <= p <= 1. NaN and negative numbers count as 0, numbers above 1 as 1.
 ARCORE_HOST_DEVICE uint64_t fixed_point(float p) {
-  const float positive = p > 0.0f ? p : 0.0f;
-  const float capped = positive < 1.0f ? positive : 1.0f;
+  // On the bits, without branches: compilers vectorise sums of this.
+  constexpr int32_t kOne = 0x3f800000, kInfinity = 0x7f800000;
+  int32_t bits;
+  std::memcpy(&bits, &p, sizeof(bits));
+  bits &= ~(bits >> 31) & -static_cast<int32_t>(bits <= kInfinity);
+  bits = bits < kOne ? bits : kOne;
+  float capped;
+  std::memcpy(&capped, &bits, sizeof(capped));
   return static_cast<uint64_t>(static_cast<int64_t>(capped * kProbabilityScale));
 }
 
@@ -40,8 +47,12 @@ ARCORE_HOST_DEVICE uint64_t level_of(uint64_t bits, uint64_t total) {
 // The sum of n numbers that lie `stride` apart.
 ARCORE_HOST_DEVICE uint64_t fixed_sum(const float* p, int64_t n, int64_t stride = 1) {
   uint64_t sum = 0;
-  for (int64_t i = 0; i < n; ++i)
-    sum += fixed_point(p[i * stride]);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i)
+      sum += fixed_point(p[i]);
+  else
+    for (int64_t i = 0; i < n; ++i)
+      sum += fixed_point(p[i * stride]);
   return sum;
 }
 
