@@ -438,7 +438,8 @@ void filter_min_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
 int64_t sum_surprises(const Row& row, const Workspace& w, float scale) {
   int64_t sum = 0;
   for (int64_t i = 0; i < row.n; ++i)
-    sum += mass_of(w.e[i] * (row.top - value_of(w.key[i])), scale);
+    // Beyond 88, where e is 0, the difference may overflow.
+    sum += mass_of(w.e[i] * min_of(row.top - value_of(w.key[i]), 88.0f), scale);
   return sum;
 }
 

@@ -188,7 +188,7 @@ def process_row(row: RowInputs) -> RowResult:
         alive = apply_filters(x, row.order, s, scale)
     top, e, _, total = weigh(x, alive, scale)
     norm = torch.tensor(scale / total).float()
-    surprise = ((e * (top - x).masked_fill(~alive, 0.0)).double() * scale).long().sum().item()
+    surprise = surprises(e, top - x, alive, scale)
     entropy = math.log(total / scale) + surprise / total
     return RowResult(e * norm, alive, True, x, top.item(), total / scale, entropy)
 
@@ -199,6 +199,12 @@ def weigh(x: Tensor, alive: Tensor, scale: float) -> tuple[Tensor, Tensor, Tenso
     e = torch.where(alive, exp(torch.where(alive, x - top, 0.0)), 0.0)
     mass = (e.double() * scale).long()
     return top, e, mass, float(mass.sum().item())
+
+
+def surprises(e: Tensor, distance: Tensor, alive: Tensor, scale: float) -> int:
+    """The sum of the masses of e * -log(e); beyond 88, where e is 0, the distance may be infinite."""
+    product = e * distance.clamp(max=88.0).masked_fill(~alive, 0.0)
+    return int((product.double() * scale).long().sum().item())
 
 
 def apply_filters(x: Tensor, order: str, s: dict[str, float], scale: float) -> Tensor:
@@ -231,7 +237,7 @@ def kept_by(name: str, x: Tensor, alive: Tensor, value: float, scale: float) -> 
         return above(ranked, mass) < max(math.ceil(value * total), 1)
     if name == "min_p":
         return (e.double() >= value) | (ranked == top)
-    surprise = ((e * (top - ranked).masked_fill(~alive, 0.0)).double() * scale).long().sum().item()
+    surprise = surprises(e, top - ranked, alive, scale)
     mean = torch.tensor(surprise / total).float()
     if name == "typical_p":
         distance = ((ranked - top) + mean).abs()

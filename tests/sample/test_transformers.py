@@ -1,0 +1,127 @@
+"""order="hf" means what the installed transformers means: its processors are the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from arcore.ops import filter_probs, reference_filter_probs
+
+lp = pytest.importorskip("transformers.generation.logits_process")
+
+ROWS, VOCAB = 6, 500
+
+
+def _logits(seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def _oracle(logits, *processors, ids=None):
+    ids = torch.zeros(len(logits), 1, dtype=torch.long) if ids is None else ids
+    for processor in processors:
+        logits = processor(ids, logits)
+    return logits
+
+
+def assert_same(logits, processed, **kw):
+    """The same support, and probabilities within what float32 softmax loses against float64."""
+    for function in (filter_probs, reference_filter_probs):
+        probs = function(logits, **kw)
+        exact = processed.double().softmax(-1)
+        assert torch.equal(probs > 0, exact > 2.0**-120)
+        loss = (processed.softmax(-1) - exact).abs().max().item()
+        assert (probs - exact).abs().max().item() <= 2 * loss + 1e-7
+
+
+SINGLE = [
+    ("temperature", 0.7, lambda: lp.TemperatureLogitsWarper(0.7)),
+    ("temperature", 1.9, lambda: lp.TemperatureLogitsWarper(1.9)),
+    ("top_k", 1, lambda: lp.TopKLogitsWarper(1)),
+    ("top_k", 50, lambda: lp.TopKLogitsWarper(50)),
+    ("top_k", 9000, lambda: lp.TopKLogitsWarper(9000)),
+    ("top_p", 0.01, lambda: lp.TopPLogitsWarper(0.01)),
+    ("top_p", 0.9, lambda: lp.TopPLogitsWarper(0.9)),
+    ("top_p", 0.0, lambda: lp.TopPLogitsWarper(0.0)),
+    ("min_p", 0.05, lambda: lp.MinPLogitsWarper(0.05)),
+    ("typical_p", 0.3, lambda: lp.TypicalLogitsWarper(0.3)),
+    ("typical_p", 0.95, lambda: lp.TypicalLogitsWarper(0.95)),
+    ("epsilon", 0.01, lambda: lp.EpsilonLogitsWarper(0.01)),
+    ("epsilon", 0.999, lambda: lp.EpsilonLogitsWarper(0.999)),
+    ("eta", 0.01, lambda: lp.EtaLogitsWarper(0.01)),
+    ("eta", 0.3, lambda: lp.EtaLogitsWarper(0.3)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "make"), SINGLE, ids=lambda v: "" if callable(v) else str(v))
+def test_each_filter(name, value, make):
+    for seed in range(3):
+        logits = _logits(seed)
+        assert_same(logits, _oracle(logits, make()), **{name: value})
+
+
+def test_combinations_in_the_order_of_generate():
+    for seed in range(5):
+        logits = _logits(10 + seed)
+        processed = _oracle(
+            logits,
+            lp.TemperatureLogitsWarper(0.8),
+            lp.TopKLogitsWarper(100),
+            lp.TopPLogitsWarper(0.95),
+            lp.MinPLogitsWarper(0.02),
+            lp.TypicalLogitsWarper(0.9),
+            lp.EpsilonLogitsWarper(0.01),
+            lp.EtaLogitsWarper(0.02),
+        )
+        settings = dict(temperature=0.8, top_k=100, top_p=0.95, min_p=0.02, typical_p=0.9)
+        assert_same(logits, processed, **settings, epsilon=0.01, eta=0.02)
+
+
+def test_the_order_that_generate_builds():
+    """The list of processors comes from transformers itself, not from this test."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.8, top_k=60, top_p=0.9, min_p=0.03, typical_p=0.9,
+        epsilon_cutoff=0.01, eta_cutoff=0.02, repetition_penalty=1.3,
+    )  # fmt: skip
+    mixin = transformers.GenerationMixin()
+    mixin.config = transformers.GPT2Config(vocab_size=VOCAB)
+    logits, ids = _logits(42), torch.randint(0, VOCAB, (ROWS, 20))
+    processors = mixin._get_logits_processor(config, input_ids_seq_length=20)
+    assert_same(
+        logits, processors(ids, logits.clone()), temperature=0.8, top_k=60, top_p=0.9, min_p=0.03,
+        typical_p=0.9, epsilon=0.01, eta=0.02, repetition_penalty=1.3, prompt=ids,
+    )  # fmt: skip
+
+
+def test_repetition_penalty_and_bias():
+    logits, ids = _logits(1), torch.randint(0, VOCAB, (ROWS, 30))
+    processed = _oracle(logits, lp.RepetitionPenaltyLogitsProcessor(1.7), ids=ids)
+    assert_same(logits, processed, repetition_penalty=1.7, history=ids)
+    assert_same(logits, processed, repetition_penalty=1.7, prompt=ids[:, :12], history=ids[:, 12:])
+    bias = lp.SequenceBiasLogitsProcessor([[[3], 2.5], [[7], -4.0]])
+    dense = torch.zeros(VOCAB)
+    dense[3], dense[7] = 2.5, -4.0
+    assert_same(logits, _oracle(logits, bias, ids=ids), bias=dense)
+
+
+def test_guidance():
+    """transformers mixes log-softmax; that differs by a constant per row, so the distribution is the same."""
+    cond, uncond = _logits(2), _logits(3)
+    mixed = 2.5 * (cond.log_softmax(-1) - uncond.log_softmax(-1)) + uncond.log_softmax(-1)
+    processed = _oracle(mixed, lp.TopKLogitsWarper(100), lp.TopPLogitsWarper(0.9))
+    probs = filter_probs(cond, uncond=uncond, cfg_scale=2.5, top_k=100, top_p=0.9)
+    exact = processed.double().softmax(-1)
+    assert torch.equal(probs > 0, exact > 0)
+    torch.testing.assert_close(probs.double(), exact, rtol=2e-5, atol=1e-7)
+
+
+def test_ties_at_the_nucleus_stay_together():
+    """transformers keeps as many of equal tokens as its sort happens to put last; here they share one fate."""
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, -3.0]])
+    theirs = _oracle(logits, lp.TopPLogitsWarper(0.6)) > -math.inf
+    ours = filter_probs(logits, top_p=0.6) > 0
+    assert ours.tolist() == [[True, True, True, True, False]]
+    assert bool((theirs <= ours).all())
+    assert theirs.sum() < ours.sum()
