@@ -127,7 +127,7 @@ def floors_report(records: list[dict]) -> list[str]:
     mine = [r for r in records if r.get("op") == "sample"]
     times = {(r["case"], r["impl"]): r for r in mine}
     lines = [
-        f"sample {r['case']:<16} {r['impl']:<13} {r['milliseconds']:9.2f} ms  {r['moved_mib']:6.1f} MiB moved at least, "
+        f"sample {r['case']:<16} {r['impl']:<13} {r['milliseconds']:9.2f} ms  {r['moved_mib']:6.1f} MiB at least, "
         f"{r['gb_per_s']:6.2f} GB/s = {r['fraction_of_bandwidth']:6.1%} of {r['bandwidth_gb_per_s']} GB/s"
         for r in mine
     ]
