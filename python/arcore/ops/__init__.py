@@ -12,10 +12,28 @@ from arcore.ops.sample import (
 )
 from arcore.ops.selective_scan import reference_selective_scan, selective_scan
 from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
+from arcore.ops.speculative import (
+    Verified,
+    VerifiedWindow,
+    codebook_neighbours,
+    reference_verify_chain,
+    reference_verify_jacobi,
+    reference_verify_relaxed,
+    reference_verify_tree,
+    reference_verify_typical,
+    verify_chain,
+    verify_jacobi,
+    verify_relaxed,
+    verify_tree,
+    verify_typical,
+)
 
 __all__ = [
     "TokenLogprobs",
+    "Verified",
+    "VerifiedWindow",
     "block_sparse_attention",
+    "codebook_neighbours",
     "confidence_mask",
     "filter_probs",
     "linear_logprobs",
@@ -26,7 +44,17 @@ __all__ = [
     "reference_sample",
     "reference_selective_scan",
     "reference_token_logprobs",
+    "reference_verify_chain",
+    "reference_verify_jacobi",
+    "reference_verify_relaxed",
+    "reference_verify_tree",
+    "reference_verify_typical",
     "sample",
     "selective_scan",
     "token_logprobs",
+    "verify_chain",
+    "verify_jacobi",
+    "verify_relaxed",
+    "verify_tree",
+    "verify_typical",
 ]
