@@ -24,18 +24,44 @@ double from_fixed(uint64_t sum) {
   return static_cast<double>(sum) * 0x1p-62;
 }
 
-// log(x) for positive normal x, relative error 2e-7 (absolute 1e-7 near 1): x = m 2^e with m near 1, then
-// 2 atanh((m - 1) / (m + 1)).
-void log_of(float* ARCORE_RESTRICT x, int64_t n) {
+#if defined(__FMA__)
+inline float muladd(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+#else
+inline float muladd(float a, float b, float c) {
+  return a * b + c;
+}
+#endif
+
+// sum of x log(x + 1e-5) over n >= 0 numbers, n at most kChunk; logarithms are right to about 1e-7. With
+// x + 1e-5 = 2^e (1 + f) and 1 + f between sqrt(1/2) and sqrt(2), log is e log 2 + f P(f), P of degree 7.
+double sum_x_log_x(const float* ARCORE_RESTRICT x, int64_t n) {
+  float terms[kChunk];
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t bits = __builtin_bit_cast(int32_t, x[i]);
-    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2), rounded down
-    const float m = __builtin_bit_cast(float, bits - (exponent << 23));
-    const float s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
-    const float series = 2.0f / 9 * s2 + 2.0f / 7;
-    x[i] = static_cast<float>(exponent) * 0.693147181f +
-           s * (2.0f + s2 * (2.0f / 3 + s2 * (2.0f / 5 + s2 * series)));
+    const int32_t bits = __builtin_bit_cast(int32_t, x[i] + 1e-5f);
+    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of (x + 1e-5) / sqrt(1/2), rounded down
+    const float f = __builtin_bit_cast(float, bits - (exponent << 23)) - 1.0f;
+    float series = muladd(-0.10134057f, f, 0.16234189f);
+    series = muladd(series, f, -0.17247014f);
+    series = muladd(series, f, 0.19898566f);
+    series = muladd(series, f, -0.24970071f);
+    series = muladd(series, f, 0.33335114f);
+    series = muladd(series, f, -0.50000364f);
+    series = muladd(series, f, 0.99999994f);
+    terms[i] = x[i] * muladd(static_cast<float>(exponent), 0.69314718f, f * series);
   }
+  float lanes[kSumLanes] = {};
+  const int64_t whole = n / kSumLanes * kSumLanes;
+  for (int64_t i = 0; i < whole; i += kSumLanes)
+    for (int lane = 0; lane < kSumLanes; ++lane)
+      lanes[lane] += terms[i + lane];
+  for (int64_t i = whole; i < n; ++i)
+    lanes[i - whole] += terms[i];
+  double sum = 0.0;
+  for (int lane = 0; lane < kSumLanes; ++lane)
+    sum += static_cast<double>(lanes[lane]);
+  return sum;
 }
 
 // One row of V probabilities of any storage type and stride.
@@ -67,6 +93,7 @@ struct Scratch {
   uint64_t* removed;     // a bit per token
   double* score;
   int64_t* depth;
+  int32_t* neighbours;  // of one token
 };
 
 int64_t bytes_of_weights(const Problem& p) {
@@ -81,7 +108,8 @@ int64_t bytes_of_nodes(const Problem& p) {
   return round_up(p.nodes * static_cast<int64_t>(sizeof(int64_t)), 64);
 }
 int64_t scratch_bytes(const Problem& p) {
-  return bytes_of_weights(p) + 2 * bytes_of_words(p) + 2 * bytes_of_nodes(p);
+  return bytes_of_weights(p) + 2 * bytes_of_words(p) + 2 * bytes_of_nodes(p) +
+         round_up(p.neighbours.stored * static_cast<int64_t>(sizeof(int32_t)), 64);
 }
 Scratch divide(const Problem& p, void* scratch) {
   char* at = static_cast<char*>(scratch);
@@ -90,7 +118,8 @@ Scratch divide(const Problem& p, void* scratch) {
   s.block_sums = reinterpret_cast<uint64_t*>(at += bytes_of_weights(p));
   s.removed = reinterpret_cast<uint64_t*>(at += bytes_of_words(p));
   s.score = reinterpret_cast<double*>(at += bytes_of_words(p));
-  s.depth = reinterpret_cast<int64_t*>(at + bytes_of_nodes(p));
+  s.depth = reinterpret_cast<int64_t*>(at += bytes_of_nodes(p));
+  s.neighbours = reinterpret_cast<int32_t*>(at + bytes_of_nodes(p));
   return s;
 }
 
@@ -137,44 +166,23 @@ class CpuTeam {
     return at;
   }
 
-  double entropy_target(int64_t row) const {
+  double entropy_target(int64_t row, double enough) const {
     const Row<T> r = target_row(row);
-    float buffer[kChunk], logs[kChunk];
-    double sum = 0.0;
+    float buffer[kChunk];
+    double entropy = 0.0;
     for (int64_t i = 0; i < p_.vocab; i += kChunk) {
       const int64_t n = min_of(kChunk, p_.vocab - i);
-      const float* x = r.chunk(i, n, buffer);
-      for (int64_t j = 0; j < n; ++j)
-        logs[j] = x[j] + 1e-5f;
-      log_of(logs, n);
-      float lanes[kSumLanes] = {};
-      for (int64_t j = 0; j + kSumLanes <= n; j += kSumLanes)
-        for (int lane = 0; lane < kSumLanes; ++lane)
-          lanes[lane] += x[j + lane] * logs[j + lane];
-      for (int64_t j = n / kSumLanes * kSumLanes; j < n; ++j)
-        lanes[j % kSumLanes] += x[j] * logs[j];
-      for (int lane = 0; lane < kSumLanes; ++lane)
-        sum += static_cast<double>(lanes[lane]);
+      entropy -= sum_x_log_x(r.chunk(i, n, buffer), n);
+      // What is left takes away 1e-5 at most; rounding, less.
+      if (entropy > enough + 1e-3) break;
     }
-    return -sum;
+    return entropy;
   }
 
-  int64_t neighbour(int64_t token, int64_t i) const {
-    const Neighbours& n = p_.neighbours;
-    const int64_t at = token * n.token + i * n.item;
-    int64_t near = 0;
-    switch (n.type) {
-      case IndexType::kInt32:
-        near = static_cast<const int32_t*>(n.data)[at];
-        break;
-      case IndexType::kInt64:
-        near = static_cast<const int64_t*>(n.data)[at];
-        break;
-      case IndexType::kUInt16:
-        near = static_cast<const uint16_t*>(n.data)[at];
-        break;
-    }
-    return near < p_.vocab && near != token ? near : -1;
+  // The ids of a token's neighbours are brought to one type once, as they are looked at several times.
+  int64_t neighbour(int64_t token, int64_t i) {
+    if (token != listed_token_) list_neighbours(token);
+    return s_.neighbours[i];
   }
 
   void load(int64_t row) {
@@ -200,7 +208,9 @@ class CpuTeam {
       s_.weights[i] = value;
   }
 
-  bool removed(int64_t token) const { return s_.removed[token / 64] >> (token % 64) & 1; }
+  bool removed(int64_t token) const {
+    return any_removed_ && (s_.removed[token / 64] >> (token % 64) & 1) != 0;
+  }
   void remove(int64_t token) {
     s_.removed[token / 64] |= uint64_t{1} << (token % 64);
     any_removed_ = true;
@@ -218,6 +228,28 @@ class CpuTeam {
   Row<T> draft_row(int64_t row) const { return view(p_.draft, row); }
   Row<T> view(const Probabilities& x, int64_t row) const {
     return {static_cast<const T*>(x.data) + b_ * x.batch + row * x.row, x.token};
+  }
+
+  void list_neighbours(int64_t token) {
+    const Neighbours& n = p_.neighbours;
+    const auto copy = [&](auto* data) {
+      for (int64_t i = 0; i < n.stored; ++i) {
+        const int64_t near = data[token * n.token + i * n.item];
+        s_.neighbours[i] = near >= 0 && near < p_.vocab && near != token ? static_cast<int32_t>(near) : -1;
+      }
+    };
+    switch (n.type) {
+      case IndexType::kInt32:
+        copy(static_cast<const int32_t*>(n.data));
+        break;
+      case IndexType::kInt64:
+        copy(static_cast<const int64_t*>(n.data));
+        break;
+      case IndexType::kUInt16:
+        copy(static_cast<const uint16_t*>(n.data));
+        break;
+    }
+    listed_token_ = token;
   }
 
   // The sum of all tokens; NaN if one is no probability. Keeps the sums of blocks for `draw`.
@@ -276,6 +308,7 @@ class CpuTeam {
   const Scratch& s_;
   int64_t b_;
   uint64_t total_ = 0;
+  int64_t listed_token_ = -1;
   bool any_removed_ = false;
 };
 

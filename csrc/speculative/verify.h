@@ -7,7 +7,7 @@
 //   int64_t draw_target(row, bits)                the token that inverse_cdf picks from a target row; -1: NaN, infinite
 //                                                 or negative numbers, or no mass
 //   int64_t argmax_target(row)                    the likeliest token, the lowest of equals; -1: NaN
-//   double entropy_target(row)                    -sum p log(p + 1e-5)
+//   double entropy_target(row, enough)            -sum p log(p + 1e-5), or any number above `enough` if it is above
 //   int64_t neighbour(token, i)                   the i-th nearest token, -1: none
 //
 // and, of one row of unnormalised weights w that a team holds in scratch memory:
@@ -360,16 +360,22 @@ ARCORE_HOST_DEVICE bool accept_typical(const Problem& p, const Proposals& propos
     if (node >= 0 && team.depth(node) == kRefused) continue;
     const int64_t row = node + 1, depth = node < 0 ? 1 : team.depth(node) + 1;
     const double score = node < 0 ? 0.0 : team.score(node);
-    double threshold = -1.0;  // not needed yet: what exceeds epsilon exceeds the threshold
+    // What exceeds epsilon exceeds the threshold. Else the entropy H decides, p > delta exp(-H): with the H that the
+    // least likely child needs, all of them stand.
+    double needed = -1.0;
     for (int64_t child = proposals.next_child(node, -1); child >= 0; child = proposals.next_child(node, child)) {
       const float own = team.target(row, proposals.token(child));
       if (!is_probability(own)) return false;
-      if (!(own > p.epsilon)) {
-        if (own == 0.0f) continue;
-        if (threshold < 0.0) threshold = p.delta * ::exp(-team.entropy_target(row));
-        if (!(threshold >= 0.0)) return false;
-        if (!(own > threshold)) continue;
-      }
+      if (own > p.epsilon || own == 0.0f) continue;
+      const double wanted = ::log(p.delta / own);
+      if (wanted > needed) needed = wanted;
+    }
+    const double entropy = needed >= 0.0 ? team.entropy_target(row, needed) : 0.0;
+    if (!(entropy >= -1.0)) return false;
+    const double threshold = p.delta * ::exp(-entropy);
+    for (int64_t child = proposals.next_child(node, -1); child >= 0; child = proposals.next_child(node, child)) {
+      const float own = team.target(row, proposals.token(child));
+      if (own == 0.0f || !(own > p.epsilon || own > threshold)) continue;
       team.depth(child) = depth;
       team.score(child) = score + ::log(static_cast<double>(own));
       if (best < 0 || depth > team.depth(best) ||

@@ -82,13 +82,21 @@ def test_chain(target, draft, method):
     _check(_decode(_chain_round(target, draft, 2, generator, method=method)), target)
 
 
+@pytest.mark.slow
 def test_block_in_one_round(target, draft):
     """Three drafts and the token after them, so that every accepted length is met with every residual."""
     generator = torch.Generator().manual_seed(4)
     _check(_decode(_chain_round(target, draft, 3, generator, method="block")), target)
 
 
-@pytest.mark.parametrize("kind", ["without_replacement", "with_replacement", "chosen"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "without_replacement",
+        pytest.param("with_replacement", marks=pytest.mark.slow),
+        pytest.param("chosen", marks=pytest.mark.slow),
+    ],
+)
 def test_tree(target, draft, kind):
     generator = torch.Generator().manual_seed(5)
     replacement = kind == "with_replacement"
@@ -122,7 +130,7 @@ def test_tree(target, draft, kind):
     _check(_decode(propose), target)
 
 
-@pytest.mark.parametrize("kind", ["drawn", "chosen"])
+@pytest.mark.parametrize("kind", ["drawn", pytest.param("chosen", marks=pytest.mark.slow)])
 def test_jacobi(target, kind):
     """Windows of three that carry their drafts, and the rows these were drawn from, from one iteration to the next."""
     generator = torch.Generator().manual_seed(6)
@@ -170,7 +178,7 @@ def test_the_g_test_finds_a_wrong_rule(target, draft):
     assert g_test(count_sequences(_decode(propose), VOCAB), target.joint()) < 1e-12
 
 
-@pytest.mark.parametrize("vocab", [2, 50])
+@pytest.mark.parametrize("vocab", [2, 20])
 def test_acceptance_rate_is_the_overlap(vocab):
     p = distributions(1, 2, vocab, seed=10).expand(N, -1, -1)
     q = distributions(1, 1, vocab, seed=11).expand(N, -1, -1)

@@ -51,7 +51,7 @@ def _inputs(batch=4):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_fullgraph(backend):
     inputs = _inputs()
     compiled = torch.compile(_everything, fullgraph=True, backend=backend)
