@@ -30,6 +30,7 @@ PAGES = [
     *(
         "ops/index",
         "ops/block_sparse_attention",
+        "ops/speculative",
         "zoo/index",
         "zoo/var",
         "api/ops",

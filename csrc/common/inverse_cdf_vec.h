@@ -1,4 +1,5 @@
-// The sums of inverse_cdf.h in vectors, for CPU kernels. They are integers, so vectors change nothing in them.
+// The sums of inverse_cdf.h in vectors, for CPU kernels. They are integers, so vectors change nothing in
+// them.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ static inline CheckedSum checked_sum(const float* p, int64_t n) {
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 static inline CheckedSum checked_sum(const float* p, int64_t n) {
-  // There is no conversion to int64. A number's integer is high * 2^31 + low, and sums of such halves are exact in
-  // double precision.
+  // There is no conversion to int64. A number's integer is high * 2^31 + low, and sums of such halves are
+  // exact in double precision.
   const __m256 one = _mm256_set1_ps(1.0f), scale = _mm256_set1_ps(0x1p31f);
   const __m256 largest = _mm256_set1_ps(3.402823466e38f), zero = _mm256_setzero_ps();
   __m256d high[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()}, low[2] = {high[0], high[0]};

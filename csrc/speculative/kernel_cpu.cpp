@@ -1,7 +1,8 @@
 // Verification of drafts on the CPU: the walks over the vocabulary that verify.h leaves to its team.
 //
-// A row of the batch is one thread's work from start to end, so no result depends on the number of threads or on the
-// other rows. Sums of probabilities are sums of integers (common/inverse_cdf.h), the same in every order.
+// A row of the batch is one thread's work from start to end, so no result depends on the number of threads or
+// on the other rows. Sums of probabilities are sums of integers (common/inverse_cdf.h), the same in every
+// order.
 #include "common/inverse_cdf_vec.h"
 #include "common/vec.h"
 #include "speculative/params.h"
@@ -313,7 +314,8 @@ class CpuTeam {
 };
 
 template <typename T>
-void verify_rows(const Problem& p, const Results& results, const Scratch& scratch, int64_t begin, int64_t end) {
+void verify_rows(const Problem& p, const Results& results, const Scratch& scratch, int64_t begin,
+                 int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     CpuTeam<T> team(p, scratch, b);
     verify_row(p, results, b, team);

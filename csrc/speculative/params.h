@@ -49,8 +49,8 @@ struct Problem {
   Integers lengths;      // [B], nodes that count; none: all
   Integers seed, offset;
   Neighbours neighbours;
-  double delta;        // relaxation: bound on the moved probability; typical: factor on exp(-entropy)
-  double epsilon;      // typical: bound on the threshold
+  double delta;         // relaxation: bound on the moved probability; typical: factor on exp(-entropy)
+  double epsilon;       // typical: bound on the threshold
   bool multiplicative;  // relaxation: delta is a multiple of the proposal's own probability
   bool replacement;     // siblings were drawn independently of each other
   bool greedy_bonus;    // typical: the last token is the likeliest one

@@ -34,11 +34,13 @@ struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
 };
 
-Probabilities probabilities(const char* op, const char* name, const Tensor& t, const Problem& p, int64_t rows) {
+Probabilities probabilities(const char* op, const char* name, const Tensor& t, const Problem& p,
+                            int64_t rows) {
   ARCORE_CHECK(t.dim() == 3 && t.size(0) == p.batch && t.size(1) == rows && t.size(2) == p.vocab, op,
-               "expected ", name, " of shape (", p.batch, ", ", rows, ", ", p.vocab, ") but got ", shape_of(t));
-  ARCORE_CHECK(storage_type(t, op, name) == p.dtype, op, "expected ", name, " of target_probs' dtype but got ",
-               torch::headeronly::toString(t.scalar_type()));
+               "expected ", name, " of shape (", p.batch, ", ", rows, ", ", p.vocab, ") but got ",
+               shape_of(t));
+  ARCORE_CHECK(storage_type(t, op, name) == p.dtype, op, "expected ", name,
+               " of target_probs' dtype but got ", torch::headeronly::toString(t.scalar_type()));
   ARCORE_CHECK(t.is_cpu(), op, "expected ", name, " to be a CPU tensor");
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -49,8 +51,8 @@ Integers integers(const char* op, const char* name, const Tensor& t, int64_t bat
                torch::headeronly::toString(t.scalar_type()));
   ARCORE_CHECK(t.is_cpu(), op, "expected ", name, " to be a CPU tensor");
   if (items < 0) {
-    ARCORE_CHECK(t.dim() == 1 && t.size(0) == batch, op, "expected ", name, " of shape (", batch, ") but got ",
-                 shape_of(t));
+    ARCORE_CHECK(t.dim() == 1 && t.size(0) == batch, op, "expected ", name, " of shape (", batch,
+                 ") but got ", shape_of(t));
     return {static_cast<const int64_t*>(t.data_ptr()), t.stride(0), 0};
   }
   ARCORE_CHECK(t.dim() == 2 && t.size(0) == batch && t.size(1) == items, op, "expected ", name, " of shape (",
@@ -82,8 +84,8 @@ Problem problem(const char* op, Rule rule, const Tensor& target, const Tensor& t
     int64_t length = p.nodes;
     if (lengths.has_value()) {
       length = p.lengths.data[b * p.lengths.batch];
-      ARCORE_CHECK(length >= 0 && length <= p.nodes, op, "expected lengths from 0 to ", p.nodes, " but row ", b,
-                   " has ", length);
+      ARCORE_CHECK(length >= 0 && length <= p.nodes, op, "expected lengths from 0 to ", p.nodes, " but row ",
+                   b, " has ", length);
     }
     for (int64_t i = 0; i < length; ++i) {
       const int64_t token = p.tokens.data[b * p.tokens.batch + i * p.tokens.item];
@@ -91,8 +93,8 @@ Problem problem(const char* op, Rule rule, const Tensor& target, const Tensor& t
                    ", or -1 for padding, but row ", b, ", node ", i, " has ", token);
       if (!parents.has_value()) continue;
       const int64_t parent = p.parents.data[b * p.parents.batch + i * p.parents.item];
-      ARCORE_CHECK(parent >= -1 && parent < i, op, "expected -1 <= parents[i] < i but node ", i, " of row ", b,
-                   " has parent ", parent, "; list parents before their children");
+      ARCORE_CHECK(parent >= -1 && parent < i, op, "expected -1 <= parents[i] < i but node ", i, " of row ",
+                   b, " has parent ", parent, "; list parents before their children");
     }
   }
   return p;
@@ -126,7 +128,8 @@ VerifiedWindow run(const Problem& p, const Tensor& like) {
   Tensor accepted = torch::stable::new_empty(like, {p.batch}, ScalarType::Long);
   Tensor path = torch::stable::new_empty(like, {p.batch, p.nodes}, ScalarType::Long);
   Tensor valid = torch::stable::new_empty(like, {p.batch}, ScalarType::Bool);
-  Tensor drafts = torch::stable::new_empty(like, {p.rule == Rule::kJacobi ? p.batch : 0, p.nodes}, ScalarType::Long);
+  Tensor drafts =
+      torch::stable::new_empty(like, {p.rule == Rule::kJacobi ? p.batch : 0, p.nodes}, ScalarType::Long);
   const Results results{static_cast<int64_t*>(tokens.data_ptr()), static_cast<int64_t*>(accepted.data_ptr()),
                         static_cast<int64_t*>(path.data_ptr()), static_cast<bool*>(valid.data_ptr()),
                         static_cast<int64_t*>(drafts.data_ptr())};
@@ -148,16 +151,15 @@ Verified without_drafts(VerifiedWindow&& all) {
 Verified verify_chain(const Tensor& target, const Tensor& tokens, const OptionalTensor& draft,
                       const OptionalTensor& lengths, const Tensor& seed, const Tensor& offset, bool block) {
   ARCORE_CHECK(!block || draft.has_value(), "verify_chain", "expected draft_probs for block verification");
-  const Problem p = problem("verify_chain", block ? Rule::kBlock : Rule::kTokens, target, tokens, std::nullopt,
-                            draft, lengths, seed, offset);
+  const Problem p = problem("verify_chain", block ? Rule::kBlock : Rule::kTokens, target, tokens,
+                            std::nullopt, draft, lengths, seed, offset);
   return without_drafts(run(p, target));
 }
 
 Verified verify_tree(const Tensor& target, const Tensor& tokens, const Tensor& parents,
                      const OptionalTensor& draft, const OptionalTensor& lengths, const Tensor& seed,
                      const Tensor& offset, bool replacement) {
-  Problem p =
-      problem("verify_tree", Rule::kTokens, target, tokens, parents, draft, lengths, seed, offset);
+  Problem p = problem("verify_tree", Rule::kTokens, target, tokens, parents, draft, lengths, seed, offset);
   p.replacement = replacement;
   return without_drafts(run(p, target));
 }
@@ -165,9 +167,10 @@ Verified verify_tree(const Tensor& target, const Tensor& tokens, const Tensor& p
 Verified verify_typical(const Tensor& target, const Tensor& tokens, const OptionalTensor& parents,
                         const OptionalTensor& lengths, const Tensor& seed, const Tensor& offset,
                         double epsilon, double delta, bool greedy_bonus) {
-  Problem p = problem("verify_typical", Rule::kTypical, target, tokens, parents, std::nullopt, lengths, seed, offset);
-  ARCORE_CHECK(epsilon >= 0.0 && delta >= 0.0, "verify_typical", "expected epsilon >= 0 and delta >= 0 but got ",
-               epsilon, " and ", delta);
+  Problem p =
+      problem("verify_typical", Rule::kTypical, target, tokens, parents, std::nullopt, lengths, seed, offset);
+  ARCORE_CHECK(epsilon >= 0.0 && delta >= 0.0, "verify_typical",
+               "expected epsilon >= 0 and delta >= 0 but got ", epsilon, " and ", delta);
   p.epsilon = epsilon;
   p.delta = delta;
   p.greedy_bonus = greedy_bonus;
@@ -175,12 +178,12 @@ Verified verify_typical(const Tensor& target, const Tensor& tokens, const Option
 }
 
 Verified verify_relaxed(const Tensor& target, const Tensor& tokens, const Tensor& neighbours,
-                        const OptionalTensor& parents, const OptionalTensor& draft, const OptionalTensor& lengths,
-                        const Tensor& seed, const Tensor& offset, double delta, int64_t k, bool multiplicative,
-                        bool coarse, bool replacement) {
+                        const OptionalTensor& parents, const OptionalTensor& draft,
+                        const OptionalTensor& lengths, const Tensor& seed, const Tensor& offset, double delta,
+                        int64_t k, bool multiplicative, bool coarse, bool replacement) {
   const char* op = "verify_relaxed";
-  Problem p = problem(op, coarse ? Rule::kRelaxedCoarse : Rule::kRelaxed, target, tokens, parents, draft, lengths,
-                      seed, offset);
+  Problem p = problem(op, coarse ? Rule::kRelaxedCoarse : Rule::kRelaxed, target, tokens, parents, draft,
+                      lengths, seed, offset);
   ARCORE_CHECK(delta >= 0.0, op, "expected delta >= 0 but got ", delta);
   ARCORE_CHECK(!coarse || !draft.has_value(), op,
                "expected no draft_probs with the released residual, which treats proposals as chosen");
@@ -193,8 +196,9 @@ Verified verify_relaxed(const Tensor& target, const Tensor& tokens, const Tensor
 
 VerifiedWindow verify_jacobi(const Tensor& target, const Tensor& tokens, const OptionalTensor& draft,
                              const OptionalTensor& lengths, const Tensor& seed, const Tensor& offset) {
-  return run(problem("verify_jacobi", Rule::kJacobi, target, tokens, std::nullopt, draft, lengths, seed, offset),
-             target);
+  return run(
+      problem("verify_jacobi", Rule::kJacobi, target, tokens, std::nullopt, draft, lengths, seed, offset),
+      target);
 }
 
 }  // namespace
@@ -202,22 +206,27 @@ VerifiedWindow verify_jacobi(const Tensor& target, const Tensor& tokens, const O
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def(
-      "verify_chain(Tensor target_probs, Tensor draft_tokens, Tensor? draft_probs, Tensor? lengths, Tensor seed,"
+      "verify_chain(Tensor target_probs, Tensor draft_tokens, Tensor? draft_probs, Tensor? lengths, Tensor "
+      "seed,"
       " Tensor offset, bool block) -> (Tensor tokens, Tensor accepted, Tensor path, Tensor valid)");
   m.def(
-      "verify_tree(Tensor target_probs, Tensor draft_tokens, Tensor parents, Tensor? draft_probs, Tensor? lengths,"
+      "verify_tree(Tensor target_probs, Tensor draft_tokens, Tensor parents, Tensor? draft_probs, Tensor? "
+      "lengths,"
       " Tensor seed, Tensor offset, bool replacement)"
       " -> (Tensor tokens, Tensor accepted, Tensor path, Tensor valid)");
   m.def(
-      "verify_typical(Tensor target_probs, Tensor draft_tokens, Tensor? parents, Tensor? lengths, Tensor seed,"
+      "verify_typical(Tensor target_probs, Tensor draft_tokens, Tensor? parents, Tensor? lengths, Tensor "
+      "seed,"
       " Tensor offset, float epsilon, float delta, bool greedy_bonus)"
       " -> (Tensor tokens, Tensor accepted, Tensor path, Tensor valid)");
   m.def(
       "verify_relaxed(Tensor target_probs, Tensor draft_tokens, Tensor neighbours, Tensor? parents,"
-      " Tensor? draft_probs, Tensor? lengths, Tensor seed, Tensor offset, float delta, int k, bool multiplicative,"
+      " Tensor? draft_probs, Tensor? lengths, Tensor seed, Tensor offset, float delta, int k, bool "
+      "multiplicative,"
       " bool coarse, bool replacement) -> (Tensor tokens, Tensor accepted, Tensor path, Tensor valid)");
   m.def(
-      "verify_jacobi(Tensor target_probs, Tensor draft_tokens, Tensor? draft_probs, Tensor? lengths, Tensor seed,"
+      "verify_jacobi(Tensor target_probs, Tensor draft_tokens, Tensor? draft_probs, Tensor? lengths, Tensor "
+      "seed,"
       " Tensor offset) -> (Tensor tokens, Tensor accepted, Tensor path, Tensor valid, Tensor drafts)");
 }
 

@@ -1,14 +1,15 @@
 // The rules: which proposals of one batch row stand, and which token follows them. Host and device.
 //
-// Nothing here walks the vocabulary. That is the part of a `Team`, a vectorised loop on the CPU or a thread block
-// on a GPU, which must give the same answers whatever its width:
+// Nothing here walks the vocabulary. That is the part of a `Team`, a vectorised loop on the CPU or a thread
+// block on a GPU, which must give the same answers whatever its width:
 //
 //   float target(row, token), draft(row, token)   one probability
-//   int64_t draw_target(row, bits)                the token that inverse_cdf picks from a target row; -1: NaN, infinite
+//   int64_t draw_target(row, bits)                the token that inverse_cdf picks from a target row; -1:
+//   NaN, infinite
 //                                                 or negative numbers, or no mass
 //   int64_t argmax_target(row)                    the likeliest token, the lowest of equals; -1: NaN
-//   double entropy_target(row, enough)            -sum p log(p + 1e-5), or any number above `enough` if it is above
-//   int64_t neighbour(token, i)                   the i-th nearest token, -1: none
+//   double entropy_target(row, enough)            -sum p log(p + 1e-5), or any number above `enough` if it is
+//   above int64_t neighbour(token, i)                   the i-th nearest token, -1: none
 //
 // and, of one row of unnormalised weights w that a team holds in scratch memory:
 //
@@ -17,14 +18,16 @@
 //   Totals subtract(row, a, b, sum_draft)         w = max(a * w - b * draft, 0)
 //   double total()                                sum of w; NaN if one is NaN, infinite or negative
 //   float weight(token), void set_weight(token, value), void fill(value)
-//   int64_t draw_weights(bits)                    the token that inverse_cdf picks from w as it was summed last; -1: no
+//   int64_t draw_weights(bits)                    the token that inverse_cdf picks from w as it was summed
+//   last; -1: no
 //                                                 mass
 //   bool removed(token), void remove(token), void restore_removed()   a set of tokens, empty at first
 //   double& score(node), int64_t& depth(node)     scratch per node
 //
 // Sums are those of inverse_cdf.h, integer multiples of 2^-62, so that they do not depend on their order.
 //
-// All threads of a team take the same way through these functions; only the one that `leads()` writes results.
+// All threads of a team take the same way through these functions; only the one that `leads()` writes
+// results.
 #pragma once
 
 #include <math.h>
@@ -35,7 +38,8 @@
 #include "common/philox.h"
 #include "speculative/params.h"
 
-// Member functions of host and device. Their classes live in a namespace of the instruction set, where there is one.
+// Member functions of host and device. Their classes live in a namespace of the instruction set, where there
+// is one.
 #if defined(__CUDACC__)
 #define ARCORE_MEMBER __host__ __device__ __forceinline__
 #else
@@ -75,7 +79,8 @@ struct Proposals {
   ARCORE_MEMBER int64_t parent(int64_t node) const {
     return parents == nullptr ? node - 1 : parents[node * parent_stride];
   }
-  // The child of `node` (-1: the prefix) that comes after `previous` (-1: the first), or -1. Padding is no child.
+  // The child of `node` (-1: the prefix) that comes after `previous` (-1: the first), or -1. Padding is no
+  // child.
   ARCORE_MEMBER int64_t next_child(int64_t node, int64_t previous) const {
     const int64_t last = parents == nullptr && node + 2 < nodes ? node + 2 : nodes;
     for (int64_t i = (previous > node ? previous : node) + 1; i < last; ++i)
@@ -90,8 +95,8 @@ struct Proposals {
   }
 };
 
-// The random numbers of one batch row. A number belongs to a position of the sequence and to a purpose, so no two
-// rounds of decoding share one: a round ends before the first position whose numbers it did not use up.
+// The random numbers of one batch row. A number belongs to a position of the sequence and to a purpose, so no
+// two rounds of decoding share one: a round ends before the first position whose numbers it did not use up.
 struct Numbers {
   int64_t seed, offset;
 
@@ -171,8 +176,8 @@ ARCORE_HOST_DEVICE void for_neighbours(Team& team, int64_t token, int64_t count,
   }
 }
 
-// Proposals that were chosen, not drawn: a draw from the target decides. It descends to the proposal it hits, which
-// is what accepting with probability p(x) and, after a rejection, drawing from p without x amounts to.
+// Proposals that were chosen, not drawn: a draw from the target decides. It descends to the proposal it hits,
+// which is what accepting with probability p(x) and, after a rejection, drawing from p without x amounts to.
 template <class Team>
 ARCORE_HOST_DEVICE bool follow_draws(const Problem& p, const Proposals& proposals, const Numbers& numbers,
                                      Team& team, Emitted& out) {
@@ -184,7 +189,8 @@ ARCORE_HOST_DEVICE bool follow_draws(const Problem& p, const Proposals& proposal
       while (child >= 0 && proposals.token(child) != drawn)
         child = proposals.next_child(node, child);
     } else {
-      // A proposal stands for its neighbours too. What a rejected one stood for is gone; `left` normalises the rest.
+      // A proposal stands for its neighbours too. What a rejected one stood for is gone; `left` normalises
+      // the rest.
       double left = 1.0;
       const auto value = [&](int64_t token) -> double {
         return team.removed(token) ? 0.0f : team.target(node + 1, token);
@@ -217,8 +223,8 @@ ARCORE_HOST_DEVICE int64_t draw_residual(Team& team, int64_t row, uint64_t bits)
   return token >= 0 ? token : team.draw_target(row, bits);
 }
 
-// Proposals that were drawn from the draft: a coin each. After a rejection the target becomes what it has beyond the
-// draft, and the draft loses the proposal where siblings exclude each other.
+// Proposals that were drawn from the draft: a coin each. After a rejection the target becomes what it has
+// beyond the draft, and the draft loses the proposal where siblings exclude each other.
 template <class Team>
 ARCORE_HOST_DEVICE bool toss_coins(const Problem& p, const Proposals& proposals, const Numbers& numbers,
                                    Team& team, Emitted& out) {
@@ -228,8 +234,8 @@ ARCORE_HOST_DEVICE bool toss_coins(const Problem& p, const Proposals& proposals,
     int64_t child = proposals.next_child(node, -1);
     if (child < 0) return out.finish(team.draw_target(row, numbers.sample(out.accepted)));
 
-    // The target is now w / weights_left, or the target row as long as nothing was rejected; the draft is the draft
-    // row without the rejected siblings, over draft_left.
+    // The target is now w / weights_left, or the target row as long as nothing was rejected; the draft is the
+    // draft row without the rejected siblings, over draft_left.
     bool in_weights = relaxed;
     double weights_left = 1.0, draft_left = 1.0, rejected = 0.0;
     if (relaxed) team.load(row);
@@ -271,8 +277,8 @@ ARCORE_HOST_DEVICE bool toss_coins(const Problem& p, const Proposals& proposals,
   }
 }
 
-// Chosen proposals under the rule of LANTERN's released code: a coin each; a rejection discards the proposal and, if
-// it stood for any neighbour, all the neighbours in use and the one after them.
+// Chosen proposals under the rule of LANTERN's released code: a coin each; a rejection discards the proposal
+// and, if it stood for any neighbour, all the neighbours in use and the one after them.
 template <class Team>
 ARCORE_HOST_DEVICE bool toss_coins_coarsely(const Problem& p, const Proposals& proposals,
                                             const Numbers& numbers, Team& team, Emitted& out) {
@@ -309,10 +315,10 @@ ARCORE_HOST_DEVICE bool toss_coins_coarsely(const Problem& p, const Proposals& p
   }
 }
 
-// A chain judged as a whole (arXiv:2403.10444, algorithm 2). `weight` is the paper's p_i, the likelihood ratio of the
-// first i proposals, cut off at 1 after each; h_i is the probability that i of them stand, given that no more do. One
-// coin serves them all: at least i stand if it is below 1 - (1 - h_i) (1 - h_(i+1)) ... It belongs to the first
-// position of the chain, where no other chain starts.
+// A chain judged as a whole (arXiv:2403.10444, algorithm 2). `weight` is the paper's p_i, the likelihood
+// ratio of the first i proposals, cut off at 1 after each; h_i is the probability that i of them stand, given
+// that no more do. One coin serves them all: at least i stand if it is below 1 - (1 - h_i) (1 - h_(i+1)) ...
+// It belongs to the first position of the chain, where no other chain starts.
 template <class Team>
 ARCORE_HOST_DEVICE bool judge_block(const Proposals& proposals, const Numbers& numbers, Team& team,
                                     Emitted& out) {
@@ -348,7 +354,8 @@ ARCORE_HOST_DEVICE bool judge_block(const Proposals& proposals, const Numbers& n
   return out.finish(draw_residual(team, stand, numbers.residual(stand)));
 }
 
-// Medusa's typical acceptance: the longest path whose proposals are likely enough, the likeliest of equally long ones.
+// Medusa's typical acceptance: the longest path whose proposals are likely enough, the likeliest of equally
+// long ones.
 template <class Team>
 ARCORE_HOST_DEVICE bool accept_typical(const Problem& p, const Proposals& proposals, const Numbers& numbers,
                                        Team& team, Emitted& out) {
@@ -360,10 +367,11 @@ ARCORE_HOST_DEVICE bool accept_typical(const Problem& p, const Proposals& propos
     if (node >= 0 && team.depth(node) == kRefused) continue;
     const int64_t row = node + 1, depth = node < 0 ? 1 : team.depth(node) + 1;
     const double score = node < 0 ? 0.0 : team.score(node);
-    // What exceeds epsilon exceeds the threshold. Else the entropy H decides, p > delta exp(-H): with the H that the
-    // least likely child needs, all of them stand.
+    // What exceeds epsilon exceeds the threshold. Else the entropy H decides, p > delta exp(-H): with the H
+    // that the least likely child needs, all of them stand.
     double needed = -1.0;
-    for (int64_t child = proposals.next_child(node, -1); child >= 0; child = proposals.next_child(node, child)) {
+    for (int64_t child = proposals.next_child(node, -1); child >= 0;
+         child = proposals.next_child(node, child)) {
       const float own = team.target(row, proposals.token(child));
       if (!is_probability(own)) return false;
       if (own > p.epsilon || own == 0.0f) continue;
@@ -373,7 +381,8 @@ ARCORE_HOST_DEVICE bool accept_typical(const Problem& p, const Proposals& propos
     const double entropy = needed >= 0.0 ? team.entropy_target(row, needed) : 0.0;
     if (!(entropy >= -1.0)) return false;
     const double threshold = p.delta * ::exp(-entropy);
-    for (int64_t child = proposals.next_child(node, -1); child >= 0; child = proposals.next_child(node, child)) {
+    for (int64_t child = proposals.next_child(node, -1); child >= 0;
+         child = proposals.next_child(node, child)) {
       const float own = team.target(row, proposals.token(child));
       if (own == 0.0f || !(own > p.epsilon || own > threshold)) continue;
       team.depth(child) = depth;
@@ -418,7 +427,8 @@ ARCORE_HOST_DEVICE void verify_row(const Problem& p, const Results& results, int
       valid = accept_typical(p, proposals, numbers, team, out);
       break;
   }
-  // What the window still holds is drafted anew, each position with the number that plain sampling would use there.
+  // What the window still holds is drafted anew, each position with the number that plain sampling would use
+  // there.
   int64_t fresh = 0;
   if (p.rule == Rule::kJacobi && valid)
     for (int64_t row = out.accepted + 1; row <= proposals.nodes && valid; ++row, ++fresh) {

@@ -11,7 +11,6 @@ from arcore.ops.sample import (
     sample,
 )
 from arcore.ops.selective_scan import reference_selective_scan, selective_scan
-from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
 from arcore.ops.speculative import (
     Verified,
     VerifiedWindow,
@@ -27,6 +26,7 @@ from arcore.ops.speculative import (
     verify_tree,
     verify_typical,
 )
+from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
 
 __all__ = [
     "TokenLogprobs",

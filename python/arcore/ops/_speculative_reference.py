@@ -210,7 +210,8 @@ def toss_coins_coarsely(row: Row, relaxation: Relaxation) -> None:
 def judge_block(row: Row) -> None:
     """arXiv:2403.10444, algorithm 2, with one coin instead of one per proposal."""
     assert row.draft is not None
-    weights, weight = [], 1.0
+    weights: list[float] = []
+    weight = 1.0
     while children := row.children(len(weights) - 1):
         i = children[0]
         own, of_draft = _probability(row.target[i, row.tokens[i]]), _probability(row.draft[i, row.tokens[i]])
