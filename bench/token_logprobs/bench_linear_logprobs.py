@@ -2,7 +2,8 @@
 
 Forward and backward, gradients of hidden and weight, one thread, process CPU time, every peer in the same run.
 `matmuls` are the three bare products of a head that keeps its logits, the floor: linear_logprobs needs a fourth.
-Peers give the loss only: linear + cross_entropy, and linear_cross_entropy with its own automatic chunks and with chunks of 256 rows.
+Peers give the loss only: linear + cross_entropy, and linear_cross_entropy with chunks of its own choice and of 256
+rows.
 Memory is the highest resident size in a fresh process minus the gradients returned, as a share of the whole logits.
 Every implementation is compared with float64 on a sample of the vocabulary's columns before it is timed.
 """
