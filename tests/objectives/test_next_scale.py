@@ -63,3 +63,19 @@ def test_bad_arguments(case):
     for weights in ([1, 1], [1, -1, 1], [0, 0, 0]):
         with pytest.raises(ValueError, match="expected 3 scale_weights, none negative and one positive"):
             next_scale_loss(logits, indices, scale_weights=weights)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_cross_entropy(smoothing, dtype):
+    logits = (3 * torch.randn(2, 14, 300)).to(dtype).requires_grad_()
+    indices = [torch.randint(300, (2, n)) for n in (1, 4, 9)]
+    plain = logits.detach().clone().requires_grad_()
+    expected = F.cross_entropy(
+        plain.float().flatten(0, 1), torch.cat(indices, 1).flatten(), label_smoothing=smoothing
+    )
+    loss = next_scale_loss(logits, indices, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, plain.grad)

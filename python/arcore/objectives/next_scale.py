@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from arcore.ops import token_logprobs
 
 
 def next_scale_loss(
@@ -37,9 +38,14 @@ def next_scale_loss(
             f"expected logits of shape [B, L, V] with (B, L) = {tuple(targets.shape)}, the codes given, "
             f"but got {tuple(logits.shape)}"
         )
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing, reduction="none"
-    ).view(targets.shape)
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    logp, logsumexp, _ = token_logprobs(logits, targets)
+    losses = -logp
+    if label_smoothing:
+        # The cross entropy with the even share is the mean over codes of logsumexp - logit.
+        even = logsumexp - logits.mean(dim=-1, dtype=torch.float32)
+        losses = (1 - label_smoothing) * losses + label_smoothing * even
     if scale_weights is None:
         return losses.mean()
     if len(scale_weights) != len(indices) or min(scale_weights) < 0 or max(scale_weights) <= 0:
