@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
 #define ARCORE_RESTRICT __restrict__
 
 namespace arcore {
@@ -418,6 +420,34 @@ static inline void from_float(const float* ARCORE_RESTRICT src, T* ARCORE_RESTRI
     narrow(T{}, Vec::loadu(src + i), Vec::loadu(src + i + kLanes)).store(dst + i);
   for (; i < n; ++i)
     dst[i] = static_cast<T>(src[i]);
+}
+
+// Calls f with a value of the storage type.
+template <typename F>
+static inline void with_type(StorageType dtype, const F& f) {
+  switch (dtype) {
+    case StorageType::kFloat32:
+      return f(float{});
+    case StorageType::kBFloat16:
+      return f(BFloat16{});
+    case StorageType::kFloat16:
+      return f(Half{});
+  }
+}
+
+// x where the bits of mask are set, else 0, whatever x is there.
+static inline Vec keep_bits(Vec x, const uint32_t* mask) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_and_ps(x, _mm512_loadu_ps(mask));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_and_ps(x, _mm256_loadu_ps(reinterpret_cast<const float*>(mask)));
+#else
+  float values[kLanes];
+  x.store(values);
+  for (int i = 0; i < kLanes; ++i)
+    values[i] = mask[i] ? values[i] : 0.0f;
+  return Vec::loadu(values);
+#endif
 }
 
 // dst[j][i] = src[i][j] for a kLanes x kLanes block of floats.

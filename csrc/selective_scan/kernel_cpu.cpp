@@ -152,18 +152,6 @@ void store_tile(const Sequence& s, int64_t batch, int64_t channel, int64_t valid
   }
 }
 
-template <typename F>
-void with_type(StorageType dtype, const F& f) {
-  switch (dtype) {
-    case StorageType::kFloat32:
-      return f(float{});
-    case StorageType::kBFloat16:
-      return f(BFloat16{});
-    case StorageType::kFloat16:
-      return f(Half{});
-  }
-}
-
 // What is the same for all tiles of one chunk.
 struct Window {
   int64_t batch, begin, length;

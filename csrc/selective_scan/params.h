@@ -4,20 +4,13 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/sequence.h"
 
 namespace arcore::selective_scan {
 
 // Longest run of steps that is handled at once, and the distance of the states that the forward keeps for the
 // backward. The Python file has it too (CHUNK).
 constexpr int64_t kChunk = 64;
-
-// [batch, channel, time]; data is null where an optional tensor is absent. With reverse, time strides are
-// negative and data points at the last step, so kernels know one direction only.
-struct Sequence {
-  void* data;
-  int64_t batch, channel, time;
-  StorageType dtype;
-};
 
 // B or C. Varying: [batch, group, state, time]. Constant: [channel, state], with groups = 0.
 struct Coefficient {

@@ -11,6 +11,7 @@
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
 #include "common/parallel.h"
+#include "common/sequence_view.h"
 #include "selective_scan/params.h"
 
 namespace arcore::selective_scan {
@@ -28,30 +29,6 @@ constexpr const char* kBackwardOp = "selective_scan_backward";
 constexpr int64_t kMaxState = 256;
 // Below this many state updates (about 0.2 ms) a second thread costs more than it saves.
 constexpr double kUpdatesPerThread = 5e5;
-
-void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  bool fits = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (const int64_t size : shape)
-    fits = fits && t.size(i++) == size;
-  std::ostringstream wanted;
-  for (const int64_t size : shape)
-    wanted << (wanted.tellp() > 0 ? ", " : "") << size;
-  ARCORE_CHECK(fits, op, "expected ", name, " of shape (", wanted.str(), ") but got ", shape_of(t));
-}
-
-// The scan direction is a sign: the first step in scan order is the last one in memory.
-Sequence sequence(const char* op, const char* name, const OptionalTensor& t, bool reverse) {
-  if (!t.has_value()) return {};
-  const StorageType dtype = storage_type(*t, op, name);
-  const int64_t bytes = dtype == StorageType::kFloat32 ? 4 : 2;
-  Sequence s{t->data_ptr(), t->stride(0), t->stride(1), t->stride(2), dtype};
-  if (reverse && t->size(2) > 0) {
-    s.data = static_cast<char*>(s.data) + (t->size(2) - 1) * s.time * bytes;
-    s.time = -s.time;
-  }
-  return s;
-}
 
 Coefficient coefficient(const char* op, const char* name, const Tensor& t, const Problem& p, bool reverse) {
   const StorageType dtype = storage_type(t, op, name);
@@ -75,12 +52,6 @@ Coefficient coefficient(const char* op, const char* name, const Tensor& t, const
     m.time = -m.time;
   }
   return m;
-}
-
-// float32, contiguous; small tensors only.
-Tensor as_floats(const Tensor& t) {
-  return torch::stable::contiguous(
-      t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
 // Chunks of every row in scan order.
@@ -225,9 +196,9 @@ struct Call {
     p.first_chunk = list.first.data();
     rows = cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : p.batch;
 
-    in.u = sequence(op, "u", u, reverse);
-    in.delta = sequence(op, "delta", delta, reverse);
-    in.z = sequence(op, "z", z, reverse);
+    in.u = sequence_view(op, "u", u, reverse);
+    in.delta = sequence_view(op, "delta", delta, reverse);
+    in.z = sequence_view(op, "z", z, reverse);
     in.B = coefficient(op, "B", B, p, reverse);
     in.C = coefficient(op, "C", C, p, reverse);
     storage_type(A, op, "A");
@@ -293,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& de
   ForwardArgs args{};
   args.problem = p;
   args.in = call.in;
-  args.out = sequence(kOp, "out", out, reverse);
+  args.out = sequence_view(kOp, "out", out, reverse);
   args.last_state = static_cast<float*>(last_state.data_ptr());
   args.states = save_states ? static_cast<float*>(states.data_ptr()) : nullptr;
 
@@ -364,7 +335,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
     BackwardArgs args{};
     args.problem = p;
     args.in = call.in;
-    args.grad_out = sequence(kBackwardOp, "grad_out", grad_out, reverse);
+    args.grad_out = sequence_view(kBackwardOp, "grad_out", grad_out, reverse);
     Tensor grad_last = none();
     if (grad_last_state.has_value()) {
       check_shape(kBackwardOp, "grad_last_state", *grad_last_state, {call.rows, p.dim, p.state});
@@ -372,9 +343,9 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
       args.grad_last_state = static_cast<const float*>(grad_last.data_ptr());
     }
     args.states = static_cast<const float*>(states.data_ptr());
-    args.grad_u = sequence(kBackwardOp, "u", grad_u, reverse);
-    args.grad_delta = sequence(kBackwardOp, "delta", grad_delta, reverse);
-    if (z.has_value()) args.grad_z = sequence(kBackwardOp, "z", grad_z, reverse);
+    args.grad_u = sequence_view(kBackwardOp, "u", grad_u, reverse);
+    args.grad_delta = sequence_view(kBackwardOp, "delta", grad_delta, reverse);
+    if (z.has_value()) args.grad_z = sequence_view(kBackwardOp, "z", grad_z, reverse);
     args.grad_initial_state =
         initial_state.has_value() ? static_cast<float*>(grad_initial.data_ptr()) : nullptr;
     args.partial_A = static_cast<float*>(partial_A.data_ptr());
