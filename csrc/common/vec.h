@@ -251,6 +251,13 @@ static inline Vec log1p_unit(Vec t) {
   return Vec(2.0f) * s * p;
 }
 
+// x / (1 + exp(-x)).
+static inline Vec silu(Vec x) {
+  // Beyond the cap the result is below 1e-36.
+  const Vec minus = Vec(0.0f) - x;
+  return x / (Vec(1.0f) + exp(where_less(Vec(88.0f), minus, Vec(88.0f), minus)));
+}
+
 // log(1 + exp(x)).
 static inline Vec softplus(Vec x) {
   return max(Vec(0.0f), x) + log1p_unit(exp(Vec(0.0f) - abs(x)));

@@ -410,7 +410,7 @@ void forward_slice(const ForwardArgs& args, const Cut& cut, const Slice& slice, 
         load_tile(in.z, w, channel, valid, z, rows);
         for (int64_t t = 0; t < w.length; ++t) {
           const Vec gate = load(z + t * kLanes);
-          store(y + t * kLanes, load(y + t * kLanes) * gate * sigmoid(gate));
+          store(y + t * kLanes, load(y + t * kLanes) * silu(gate));
         }
       }
       skip_padding(chunk, y, kLanes);

@@ -12,6 +12,7 @@
 #include "common/cpu_dispatch.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
+#include "common/workspace.h"
 #include "selective_scan/params.h"
 
 namespace arcore::selective_scan {
@@ -228,21 +229,6 @@ struct Call {
   }
 };
 
-template <typename Run>
-void run_with_workspace(const Tensor& like, int64_t tasks, int64_t threads, int64_t floats, const Run& run) {
-  // One cache line more, so that every thread's part starts on one.
-  Tensor workspace =
-      torch::stable::new_empty(like, {std::min(tasks, threads) * floats + 16}, ScalarType::Float);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  float* aligned = reinterpret_cast<float*>((address + 63) / 64 * 64);
-  run_shares(tasks, threads,
-             [&](int64_t share, int64_t begin, int64_t end) { run(aligned + share * floats, begin, end); });
-}
-
-int64_t whole_lines(int64_t floats) {
-  return (floats + 15) / 16 * 16;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& delta, const Tensor& A,
                                                const Tensor& B, const Tensor& C, const OptionalTensor& D,
                                                const OptionalTensor& z, const OptionalTensor& delta_bias,
@@ -271,24 +257,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& de
   const CpuKernels& kernels = cpu_kernels();
   const int64_t threads = threads_for(call.updates(), kUpdatesPerThread);
   run_with_workspace(
-      u, p.batch * kernels.slices(p, call.in), threads, whole_lines(kernels.forward_workspace(p, call.in)),
+      u, p.batch * kernels.slices(p, call.in), threads, kernels.forward_workspace(p, call.in),
       [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); });
   return {out, last_state, states};
-}
-
-// Sum over the first dimension, in the dtype of `like`.
-Tensor sum_rows(const Tensor& partial, const Tensor& like) {
-  const int64_t rows = partial.size(0), size = like.numel();
-  Tensor total = torch::stable::new_empty(partial, like.sizes(), ScalarType::Float);
-  const float* src = static_cast<const float*>(partial.data_ptr());
-  float* dst = static_cast<float*>(total.data_ptr());
-  for (int64_t i = 0; i < size; ++i) {
-    float sum = 0.0f;
-    for (int64_t r = 0; r < rows; ++r)
-      sum += src[r * size + i];
-    dst[i] = sum;
-  }
-  return like.scalar_type() == ScalarType::Float ? total : torch::stable::to(total, like.scalar_type());
 }
 
 // Absent optional inputs get an empty gradient.
@@ -359,7 +330,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
 
     const int64_t threads = threads_for(call.updates(), kUpdatesPerThread);
     run_with_workspace(
-        u, p.batch * slices, threads, whole_lines(kernels.backward_workspace(p, call.in)),
+        u, p.batch * slices, threads, kernels.backward_workspace(p, call.in),
         [&](float* workspace, int64_t begin, int64_t end) { kernels.backward(args, workspace, begin, end); });
     run_tasks(p.batch * std::max(call.in.B.groups, call.in.C.groups), threads,
               [&](int64_t begin, int64_t end) { kernels.backward_reduce(args, begin, end); });

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from arcore.ops import selective_scan
+from tests.isa import ISAS, run_under
 from tests.selective_scan.cases import make_case
 
 
@@ -134,16 +130,6 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    supported = ["default", "avx2", "avx512"]
-    if supported.index(isa) > supported.index(torch.ops.arcore.cpu_isa_supported()):
-        pytest.skip(f"this CPU has no {isa}")
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa}
-    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[0] == isa
+    run_under(isa, SCRIPT)

@@ -2,6 +2,12 @@
 
 from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
 from arcore.ops.block_sparse_attention import block_sparse_attention, reference_block_sparse_attention
+from arcore.ops.causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_update,
+    reference_causal_conv1d,
+    reference_causal_conv1d_update,
+)
 from arcore.ops.sample import (
     confidence_mask,
     filter_probs,
@@ -33,11 +39,15 @@ __all__ = [
     "Verified",
     "VerifiedWindow",
     "block_sparse_attention",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "codebook_neighbours",
     "confidence_mask",
     "filter_probs",
     "linear_logprobs",
     "reference_block_sparse_attention",
+    "reference_causal_conv1d",
+    "reference_causal_conv1d_update",
     "reference_confidence_mask",
     "reference_filter_probs",
     "reference_linear_logprobs",

@@ -1,0 +1,397 @@
+// CPU forward, backward and update; compiled once per instruction set. README.md beside this file describes
+// the loops.
+#include "causal_conv1d/params.h"
+#include "common/vec.h"
+
+namespace arcore::causal_conv1d {
+namespace ARCORE_ISA {
+namespace {
+
+// Steps that a group of channels is taken through at once: its rows stay in the first-level cache.
+constexpr int64_t kSteps = 256;
+
+// Rows of a group: [lanes, stride] floats.
+struct Rows {
+  float* data;
+  int64_t stride;
+  float* row(int64_t lane) const { return data + lane * stride; }
+};
+
+int64_t row_stride(int64_t width) {
+  // Room for the inputs before the steps, for whole vectors after them, and an odd number of cache lines.
+  return round_up(kSteps + width - 1 + kLanes, 32) + 16;
+}
+
+// Steps [begin, begin + length) of up to kLanes channels -> rows[lane][0, length).
+template <typename T>
+void load_rows(const Sequence& s, int64_t batch, int64_t channel, int64_t valid, int64_t begin,
+               int64_t length, const Rows& rows, float* block) {
+  const T* first = static_cast<const T*>(s.data) + batch * s.batch + channel * s.channel + begin * s.time;
+  if (s.time == 1) {
+    for (int64_t c = 0; c < valid; ++c)
+      to_float(first + c * s.channel, rows.row(c), length);
+  } else if (s.channel == 1 && valid == kLanes) {
+    int64_t t = 0;
+    for (; t + kLanes <= length; t += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        store(block + i * kLanes, load_lanes(first + (t + i) * s.time));
+      transpose_block(block, kLanes, rows.data + t, rows.stride);
+    }
+    for (; t < length; ++t)
+      for (int64_t c = 0; c < kLanes; ++c)
+        rows.row(c)[t] = static_cast<float>(first[c + t * s.time]);
+  } else {
+    for (int64_t c = 0; c < valid; ++c)
+      for (int64_t t = 0; t < length; ++t)
+        rows.row(c)[t] = static_cast<float>(first[c * s.channel + t * s.time]);
+  }
+}
+
+template <typename T>
+void store_rows(const Sequence& s, int64_t batch, int64_t channel, int64_t valid, int64_t begin,
+                int64_t length, const Rows& rows, float* block) {
+  T* first = static_cast<T*>(s.data) + batch * s.batch + channel * s.channel + begin * s.time;
+  if (s.time == 1) {
+    for (int64_t c = 0; c < valid; ++c)
+      from_float(rows.row(c), first + c * s.channel, length);
+  } else if (s.channel == 1 && valid == kLanes) {
+    int64_t t = 0;
+    for (; t + kLanes <= length; t += kLanes) {
+      transpose_block(rows.data + t, rows.stride, block, kLanes);
+      for (int64_t i = 0; i < kLanes; ++i)
+        store_lanes(first + (t + i) * s.time, load(block + i * kLanes));
+    }
+    for (; t < length; ++t)
+      for (int64_t c = 0; c < kLanes; ++c)
+        first[c + t * s.time] = static_cast<T>(rows.row(c)[t]);
+  } else {
+    for (int64_t c = 0; c < valid; ++c)
+      for (int64_t t = 0; t < length; ++t)
+        first[c * s.channel + t * s.time] = static_cast<T>(rows.row(c)[t]);
+  }
+}
+
+// out[t] = act(bias + sum_j weight[j] in[t + j]) for whole vectors that cover [0, length). kWidth = 0 reads
+// `width`.
+template <int kWidth, bool kMasked, bool kSilu>
+void filter(const float* in, const float* weight, int64_t width, Vec bias, const uint32_t* masks,
+            int64_t mask_stride, int64_t length, float* out) {
+  const int64_t taps = kWidth ? kWidth : width;
+  Vec w[kWidth ? kWidth : 1];
+  for (int j = 0; j < kWidth; ++j)
+    w[j] = Vec(weight[j]);
+  for (int64_t t = 0; t < length; t += kLanes) {
+    Vec sum = bias;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < taps; ++j) {
+      Vec x = load(in + t + j);
+      if (kMasked) x = keep_bits(x, masks + j * mask_stride + t);
+      sum = fma(kWidth ? w[kWidth ? j : 0] : Vec(weight[j]), x, sum);
+    }
+    store(out + t, kSilu ? silu(sum) : sum);
+  }
+}
+
+using Filter = void (*)(const float*, const float*, int64_t, Vec, const uint32_t*, int64_t, int64_t, float*);
+
+template <bool kMasked, bool kSilu>
+Filter pick_filter(int64_t width) {
+  switch (width) {
+    case 2:
+      return filter<2, kMasked, kSilu>;
+    case 3:
+      return filter<3, kMasked, kSilu>;
+    case 4:
+      return filter<4, kMasked, kSilu>;
+    default:
+      return filter<0, kMasked, kSilu>;
+  }
+}
+Filter pick_filter(int64_t width, bool masked, bool with_silu) {
+  if (masked) return with_silu ? pick_filter<true, true>(width) : pick_filter<true, false>(width);
+  return with_silu ? pick_filter<false, true>(width) : pick_filter<false, false>(width);
+}
+
+// What one group of channels of one batch row needs.
+struct Group {
+  int64_t batch, channel, valid;
+
+  Group(const Problem& p, int64_t task) {
+    const int64_t groups = (p.dim + kLanes - 1) / kLanes;
+    batch = task / groups;
+    channel = task % groups * kLanes;
+    valid = min_of<int64_t>(kLanes, p.dim - channel);
+  }
+};
+
+// The masks of a window as [width, kSteps + kLanes], so that whole vectors may be read.
+const uint32_t* window_masks(const Problem& p, const Inputs& in, int64_t batch, int64_t begin, int64_t length,
+                             float* room) {
+  if (in.masks == nullptr) return nullptr;
+  auto* masks = reinterpret_cast<uint32_t*>(room);
+  for (int64_t j = 0; j < p.width; ++j) {
+    uint32_t* row = masks + j * (kSteps + kLanes);
+    std::memcpy(row, in.masks + (batch * p.width + j) * p.length + begin, static_cast<size_t>(length) * 4);
+    std::memset(row + length, 0, kLanes * 4);
+  }
+  return masks;
+}
+
+// The inputs before a row's first step.
+void load_history(const Problem& p, const Inputs& in, const Group& g, const Rows& x) {
+  const int64_t width = p.width - 1;
+  for (int64_t c = 0; c < kLanes; ++c)
+    for (int64_t j = 0; j < width; ++j)
+      x.row(c)[j] = in.history != nullptr && c < g.valid
+                        ? in.history[(g.batch * p.dim + g.channel + c) * width + j]
+                        : 0.0f;
+}
+
+int64_t forward_workspace(const Problem& p) {
+  return 2 * kLanes * row_stride(p.width) + kLanes * kLanes + p.width * (kSteps + kLanes) + 64;
+}
+
+// Whole vectors of steps can be read and written where they are.
+bool in_place(const Sequence& s) {
+  return s.dtype == StorageType::kFloat32 && s.time == 1;
+}
+
+void filter_in_place(const ForwardArgs& args, const Group& g, Filter run, int64_t begin, int64_t length,
+                     float* room) {
+  const Problem& p = args.problem;
+  const Sequence &x = args.in.x, &out = args.out;
+  const uint32_t* masks = window_masks(p, args.in, g.batch, begin, length, room);
+  for (int64_t c = g.channel; c < g.channel + g.valid; ++c) {
+    const float* in =
+        static_cast<const float*>(x.data) + g.batch * x.batch + c * x.channel + begin - (p.width - 1);
+    float* result = static_cast<float*>(out.data) + g.batch * out.batch + c * out.channel + begin;
+    const Vec bias(args.in.bias != nullptr ? args.in.bias[c] : 0.0f);
+    run(in, args.in.weight + c * p.width, p.width, bias, masks, kSteps + kLanes, length, result);
+    if (masks != nullptr)
+      for (int64_t t = 0; t < length; t += kLanes)
+        store(result + t, keep_bits(load(result + t), masks + (p.width - 1) * (kSteps + kLanes) + t));
+  }
+}
+
+void forward_group(const ForwardArgs& args, const Group& g, float* workspace) {
+  const Problem& p = args.problem;
+  const int64_t before = p.width - 1, stride = row_stride(p.width);
+  const Rows x{workspace, stride}, out{workspace + kLanes * stride, stride};
+  float* block = workspace + 2 * kLanes * stride;
+  float* room = block + kLanes * kLanes;
+  const Filter run = pick_filter(p.width, args.in.masks != nullptr, p.silu);
+  load_history(p, args.in, g, x);
+  for (int64_t begin = 0; begin < p.length; begin += kSteps) {
+    const int64_t length = min_of(kSteps, p.length - begin);
+    if (begin >= before && length % kLanes == 0 && in_place(args.in.x) && in_place(args.out)) {
+      filter_in_place(args, g, run, begin, length, room);
+      if (begin + length < p.length)
+        with_type(args.in.x.dtype, [&](auto type) {
+          load_rows<decltype(type)>(args.in.x, g.batch, g.channel, g.valid, begin + length - before, before,
+                                    x, block);
+        });
+      continue;
+    }
+    with_type(args.in.x.dtype, [&](auto type) {
+      load_rows<decltype(type)>(args.in.x, g.batch, g.channel, g.valid, begin, length,
+                                {x.data + before, stride}, block);
+    });
+    const uint32_t* masks = window_masks(p, args.in, g.batch, begin, length, room);
+    for (int64_t c = 0; c < g.valid; ++c) {
+      float* in = x.row(c);
+      std::memset(in + before + length, 0, kLanes * sizeof(float));
+      float* result = out.row(c);
+      const Vec bias(args.in.bias != nullptr ? args.in.bias[g.channel + c] : 0.0f);
+      run(in, args.in.weight + (g.channel + c) * p.width, p.width, bias, masks, kSteps + kLanes, length,
+          result);
+      if (masks != nullptr)
+        for (int64_t t = 0; t < length; t += kLanes)
+          store(result + t, keep_bits(load(result + t), masks + before * (kSteps + kLanes) + t));
+      for (int64_t j = 0; j < before; ++j)
+        in[j] = in[length + j];
+    }
+    with_type(args.out.dtype, [&](auto type) {
+      store_rows<decltype(type)>(args.out, g.batch, g.channel, g.valid, begin, length, out, block);
+    });
+  }
+}
+
+void forward(const ForwardArgs& args, float* workspace, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task)
+    forward_group(args, Group(args.problem, task), workspace);
+}
+
+int64_t backward_workspace(const Problem& p) {
+  return 3 * kLanes * row_stride(p.width) + kLanes * kLanes + p.width * (kSteps + kLanes) +
+         kLanes * (2 * p.width + 1);
+}
+
+// Windows from the last to the first. With h_t the gradient before the activation:
+// dx_s = sum_j w_j h_(s + width - 1 - j), dw_j = sum_t h_t x_(t - width + 1 + j), and what would fall before
+// the window is carried into the window before it.
+void backward_group(const BackwardArgs& args, const Group& g, float* workspace) {
+  const Problem& p = args.problem;
+  const Inputs& in = args.in;
+  const int64_t before = p.width - 1, stride = row_stride(p.width), mask_stride = kSteps + kLanes;
+  const Rows x{workspace, stride}, h{workspace + kLanes * stride, stride};
+  const Rows grad{workspace + 2 * kLanes * stride, stride};
+  float* block = workspace + 3 * kLanes * stride;
+  float* room = block + kLanes * kLanes;
+  float* carried = room + p.width * mask_stride;      // [lanes, width - 1]: dx of steps before the window
+  float* grad_weight = carried + kLanes * p.width;    // [lanes, width]
+  float* grad_bias = grad_weight + kLanes * p.width;  // [lanes]
+  std::memset(carried, 0, static_cast<size_t>(2 * kLanes * p.width + kLanes) * sizeof(float));
+  const Filter run = pick_filter(p.width, in.masks != nullptr, false);
+
+  for (int64_t begin = (p.length - 1) / kSteps * kSteps; begin >= 0; begin -= kSteps) {
+    const int64_t length = min_of(kSteps, p.length - begin);
+    // Inputs of the window and the `before` ones in front of it.
+    const int64_t reach = min_of(before, begin);
+    if (reach < before) load_history(p, in, g, x);
+    if (reach < before && reach > 0)
+      for (int64_t c = 0; c < kLanes; ++c)
+        std::memmove(x.row(c), x.row(c) + reach, static_cast<size_t>(before - reach) * sizeof(float));
+    with_type(in.x.dtype, [&](auto type) {
+      using T = decltype(type);
+      if (reach > 0)
+        load_rows<T>(in.x, g.batch, g.channel, g.valid, begin - reach, reach,
+                     {x.data + before - reach, stride}, block);
+      load_rows<T>(in.x, g.batch, g.channel, g.valid, begin, length, {x.data + before, stride}, block);
+      if (args.grad_out.data != nullptr)
+        load_rows<T>(args.grad_out, g.batch, g.channel, g.valid, begin, length, h, block);
+    });
+    const uint32_t* masks = window_masks(p, in, g.batch, begin, length, room);
+    for (int64_t c = 0; c < g.valid; ++c) {
+      float *xs = x.row(c), *hs = h.row(c), *dx = grad.row(c);
+      const float* weight = in.weight + (g.channel + c) * p.width;
+      std::memset(xs + before + length, 0, kLanes * sizeof(float));
+      if (args.grad_out.data == nullptr) std::memset(hs, 0, static_cast<size_t>(length) * sizeof(float));
+      std::memset(hs + length, 0, kLanes * sizeof(float));
+      if (p.silu) {
+        const Vec bias(in.bias != nullptr ? in.bias[g.channel + c] : 0.0f);
+        run(xs, weight, p.width, bias, masks, mask_stride, length, dx);
+        for (int64_t t = 0; t < length; t += kLanes) {
+          const Vec y = load(dx + t), s = sigmoid(y), one(1.0f);
+          store(hs + t, load(hs + t) * s * fma(y, one - s, one));
+        }
+        std::memset(hs + length, 0, kLanes * sizeof(float));
+      }
+      if (masks != nullptr)
+        for (int64_t t = 0; t < length; t += kLanes)
+          store(hs + t, keep_bits(load(hs + t), masks + before * mask_stride + t));
+      // dw and db: sums over the window.
+      Vec sum_bias(0.0f);
+      for (int64_t t = 0; t < length; t += kLanes)
+        sum_bias = sum_bias + load(hs + t);
+      grad_bias[c] += reduce_add(sum_bias);
+      for (int64_t j = 0; j < p.width; ++j) {
+        Vec sum(0.0f);
+        for (int64_t t = 0; t < length; t += kLanes) {
+          Vec input = load(xs + t + j);
+          if (masks != nullptr) input = keep_bits(input, masks + j * mask_stride + t);
+          sum = fma(load(hs + t), input, sum);
+        }
+        grad_weight[c * p.width + j] += reduce_add(sum);
+      }
+      // dx of [begin - before, begin + length): index i of dx is step begin - before + i.
+      std::memset(dx, 0, static_cast<size_t>(length + before + kLanes) * sizeof(float));
+      for (int64_t j = 0; j < p.width; ++j) {
+        const Vec w(weight[j]);
+        for (int64_t t = 0; t < length; t += kLanes) {
+          Vec from = load(hs + t);
+          if (masks != nullptr) from = keep_bits(from, masks + j * mask_stride + t);
+          store(dx + t + j, fma(w, from, load(dx + t + j)));
+        }
+      }
+      for (int64_t j = 0; j < before; ++j)
+        dx[length + j] += carried[c * p.width + j];
+      for (int64_t j = 0; j < before; ++j)
+        carried[c * p.width + j] = dx[j];
+    }
+    with_type(args.grad_x.dtype, [&](auto type) {
+      store_rows<decltype(type)>(args.grad_x, g.batch, g.channel, g.valid, begin, length,
+                                 {grad.data + before, stride}, block);
+    });
+  }
+  for (int64_t c = 0; c < g.valid; ++c) {
+    const int64_t channel = g.batch * p.dim + g.channel + c;
+    for (int64_t j = 0; j < p.width; ++j)
+      args.partial_weight[channel * p.width + j] = grad_weight[c * p.width + j];
+    args.partial_bias[channel] = grad_bias[c];
+    if (args.grad_history != nullptr)
+      for (int64_t j = 0; j < before; ++j)
+        args.grad_history[channel * before + j] = carried[c * p.width + j];
+  }
+}
+
+void backward(const BackwardArgs& args, float* workspace, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task)
+    backward_group(args, Group(args.problem, task), workspace);
+}
+
+template <typename X, typename S>
+void update_row(const UpdateArgs& args, int64_t batch) {
+  const X* x = static_cast<const X*>(args.x.data) + batch * args.x.batch;
+  X* out = static_cast<X*>(args.out.data) + batch * args.out.batch;
+  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch, kept = args.state_length;
+  if (row < 0) {
+    for (int64_t c = 0; c < args.dim; ++c)
+      for (int64_t t = 0; t < args.steps; ++t)
+        out[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
+    return;
+  }
+  S* state = static_cast<S*>(args.state.data) + row * args.state.batch;
+  const int64_t at = args.write_at != nullptr && kept > 0 ? args.write_at[batch] % kept : 0;
+  // Input i of channel c, counted from the first new one.
+  auto input = [&](int64_t c, int64_t i) {
+    if (i >= 0) return static_cast<float>(x[c * args.x.channel + i * args.x.time]);
+    const int64_t slot = args.write_at != nullptr ? ((at + i) % kept + kept) % kept : kept + i;
+    return static_cast<float>(state[c * args.state.channel + slot * args.state.time]);
+  };
+  for (int64_t c0 = 0; c0 < args.dim; c0 += kLanes) {
+    const int64_t valid = min_of<int64_t>(kLanes, args.dim - c0);
+    for (int64_t t = 0; t < args.steps; ++t) {
+      float sums[kLanes] = {};
+      for (int64_t c = 0; c < valid; ++c) {
+        float sum = args.bias != nullptr ? args.bias[c0 + c] : 0.0f;
+        for (int64_t j = 0; j < args.width; ++j)
+          sum += args.weight[(c0 + c) * args.width + j] * input(c0 + c, t - args.width + 1 + j);
+        sums[c] = sum;
+      }
+      if (args.silu) store(sums, silu(load(sums)));
+      for (int64_t c = 0; c < valid; ++c)
+        out[(c0 + c) * args.out.channel + t * args.out.time] = static_cast<X>(sums[c]);
+    }
+  }
+  for (int64_t c = 0; c < args.dim && kept > 0; ++c) {
+    S* kept_of = state + c * args.state.channel;
+    if (args.write_at != nullptr) {
+      for (int64_t t = max_of<int64_t>(args.steps - kept, 0); t < args.steps; ++t)
+        kept_of[(at + t) % kept * args.state.time] = static_cast<S>(input(c, t));
+    } else {
+      for (int64_t k = 0; k < kept; ++k)
+        kept_of[k * args.state.time] = static_cast<S>(input(c, k - kept + args.steps));
+    }
+  }
+}
+
+void update(const UpdateArgs& args, int64_t begin, int64_t end) {
+  with_type(args.x.dtype, [&](auto x) {
+    with_type(args.state.dtype, [&](auto state) {
+      for (int64_t batch = begin; batch < end; ++batch)
+        update_row<decltype(x), decltype(state)>(args, batch);
+    });
+  });
+}
+
+}  // namespace
+
+extern const CpuKernels& cpu_kernels();
+const CpuKernels& cpu_kernels() {
+  static constexpr CpuKernels kKernels{kLanes, forward_workspace, forward, backward_workspace, backward,
+                                       update};
+  return kKernels;
+}
+
+}  // namespace ARCORE_ISA
+}  // namespace arcore::causal_conv1d

@@ -1,0 +1,63 @@
+// What schema.cpp hands to the kernels: raw pointers and int64 strides in elements, no torch types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/sequence.h"
+
+namespace arcore::causal_conv1d {
+
+struct Problem {
+  int64_t batch, dim, length, width;
+  bool silu;
+};
+
+struct Inputs {
+  Sequence x;
+  const float* weight;   // [dim, width] contiguous
+  const float* bias;     // [dim] or null
+  const float* history;  // [batch, dim, width - 1] contiguous or null: the inputs before x
+  // All bits set where the output may use the tap, else 0: [batch, width, length], or null if it always may.
+  // The last tap's row also says which outputs are real; the others are 0.
+  const uint32_t* masks;
+};
+
+struct ForwardArgs {
+  Problem problem;
+  Inputs in;
+  Sequence out;
+};
+
+struct BackwardArgs {
+  Problem problem;
+  Inputs in;
+  Sequence grad_out;  // data null: zero
+  Sequence grad_x;
+  float* partial_weight;  // [batch, dim, width]
+  float* partial_bias;    // [batch, dim]
+  float* grad_history;    // [batch, dim, width - 1] contiguous or null
+};
+
+// One token per row against a state of the last inputs.
+struct UpdateArgs {
+  int64_t batch, dim, steps, width, state_length;
+  bool silu;
+  Sequence x, out, state;
+  const float* weight;
+  const float* bias;
+  const int64_t* write_at;  // [batch] position of the first new input in a circular state, or null: shift
+  const int64_t* rows;      // [batch] row of the state, negative: padding, or null
+};
+
+// Work is split into tasks, one per (batch row, group of `lanes` channels).
+struct CpuKernels {
+  int64_t lanes;
+  int64_t (*forward_workspace)(const Problem&);  // floats per thread
+  void (*forward)(const ForwardArgs&, float* workspace, int64_t begin, int64_t end);
+  int64_t (*backward_workspace)(const Problem&);
+  void (*backward)(const BackwardArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*update)(const UpdateArgs&, int64_t begin, int64_t end);  // tasks: batch rows
+};
+
+}  // namespace arcore::causal_conv1d

@@ -1,0 +1,323 @@
+// torch.ops.arcore.causal_conv1d, its backward, and causal_conv1d_update: checks, allocation, threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "causal_conv1d/params.h"
+#include "common/check.h"
+#include "common/cpu_dispatch.h"
+#include "common/sequence_view.h"
+#include "common/workspace.h"
+
+namespace arcore::causal_conv1d {
+
+ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "causal_conv1d";
+constexpr const char* kBackwardOp = "causal_conv1d_backward";
+constexpr const char* kUpdateOp = "causal_conv1d_update";
+// Outputs below which a second thread costs more than it saves.
+constexpr double kOutputsPerThread = 2e5;
+
+Sequence view(const char* op, const char* name, const Tensor& t, bool reverse = false) {
+  return sequence_view(op, name, t, reverse);
+}
+
+// Which taps an output may use, and which of the last inputs the final state keeps, where a row holds several
+// sequences: a tap counts if the input it reads has the id of the output, and an output is real if its id is
+// not negative. The inputs before the row belong to its first real id, the final state to its last.
+struct Masks {
+  std::vector<uint32_t> taps;        // [batch, width, length]
+  std::vector<uint32_t> final_keep;  // [batch, width - 1]
+
+  Masks(const Tensor& seq_idx, const Problem& p, bool reverse) {
+    const int64_t before = p.width - 1;
+    taps.resize(static_cast<size_t>(p.batch * p.width * p.length));
+    final_keep.resize(static_cast<size_t>(p.batch * before));
+    std::vector<int32_t> ids(static_cast<size_t>(p.length + before));
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int32_t* row = static_cast<const int32_t*>(seq_idx.data_ptr()) + b * seq_idx.stride(0);
+      int32_t first = -1, last = -1;
+      for (int64_t t = 0; t < p.length; ++t) {
+        const int32_t id = row[(reverse ? p.length - 1 - t : t) * seq_idx.stride(1)];
+        ids[static_cast<size_t>(before + t)] = id;
+        if (id >= 0 && first < 0) first = id;
+        if (id >= 0) last = id;
+      }
+      std::fill(ids.begin(), ids.begin() + before, first);
+      for (int64_t j = 0; j < p.width; ++j)
+        for (int64_t t = 0; t < p.length; ++t) {
+          const int32_t own = ids[static_cast<size_t>(before + t)];
+          const bool use = own >= 0 && ids[static_cast<size_t>(t + j)] == own;
+          taps[static_cast<size_t>((b * p.width + j) * p.length + t)] = use ? ~uint32_t{0} : 0;
+        }
+      for (int64_t j = 0; j < before; ++j)
+        final_keep[static_cast<size_t>(b * before + j)] =
+            ids[static_cast<size_t>(p.length + j)] == last && last >= 0 ? ~uint32_t{0} : 0;
+    }
+  }
+};
+
+// Owns what the raw pointers of Problem and Inputs point at.
+struct Call {
+  Problem problem{};
+  Inputs in{};
+  std::vector<Tensor> held;
+  std::optional<Masks> masks;
+
+  Call(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse) {
+    Problem& p = problem;
+    ARCORE_CHECK(x.dim() == 3, op, "expected x of shape (batch, dim, length) but got ", shape_of(x));
+    p.batch = x.size(0);
+    p.dim = x.size(1);
+    p.length = x.size(2);
+    p.silu = silu;
+    ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == p.dim && weight.size(1) >= 1, op,
+                 "expected weight of shape (dim=", p.dim, ", width) but got ", shape_of(weight));
+    p.width = weight.size(1);
+    in.x = view(op, "x", x, reverse);
+    storage_type(weight, op, "weight");
+    in.weight = hold(weight);
+    if (bias.has_value()) {
+      check_shape(op, "bias", *bias, {p.dim});
+      in.bias = hold(*bias);
+    }
+    if (initial_states.has_value()) {
+      check_shape(op, "initial_states", *initial_states, {p.batch, p.dim, p.width - 1});
+      in.history = hold(*initial_states);
+    }
+    if (seq_idx.has_value()) {
+      check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
+      ARCORE_CHECK(seq_idx->scalar_type() == ScalarType::Int, op, "expected seq_idx of dtype int32 but got ",
+                   torch::headeronly::toString(seq_idx->scalar_type()));
+      masks.emplace(*seq_idx, p, reverse);
+      in.masks = masks->taps.data();
+    }
+  }
+
+  const float* hold(const Tensor& t) {
+    held.push_back(as_floats(t));
+    return static_cast<const float*>(held.back().data_ptr());
+  }
+  int64_t tasks() const {
+    const int64_t lanes = cpu_kernels().lanes;
+    return problem.batch * ((problem.dim + lanes - 1) / lanes);
+  }
+  int64_t threads() const {
+    return threads_for(static_cast<double>(problem.batch) * static_cast<double>(problem.dim) *
+                           static_cast<double>(problem.length),
+                       kOutputsPerThread);
+  }
+  bool empty() const { return problem.batch == 0 || problem.dim == 0; }
+  // Whether the final state keeps its entry j, in scan order.
+  bool keeps(int64_t batch, int64_t j) const {
+    return !masks.has_value() || masks->final_keep[static_cast<size_t>(batch * (problem.width - 1) + j)] != 0;
+  }
+};
+
+template <typename F>
+void with_elements(const Sequence& s, const F& f) {
+  switch (s.dtype) {
+    case StorageType::kFloat32:
+      return f(static_cast<float*>(s.data));
+    case StorageType::kBFloat16:
+      return f(static_cast<c10::BFloat16*>(s.data));
+    case StorageType::kFloat16:
+      return f(static_cast<c10::Half*>(s.data));
+  }
+}
+
+// The last width - 1 inputs, those before x included.
+void store_final(const Call& call, const Sequence& final_states) {
+  const Problem& p = call.problem;
+  const int64_t before = p.width - 1;
+  with_elements(call.in.x, [&](auto* x) {
+    auto* out = static_cast<decltype(x)>(final_states.data);
+    using T = std::remove_pointer_t<decltype(x)>;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t c = 0; c < p.dim; ++c)
+        for (int64_t j = 0; j < before; ++j) {
+          const int64_t t = p.length - before + j;
+          T value = static_cast<T>(0.0f);
+          if (!call.keeps(b, j))
+            value = static_cast<T>(0.0f);
+          else if (t >= 0)
+            value = x[b * call.in.x.batch + c * call.in.x.channel + t * call.in.x.time];
+          else if (call.in.history != nullptr)
+            value = static_cast<T>(call.in.history[(b * p.dim + c) * before + before + t]);
+          out[b * final_states.batch + c * final_states.channel + j * final_states.time] = value;
+        }
+  });
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
+                                       bool silu, bool reverse) {
+  const Call call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const Problem& p = call.problem;
+  Tensor out = torch::stable::empty_like(x);
+  Tensor final_states = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
+  if (call.empty()) return {out, final_states};
+  store_final(call, view(kOp, "final_states", final_states));
+  ForwardArgs args{p, call.in, view(kOp, "out", out, reverse)};
+  const CpuKernels& kernels = cpu_kernels();
+  run_with_workspace(
+      x, call.tasks(), call.threads(), kernels.forward_workspace(p),
+      [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); });
+  return {out, final_states};
+}
+
+// Adds the gradient of the final state to that of the inputs it was copied from.
+void add_final(const Call& call, const Tensor& grad_final, const Sequence& grad_x, float* grad_history) {
+  const Problem& p = call.problem;
+  const int64_t before = p.width - 1;
+  const Tensor held = as_floats(grad_final);
+  const float* grad = static_cast<const float*>(held.data_ptr());
+  with_elements(grad_x, [&](auto* dx) {
+    using T = std::remove_pointer_t<decltype(dx)>;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t c = 0; c < p.dim; ++c)
+        for (int64_t j = 0; j < before; ++j) {
+          if (!call.keeps(b, j)) continue;
+          const int64_t t = p.length - before + j;
+          const float add = grad[(b * p.dim + c) * before + j];
+          if (t >= 0) {
+            T& to = dx[b * grad_x.batch + c * grad_x.channel + t * grad_x.time];
+            to = static_cast<T>(static_cast<float>(to) + add);
+          } else if (grad_history != nullptr) {
+            grad_history[(b * p.dim + c) * before + before + t] += add;
+          }
+        }
+  });
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& grad_final_states,
+                       const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
+                       bool reverse) {
+  const Call call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const Problem& p = call.problem;
+  const auto floats = [&](std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(x, shape, ScalarType::Float);
+  };
+  if (grad_out.has_value()) check_shape(kBackwardOp, "grad_out", *grad_out, {p.batch, p.dim, p.length});
+  if (grad_final_states.has_value())
+    check_shape(kBackwardOp, "grad_final_states", *grad_final_states, {p.batch, p.dim, p.width - 1});
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor partial_weight = floats({p.batch, p.dim, p.width}), partial_bias = floats({p.batch, p.dim});
+  Tensor grad_history = initial_states.has_value() ? floats({p.batch, p.dim, p.width - 1}) : floats({0});
+  if (!call.empty()) {
+    BackwardArgs args{};
+    args.problem = p;
+    args.in = call.in;
+    args.grad_out = sequence_view(kBackwardOp, "grad_out", grad_out, reverse);
+    args.grad_x = view(kBackwardOp, "x", grad_x, reverse);
+    args.partial_weight = static_cast<float*>(partial_weight.data_ptr());
+    args.partial_bias = static_cast<float*>(partial_bias.data_ptr());
+    args.grad_history = initial_states.has_value() ? static_cast<float*>(grad_history.data_ptr()) : nullptr;
+    const CpuKernels& kernels = cpu_kernels();
+    run_with_workspace(
+        x, call.tasks(), call.threads(), kernels.backward_workspace(p),
+        [&](float* workspace, int64_t begin, int64_t end) { kernels.backward(args, workspace, begin, end); });
+    if (grad_final_states.has_value()) add_final(call, *grad_final_states, args.grad_x, args.grad_history);
+  }
+  return {grad_x, sum_rows(partial_weight, weight),
+          bias.has_value() ? sum_rows(partial_bias, *bias) : floats({0}),
+          initial_states.has_value() && initial_states->scalar_type() != ScalarType::Float
+              ? torch::stable::to(grad_history, initial_states->scalar_type())
+              : grad_history};
+}
+
+const int64_t* row_numbers(const char* name, const OptionalTensor& t, int64_t batch,
+                           std::vector<Tensor>* held) {
+  if (!t.has_value()) return nullptr;
+  check_shape(kUpdateOp, name, *t, {batch});
+  held->push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Long)));
+  return static_cast<const int64_t*>(held->back().data_ptr());
+}
+
+Tensor update_cpu(const Tensor& x, Tensor conv_state, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
+  ARCORE_CHECK(x.dim() == 3, kUpdateOp, "expected x of shape (batch, dim, steps) but got ", shape_of(x));
+  UpdateArgs args{};
+  args.batch = x.size(0);
+  args.dim = x.size(1);
+  args.steps = x.size(2);
+  args.silu = silu;
+  ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == args.dim && weight.size(1) >= 1, kUpdateOp,
+               "expected weight of shape (dim=", args.dim, ", width) but got ", shape_of(weight));
+  args.width = weight.size(1);
+  ARCORE_CHECK(
+      conv_state.dim() == 3 && conv_state.size(1) == args.dim && conv_state.size(2) >= args.width - 1,
+      kUpdateOp, "expected conv_state of shape (rows, dim=", args.dim,
+      ", at least width - 1 = ", args.width - 1, ") but got ", shape_of(conv_state));
+  args.state_length = conv_state.size(2);
+  ARCORE_CHECK(conv_state_indices.has_value() || conv_state.size(0) == args.batch, kUpdateOp,
+               "expected conv_state with one row per batch entry (", args.batch, ") but got ",
+               conv_state.size(0), "; give conv_state_indices to pick rows");
+  std::vector<Tensor> held;
+  held.reserve(4);
+  held.push_back(as_floats(weight));
+  args.weight = static_cast<const float*>(held.back().data_ptr());
+  if (bias.has_value()) {
+    check_shape(kUpdateOp, "bias", *bias, {args.dim});
+    held.push_back(as_floats(*bias));
+    args.bias = static_cast<const float*>(held.back().data_ptr());
+  }
+  args.write_at = row_numbers("cache_seqlens", cache_seqlens, args.batch, &held);
+  args.rows = row_numbers("conv_state_indices", conv_state_indices, args.batch, &held);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    ARCORE_CHECK(args.rows == nullptr || args.rows[b] < conv_state.size(0), kUpdateOp,
+                 "expected conv_state_indices below the rows of conv_state (", conv_state.size(0),
+                 ") but got ", args.rows[b]);
+    ARCORE_CHECK(args.write_at == nullptr || args.write_at[b] >= 0, kUpdateOp,
+                 "expected cache_seqlens >= 0 but got ", args.write_at[b]);
+  }
+  Tensor out = torch::stable::empty_like(x);
+  args.x = view(kUpdateOp, "x", x);
+  args.out = view(kUpdateOp, "out", out);
+  args.state = view(kUpdateOp, "conv_state", conv_state);
+  if (out.numel() == 0) return out;
+  // Rows may share a state row, so they run in order, on one thread: a step is a few microseconds.
+  cpu_kernels().update(args, 0, args.batch);
+  return out;
+}
+
+}  // namespace
+}  // namespace arcore::causal_conv1d
+
+STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool "
+      "silu, "
+      "bool reverse) -> (Tensor out, Tensor final_states)");
+  m.def(
+      "causal_conv1d_backward(Tensor? grad_out, Tensor? grad_final_states, Tensor x, Tensor weight, Tensor? "
+      "bias, "
+      "Tensor? seq_idx, Tensor? initial_states, bool silu, bool reverse) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? "
+      "cache_seqlens, "
+      "Tensor? conv_state_indices, bool silu) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
+  m.impl("causal_conv1d", TORCH_BOX(&arcore::causal_conv1d::forward_cpu));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&arcore::causal_conv1d::backward_cpu));
+  m.impl("causal_conv1d_update", TORCH_BOX(&arcore::causal_conv1d::update_cpu));
+}

@@ -1,0 +1,420 @@
+"""Depthwise causal convolution: public functions, references, and the ops' fake and autograd rules.
+
+The loops and the numerics are in csrc/causal_conv1d/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arcore import _extension as _extension
+from arcore.ops._registration import forbid_second_derivative
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "silu", "swish")
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: Literal[False] = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    *,
+    return_final_states: Literal[True],
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time, with carried inputs, packed sequences and both directions.
+
+    Computes ``out[t] = act(bias + sum_j weight[j] * x[t - width + 1 + j])`` per channel, in fp32 whatever the storage
+    type. Differentiable in x, weight, bias and initial_states, and through the final states. Deterministic; results
+    do not depend on the number of threads, on the layout or on batch mates.
+
+    Args:
+        x: ``[B, D, L]``, float32, bfloat16 or float16, any strides: channel-first, channel-last, slices.
+        weight: ``[D, width]``, any width from 1 on; 2, 3 and 4 have kernels of their own.
+        bias: ``[D]``.
+        seq_idx: int32 ``[B, L]``, sequence of each token. A tap that would read another sequence reads 0. Tokens with a
+            negative id are padding: their output is 0 and nobody reads them.
+        initial_states: the ``width - 1`` inputs before x, ``[B, D, width - 1]``; zero when None. With `seq_idx` they
+            belong to the first sequence.
+        return_final_states: also return the last ``width - 1`` inputs, those of `initial_states` included.
+        final_states_out: ``[B, D, width - 1]``, receives the final states instead of a new tensor.
+        activation: None, "silu" or "swish" (the same).
+        reverse: anti-causal; equals flipping x, seq_idx and the output in time.
+
+    Returns:
+        ``[B, D, L]`` in x's dtype and memory layout; with `return_final_states` also the final states, x's dtype,
+        ``[B, D, width - 1]``. With `seq_idx` they hold 0 where an input belongs to another than the last sequence.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
+        ValueError: shapes, devices or `activation` do not fit.
+
+    Reference: Mamba (arXiv:2312.00752, section 3.4); names and order are those of the causal-conv1d package.
+    """
+    _check("causal_conv1d", x, weight, bias, activation, seq_idx=seq_idx, initial_states=initial_states)
+    _check_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_states=initial_states)
+    out, final = torch.ops.arcore.causal_conv1d(
+        x, weight, bias, seq_idx, initial_states, activation is not None, reverse
+    )
+    return _results(out, final, return_final_states, final_states_out)
+
+
+def reference_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d` in plain PyTorch, any float dtype and device.
+
+    Works in float64 if any input is float64, else in float32. Arguments, returns and errors are those of
+    `causal_conv1d`.
+    """
+    _check("causal_conv1d", x, weight, bias, activation, seq_idx=seq_idx, initial_states=initial_states)
+    given = [t for t in (x, weight, bias, initial_states) if t is not None]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    batch, dim, length = x.shape
+    before = weight.shape[1] - 1
+    inputs, ids = x.to(dtype), seq_idx
+    if reverse:
+        inputs, ids = inputs.flip(2), None if ids is None else ids.flip(1)
+    history = inputs.new_zeros(batch, dim, before) if initial_states is None else initial_states.to(dtype)
+    padded = torch.cat([history, inputs], dim=2)
+    owners, keep = None, None
+    if ids is not None:
+        owners, keep = _owners(ids, before)
+    out = padded.new_zeros(batch, dim, length)
+    for j in range(before + 1):
+        tap = padded[:, :, j : j + length]
+        if owners is not None:
+            same = (owners[:, j : j + length] == owners[:, before:]) & (owners[:, before:] >= 0)
+            tap = torch.where(same[:, None], tap, 0.0)
+        out = out + weight[:, j : j + 1].to(dtype) * tap
+    if bias is not None:
+        out = out + bias[:, None].to(dtype)
+    if activation is not None:
+        out = F.silu(out)
+    final = padded[:, :, length:]
+    if owners is not None and keep is not None:
+        out = torch.where((owners[:, before:] >= 0)[:, None], out, 0.0)
+        final = torch.where(keep[:, None], final, 0.0)
+    if reverse:
+        out = out.flip(2)
+    return _results(out.to(x.dtype), final.to(x.dtype), return_final_states, final_states_out)
+
+
+def _owners(ids: Tensor, before: int) -> tuple[Tensor, Tensor]:
+    """Id of every input, those before the row included, and which of the last ones the final state keeps."""
+    if ids.shape[1] == 0:
+        none = ids.new_full((ids.shape[0], before), -1)
+        return none, none >= 0
+    real = ids >= 0
+    first = ids.gather(1, real.int().argmax(1, keepdim=True))
+    last = ids.gather(1, ids.shape[1] - 1 - real.flip(1).int().argmax(1, keepdim=True))
+    owners = torch.cat([first.expand(-1, before), ids], dim=1)
+    return owners, (owners[:, ids.shape[1] :] == last) & (last >= 0)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """One or a few new tokens of a causal convolution, against a state that is changed in place.
+
+    Args:
+        x: new inputs, ``[B, D]`` or ``[B, D, S]``, float32, bfloat16 or float16, any strides.
+        conv_state: the inputs before, ``[rows, D, state_len]`` with ``state_len >= width - 1``, newest last; receives
+            the new ones. Any float dtype of `x`'s list and any strides.
+        weight: ``[D, width]``.
+        bias: ``[D]``.
+        activation: None, "silu" or "swish".
+        cache_seqlens: integers ``[B]``: the state is a ring, and the first new input goes to position
+            ``cache_seqlens % state_len``. Without it the state is shifted.
+        conv_state_indices: integers ``[B]``, row of `conv_state` for each row of x; negative: padding (output 0,
+            state untouched).
+
+    Returns:
+        The outputs, in x's shape and dtype. No gradient flows through this function.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
+        ValueError: shapes, devices or `activation` do not fit.
+
+    Reference: Mamba (arXiv:2312.00752, section 3.4); names and order are those of the causal-conv1d package.
+    """
+    steps = _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    _check_dtypes("causal_conv1d_update", x=x, conv_state=conv_state, weight=weight, bias=bias)
+    out: Tensor = torch.ops.arcore.causal_conv1d_update(
+        steps, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation is not None
+    )
+    return out.squeeze(2) if x.dim() == 2 else out
+
+
+def reference_causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d_update` in plain PyTorch, row by row, any float dtype and device."""
+    steps = _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    width, kept, count = weight.shape[1], conv_state.shape[2], steps.shape[2]
+    out = torch.zeros_like(steps)
+    for b in range(x.shape[0]):
+        row = b if conv_state_indices is None else int(conv_state_indices[b])
+        if row < 0:
+            continue
+        at = 0 if cache_seqlens is None or kept == 0 else int(cache_seqlens[b]) % kept
+        oldest_first = conv_state[row].roll(-at, dims=1) if cache_seqlens is not None else conv_state[row]
+        inputs = torch.cat([oldest_first.to(dtype), steps[b].to(dtype)], dim=1)
+        window = inputs[:, inputs.shape[1] - count - width + 1 :].unfold(1, width, 1)  # [D, S, width]
+        result = (window * weight.to(dtype)[:, None]).sum(2)
+        result = result if bias is None else result + bias[:, None].to(dtype)
+        out[b] = (F.silu(result) if activation is not None else result).to(out.dtype)
+        newest = inputs[:, inputs.shape[1] - kept :].to(conv_state.dtype)
+        conv_state[row] = newest.roll(at + count, dims=1) if cache_seqlens is not None else newest
+    return out.squeeze(2) if x.dim() == 2 else out
+
+
+def _results(
+    out: Tensor, final: Tensor, return_final: bool, into: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if into is not None:
+        if into.shape != final.shape:
+            raise ValueError(
+                f"arcore.causal_conv1d: expected final_states_out of shape {tuple(final.shape)} but got "
+                f"{tuple(into.shape)}"
+            )
+        into.copy_(final)
+        final = into
+    return (out, final) if return_final else out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_dtypes(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"arcore.{op}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
+                f"for float64 (gradcheck) call reference_{op}"
+            )
+
+
+def _check(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, **optional: Tensor | None
+) -> None:
+    op = f"arcore.{op}"
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor but got {type(tensor).__name__}")
+    for name, tensor in (("bias", bias), *optional.items()):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor or None but got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on x's device {x.device} but got {tensor.device}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: expected weight on x's device {x.device} but got {weight.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: expected activation None, 'silu' or 'swish' but got {activation!r}")
+    if x.dim() != 3:
+        raise ValueError(f"{op}: expected x of shape (batch, dim, length) but got {tuple(x.shape)}")
+    batch, dim, length = x.shape
+    if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] < 1:
+        raise ValueError(
+            f"{op}: expected weight of shape (dim={dim}, width) but got {tuple(weight.shape)}; "
+            "a Conv1d's weight [dim, 1, width] needs .squeeze(1)"
+        )
+    if bias is not None and bias.shape != (dim,):
+        raise ValueError(f"{op}: expected bias of shape (dim={dim},) but got {tuple(bias.shape)}")
+    seq_idx, states = optional.get("seq_idx"), optional.get("initial_states")
+    if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.dtype != torch.int32):
+        raise ValueError(
+            f"{op}: expected seq_idx int32 of shape (batch={batch}, length={length}) but got "
+            f"{_name(seq_idx.dtype)} {tuple(seq_idx.shape)}"
+        )
+    if states is not None and states.shape != (batch, dim, weight.shape[1] - 1):
+        raise ValueError(
+            f"{op}: expected initial_states of shape (batch={batch}, dim={dim}, width - 1 = {weight.shape[1] - 1}) "
+            f"but got {tuple(states.shape)}"
+        )
+
+
+def _check_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+) -> Tensor:
+    """x as ``[B, D, S]``."""
+    op = "arcore.causal_conv1d_update"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected x to be a tensor but got {type(x).__name__}")
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: expected x of shape (batch, dim) or (batch, dim, steps) but got {tuple(x.shape)}"
+        )
+    steps = x.unsqueeze(2) if x.dim() == 2 else x
+    rows = {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}
+    _check("causal_conv1d_update", steps, weight, bias, activation, conv_state=conv_state, **rows)
+    batch, dim, _ = steps.shape
+    width = weight.shape[1]
+    if conv_state.dim() != 3 or conv_state.shape[1] != dim or conv_state.shape[2] < width - 1:
+        raise ValueError(
+            f"{op}: expected conv_state of shape (rows, dim={dim}, at least width - 1 = {width - 1}) but got "
+            f"{tuple(conv_state.shape)}"
+        )
+    if conv_state_indices is None and conv_state.shape[0] != batch:
+        raise ValueError(
+            f"{op}: expected conv_state with one row per row of x ({batch}) but got {conv_state.shape[0]}; "
+            "give conv_state_indices to pick rows"
+        )
+    for name, tensor in rows.items():
+        if tensor is not None and (tensor.shape != (batch,) or tensor.is_floating_point()):
+            raise ValueError(
+                f"{op}: expected {name} of shape (batch={batch},), integers, but got {_name(tensor.dtype)} "
+                f"{tuple(tensor.shape)}"
+            )
+    return steps
+
+
+@torch.library.register_fake("arcore::causal_conv1d")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((x.shape[0], x.shape[1], weight.shape[1] - 1))
+
+
+@torch.library.register_fake("arcore::causal_conv1d_backward")
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_final_states: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def dense(t: Tensor | None) -> Tensor:
+        return x.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
+
+    return torch.empty_like(x), dense(weight), dense(bias), dense(initial_states)
+
+
+@torch.library.register_fake("arcore::causal_conv1d_update")
+def _fake_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, silu, reverse = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.flags = (silu, reverse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
+    if grad_out is None and grad_final is None:
+        return (None,) * 7
+    grads = torch.ops.arcore.causal_conv1d_backward(
+        grad_out, grad_final, x, weight, bias, seq_idx, initial_states, *ctx.flags
+    )
+    return (
+        grads[0],
+        grads[1],
+        None if bias is None else grads[2],
+        None,
+        None if initial_states is None else grads[3],
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("arcore::causal_conv1d", _backward, setup_context=_setup_context)
+forbid_second_derivative("causal_conv1d")
