@@ -9,6 +9,8 @@ namespace {
 
 // Steps that a group of channels is taken through at once: its rows stay in the first-level cache.
 constexpr int64_t kSteps = 256;
+// Taps up to which one new input per channel has a loop of its own.
+constexpr int64_t kMaxTaps = 8;
 
 // Rows of a group: [lanes, stride] floats.
 struct Rows {
@@ -156,20 +158,36 @@ bool in_place(const Sequence& s) {
   return s.dtype == StorageType::kFloat32 && s.time == 1;
 }
 
-void filter_in_place(const ForwardArgs& args, const Group& g, Filter run, int64_t begin, int64_t length,
-                     float* room) {
+// A group whose rows lie contiguous in time as floats, row by row: only outputs that read inputs before the
+// row, and the last ones that fill no vector, go through `buffer`.
+void filter_in_place(const ForwardArgs& args, const Group& g, Filter run, float* buffer) {
   const Problem& p = args.problem;
   const Sequence &x = args.in.x, &out = args.out;
-  const uint32_t* masks = window_masks(p, args.in, g.batch, begin, length, room);
+  const int64_t before = p.width - 1, head = min_of<int64_t>(round_up(before, kLanes), p.length);
+  const int64_t tail = (p.length - head) % kLanes, body = p.length - head - tail;
+  float* result = buffer + round_up(before + head + 2 * kLanes, kLanes);
   for (int64_t c = g.channel; c < g.channel + g.valid; ++c) {
-    const float* in =
-        static_cast<const float*>(x.data) + g.batch * x.batch + c * x.channel + begin - (p.width - 1);
-    float* result = static_cast<float*>(out.data) + g.batch * out.batch + c * out.channel + begin;
+    const float* in = static_cast<const float*>(x.data) + g.batch * x.batch + c * x.channel;
+    float* to = static_cast<float*>(out.data) + g.batch * out.batch + c * out.channel;
+    const float* weight = args.in.weight + c * p.width;
     const Vec bias(args.in.bias != nullptr ? args.in.bias[c] : 0.0f);
-    run(in, args.in.weight + c * p.width, p.width, bias, masks, kSteps + kLanes, length, result);
-    if (masks != nullptr)
-      for (int64_t t = 0; t < length; t += kLanes)
-        store(result + t, keep_bits(load(result + t), masks + (p.width - 1) * (kSteps + kLanes) + t));
+    const auto through_buffer = [&](int64_t begin, int64_t length) {
+      std::memset(buffer + before + length, 0, kLanes * sizeof(float));
+      run(buffer, weight, p.width, bias, nullptr, 0, length, result);
+      std::memcpy(to + begin, result, static_cast<size_t>(length) * sizeof(float));
+    };
+    if (head > 0) {
+      for (int64_t j = 0; j < before; ++j)
+        buffer[j] = args.in.history != nullptr ? args.in.history[(g.batch * p.dim + c) * before + j] : 0.0f;
+      std::memcpy(buffer + before, in, static_cast<size_t>(head) * sizeof(float));
+      through_buffer(0, head);
+    }
+    run(in + head - before, weight, p.width, bias, nullptr, 0, body, to + head);
+    if (tail > 0) {
+      const int64_t begin = head + body;
+      std::memcpy(buffer, in + begin - before, static_cast<size_t>(before + tail) * sizeof(float));
+      through_buffer(begin, tail);
+    }
   }
 }
 
@@ -180,18 +198,11 @@ void forward_group(const ForwardArgs& args, const Group& g, float* workspace) {
   float* block = workspace + 2 * kLanes * stride;
   float* room = block + kLanes * kLanes;
   const Filter run = pick_filter(p.width, args.in.masks != nullptr, p.silu);
+  if (args.in.masks == nullptr && in_place(args.in.x) && in_place(args.out))
+    return filter_in_place(args, g, run, workspace);
   load_history(p, args.in, g, x);
   for (int64_t begin = 0; begin < p.length; begin += kSteps) {
     const int64_t length = min_of(kSteps, p.length - begin);
-    if (begin >= before && length % kLanes == 0 && in_place(args.in.x) && in_place(args.out)) {
-      filter_in_place(args, g, run, begin, length, room);
-      if (begin + length < p.length)
-        with_type(args.in.x.dtype, [&](auto type) {
-          load_rows<decltype(type)>(args.in.x, g.batch, g.channel, g.valid, begin + length - before, before,
-                                    x, block);
-        });
-      continue;
-    }
     with_type(args.in.x.dtype, [&](auto type) {
       load_rows<decltype(type)>(args.in.x, g.batch, g.channel, g.valid, begin, length,
                                 {x.data + before, stride}, block);
@@ -329,24 +340,65 @@ void backward(const BackwardArgs& args, float* workspace, int64_t begin, int64_t
     backward_group(args, Group(args.problem, task), workspace);
 }
 
+// Where the inputs of one row of the state lie: input i, counted from the first new one, for i < 0.
+struct Ring {
+  int64_t at, kept;
+  bool circular;
+  int64_t slot(int64_t i) const { return circular ? ((at + i) % kept + kept) % kept : kept + i; }
+};
+
+// One new input per channel, few taps: the inputs of a group of channels are brought together tap by tap.
 template <typename X, typename S>
-void update_row(const UpdateArgs& args, int64_t batch) {
-  const X* x = static_cast<const X*>(args.x.data) + batch * args.x.batch;
-  X* out = static_cast<X*>(args.out.data) + batch * args.out.batch;
-  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch, kept = args.state_length;
-  if (row < 0) {
-    for (int64_t c = 0; c < args.dim; ++c)
-      for (int64_t t = 0; t < args.steps; ++t)
-        out[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
-    return;
+void update_one(const UpdateArgs& args, const Ring& ring, const X* x, S* state, X* out) {
+  const int64_t taps = args.width;
+  float inputs[kMaxTaps][kLanes], weights[kMaxTaps][kLanes], sums[kLanes];
+  int64_t slots[kMaxTaps];
+  for (int64_t j = 0; j < taps - 1; ++j)
+    slots[j] = ring.slot(j - taps + 1) * args.state.time;
+  for (int64_t c0 = 0; c0 < args.dim; c0 += kLanes) {
+    const int64_t valid = min_of<int64_t>(kLanes, args.dim - c0);
+    const S* rows = state + c0 * args.state.channel;
+    const float* w = args.weight + c0 * taps;
+    for (int64_t j = 0; j < taps; ++j)
+      for (int64_t c = 0; c < valid; ++c)
+        weights[j][c] = w[c * taps + j];
+    for (int64_t j = 0; j < taps - 1; ++j)
+      for (int64_t c = 0; c < valid; ++c)
+        inputs[j][c] = static_cast<float>(rows[c * args.state.channel + slots[j]]);
+    for (int64_t c = 0; c < valid; ++c)
+      inputs[taps - 1][c] = static_cast<float>(x[(c0 + c) * args.x.channel]);
+    for (int64_t c = 0; c < valid; ++c)
+      sums[c] = args.bias != nullptr ? args.bias[c0 + c] : 0.0f;
+    for (int64_t c = valid; c < kLanes; ++c) {
+      sums[c] = 0.0f;
+      for (int64_t j = 0; j < taps; ++j)
+        inputs[j][c] = weights[j][c] = 0.0f;
+    }
+    Vec sum = load(sums);
+    for (int64_t j = 0; j < taps; ++j)
+      sum = fma(load(weights[j]), load(inputs[j]), sum);
+    store(sums, args.silu ? silu(sum) : sum);
+    for (int64_t c = 0; c < valid; ++c)
+      out[(c0 + c) * args.out.channel] = static_cast<X>(sums[c]);
   }
-  S* state = static_cast<S*>(args.state.data) + row * args.state.batch;
-  const int64_t at = args.write_at != nullptr && kept > 0 ? args.write_at[batch] % kept : 0;
-  // Input i of channel c, counted from the first new one.
-  auto input = [&](int64_t c, int64_t i) {
-    if (i >= 0) return static_cast<float>(x[c * args.x.channel + i * args.x.time]);
-    const int64_t slot = args.write_at != nullptr ? ((at + i) % kept + kept) % kept : kept + i;
-    return static_cast<float>(state[c * args.state.channel + slot * args.state.time]);
+  if (ring.kept == 0) return;
+  const int64_t step = args.state.time;
+  for (int64_t c = 0; c < args.dim; ++c) {
+    S* kept_of = state + c * args.state.channel;
+    if (!ring.circular)
+      for (int64_t k = 0; k + 1 < ring.kept; ++k)
+        kept_of[k * step] = kept_of[(k + 1) * step];
+    kept_of[ring.slot(ring.circular ? 0 : -1) * step] =
+        static_cast<S>(static_cast<float>(x[c * args.x.channel]));
+  }
+}
+
+// Any number of new inputs and taps.
+template <typename X, typename S>
+void update_many(const UpdateArgs& args, const Ring& ring, const X* x, S* state, X* out) {
+  const auto input = [&](int64_t c, int64_t i) {
+    return i >= 0 ? static_cast<float>(x[c * args.x.channel + i * args.x.time])
+                  : static_cast<float>(state[c * args.state.channel + ring.slot(i) * args.state.time]);
   };
   for (int64_t c0 = 0; c0 < args.dim; c0 += kLanes) {
     const int64_t valid = min_of<int64_t>(kLanes, args.dim - c0);
@@ -363,16 +415,36 @@ void update_row(const UpdateArgs& args, int64_t batch) {
         out[(c0 + c) * args.out.channel + t * args.out.time] = static_cast<X>(sums[c]);
     }
   }
-  for (int64_t c = 0; c < args.dim && kept > 0; ++c) {
+  for (int64_t c = 0; c < args.dim && ring.kept > 0; ++c) {
     S* kept_of = state + c * args.state.channel;
-    if (args.write_at != nullptr) {
-      for (int64_t t = max_of<int64_t>(args.steps - kept, 0); t < args.steps; ++t)
-        kept_of[(at + t) % kept * args.state.time] = static_cast<S>(input(c, t));
+    if (ring.circular) {
+      for (int64_t t = max_of<int64_t>(args.steps - ring.kept, 0); t < args.steps; ++t)
+        kept_of[ring.slot(t) * args.state.time] = static_cast<S>(input(c, t));
     } else {
-      for (int64_t k = 0; k < kept; ++k)
-        kept_of[k * args.state.time] = static_cast<S>(input(c, k - kept + args.steps));
+      for (int64_t k = 0; k < ring.kept; ++k)
+        kept_of[k * args.state.time] = static_cast<S>(input(c, k - ring.kept + args.steps));
     }
   }
+}
+
+template <typename X, typename S>
+void update_row(const UpdateArgs& args, int64_t batch) {
+  const X* x = static_cast<const X*>(args.x.data) + batch * args.x.batch;
+  X* out = static_cast<X*>(args.out.data) + batch * args.out.batch;
+  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch, kept = args.state_length;
+  if (row < 0) {
+    for (int64_t c = 0; c < args.dim; ++c)
+      for (int64_t t = 0; t < args.steps; ++t)
+        out[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
+    return;
+  }
+  S* state = static_cast<S*>(args.state.data) + row * args.state.batch;
+  const bool circular = args.write_at != nullptr && kept > 0;
+  const Ring ring{circular ? args.write_at[batch] % kept : 0, kept, circular};
+  if (args.steps == 1 && args.width <= kMaxTaps)
+    update_one(args, ring, x, state, out);
+  else
+    update_many(args, ring, x, state, out);
 }
 
 void update(const UpdateArgs& args, int64_t begin, int64_t end) {

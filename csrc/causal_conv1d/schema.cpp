@@ -246,17 +246,27 @@ const int64_t* row_numbers(const char* name, const OptionalTensor& t, int64_t ba
                            std::vector<Tensor>* held) {
   if (!t.has_value()) return nullptr;
   check_shape(kUpdateOp, name, *t, {batch});
+  ARCORE_CHECK(t->scalar_type() == ScalarType::Int || t->scalar_type() == ScalarType::Long, kUpdateOp,
+               "expected ", name, " of dtype int32 or int64 but got ",
+               torch::headeronly::toString(t->scalar_type()));
   held->push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Long)));
   return static_cast<const int64_t*>(held->back().data_ptr());
 }
 
+// [batch, dim] or [batch, dim, steps].
+Sequence view_of_steps(const char* name, const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0,
+          storage_type(t, kUpdateOp, name)};
+}
+
 Tensor update_cpu(const Tensor& x, Tensor conv_state, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
-  ARCORE_CHECK(x.dim() == 3, kUpdateOp, "expected x of shape (batch, dim, steps) but got ", shape_of(x));
+  ARCORE_CHECK(x.dim() == 2 || x.dim() == 3, kUpdateOp,
+               "expected x of shape (batch, dim) or (batch, dim, steps) but got ", shape_of(x));
   UpdateArgs args{};
   args.batch = x.size(0);
   args.dim = x.size(1);
-  args.steps = x.size(2);
+  args.steps = x.dim() == 3 ? x.size(2) : 1;
   args.silu = silu;
   ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == args.dim && weight.size(1) >= 1, kUpdateOp,
                "expected weight of shape (dim=", args.dim, ", width) but got ", shape_of(weight));
@@ -288,8 +298,8 @@ Tensor update_cpu(const Tensor& x, Tensor conv_state, const Tensor& weight, cons
                  "expected cache_seqlens >= 0 but got ", args.write_at[b]);
   }
   Tensor out = torch::stable::empty_like(x);
-  args.x = view(kUpdateOp, "x", x);
-  args.out = view(kUpdateOp, "out", out);
+  args.x = view_of_steps("x", x);
+  args.out = view_of_steps("out", out);
   args.state = view(kUpdateOp, "conv_state", conv_state);
   if (out.numel() == 0) return out;
   // Rows may share a state row, so they run in order, on one thread: a step is a few microseconds.

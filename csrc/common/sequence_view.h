@@ -37,6 +37,7 @@ inline void check_shape(const char* op, const char* name, const torch::stable::T
 // float32, contiguous; for small tensors only.
 inline torch::stable::Tensor as_floats(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
+  if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) return t;  // a dispatched call costs 2 us
   return torch::stable::contiguous(
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }

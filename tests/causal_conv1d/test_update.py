@@ -119,12 +119,12 @@ def test_no_rows():
         (
             {"cache_seqlens": torch.zeros(3, dtype=torch.int32)},
             ValueError,
-            r"expected cache_seqlens of shape \(batch=2,\)",
+            r"expected cache_seqlens int32 or int64 of shape \(batch=2,\)",
         ),
         (
             {"conv_state_indices": torch.zeros(2)},
             ValueError,
-            "expected conv_state_indices of shape .*, integers",
+            "expected conv_state_indices int32 or int64 of shape",
         ),
         (
             {"x": torch.zeros(2, 5, dtype=torch.float64)},

@@ -17,6 +17,7 @@ from arcore.ops.sample import (
     sample,
 )
 from arcore.ops.selective_scan import reference_selective_scan, selective_scan
+from arcore.ops.selective_state_update import reference_selective_state_update, selective_state_update
 from arcore.ops.speculative import (
     Verified,
     VerifiedWindow,
@@ -53,6 +54,7 @@ __all__ = [
     "reference_linear_logprobs",
     "reference_sample",
     "reference_selective_scan",
+    "reference_selective_state_update",
     "reference_token_logprobs",
     "reference_verify_chain",
     "reference_verify_jacobi",
@@ -61,6 +63,7 @@ __all__ = [
     "reference_verify_typical",
     "sample",
     "selective_scan",
+    "selective_state_update",
     "token_logprobs",
     "verify_chain",
     "verify_jacobi",

@@ -1,0 +1,179 @@
+// CPU step of the selective scan; compiled once per instruction set. README.md beside this file describes the
+// loops.
+#include "common/vec.h"
+#include "selective_state_update/params.h"
+
+namespace arcore::selective_state_update {
+namespace ARCORE_ISA {
+namespace {
+
+constexpr int64_t kSlice = 128;
+constexpr int64_t kMaxStates = 256;
+
+template <typename T>
+void read_as(const T* src, int64_t stride, int64_t n, float* dst) {
+  if (stride == 1) {
+    to_float(src, dst, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      dst[i] = static_cast<float>(src[i * stride]);
+  }
+}
+
+// Elements [begin, begin + n) of one (batch, head) row.
+void read(const View& v, int64_t batch, int64_t head, int64_t begin, int64_t n, float* dst) {
+  const int64_t first = batch * v.batch + head * v.head + begin * v.last;
+  with_type(v.dtype,
+            [&](auto type) { read_as(static_cast<const decltype(type)*>(v.data) + first, v.last, n, dst); });
+}
+
+void write(const View& v, int64_t batch, int64_t head, int64_t begin, int64_t n, const float* src) {
+  const int64_t first = batch * v.batch + head * v.head + begin * v.last;
+  with_type(v.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* dst = static_cast<T*>(v.data) + first;
+    if (v.last == 1) {
+      from_float(src, dst, n);
+    } else {
+      for (int64_t i = 0; i < n; ++i)
+        dst[i * v.last] = static_cast<T>(src[i]);
+    }
+  });
+}
+
+// What one (batch row, head, slice) works on; whole vectors beyond `count` and `states` hold zeros.
+struct Slice {
+  int64_t count, states, padded;               // channels, states, states rounded up to whole vectors
+  float dt[kSlice], drive[kSlice], y[kSlice];  // dt times log2(e), dt times x
+  float B[kMaxStates + 16], C[kMaxStates + 16];
+  float tail[3][kMaxStates + 16];  // a channel's states where they are no whole vectors
+};
+
+// One channel: state = a state + drive B, and the products C state summed into one vector. kTied: `a` is one
+// number.
+template <bool kTied>
+inline Vec advance(const float* A, Vec dt, Vec a_tied, Vec drive, const Slice& s, const float* from,
+                   float* to) {
+  Vec sum(0.0f);
+  for (int64_t n = 0; n < s.padded; n += kLanes) {
+    const Vec a = kTied ? a_tied : exp2(dt * load(A + n));
+    const Vec h = fma(load(from + n), a, drive * load(s.B + n));
+    store(to + n, h);
+    sum = fma(h, load(s.C + n), sum);
+  }
+  return sum;
+}
+
+template <typename T, bool kTied>
+void update_channels(const Args& args, int64_t head, int64_t channel, T* state, Slice& s) {
+  const State& layout = args.state;
+  const bool whole = s.padded == s.states;
+  const bool direct = sizeof(T) == 4 && layout.state == 1 && whole;
+  Vec sums[kLanes];
+  for (int64_t c0 = 0; c0 < s.count; c0 += kLanes) {
+    const int64_t valid = min_of<int64_t>(kLanes, s.count - c0);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (i >= valid) {
+        sums[i] = Vec(0.0f);
+        continue;
+      }
+      const int64_t c = c0 + i;
+      const float* A = kTied ? nullptr : args.A + (head * args.dim + channel + c) * s.states;
+      const Vec dt(s.dt[c]), drive(s.drive[c]);
+      const Vec a = kTied ? exp2(dt * Vec(args.A[head])) : Vec(0.0f);
+      T* row = state + c * layout.channel;
+      if (direct) {
+        float* h = reinterpret_cast<float*>(row);
+        sums[i] = advance<kTied>(A, dt, a, drive, s, h, h);
+        continue;
+      }
+      read_as(row, layout.state, s.states, s.tail[0]);
+      if (!kTied && !whole) {
+        to_float(A, s.tail[1], s.states);
+        A = s.tail[1];
+      }
+      sums[i] = advance<kTied>(A, dt, a, drive, s, s.tail[0], s.tail[2]);
+      if (layout.state == 1) {
+        from_float(s.tail[2], row, s.states);
+      } else {
+        for (int64_t n = 0; n < s.states; ++n)
+          row[n * layout.state] = static_cast<T>(s.tail[2][n]);
+      }
+    }
+    Vec quads[kLanes / 4];
+    for (int64_t q = 0; q < kLanes / 4; ++q)
+      quads[q] = sum_quad(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);
+    store(s.y + c0, sum_groups(quads));
+  }
+}
+
+void update_slice(const Args& args, int64_t batch, int64_t head, int64_t channel, int64_t count, Slice& s) {
+  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch;
+  float x[kSlice];
+  s.count = count;
+  const int64_t whole = round_up(count, kLanes);
+  if (args.rows != nullptr && row == args.pad) {
+    for (int64_t c = 0; c < count; ++c)
+      s.y[c] = 0.0f;
+    write(args.out, batch, head, channel, count, s.y);
+    return;
+  }
+  const int64_t group = head / (args.heads / args.groups);
+  read(args.B, batch, group, 0, s.states, s.B);
+  read(args.C, batch, group, 0, s.states, s.C);
+  read(args.x, batch, head, channel, count, x);
+  read(args.dt, batch, head, channel, count, s.dt);
+  for (int64_t c = count; c < whole; ++c)
+    x[c] = s.dt[c] = 0.0f;
+  const int64_t first = head * args.dim + channel;
+  if (args.dt_bias != nullptr)
+    for (int64_t c = 0; c < count; ++c)
+      s.dt[c] += args.dt_bias[first + c];
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec dt = args.softplus ? softplus(load(s.dt + c)) : load(s.dt + c);
+    store(s.dt + c, dt * Vec(kLog2e));
+    store(s.drive + c, dt * load(x + c));
+  }
+  with_type(args.state.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* state = static_cast<T*>(args.state.data) + row * args.state.row + head * args.state.head +
+               channel * args.state.channel;
+    args.tied ? update_channels<T, true>(args, head, channel, state, s)
+              : update_channels<T, false>(args, head, channel, state, s);
+  });
+  if (args.D != nullptr)
+    for (int64_t c = 0; c < count; ++c)
+      s.y[c] += args.D[first + c] * x[c];
+  if (args.z.data != nullptr) {
+    float z[kSlice];
+    read(args.z, batch, head, channel, count, z);
+    for (int64_t c = count; c < whole; ++c)
+      z[c] = 0.0f;
+    for (int64_t c = 0; c < whole; c += kLanes)
+      store(s.y + c, load(s.y + c) * silu(load(z + c)));
+  }
+  write(args.out, batch, head, channel, count, s.y);
+}
+
+void update(const Args& args, int64_t begin, int64_t end) {
+  const int64_t slices = (args.dim + kSlice - 1) / kSlice;
+  Slice s{};
+  s.states = args.states;
+  s.padded = round_up(args.states, kLanes);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / slices, channel = task % slices * kSlice;
+    for (int64_t batch = 0; batch < args.batch; ++batch)
+      update_slice(args, batch, head, channel, min_of<int64_t>(kSlice, args.dim - channel), s);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels& cpu_kernels();
+const CpuKernels& cpu_kernels() {
+  static constexpr CpuKernels kKernels{kSlice, update};
+  return kKernels;
+}
+
+}  // namespace ARCORE_ISA
+}  // namespace arcore::selective_state_update
