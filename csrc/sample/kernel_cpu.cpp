@@ -6,6 +6,7 @@
 
 #include "common/inverse_cdf.h"
 #include "common/philox.h"
+#include "common/row_state_vec.h"
 #include "common/vec.h"
 #include "sample/compact.h"
 #include "sample/exact.h"
@@ -53,6 +54,7 @@ struct Row {
   int32_t low, high;  // smallest and largest key
   float top;          // the logit whose e is 1
   bool weighed;       // e, sum and top are those of the current tokens
+  bool infinite;      // the tokens are those whose logits are +inf
   int64_t sum;        // of the masses
 };
 
@@ -156,6 +158,17 @@ bool is_allowed(const Problem& p, Place at, int64_t token) {
   return row_of<uint32_t>(p.mask, at)[(token / 32) * p.mask.last] >> (token % 32) & 1;
 }
 
+// load_mixed plus bias; the result may lie in `mixed`.
+const float* load_biased(const Problem& p, const double* weights, Place at, int64_t begin, int64_t n,
+                         float* mixed, float* first_buffer, float* buffer) {
+  const float* x = load_mixed(p, weights, at, begin, n, mixed, first_buffer, buffer);
+  if (p.bias.data == nullptr) return x;
+  const float* bias = row_of<float>(p.bias, at) + begin * p.bias.last;
+  for (int64_t i = 0; i < n; ++i)
+    mixed[i] = x[i] + bias[i * p.bias.last];
+  return mixed;
+}
+
 void apply_mask(const Problem& p, Place at, int64_t begin, int64_t n, int32_t* ARCORE_RESTRICT key) {
   if (!p.mask_is_packed) {
     const uint8_t* allowed = row_of<uint8_t>(p.mask, at) + begin * p.mask.last;
@@ -176,9 +189,10 @@ void apply_mask(const Problem& p, Place at, int64_t begin, int64_t n, int32_t* A
   }
 }
 
-// Repetition, frequency and presence penalties: the few tokens that occur are computed anew.
-void apply_penalties(const Problem& p, const Scalars& s, Place at, float temperature, int32_t* key,
-                     int32_t* count) {
+// Repetition, frequency and presence penalties: the few tokens that occur are computed anew and written by
+// `write(token, logit)`.
+template <typename Write>
+void apply_penalties(const Problem& p, const Scalars& s, Place at, int32_t* count, const Write& write) {
   // The low bit says that a token occurs anywhere; the others count it in the history.
   const auto scan = [&](const View& ids, int64_t length, const auto& visit) {
     if (ids.data == nullptr) return;
@@ -197,7 +211,7 @@ void apply_penalties(const Problem& p, const Scalars& s, Place at, float tempera
     x = x < 0.0f ? x * s.repetition : x / s.repetition;
     x = x - s.frequency * static_cast<float>(times);
     x = x - (times > 0 ? s.presence : 0.0f);
-    key[token] = key_of(x / temperature);
+    write(token, x);
   };
   scan(p.prompt, p.prompt_length, penalise);
   scan(p.history, p.history_length, penalise);
@@ -216,17 +230,11 @@ void find_range(const int32_t* key, int64_t n, Row& row) {
 void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, Row& row) {
   alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
   const float temperature = s.temperature < kLowestTemperature ? 1.0f : static_cast<float>(s.temperature);
-  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, false, 0};
+  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, false, false, 0};
   for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
     const int64_t n = min_of(kBlock, p.vocab - begin);
-    const float* x = load_mixed(p, s.weights, at, begin, n, mixed, first, other);
+    const float* x = load_biased(p, s.weights, at, begin, n, mixed, first, other);
     int32_t* ARCORE_RESTRICT key = w.key + begin;
-    if (p.bias.data != nullptr) {
-      const float* bias = row_of<float>(p.bias, at) + begin * p.bias.last;
-      for (int64_t i = 0; i < n; ++i)
-        mixed[i] = x[i] + bias[i * p.bias.last];
-      x = mixed;
-    }
     if (temperature == 1.0f)
       for (int64_t i = 0; i < n; ++i)
         key[i] = key_of(x[i]);
@@ -240,7 +248,8 @@ void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, 
     row.high = max_of(row.high, part.high);
   }
   if (p.history.data != nullptr || p.prompt.data != nullptr) {
-    apply_penalties(p, s, at, temperature, w.key, w.count);
+    apply_penalties(p, s, at, w.count,
+                    [&](int64_t token, float x) { w.key[token] = key_of(x / temperature); });
     find_range(w.key, p.vocab, row);
   }
   for (int64_t i = 0; i < padded(p.vocab); ++i) {
@@ -537,6 +546,7 @@ bool process_row(const Problem& p, const Scalars& s, Place at, const Workspace& 
   if (row.high > kKeyPosInf || row.low < kKeyNegInf || row.high == kKeyNegInf) return false;
   if (row.high == kKeyPosInf) {
     // The limit of ever larger logits: those that are infinite share the mass.
+    row.infinite = true;
     for (int64_t i = 0; i < row.n; ++i)
       w.key[i] = w.key[i] == kKeyPosInf ? kKeyZero : kKeyNegInf;
     find_range(w.key, row.n, row);
@@ -599,32 +609,65 @@ int64_t draw_by_noise(const Problem& p, const Row& row, const Workspace& w, floa
   return best;
 }
 
-// log(sum of exp) over a row of mixed logits, NaN if one of them is; +inf where one is.
-double log_sum_exp(const Problem& p, const Scalars& s, Place at, float scale) {
+// Adds up a row that lies in `y`, which has room for padded(vocab) numbers.
+RowState sum_row(float* y, int64_t vocab, double inverse_temperature) {
+  for (int64_t i = vocab; i < padded(vocab); ++i)
+    y[i] = -INFINITY;
+  RowState state = kEmptyRow;
+  for (int64_t begin = 0; begin < vocab; begin += kRowBlock) {
+    const int64_t n = round_up(min_of(kRowBlock, vocab - begin), kLanes);
+    add_block(y + begin, n, max_of_block(y + begin, n), inverse_temperature, false, &state);
+  }
+  return state;
+}
+
+// Log-probabilities of drawn tokens, by the rule that token_logprobs has: it gives the same bits for the same
+// logits, kept set and temperature. Only arrays that the search alone uses are written.
+struct LogProbs {
+  const float* y;
+  double inverse_temperature;
+  RowState state;
+
+  float of(int64_t token) const {
+    RowState s = state;
+    s.target = y[token];
+    return static_cast<float>(log_prob(s, inverse_temperature));
+  }
+};
+
+// Of the mixed logits.
+LogProbs raw_logprobs(const Problem& p, const Scalars& s, Place at, const Workspace& w) {
   alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
-  const auto blocks = [&](const auto& visit) {
-    for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
-      const int64_t n = min_of(kBlock, p.vocab - begin);
-      visit(load_mixed(p, s.weights, at, begin, n, mixed, first, other), n);
-    }
-  };
-  int32_t low = 0x7fffffff, high = kKeyPad;
-  blocks([&](const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t key = key_of(x[i]);
-      low = key < low ? key : low;
-      high = key > high ? key : high;
-    }
-  });
-  if (high > kKeyPosInf || low < kKeyNegInf) return NAN;
-  if (high == kKeyPosInf || high == kKeyNegInf) return static_cast<double>(value_of(high));
-  const float top = value_of(high);
-  int64_t sum = 0;
-  blocks([&](const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i)
-      sum += mass_of(exp_of(x[i] - top), scale);
-  });
-  return static_cast<double>(top) + std::log(static_cast<double>(sum) / static_cast<double>(scale));
+  auto* y = reinterpret_cast<float*>(w.active_key);
+  for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
+    const int64_t n = min_of(kBlock, p.vocab - begin);
+    const float* x = load_mixed(p, s.weights, at, begin, n, mixed, first, other);
+    std::memcpy(y + begin, x, static_cast<size_t>(n) * sizeof(float));
+  }
+  return {y, 1.0, sum_row(y, p.vocab, 1.0)};
+}
+
+// Of the kept tokens, from their logits before temperature.
+LogProbs processed_logprobs(const Problem& p, const Scalars& s, Place at, const Row& row,
+                            const Workspace& w) {
+  alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
+  float *all = w.active_e, *kept = all;
+  for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
+    const int64_t n = min_of(kBlock, p.vocab - begin);
+    const float* x = load_biased(p, s.weights, at, begin, n, mixed, first, other);
+    std::memcpy(all + begin, x, static_cast<size_t>(n) * sizeof(float));
+  }
+  if (p.history.data != nullptr || p.prompt.data != nullptr)
+    apply_penalties(p, s, at, w.count, [&](int64_t token, float x) { all[token] = x; });
+  if (row.n < p.vocab) {
+    kept = reinterpret_cast<float*>(w.mass);
+    for (int64_t i = 0; i < p.vocab; ++i)
+      kept[i] = -INFINITY;
+    for (int64_t i = 0; i < row.n; ++i)
+      kept[w.index[i]] = all[w.index[i]];
+  }
+  const double inverse_temperature = 1.0 / s.temperature;
+  return {kept, inverse_temperature, sum_row(kept, p.vocab, inverse_temperature)};
 }
 
 void write_invalid(const Problem& p, const Draws& draws, const Outputs& out, int64_t row_number) {
@@ -670,12 +713,15 @@ void write_distribution(const Problem& p, const Outputs& out, const Row& row, co
 }
 
 void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const Outputs& out, Place at,
-                 const Row& row, const Workspace& w, float norm, float scale, int64_t row_number) {
+                 const Row& row, const Workspace& w, float norm, int64_t row_number) {
   const int64_t seed = draws.seeds[row_number * draws.seed_stride];
   const int64_t offset = draws.offsets[row_number * draws.offset_stride];
   const uint64_t total = draws.mode == Mode::kInverseCdf ? total_mass(w.e, row.n, norm) : 0;
-  const double log_total = std::log(static_cast<double>(row.sum) / static_cast<double>(scale));
-  const double log_raw = out.raw_logprob ? log_sum_exp(p, s, at, scale) : 0.0;
+  // Tokens that share all the mass, whatever their logits are.
+  const bool even = row.infinite || s.temperature < kLowestTemperature;
+  const auto even_logprob = static_cast<float>(std::log(1.0 / static_cast<double>(row.n)));
+  const LogProbs raw = out.raw_logprob ? raw_logprobs(p, s, at, w) : LogProbs{};
+  const LogProbs processed = out.logprob && !even ? processed_logprobs(p, s, at, row, w) : LogProbs{};
   for (int64_t d = 0; d < draws.count; ++d) {
     int64_t i = 0;
     switch (draws.mode) {
@@ -692,11 +738,8 @@ void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const O
     const int64_t token = w.index[i], place = row_number * draws.count + d;
     out.tokens[place] = token;
     if (out.prob) out.prob[place] = w.e[i] * norm;
-    if (out.logprob)
-      out.logprob[place] = static_cast<float>(static_cast<double>(value_of(w.key[i]) - row.top) - log_total);
-    if (out.raw_logprob)
-      out.raw_logprob[place] =
-          static_cast<float>(static_cast<double>(mixed_logit(p, s.weights, at, token)) - log_raw);
+    if (out.logprob) out.logprob[place] = even ? even_logprob : processed.of(token);
+    if (out.raw_logprob) out.raw_logprob[place] = raw.of(token);
   }
 }
 
@@ -716,7 +759,7 @@ void run(const Problem& p, const Draws& draws, const Outputs& out, void* workspa
     }
     const auto norm = static_cast<float>(static_cast<double>(scale) / static_cast<double>(row.sum));
     write_distribution(p, out, row, w, norm, scale, r);
-    if (out.tokens) write_draws(p, s, draws, out, at, row, w, norm, scale, r);
+    if (out.tokens) write_draws(p, s, draws, out, at, row, w, norm, r);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/row_state_vec.h"
 #include "common/vec.h"
 #include "token_logprobs/params.h"
 
@@ -12,13 +13,6 @@ namespace ARCORE_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Columns that are read from memory once and then stay in the first-level cache for both passes over them.
-constexpr int64_t kBlock = 2048;
-static_assert(kBlock % (4 * kLanes) == 0 && kBlock % 64 == 0);
-
-// exp is 0 from here on. Keeps -inf out of products with that 0.
-constexpr float kLowest = -88.0f;
 
 int64_t offset_of(const Rows& rows, int64_t row) {
   int64_t offset = 0;
@@ -119,17 +113,6 @@ Stage stage_for(const Problem& p) {
   }
 }
 
-float max_of_block(const float* y, int64_t n) {
-  Vec highest[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j)
-      highest[j] = max(highest[j], load(y + i + j * kLanes));
-  for (; i < n; i += kLanes)
-    highest[0] = max(highest[0], load(y + i));
-  return reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
-}
-
 // The columns of one row, block by block, as y values.
 struct RowReader {
   const Problem& problem;
@@ -138,7 +121,7 @@ struct RowReader {
   const char* logits = nullptr;
   const char* mask = nullptr;
   int64_t element;
-  alignas(64) float staged[kBlock];
+  alignas(64) float staged[kRowBlock];
 
   explicit RowReader(const Problem& p)
       : problem(p),
@@ -180,61 +163,19 @@ double temperature_of(const Problem& p, int64_t row) {
   return p.temperature_rows != nullptr ? static_cast<double>(p.temperature_rows[row]) : p.temperature;
 }
 
-template <bool kEntropy>
-void add_block(const float* y, int64_t n, float shift, float inverse_temperature, RowState* state) {
-  const Vec center(shift), scale(inverse_temperature), lowest(kLowest);
-  Vec sum[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  Vec weighted[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  auto add = [&](int j, const float* from) {
-    const Vec d = (load(from) - center) * scale;
-    const Vec e = exp(d);
-    sum[j] = sum[j] + e;
-    if constexpr (kEntropy) weighted[j] = fma(max(lowest, d), e, weighted[j]);
-  };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j)
-      add(j, y + i + j * kLanes);
-  for (; i < n; i += kLanes)
-    add(0, y + i);
-  state->sum += static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])));
-  if constexpr (kEntropy)
-    state->weighted +=
-        static_cast<double>(reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])));
-}
-
 void update(const UpdateArgs& args, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   RowReader reader(p);
   for (int64_t row = begin; row < end; ++row) {
-    RowState state = p.first_column == 0 ? RowState{-kInfinity, 0.0, 0.0, -kInfinity} : args.state[row];
+    RowState state = p.first_column == 0 ? kEmptyRow : args.state[row];
     if (p.target[row] != p.ignore_index) {
       reader.open(args.logits, row);
       const double inverse_temperature = 1.0 / temperature_of(p, row);
-      for (int64_t at = 0; at < p.columns; at += kBlock) {
-        const int64_t n = min_of(kBlock, p.columns - at);
+      for (int64_t at = 0; at < p.columns; at += kRowBlock) {
+        const int64_t n = min_of(kRowBlock, p.columns - at);
         float highest;
         const float* y = reader.block(at, n, &highest);
-        if (static_cast<double>(highest) > state.max) {
-          if (state.max != -kInfinity) {
-            const double drop = (state.max - static_cast<double>(highest)) * inverse_temperature;
-            const double shrink = std::exp(drop);
-            if (shrink > 0.0)
-              state.weighted = (state.weighted + drop * state.sum) * shrink;
-            else
-              state.weighted = 0.0;
-            state.sum *= shrink;
-          }
-          state.max = highest;
-        }
-        // All -inf so far: with a finite shift they add 0, and a NaN among them still shows.
-        const float shift = state.max == -kInfinity ? 0.0f : static_cast<float>(state.max);
-        const int64_t padded = round_up(n, kLanes);
-        if (args.entropy) {
-          add_block<true>(y, padded, shift, static_cast<float>(inverse_temperature), &state);
-        } else {
-          add_block<false>(y, padded, shift, static_cast<float>(inverse_temperature), &state);
-        }
+        add_block(y, round_up(n, kLanes), highest, inverse_temperature, args.entropy, &state);
       }
       const int64_t target = p.target[row] - p.first_column;
       if (target >= 0 && target < p.columns) state.target = reader.at(target);
@@ -243,10 +184,6 @@ void update(const UpdateArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-double log_prob(const RowState& s, double inverse_temperature) {
-  const double logp = (s.target - s.max) * inverse_temperature - std::log(s.sum);
-  return logp > 0.0 ? 0.0 : logp;
-}
 double entropy_of(const RowState& s) {
   const double entropy = std::log(s.sum) - s.weighted / s.sum;
   return entropy < 0.0 ? 0.0 : entropy;
@@ -283,7 +220,7 @@ struct RowGrad {
 // Returns the sum of d times the gradient before softcap, if kMoment.
 template <bool kEntropy, bool kSoftcap, bool kMoment>
 double grad_block(const RowGrad& g, const float* y, int64_t n, float* grad) {
-  const Vec center(g.shift), scale(g.inverse_temperature), lowest(kLowest);
+  const Vec center(g.shift), scale(g.inverse_temperature), lowest(kExpIsZero);
   const Vec constant(g.constant), slope(-g.slope), inverse_cap(g.inverse_cap), one(1.0f);
   Vec moment(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -319,7 +256,7 @@ template <typename T>
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   RowReader reader(p);
-  alignas(64) float computed[kBlock];
+  alignas(64) float computed[kRowBlock];
   for (int64_t row = begin; row < end; ++row) {
     T* grad = static_cast<T*>(args.grad.data) + offset_of(args.grad, row);
     const RowState& s = args.state[row];
@@ -347,8 +284,8 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
         grad_block_for(grad_entropy != 0.0, p.softcap != 0.0, args.grad_temperature != nullptr);
     reader.open(args.logits, row);
     double moment = 0.0;
-    for (int64_t at = 0; at < p.columns; at += kBlock) {
-      const int64_t n = min_of(kBlock, p.columns - at);
+    for (int64_t at = 0; at < p.columns; at += kRowBlock) {
+      const int64_t n = min_of(kRowBlock, p.columns - at);
       const float* y = reader.block(at, n);
       if constexpr (sizeof(T) == sizeof(float)) {
         if (n % kLanes == 0) {

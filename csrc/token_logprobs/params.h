@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/row_state.h"
 
 namespace arcore::token_logprobs {
 
@@ -33,14 +34,7 @@ struct Problem {
   Rows mask;  // over all columns
 };
 
-// What a row leaves behind for its log-sum-exp and its gradient; y are logits after softcap, before
-// temperature, and d = (y - max) / temperature.
-struct RowState {
-  double max;       // of y
-  double sum;       // of exp(d)
-  double weighted;  // of d * exp(d); 0 where no entropy is asked for
-  double target;    // y of the target; -inf when it is not in the kept set
-};
+// A row leaves its RowState behind, for its log-sum-exp and its gradient.
 constexpr int64_t kStateDoubles = 4;
 static_assert(sizeof(RowState) == kStateDoubles * sizeof(double));
 

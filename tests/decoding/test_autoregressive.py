@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import arcore
-from arcore.decoding import filter_logits, generate, penalize_repetition, stream
+from arcore.decoding import generate, row_seeds, stream
 from arcore.nn import TokenModel
+from arcore.ops import filter_probs, sample
 
 
 class Counter(nn.Module):
@@ -113,9 +114,6 @@ def test_seeds_belong_to_rows():
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
-    logits, seen = torch.tensor([[2.0, -2.0, 1.0, -1.0]]), torch.tensor([[True, True, False, False]])
-    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, -1.0]]
-
     class Flat(Counter):
         def logits(self, cache: dict[str, Tensor]) -> Tensor:
             return torch.arange(12.0, 0.0, -1.0).expand(len(cache["sum"]), 12)
@@ -126,15 +124,71 @@ def test_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding():
     assert out.ids[1].tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 0, 0, 0]
 
 
-def test_min_p():
-    logits = torch.tensor([0.5, 0.24, 0.26, 0.0]).log()
-    assert filter_logits(logits, min_p=0.5).isfinite().tolist() == [True, False, True, False]
-    assert filter_logits(logits, min_p=1.0).isfinite().tolist() == [True, False, False, False]
-    assert filter_logits(logits, min_p=0.0) is logits
-    # It looks at what the others left, whose likeliest token is the same.
-    assert filter_logits(logits, top_k=1, min_p=0.1).isfinite().tolist() == [True, False, False, False]
-    with pytest.raises(ValueError, match=r"expected 0 <= min_p <= 1 but got 1\.5"):
-        filter_logits(logits, min_p=1.5)
+class Table(Counter):
+    """Logits of a row depend on the sum so far; two columns too many are likeliest."""
+
+    def logits(self, cache: dict[str, Tensor]) -> Tensor:
+        rows = [torch.randn(12, generator=torch.Generator().manual_seed(int(n))) for n in cache["sum"] % 97]
+        logits = 2 * torch.stack(rows)
+        logits[:, 10:] = 99.0
+        return logits
+
+
+SETTINGS = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.4}
+
+
+def test_draws_are_those_of_the_op():
+    """Every token is `arcore.ops.sample` of its row's logits, with the row's seed and the token's position."""
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    out = generate(Table(), prompts, max_new_tokens=20, seed=7, **SETTINGS)
+    for row, prompt in enumerate(prompts):
+        text = list(prompt)
+        for token in out.rows()[row]:
+            logits = Table().eval().logits({"sum": torch.tensor([sum(text)])})[0, :10]
+            expected = sample(
+                logits,
+                **SETTINGS,
+                history=torch.tensor(text),
+                seed=int(row_seeds(7, 3)[row]),
+                offset=len(text),
+            )
+            assert token == expected.item()
+            text.append(token)
+
+
+def test_an_interrupted_text_goes_on_as_it_would_have():
+    whole = generate(Table(), [[1, 2, 3], [4]], max_new_tokens=12, seed=[5, 6], **SETTINGS).rows()
+    for row, prompt in enumerate(([1, 2, 3], [4])):
+        rest = generate(
+            Table(), [prompt + whole[row][:5]], max_new_tokens=7, seed=[5 + row], **SETTINGS
+        ).rows()
+        assert rest == [whole[row][5:]]
+
+
+@pytest.mark.parametrize("settings", [{"min_p": 0.3}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_filters_reach_the_draw(settings):
+    model = Table().eval()
+    first = model.logits({"sum": torch.tensor([3])})[:, :10]
+    drawn = generate(model, torch.full((300, 1), 3), max_new_tokens=1, seed=0, **settings).ids
+    kept = (filter_probs(first, **settings) > 0)[0].nonzero().flatten()
+    assert 1 < len(kept) < 10
+    assert torch.equal(drawn.unique(), kept)
+
+
+def test_float64_and_nan():
+    class Double(Table):
+        def logits(self, cache: dict[str, Tensor]) -> Tensor:
+            return super().logits(cache).double()
+
+    wanted = generate(Table(), [[1]], max_new_tokens=9, seed=3)
+    assert torch.equal(generate(Double(), [[1]], max_new_tokens=9, seed=3).ids, wanted.ids)
+
+    class Broken(Table):
+        def logits(self, cache: dict[str, Tensor]) -> Tensor:
+            return super().logits(cache) * torch.tensor([[1.0], [torch.nan]])
+
+    with pytest.raises(ValueError, match=r"row \(1,\) has NaN"):
+        generate(Broken(), [[1], [2]], max_new_tokens=9)
 
 
 def test_nothing_to_do():

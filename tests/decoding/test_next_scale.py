@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import arcore
-from arcore.decoding import generate_next_scale
+from arcore.decoding import generate_next_scale, row_seeds
 from arcore.nn import KVCache, ScaleModel, ScaleTokenizer
+from arcore.ops import filter_probs, sample
 
 VOCAB = 6
 
@@ -130,6 +131,41 @@ def test_filters_reach_the_draw():
     nucleus = generate_next_scale(ScriptedModel(), CountingTokenizer(), torch.arange(4), top_p=1e-6, seed=3)
     for other in (out, nucleus):
         assert all(torch.equal(a, b) for a, b in zip(other.indices, greedy.indices, strict=True))
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_draws_are_those_of_the_op(cfg_scale):
+    """Every code is `arcore.ops.sample` of the guided logits, keyed by its row's seed and its place among all codes."""
+    model, labels = ScriptedModel(), torch.tensor([4, 2, 2])
+    settings = {"temperature": 1.3, "top_k": 4, "top_p": 0.95}
+    out = generate_next_scale(model, CountingTokenizer(), labels, cfg_scale=cfg_scale, seed=11, **settings)
+    place = 0
+    for k, codes in enumerate(out.indices):
+        for i in range(codes.shape[1]):
+            for row, label in enumerate(labels.tolist()):
+                expected = sample(
+                    model.table(k, label), uncond=model.table(k, 9), cfg_scale=1 + cfg_scale * k / 2,
+                    **settings, seed=int(row_seeds(11, 3)[row]), offset=place,
+                )  # fmt: skip
+                assert codes[row, i] == expected
+            place += 1
+
+
+def test_draws_follow_the_guided_distribution():
+    model, n = ScriptedModel(), 2000
+    model.table = lambda k, label: torch.linspace(-1, 1, VOCAB) * (k + 1 if label != 9 else -1)
+    out = generate_next_scale(model, CountingTokenizer(), torch.full((n,), 3), cfg_scale=2.0, top_k=4, seed=1)
+    for k, codes in enumerate(out.indices):
+        probs = filter_probs((1 + k) * model.table(k, 3) - k * model.table(k, 9), top_k=4)
+        share = codes.flatten().bincount(minlength=VOCAB) / codes.numel()
+        assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / codes.numel()).sqrt()).all()
+
+
+def test_nan_is_an_error():
+    model = ScriptedModel()
+    model.table = lambda k, label: torch.full((VOCAB,), torch.nan if k == 1 else 0.0)
+    with pytest.raises(ValueError, match=r"row \(0, 0\) has NaN"):
+        generate_next_scale(model, CountingTokenizer(), torch.tensor([4]))
 
 
 def test_modules_are_evaluated_and_put_back():

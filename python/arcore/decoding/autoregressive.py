@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from arcore.decoding._evaluating import evaluating
-from arcore.decoding.sampling import RowSeeds, filter_logits, penalize_repetition, sample
+from arcore.decoding.draws import check_settings, row_seeds
 from arcore.nn.checks import dtype_name
 from arcore.nn.protocols import TokenModel
+from arcore.ops import sample
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ def generate(
         prompt: token ids, int64 `[B, L]` on the model's device; or one list per row, of any lengths.
         max_new_tokens: most new tokens per row, >= 0.
         mask: bool `[B, L]`, False at padding before a row's first token; only with a tensor.
-        temperature, top_k, top_p, min_p: see `arcore.decoding.sample`; temperature 0 takes the likeliest token.
-        repetition_penalty: see `arcore.decoding.penalize_repetition`; prompt and new tokens count, 1 changes nothing.
+        temperature, top_k, top_p, min_p: see `arcore.ops.sample`; temperature 0 takes the likeliest token.
+        repetition_penalty: see `arcore.ops.sample`; prompt and new tokens count, 1 changes nothing.
         eos: token that ends a row, or several.
         stop: sequences of tokens, each of which ends a row.
-        seed: one number, or one per row. A row's draws depend on its own seed alone, never on the rest of the batch.
-            Row i of a single number has the seed (number, i).
+        seed: one number, or one per row; see `row_seeds`. A token's draw depends on its row's seed, its position in the
+            row (padding does not count) and its logits, never on the rest of the batch. So a text that is continued
+            later, with the same seed, goes on as it would have without the break.
         pad_id: fills the result after a row's end.
 
     Returns:
@@ -70,7 +72,7 @@ def generate(
 
     Raises:
         TypeError: ids are no integers.
-        ValueError: a row is empty, the mask does not fit, or an argument is out of range.
+        ValueError: a row is empty, the mask does not fit, an argument is out of range, or the model gave NaN.
     """
     steps = list(
         stream(
@@ -124,15 +126,13 @@ def stream(
     if not repetition_penalty > 0:
         raise ValueError(f"expected repetition_penalty > 0 but got {repetition_penalty}; 1 changes nothing")
     ids, mask = _left_padded(prompt, mask)
-    seeds = RowSeeds(seed, len(ids))
+    seeds = row_seeds(seed, len(ids), ids.device)
     ends: list[tuple[int, ...]] = [(eos,)] if isinstance(eos, int) else [(one,) for one in eos or ()]
     ends += [tuple(one) for one in stop]
     if not all(ends):
         raise ValueError("expected stop sequences of at least one token but got an empty one")
+    check_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    # Refuses settings out of range before the prompt is read.
-    sample(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.float64), temperature=temperature)
-    filter_logits(torch.zeros(1), top_k=top_k, top_p=top_p, min_p=min_p)
     return _steps(model, ids, mask, max_new_tokens, repetition_penalty, ends, seeds, settings)
 
 
@@ -144,19 +144,19 @@ def _steps(
     max_new_tokens: int,
     repetition_penalty: float,
     ends: list[tuple[int, ...]],
-    seeds: RowSeeds,
+    seeds: Tensor,
     settings: dict[str, Any],
 ) -> Iterator[Tensor]:
     batch, length = ids.shape
     if max_new_tokens == 0 or batch == 0:
         return
     vocab = model.vocab_size
-    seen = None
+    position = torch.full((batch,), length, device=ids.device) if mask is None else mask.sum(dim=1)
     if repetition_penalty != 1.0:
-        # One column more, for padding.
-        seen = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=ids.device)
-        real = ids if mask is None else ids.masked_fill(~mask, vocab)
-        seen = seen.scatter_(1, real.clamp(max=vocab), True)[:, :vocab]
+        # What each row has read; -1 is nothing.
+        read = torch.full((batch, length + max_new_tokens), -1, dtype=torch.int64, device=ids.device)
+        read[:, :length] = ids if mask is None else ids.masked_fill(~mask, -1)
+        settings = {**settings, "repetition_penalty": repetition_penalty, "history": read}
     tails: list[list[int]] = [[] for _ in range(batch)]
     kept = max((len(end) for end in ends), default=0)
     active = torch.ones(batch, dtype=torch.bool)
@@ -165,12 +165,12 @@ def _steps(
         logits = model.prefill(ids, cache, mask)
         for count in range(1, max_new_tokens + 1):
             logits = logits[:, :vocab]
-            if seen is not None:
-                logits = penalize_repetition(logits, seen, repetition_penalty)
-            uniforms = seeds.uniforms(1, logits.device)
-            drawn = sample(logits.unsqueeze(1), uniforms, **settings).squeeze(1)
-            if seen is not None:
-                seen.scatter_(1, drawn.unsqueeze(1), True)
+            if logits.dtype == torch.float64:
+                logits = logits.float()
+            drawn = sample(logits, **settings, seed=seeds, offset=position + (count - 1), check=True)
+            assert isinstance(drawn, Tensor)
+            if repetition_penalty != 1.0:
+                read[:, length + count - 1] = drawn
             yield drawn.masked_fill(~active.to(drawn.device), -1)
             if ends:
                 for row, token in enumerate(drawn.tolist()):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from arcore.decoding._evaluating import evaluating
-from arcore.decoding.sampling import RowSeeds, sample
+from arcore.decoding.draws import check_settings, row_seeds
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer
+from arcore.ops import sample
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,16 @@ def generate_next_scale(
         tokenizer: the tokenizer that the model was trained with.
         labels: int64 `[B]`, on the model's device.
         cfg_scale: strength of guidance, >= 0; 0 runs the conditional rows alone.
-        top_k, top_p, temperature: see `arcore.decoding.sample`.
-        seed: one number, or one per row. A row's draws depend on its own seed alone, never on the rest of the batch.
-            Row i of a single number has the seed (number, i).
+        top_k, top_p, temperature: see `arcore.ops.sample`.
+        seed: one number, or one per row; see `row_seeds`. A code's draw depends on its row's seed, its place in the
+            sequence of all codes and its logits, never on the rest of the batch.
         previews: also decode after every scale.
 
     Returns:
         Images, codes and previews.
 
     Raises:
-        ValueError: model and tokenizer differ in scales or codes, or an argument is out of range.
+        ValueError: model and tokenizer differ in scales or codes, an argument is out of range, or the model gave NaN.
         TypeError: labels are no integers.
     """
     if tuple(model.patch_nums) != tuple(tokenizer.patch_nums) or model.vocab_size != tokenizer.vocab_size:
@@ -72,12 +73,14 @@ def generate_next_scale(
         )
     if not cfg_scale >= 0:
         raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
+    check_settings(temperature=temperature, top_k=top_k, top_p=top_p)
     if labels.dim() != 1:
         raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
     batch, last = len(labels), len(model.patch_nums) - 1
     guided = cfg_scale > 0 and last > 0
     rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
-    seeds = RowSeeds(seed, batch)
+    seeds = row_seeds(seed, batch, labels.device).unsqueeze(1)
+    position = 0
     latent = tokenizer.empty_latent(batch)
     indices: list[Tensor] = []
     shown: list[Tensor] = []
@@ -88,12 +91,25 @@ def generate_next_scale(
             if guided and inputs is not None:
                 inputs = torch.cat([inputs, inputs])
             logits = model.scale_logits(k, inputs, rows, cache)  # [B or 2B, p_k^2, V]
+            if logits.dtype == torch.float64:
+                logits = logits.float()
+            uncond, strength = None, None
             if guided:
-                conditional, unconditional = logits.chunk(2)
-                t = cfg_scale * k / last
-                logits = (1 + t) * conditional - t * unconditional
-            uniforms = seeds.uniforms(side * side, logits.device)
-            drawn = sample(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+                logits, uncond = logits.chunk(2)
+                strength = 1 + cfg_scale * k / last
+            drawn = sample(
+                logits,
+                uncond=uncond,
+                cfg_scale=strength,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seeds,
+                offset=torch.arange(position, position + side * side, device=logits.device),
+                check=True,
+            )
+            assert isinstance(drawn, Tensor)
+            position += side * side
             indices.append(drawn)
             latent = tokenizer.add_scale(k, drawn, latent)
             if previews:

@@ -270,7 +270,7 @@ def draw_row(result: RowResult, seed: int, offset: int, draws: int, mode: str) -
 
 
 def log_sum_exp(x: Tensor, vocab: int) -> float:
-    if x.isnan().any():
+    if x.isnan().any() or (x == math.inf).any():
         return math.nan
     top = x.max().item()
     if math.isinf(top):

@@ -52,7 +52,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         tokens: int64 `[...]`, -1 in rows without a distribution.
-        logprob: float32 `[...]`, log-probability of the token, raw or processed; NaN in invalid rows.
+        logprob: float32 `[...]`, log-probability of the token, raw or processed; NaN in invalid rows. Bit for bit what
+            `token_logprobs` gives for the same logits, temperature and `kept` as mask.
         prob: float32 `[...]`, processed probability of the token, the number that `filter_probs` has; NaN likewise.
         entropy: float32 `[...]` without `num_samples`, entropy of the processed distribution in nats; NaN likewise.
         valid: bool `[...]` without `num_samples`.
@@ -168,7 +169,8 @@ def sample(
         order: of the filters.
         mode: "inverse_cdf"; "gumbel", V numbers per draw; "greedy", the likeliest of the processed tokens, the lowest
             id among equals.
-        return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits.
+        return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits, NaN if one of
+            these is NaN or +inf.
         return_prob, return_entropy, return_valid, return_kept: see `Sampled`.
         check: raise if a row has no distribution; waits for the result.
         out: int64 tensor for the tokens.
@@ -605,6 +607,8 @@ def _settings(
         return torch.tensor([[float(c) for c in columns]], dtype=torch.float64, device=device)
     full = []
     for name, column in zip((*OFF, *("weights",) * len(mix)), columns, strict=True):
+        if name == "temperature" and isinstance(column, Tensor):
+            column = column.float()  # as token_logprobs uses it
         tensor = torch.as_tensor(column, dtype=torch.float64, device=device)
         full.append(_broadcast(op, name, tensor, lead).reshape(-1))
     return torch.stack(full, dim=1)

@@ -1,0 +1,62 @@
+"""What the loops need around `arcore.ops.sample`: a seed for every row, and settings refused before a model runs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The seed of each row, for `arcore.ops.sample`.
+
+    Args:
+        seed: a number, from which row i gets a seed derived from (seed, i); or one number per row, used as it is.
+        batch: rows.
+        device: of the result.
+
+    Returns:
+        int64 `[batch]`. Row i is the same for every batch larger than i.
+
+    Raises:
+        ValueError: another number of seeds than rows, or one that has more than 64 bits.
+    """
+    if isinstance(seed, int):
+        seeds = [_derive(seed, row) for row in range(batch)]
+    else:
+        seeds = [int(one) for one in seed]
+        if len(seeds) != batch:
+            raise ValueError(f"expected one seed, or {batch} of them, one per row, but got {len(seeds)}")
+        if any(not -(2**63) <= one < 2**63 for one in seeds):
+            raise ValueError(f"expected seeds of rows from -2^63 to 2^63 - 1 but got {seeds}")
+    return torch.tensor(seeds, dtype=torch.int64, device=device)
+
+
+def _derive(seed: int, row: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def check_settings(
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> None:
+    """Refuses what `arcore.ops.sample` refuses, and the ways to switch a filter off that are likelier a mistake.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"expected a finite temperature >= 0 but got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"expected top_k >= 1 but got {top_k}; None keeps all tokens")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"expected 0 < top_p <= 1 but got {top_p}; None keeps all tokens")
+    if min_p is not None and not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"expected 0 <= min_p <= 1 but got {min_p}; None keeps all tokens")
