@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -182,6 +181,8 @@ def draw_rows(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 def g_test(counts: Tensor, probabilities: Tensor) -> float:
     """p-value of counts under probabilities; 0 if something impossible was counted. Rare cells are pooled."""
+    from scipy.stats import chi2  # takes a second, which processes that only compare ids can save
+
     n = int(counts.sum())
     expected, observed = probabilities.double() * n, counts.double()
     if observed[expected == 0].sum() > 0:
@@ -193,7 +194,7 @@ def g_test(counts: Tensor, probabilities: Tensor) -> float:
     o = torch.cat([c[0] for c in cells])
     e = torch.cat([c[1] for c in cells])
     g = 2.0 * float(torch.where(o > 0, o * (o / e).log(), 0.0).sum())
-    return float(scipy.stats.chi2.sf(g, len(o) - 1))
+    return float(chi2.sf(g, len(o) - 1))
 
 
 def count_sequences(sequences: Tensor, vocab: int) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
+import hashlib
 
 import pytest
 import torch
 
+from tests.isa import ISAS, run_under
 from tests.speculative.cases import RULES, assert_same, calls, make_case
 
-KERNEL = calls()
+KERNEL, REFERENCE = calls(), calls(reference=True)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -61,36 +60,29 @@ def test_thread_count_changes_nothing(rule):
         torch.set_num_threads(before)
 
 
-PROBE = """
-import hashlib, torch
-from tests.speculative.cases import RULES, assert_same, calls, make_case
-print("isa", torch.ops.arcore.cpu_isa())
-kernel, reference = calls(), calls(reference=True)
-digest = hashlib.sha256()
-for rule in RULES:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        case = make_case(10, 150, dtype=dtype, parents=[-1, 0, 1])
-        step = kernel[rule](case, seed=case.seed, offset=case.offset)
-        assert_same(step, reference[rule](case, seed=case.seed, offset=case.offset))
-        digest.update(step.tokens.numpy().tobytes())
-print("ids", digest.hexdigest())
+def _digest(check=None):
+    """Of the ids of every rule and storage type; each step goes to `check` first."""
+    digest = hashlib.sha256()
+    for rule in RULES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            case = make_case(10, 150, dtype=dtype, parents=[-1, 0, 1])
+            step = KERNEL[rule](case, seed=case.seed, offset=case.offset)
+            if check is not None:
+                check(step, REFERENCE[rule](case, seed=case.seed, offset=case.offset))
+            digest.update(step.tokens.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_gives_the_same_ids(isa):
+    """The references' ids, which this process compares with the instruction set that it uses itself."""
+    if isa == torch.ops.arcore.cpu_isa():
+        _digest(check=assert_same)
+        return
+    script = f"""
+import torch
+from tests.speculative.test_determinism import _digest
+print(torch.ops.arcore.cpu_isa())
+assert _digest() == {_digest()!r}
 """
-
-
-def _probe(isa):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": paths}
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr
-    used, ids = run.stdout.split("\n")[:2]
-    assert used == f"isa {isa}"
-    return ids
-
-
-def test_every_instruction_set_gives_the_same_ids():
-    order = ["default", "avx2", "avx512"]
-    supported = order[: order.index(torch.ops.arcore.cpu_isa_supported()) + 1]
-    assert len({_probe(isa) for isa in supported}) == 1
+    run_under(isa, script)

@@ -11,7 +11,9 @@ from tests.speculative.cases import assert_same, make_case
 PARENTS = [-1, -1, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_opcheck(dtype):
     c = make_case(4, 20, dtype=dtype, parents=PARENTS)
     parents, lengths = c.parents.expand(4, -1), torch.tensor([0, 1, 2, 3])
@@ -50,16 +52,16 @@ def _inputs(batch=4):
     return c.target.log(), c.draft.log(), c.tokens, c.neighbours, c.seed, c.offset
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_fullgraph(backend):
+def test_compile_by_inductor():
     inputs = _inputs()
-    compiled = torch.compile(_everything, fullgraph=True, backend=backend)
+    compiled = torch.compile(_everything, fullgraph=True)
     for got, expected in zip(compiled(*inputs), _everything(*inputs), strict=True):
         assert_same(got, expected)
 
 
-def test_compile_with_dynamic_batch():
+def test_compile_fullgraph_with_dynamic_batch():
     compiled = torch.compile(_everything, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (2, 3, 5):
         inputs = _inputs(batch)

@@ -58,7 +58,10 @@ def generate(
         prompt: token ids, int64 `[B, L]` on the model's device; or one list per row, of any lengths.
         max_new_tokens: most new tokens per row, >= 0.
         mask: bool `[B, L]`, False at padding before a row's first token; only with a tensor.
-        temperature, top_k, top_p, min_p: see `arcore.ops.sample`; temperature 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token.
+        top_k: see `arcore.ops.sample`, likewise the next two.
+        top_p: mass of the nucleus.
+        min_p: share of the largest probability.
         repetition_penalty: see `arcore.ops.sample`; prompt and new tokens count, 1 changes nothing.
         eos: token that ends a row, or several.
         stop: sequences of tokens, each of which ends a row.

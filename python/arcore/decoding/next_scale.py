@@ -53,7 +53,9 @@ def generate_next_scale(
         tokenizer: the tokenizer that the model was trained with.
         labels: int64 `[B]`, on the model's device.
         cfg_scale: strength of guidance, >= 0; 0 runs the conditional rows alone.
-        top_k, top_p, temperature: see `arcore.ops.sample`.
+        top_k: see `arcore.ops.sample`, likewise the next two.
+        top_p: mass of the nucleus.
+        temperature: 0 takes the likeliest codes.
         seed: one number, or one per row; see `row_seeds`. A code's draw depends on its row's seed, its place in the
             sequence of all codes and its logits, never on the rest of the batch.
         previews: also decode after every scale.

@@ -154,12 +154,20 @@ def sample(
         uncond: logits without the condition, of the same shape.
         cfg_scale: strength of guidance, 1 for none; number or per row.
         weights: one number, or tensor per row, for each tensor of `logits`.
-        temperature, top_k, top_p, min_p, typical_p, epsilon, eta: number, or tensor that broadcasts to `[...]`. Tensors
-            are not checked; None stands for off.
+        temperature: number, or tensor that broadcasts to `[...]`, as all settings down to `eta`; None stands for off.
+            Tensors are not checked.
+        top_k: how many of the likeliest tokens to keep.
+        top_p: mass of the nucleus.
+        min_p: share of the largest probability.
+        typical_p: mass of the typical set.
+        epsilon: least probability.
+        eta: least probability, lowered where the entropy is high.
         mask: what may be drawn: bool, broadcasts to `[..., V]`, or int32, broadcasts to `[..., ceil(V / 32)]`, bit
             i % 32 of word i // 32.
         bias: broadcasts to `[..., V]`.
-        repetition_penalty, presence_penalty, frequency_penalty: number or per row.
+        repetition_penalty: number or per row; 1 is off.
+        presence_penalty: number or per row; 0 is off.
+        frequency_penalty: number or per row; 0 is off.
         history: generated ids, int64, broadcasts to `[..., L]`; numbers outside [0, V) are padding.
         prompt: ids before them, int64, likewise.
         seed: int64 per row, broadcasts to `[...]`; a number for a single row, or together with an `offset` per row.
@@ -171,7 +179,10 @@ def sample(
             id among equals.
         return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits, NaN if one of
             these is NaN or +inf.
-        return_prob, return_entropy, return_valid, return_kept: see `Sampled`.
+        return_prob: also return `Sampled.prob`.
+        return_entropy: also return `Sampled.entropy`.
+        return_valid: also return `Sampled.valid`.
+        return_kept: also return `Sampled.kept`.
         check: raise if a row has no distribution; waits for the result.
         out: int64 tensor for the tokens.
 
@@ -301,7 +312,9 @@ def confidence_mask(
         candidates: bool, broadcasts to `[..., N]`; positions that may be chosen. MaskGIT's known tokens are no
             candidates. None means all.
         temperature: factor of the Gumbel noise; 0 for none.
-        seed, offset, generator: see `sample`; used if `temperature` is not 0. A row's noise depends on its own key.
+        seed: see `sample`; used if `temperature` is not 0. A row's noise depends on its own key.
+        offset: see `sample`.
+        generator: see `sample`.
         ties: see above.
 
     Returns:

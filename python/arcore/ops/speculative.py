@@ -134,7 +134,9 @@ def verify_tree(
             `arcore.masks.TreeMask`.
         draft_probs: ``[B, M, V]`` or None: row 0 is what the children of the prefix were drawn from, row i + 1 what the
             children of node i were drawn from, in the order of their indices.
-        seed, offset, lengths: as for `verify_chain`; `lengths` counts nodes.
+        seed: as for `verify_chain`.
+        offset: as for `verify_chain`.
+        lengths: as for `verify_chain`; counts nodes.
         replacement: siblings were drawn independently, so that they may be equal; by default without replacement.
 
     Returns:
@@ -189,7 +191,8 @@ def verify_typical(
         target_probs: ``[B, M + 1, V]``, as for `verify_tree`.
         draft_tokens: integers ``[B, M]``.
         parents: as for `verify_tree`; None for a chain.
-        seed, offset: used with ``bonus="sample"`` only.
+        seed: used with ``bonus="sample"`` only.
+        offset: likewise.
         lengths: as for `verify_tree`.
         epsilon: upper bound of the threshold.
         delta: factor of the entropy term; sqrt(epsilon) in the paper.
@@ -249,7 +252,9 @@ def verify_relaxed(
             differ.
         parents: as for `verify_tree`; None for a chain.
         draft_probs: as for `verify_tree`; None where proposals were chosen.
-        seed, offset, lengths: as for `verify_tree`.
+        seed: as for `verify_tree`.
+        offset: as for `verify_tree`.
+        lengths: as for `verify_tree`.
         delta: bound on the moved probability.
         k: neighbours in use, at most K; all by default.
         bound: ``"additive"`` (LANTERN) or ``"multiplicative"`` (LANTERN++; the released code writes 1 + delta).
@@ -307,7 +312,9 @@ def verify_jacobi(
         target_probs: ``[B, M + 1, V]``, as for `verify_chain`, computed from the present window.
         draft_tokens: integers ``[B, M]``.
         draft_probs: ``[B, M, V]``: the rows that the drafts were drawn from, one iteration ago; or None.
-        seed, offset, lengths: as for `verify_chain`.
+        seed: as for `verify_chain`.
+        offset: as for `verify_chain`.
+        lengths: as for `verify_chain`.
 
     Returns:
         `VerifiedWindow`.
