@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 
-def cpu_seconds(run: Callable[[], object], rounds: int = 5) -> float:
+def cpu_seconds(run: Callable[[], object], rounds: int = 5, warm_up: bool = True) -> float:
     """Median process CPU time of `run` after one warm-up call."""
-    run()
+    if warm_up:
+        run()
     times = []
     for _ in range(rounds):
         start = time.process_time()

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arcore.nn import GatedRMSNorm, MambaMixer, RMSNorm, StateCache
+from arcore.nn import GatedRMSNorm, Mamba2Mixer, MambaMixer, RMSNorm, StateCache
 
 
 def mixer_of(kind: str, **settings: Any) -> Any:
-    mixer: Any = MambaMixer(24, d_state=8, **settings)
+    mixer: Any = (
+        MambaMixer(24, d_state=8, **settings)
+        if kind == "mamba"
+        else Mamba2Mixer(24, d_state=8, head_dim=12, **settings)
+    )
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -65,7 +69,7 @@ def test_reverse_is_flipping_before_and_after():
     assert (mixer(x, reverse=True) - mixer(x)).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 @torch.no_grad()
 def test_continuing_from_a_state_at_any_place(kind: str):
     mixer, x = mixer_of(kind), torch.randn(2, 14, 24)
@@ -79,7 +83,7 @@ def test_continuing_from_a_state_at_any_place(kind: str):
     torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 @torch.no_grad()
 def test_steps_do_not_depend_on_batch_mates(kind: str):
     mixer, x = mixer_of(kind), torch.randn(5, 6, 24)

@@ -17,13 +17,15 @@ from arcore.models._builder import build, describe, load_checkpoint, load_weight
 from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_config, list_models, model_info
 
 if TYPE_CHECKING:
-    from arcore.models.mamba import Mamba, MambaConfig, MambaLayer
+    from arcore.models.mamba import Mamba, MambaConfig, MambaLayer, StateSpaceConfig
+    from arcore.models.mamba2 import Mamba2, Mamba2Config
     from arcore.models.roma import RoMA, RoMACache, RoMAConfig
     from arcore.models.roma_classifier import FourDirectionMixer, RoMAClassifier, RoMAClassifierConfig
     from arcore.models.var import VAR, VARConfig
 
 _FILES = {
-    "mamba": ("Mamba", "MambaConfig", "MambaLayer"),
+    "mamba": ("Mamba", "MambaConfig", "MambaLayer", "StateSpaceConfig"),
+    "mamba2": ("Mamba2", "Mamba2Config"),
     "roma": ("RoMA", "RoMACache", "RoMAConfig"),
     "roma_classifier": ("FourDirectionMixer", "RoMAClassifier", "RoMAClassifierConfig"),
     "var": ("VAR", "VARConfig"),
@@ -33,6 +35,8 @@ __all__ = [
     "VAR",
     "FourDirectionMixer",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "MambaLayer",
     "ModelInfo",
@@ -42,6 +46,7 @@ __all__ = [
     "RoMAClassifier",
     "RoMAClassifierConfig",
     "RoMAConfig",
+    "StateSpaceConfig",
     "VARConfig",
     "build",
     "create_model",

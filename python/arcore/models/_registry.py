@@ -20,6 +20,7 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 # Sorted. A preset's name starts with its system's, so that one lookup imports one file.
 _MODULES = {
     "mamba": "arcore.models.mamba",
+    "mamba2": "arcore.models.mamba2",
     "msvq": "arcore.tokenizers.multi_scale_vq",
     "roma": "arcore.models.roma",
     "roma_classifier": "arcore.models.roma_classifier",

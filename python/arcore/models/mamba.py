@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.nn import MambaMixer, RMSNorm, StateCache
+from arcore.nn import MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.nn.registry import Check, preset, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig:
-    """Settings of `Mamba`. The defaults are those of the published models.
+class StateSpaceConfig:
+    """What Mamba and Mamba-2 have in common.
 
     Attributes:
         d_model: width C.
@@ -35,7 +34,6 @@ class MambaConfig:
         d_state: states per channel.
         d_conv: taps of the convolution.
         expand: inner channels over C.
-        dt_rank: rank of the step sizes; ceil(C / 16) when None.
         bias: biases in the projections in and out.
         conv_bias: biases in the convolution.
         norm_eps: of the norms.
@@ -53,7 +51,6 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    dt_rank: int | None = None
     bias: bool = False
     conv_bias: bool = True
     norm_eps: float = 1e-5
@@ -64,6 +61,18 @@ class MambaConfig:
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(StateSpaceConfig):
+    """Settings of `Mamba`. The defaults are those of the published models.
+
+    Attributes:
+        dt_rank: rank of the step sizes; ceil(C / 16) when None.
+        others: those of `StateSpaceConfig`.
+    """
+
+    dt_rank: int | None = None
 
 
 class MambaLayer(nn.Module):
@@ -179,11 +188,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: StateCache, mask: Tensor | None = None) -> Tensor:
-        """Read several tokens per row; arguments and result are those of `TokenModel`.
-
-        Raises:
-            TypeError, ValueError: as `forward` does, or padding stands elsewhere than before a row's tokens.
-        """
+        """Read several tokens per row; arguments, result and errors are those of `TokenModel` and `forward`."""
         x = self._embed(ids, 2)
         if x.shape[1] == 0:
             raise ValueError("expected at least one token per row but got none")
@@ -220,7 +225,7 @@ class Mamba(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.norm_f(x), weight).float()
+        return linear(self.norm_f(x), weight).float()
 
     @staticmethod
     def _packing(
@@ -252,9 +257,7 @@ class Mamba(nn.Module):
 
     @classmethod
     def official_config(cls, content: Mapping[str, Any]) -> Any:
-        """The config of published weights, from the config.json beside them.
-
-        Two dialects are known: that of the authors' code, and that of transformers.
+        """The config of published weights, from the config.json beside them, of the authors' code or transformers.
 
         Raises:
             ValueError: it is of another kind of model, or asks for what this one cannot do.

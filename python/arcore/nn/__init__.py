@@ -6,11 +6,12 @@ from arcore.nn.blocks import PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import KVCache
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
+from arcore.nn.linear import Linear, linear
 from arcore.nn.mlp import MLP, SwiGLU
 from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer, TokenModel
-from arcore.nn.ssm import CausalConv1d, MambaMixer, SelectiveSSM
+from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "GatedRMSNorm",
     "KVCache",
     "LevelEmbedding",
+    "Linear",
+    "Mamba2Mixer",
     "MambaMixer",
     "Modulation",
     "PatchEmbed",
@@ -40,6 +43,7 @@ __all__ = [
     "SwiGLU",
     "TokenModel",
     "init_mamba_encoder",
+    "linear",
     "modulated_norm",
     "sincos_positions",
 ]

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.linear import Linear, linear
+from arcore.nn.norm import GatedRMSNorm
 from arcore.nn.state import StateCache
-from arcore.ops import selective_scan
+from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 
 class CausalConv1d(nn.Module):
@@ -46,52 +48,32 @@ class CausalConv1d(nn.Module):
             x: `[B, D, L]`, any strides.
             seq_idx: see `MambaMixer.forward`.
             reverse: look at later tokens instead of earlier ones.
-            state: `[B, D, W - 1]`, the inputs before x; receives the last ones of x.
+            state: `[B, W - 1, D]`, the inputs before x; receives the last ones of x.
 
         Returns:
             `[B, D, L]`.
         """
-        taps = self.weight.shape[2]
-        before = x.new_zeros(*x.shape[:2], taps - 1) if state is None else state.to(x.dtype)
-        ids = seq_idx
-        if reverse:
-            x, ids = x.flip(2), None if ids is None else ids.flip(1)
-        if ids is None and x.shape[2] > 0:
-            padded = torch.cat([before, x], dim=2)
-            out = F.silu(F.conv1d(padded, self.weight.to(x.dtype), self.bias, groups=x.shape[1]))
-        elif ids is None:
-            out = x.clone()
-        else:
-            out = self._packed(x, before, ids)
-        if reverse:
-            return out.flip(2)
-        if state is not None:
-            kept = min(x.shape[2], state.shape[2])
-            last = x[:, :, x.shape[2] - kept :]
-            if seq_idx is not None:
-                last = last.masked_fill(seq_idx[:, None, x.shape[2] - kept :] < 0, 0.0)
-            state.copy_(last if kept == state.shape[2] else torch.cat([state[:, :, kept:], last], dim=2))
+        if state is None:
+            return causal_conv1d(
+                x, self.weight.squeeze(1), self.bias, seq_idx, activation="silu", reverse=reverse
+            )
+        carried = state.transpose(1, 2)
+        out, _ = causal_conv1d(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            seq_idx,
+            carried,
+            return_final_states=True,
+            final_states_out=carried,
+            activation="silu",
+            reverse=reverse,
+        )
         return out
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token: `[B, D]` to `[B, D]`; `state` `[B, D, W - 1]` moves on in place."""
-        inputs = torch.cat([state, x.unsqueeze(2)], dim=2)
-        state.copy_(inputs[:, :, 1:])
-        out = (inputs * self.weight.squeeze(1)).sum(dim=2)
-        return F.silu(out if self.bias is None else out + self.bias)
-
-    def _packed(self, x: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-        """Taps that reach into another sequence, or into padding, count as zero."""
-        width, length = before.shape[2], x.shape[2]
-        padded, real = torch.cat([before, x], dim=2), ids >= 0
-        owners = torch.cat([ids[:, :1].expand(-1, width), ids], dim=1)
-        out = torch.zeros_like(x)
-        for tap in range(width + 1):
-            same = (owners[:, tap : tap + length] == ids) & real
-            shifted = padded[:, :, tap : tap + length].masked_fill(~same.unsqueeze(1), 0.0)
-            out = out + shifted * self.weight[:, :, tap]
-        out = F.silu(out if self.bias is None else out + self.bias.unsqueeze(1))
-        return out.masked_fill(~real.unsqueeze(1), 0.0)
+        """One token: `[B, D]` to `[B, D]`; `state` `[B, W - 1, D]` moves on in place."""
+        return causal_conv1d_update(x, state.transpose(1, 2), self.weight.squeeze(1), self.bias, "silu")
 
 
 class SelectiveSSM(nn.Module):
@@ -137,10 +119,10 @@ class SelectiveSSM(nn.Module):
                 f"arcore.nn.{type(self).__name__}: expected positive sizes, d_state <= 256 and d_conv >= 2 but got "
                 f"{inner} inner channels, dt_rank={dt_rank}, d_state={d_state}, d_conv={d_conv}"
             )
-        self.conv_shape = (inner, d_conv - 1)
+        self.conv_shape = (d_conv - 1, inner)
         self.state_shape = (inner, d_state)
         self.conv1d = CausalConv1d(inner, d_conv, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.x_proj = Linear(inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, d_state))
         self.D = nn.Parameter(torch.ones(inner))
@@ -165,7 +147,7 @@ class SelectiveSSM(nn.Module):
             Step sizes `[..., D]`, before their bias and softplus; input and output matrix, each `[..., N]`.
         """
         low_rank, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(low_rank, self.dt_proj.weight), b, c
+        return linear(low_rank, self.dt_proj.weight), b, c
 
     def scan(
         self,
@@ -232,8 +214,8 @@ class MambaMixer(SelectiveSSM):
     ) -> None:
         inner = expand * dim
         super().__init__(inner, dt_rank=math.ceil(dim / 16) if dt_rank is None else dt_rank, **others)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.in_proj = Linear(dim, 2 * inner, bias=bias)
+        self.out_proj = Linear(inner, dim, bias=bias)
 
     def forward(
         self,
@@ -271,21 +253,162 @@ class MambaMixer(SelectiveSSM):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, D]
         u = self.conv1d.step(u, conv_state)
         delta, b, c = self.select(u)
-        y, last_state = selective_scan(
-            u.unsqueeze(2),
-            delta.unsqueeze(2),
-            cache.derived[layer],
-            b.unsqueeze(2),
-            c.unsqueeze(2),
-            self.D.float(),
-            z.unsqueeze(2),
-            self.dt_proj.bias.float(),
-            delta_softplus=True,
-            return_last_state=True,
-            initial_state=state,
+        y = selective_state_update(
+            state, u, delta, cache.derived[layer], b, c, self.D, z, self.dt_proj.bias, dt_softplus=True
         )
-        state.copy_(last_state)
-        out: Tensor = self.out_proj(y.squeeze(2))
+        out: Tensor = self.out_proj(y)
+        return out
+
+
+class Mamba2Mixer(nn.Module):
+    """The mixer of Mamba-2 (arXiv:2405.21060, section 7).
+
+    One projection makes gate, scan input, input and output matrices and step sizes; heads of P channels share a scalar
+    decay, and groups of heads share the matrices. The gated result is normalised before the projection out.
+
+    The parameters have the names and shapes of the published code.
+
+    Args:
+        dim: width C.
+        d_state: states N per channel.
+        d_conv: taps W of the convolution.
+        expand: D / C.
+        head_dim: channels P of a head.
+        num_groups: groups G of heads.
+        bias: of the projections in and out.
+        conv_bias: of the convolution.
+        dt_limit: step sizes are clamped to this range.
+        norm_eps: of the norm.
+        dt_min, dt_max: range of the initial step sizes, log-uniform.
+        dt_floor: least initial step size.
+
+    Raises:
+        ValueError: a size is out of range, or they do not divide.
+    """
+
+    no_weight_decay = ("A_log", "D", "dt_bias")
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        num_groups: int = 1,
+        bias: bool = False,
+        conv_bias: bool = True,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        norm_eps: float = 1e-5,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        dt_floor: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        heads = inner // max(head_dim, 1)
+        if min(dim, expand, d_state, head_dim, num_groups) < 1 or d_conv < 2 or heads * head_dim != inner:
+            raise ValueError(
+                "arcore.nn.Mamba2Mixer: expected positive sizes, d_conv >= 2 and head_dim to divide expand * dim but "
+                f"got dim={dim}, expand={expand}, head_dim={head_dim}, d_state={d_state}, d_conv={d_conv}"
+            )
+        if heads % num_groups:
+            raise ValueError(
+                f"arcore.nn.Mamba2Mixer: expected num_groups to divide the {heads} heads but got {num_groups}"
+            )
+        self.inner, self.heads, self.head_dim, self.groups = inner, heads, head_dim, num_groups
+        self.d_state, self.dt_limit = d_state, dt_limit
+        channels = inner + 2 * num_groups * d_state
+        self.conv_shape = (d_conv - 1, channels)
+        self.state_shape = (heads, head_dim, d_state)
+        self.in_proj = Linear(dim, inner + channels + heads, bias=bias)
+        self.conv1d = CausalConv1d(channels, d_conv, bias=conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = GatedRMSNorm(inner, groups=num_groups, eps=norm_eps)
+        self.out_proj = Linear(inner, dim, bias=bias)
+        if not self.A_log.is_meta:
+            with torch.no_grad():
+                self.dt_bias.copy_(_initial_dt_bias(heads, dt_min, dt_max, dt_floor))
+                self.A_log.uniform_(1.0, 16.0).log_()
+
+    def decay(self) -> Tensor:
+        """The scalar A of each head, float32 `[H]`, negative."""
+        return -self.A_log.float().exp()
+
+    def _split_input(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gate `[..., D]`, channels of the convolution `[..., D + 2 G N]`, step sizes `[..., H]`."""
+        parts: tuple[Tensor, ...] = self.in_proj(x).split(
+            [self.inner, self.conv_shape[1], self.heads], dim=-1
+        )
+        return parts
+
+    def _split_scan(self, xbc: Tensor) -> tuple[Tensor, ...]:
+        """Scan input `[..., D]`, input and output matrices `[..., G N]`, from what left the convolution."""
+        parts: tuple[Tensor, ...] = xbc.split([self.inner, *[self.groups * self.d_state] * 2], dim=-1)
+        return parts
+
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        """What the scan takes, `[..., H]`, from what the projection gave."""
+        return F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
+
+    def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        """Scan `[B, L, D + 2 G N]` with step sizes `[B, L, H]` to `[B, L, D]`; writes the last state."""
+        u, b, c = self._split_scan(xbc)
+        dt = self._step_sizes(dt)
+        # Heads are groups of channels with equal steps and decays: the selective scan with expanded arguments.
+        per_channel = (self.heads, self.head_dim)
+        y, last_state = selective_scan(
+            u.transpose(1, 2),
+            dt.transpose(1, 2).unsqueeze(2).expand(-1, *per_channel, -1).flatten(1, 2),
+            self.decay()[:, None, None].expand(*per_channel, self.d_state).flatten(0, 1),
+            b.unflatten(-1, (self.groups, self.d_state)).permute(0, 2, 3, 1),
+            c.unflatten(-1, (self.groups, self.d_state)).permute(0, 2, 3, 1),
+            self.D.float().repeat_interleave(self.head_dim),
+            return_last_state=True,
+            initial_state=None if state is None else state.flatten(1, 2),
+            seq_idx=seq_idx,
+        )
+        if state is not None:
+            state.copy_(last_state.view_as(state))
+        return y.transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        cache: StateCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Mix whole sequences; arguments and result are those of `MambaMixer.forward`."""
+        conv_state, state = (None, None) if cache is None else cache.layer(layer)
+        gate, xbc, dt = self._split_input(x)
+        xbc = self.conv1d(xbc.transpose(1, 2), seq_idx=seq_idx, state=conv_state).transpose(1, 2)
+        out: Tensor = self.out_proj(self.norm(self._scan(xbc, dt, state, seq_idx), gate))
+        return out
+
+    def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
+        """Mix one token per row, `[B, C]` to `[B, C]`; the layer's state moves on in place."""
+        conv_state, state = cache.layer(layer)
+        gate, xbc, dt = self._split_input(x)
+        xbc = self.conv1d.step(xbc, conv_state)
+        if layer not in cache.derived:
+            cache.derived[layer] = self.decay()
+        u, b, c = self._split_scan(xbc)
+        heads = state.shape[1:]
+        y = selective_state_update(
+            state,
+            u.unflatten(-1, heads[:2]),
+            self._step_sizes(dt).unsqueeze(-1).expand(-1, *heads[:2]),
+            cache.derived[layer][:, None, None].expand(heads),
+            b.unflatten(-1, (self.groups, self.d_state)),
+            c.unflatten(-1, (self.groups, self.d_state)),
+            self.D.unsqueeze(-1).expand(heads[:2]),
+        )
+        out: Tensor = self.out_proj(self.norm(y.flatten(1), gate))
         return out
 
 

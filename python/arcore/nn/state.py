@@ -35,13 +35,13 @@ class StateCache:
     Args:
         num_layers: layers.
         batch: rows.
-        conv_shape: of the convolution's inputs of a row and layer, (channels, taps - 1).
+        conv_shape: of the convolution's inputs of a row and layer, (taps - 1, channels), oldest input first.
         state_shape: of the state of a row and layer, e.g. (channels, d_state).
         dtype: of the convolution's inputs; states are float32 whatever the weights are.
         device: of both.
 
     Attributes:
-        conv: `[num_layers, B, *conv_shape]`, oldest input first.
+        conv: `[num_layers, B, *conv_shape]`.
         ssm: float32 `[num_layers, B, *state_shape]`.
         length: tokens seen so far, padding included.
         derived: by layer.

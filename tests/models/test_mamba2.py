@@ -1,0 +1,166 @@
+"""Mamba-2: the two forms of its mixer, parity with transformers, published files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import arcore
+from arcore.decoding import generate
+from arcore.models import Mamba2, Mamba2Config
+from arcore.nn import Mamba2Mixer
+
+pytest.importorskip("safetensors")
+
+SMALL: dict[str, Any] = {
+    "d_model": 48,
+    "n_layer": 3,
+    "vocab_size": 93,
+    "d_state": 16,
+    "head_dim": 16,
+    "n_groups": 2,
+}
+
+
+def shaken(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def masked_attention(mixer: Mamba2Mixer, x: Tensor) -> Tensor:
+    """The mixer as attention: weights (C_t . B_s) exp(A sum of dt in (s, t]) on the values dt_s u_s."""
+    gate, xbc, dt = mixer.in_proj(x).split([mixer.inner, mixer.conv_shape[1], mixer.heads], dim=-1)
+    taps = mixer.conv1d.weight
+    padded = torch.nn.functional.pad(xbc.transpose(1, 2), (taps.shape[2] - 1, 0))
+    xbc = torch.nn.functional.conv1d(padded, taps, mixer.conv1d.bias, groups=len(taps)).transpose(1, 2)
+    xbc = xbc * xbc.sigmoid()
+    u, b, c = xbc.split([mixer.inner, *[mixer.groups * mixer.d_state] * 2], dim=-1)
+    u = u.unflatten(-1, (mixer.heads, -1))  # [B, L, H, P]
+    b, c = (
+        m.unflatten(-1, (mixer.groups, -1)).repeat_interleave(mixer.heads // mixer.groups, 2) for m in (b, c)
+    )
+    dt = (1 + (dt + mixer.dt_bias).exp()).log().clamp(*mixer.dt_limit)  # [B, L, H]
+    total = (-mixer.A_log.exp() * dt).cumsum(1)
+    decay = (total.unsqueeze(2) - total.unsqueeze(1)).exp()  # [B, L, L, H]
+    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    weights = torch.einsum("bthn,bshn->btsh", c, b) * decay.masked_fill(~causal[..., None], 0.0)
+    y = torch.einsum("btsh,bshp->bthp", weights, dt[..., None] * u) + mixer.D[:, None] * u
+    y = y.flatten(2) * gate * gate.sigmoid()
+    split = y.unflatten(-1, (mixer.groups, -1))
+    normed = (split / (split.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    return mixer.out_proj(normed * mixer.norm.weight)
+
+
+@pytest.mark.parametrize("dt_limit", [(0.0, math.inf), (0.02, 0.3)])
+@torch.no_grad()
+def test_claim_recurrence_is_masked_attention(dt_limit: tuple[float, float]):
+    """Several lengths, against the quadratic form; and single steps, against both."""
+    mixer = Mamba2Mixer(48, d_state=16, head_dim=16, num_groups=2, dt_limit=dt_limit)
+    mixer = shaken(mixer)
+    config = Mamba2Config(**SMALL, dt_limit=dt_limit)
+    for length in (1, 2, 7, 8, 9, 16, 37):
+        x = torch.randn(2, length, 48)
+        expected = masked_attention(mixer, x)
+        assert expected.std() > 0.1
+        assert (mixer(x) - expected).abs().max() <= 1e-5
+        cache = Mamba2(config).make_cache(2)
+        steps = [mixer.step(x[:, t], cache) for t in range(length)]
+        assert (torch.stack(steps, 1) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tie_word_embeddings": True},
+        {"n_groups": 1, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+        {"time_step_limit": (0.0, 0.2), "tie_word_embeddings": False},
+    ],
+)
+@torch.no_grad()
+def test_parity_with_transformers(settings: dict[str, Any], tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "state_size": 16,
+        "num_heads": 6,
+        "head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+    }
+    theirs = shaken(transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes | settings)))
+    theirs.save_pretrained(tmp_path)
+    ours = arcore.create_model("mamba2", weights=tmp_path).eval()
+    ids = torch.randint(96, (2, 33))
+    expected = theirs(ids).logits
+    assert expected.std() > 0.5
+    assert (ours(ids) - expected).abs().max() <= 1e-5
+    if "time_step_limit" not in settings:  # their single step forgets the limits
+        continued = theirs.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)[:, 33:]
+        assert torch.equal(generate(ours, ids, max_new_tokens=40, temperature=0.0).ids, continued)
+
+
+@torch.no_grad()
+def test_published_names_and_config(tmp_path: Path):
+    model, ids = shaken(Mamba2(Mamba2Config(**SMALL, dt_limit=(0.0, 1.0)))), torch.randint(93, (2, 9))
+    state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    torch.save(state | {"lm_head.weight": state["backbone.embedding.weight"]}, tmp_path / "pytorch_model.bin")
+    content = {
+        "d_model": 48,
+        "d_intermediate": 0,
+        "n_layer": 3,
+        "vocab_size": 93,
+        "ssm_cfg": {
+            "layer": "Mamba2",
+            "d_state": 16,
+            "headdim": 16,
+            "ngroups": 2,
+            "chunk_size": 8,
+            "dt_limit": [0.0, 1.0],
+        },
+        "attn_layer_idx": [],
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = arcore.create_model("mamba2", weights=tmp_path).eval()
+    assert loaded.config == model.config
+    assert torch.equal(loaded(ids), model(ids))
+    with pytest.raises(ValueError, match="expected layers of kind Mamba1 but ssm_cfg has Mamba2"):
+        arcore.create_model("mamba", weights=tmp_path)
+
+
+@torch.no_grad()
+def test_padding_and_packing():
+    model, ids = shaken(Mamba2(Mamba2Config(**SMALL))), torch.randint(93, (2, 21))
+    mask = torch.stack([torch.arange(21) >= 9, torch.ones(21, dtype=torch.bool)])
+    expected = model(ids[:1, 9:])[0]
+    assert (model(ids, mask=mask)[0, 9:] - expected).abs().max() <= 1e-5
+    cache = model.make_cache(2)
+    assert (model.prefill(ids, cache, mask)[0] - expected[-1]).abs().max() <= 1e-5
+    packed = model(ids[:1], cu_seqlens=torch.tensor([0, 4, 5, 21]))[0]
+    for start, stop in ((0, 4), (4, 5), (5, 21)):
+        assert (packed[start:stop] - model(ids[:1, start:stop])[0]).abs().max() <= 1e-5
+
+
+def test_configs_that_do_not_fit():
+    with pytest.raises(ValueError, match="head_dim to divide expand"):
+        Mamba2(Mamba2Config(**SMALL | {"head_dim": 36}))
+    with pytest.raises(ValueError, match="expected num_groups to divide the 6 heads but got 4"):
+        Mamba2(Mamba2Config(**SMALL | {"n_groups": 4}))
+    with pytest.raises(ValueError, match="expected d_state to be at least 1"):
+        Mamba2Config(**SMALL | {"d_state": 0})
+    content = {"model_type": "mamba2", "hidden_size": 48, "num_hidden_layers": 1, "vocab_size": 9}
+    with pytest.raises(ValueError, match=r"num_heads=3 times head_dim=16 is not expand \* hidden_size = 96"):
+        Mamba2.official_config(content | {"num_heads": 3, "head_dim": 16})
