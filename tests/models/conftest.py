@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import arcore
 from arcore.data import adaptive_rotation
-from arcore.decoding import generate, generate_next_scale
+from arcore.decoding import generate, generate_blocks, generate_next_scale
 from arcore.objectives import next_cluster_loss, next_scale_loss
+from arcore.schedules import add_noise
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -201,8 +202,69 @@ class Classifier:
         return [logits.argmax(-1)], logits.softmax(-1)
 
 
+class Diffusion:
+    """Models that denoise everything at once."""
+
+    def __init__(self, preset: str) -> None:
+        self.config = arcore.models.get_config(preset)
+        model: Any = arcore.create_model(preset)
+        self.data = torch.randn(3, *model.block_shape)
+        self.eps = torch.randn_like(self.data)
+        self.t = torch.tensor([20, 500, 900])
+        self.noisy = add_noise(model.schedule, self.data, self.eps, self.t)
+        self.labels = torch.tensor([0, self.config.num_classes - 1, self.config.num_classes])
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.noisy, self.t, self.labels)
+
+    def expected_shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def loss(self, model: Any) -> Tensor:
+        return F.mse_loss(self.forward(model), self.eps)
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        cache = model.make_cache(3)
+        parts, _ = model.denoise(self.noisy[:, None], self.t[:, None], self.labels[:, None], cache)
+        return self.forward(model), parts[:, 0]
+
+    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
+        """Labels and samples; row i always has the same label and seed."""
+        labels = self.labels[rows]
+        times = model.schedule.grid(3, "linspace")
+        out = generate_blocks(model, labels, times=times, seed=[7 + r for r in rows])
+        return [labels], (model.to_pixels(out) / 10).clamp(-1, 1)
+
+
+class BlockDiffusion(Diffusion):
+    """Models that denoise block after block."""
+
+    def __init__(self, preset: str) -> None:
+        super().__init__(preset)
+        model: Any = arcore.create_model(preset)
+        self.data = torch.randn(3, model.num_blocks, *model.block_shape)
+        self.eps = torch.randn_like(self.data)
+        self.t = torch.randint(1000, (3, model.num_blocks))
+        self.noisy = add_noise(model.schedule, self.data, self.eps, self.t)
+
+    def forward(self, model: Any) -> Tensor:
+        return model(self.data, self.noisy, self.t, self.labels)
+
+    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
+        cache, parts = model.make_cache(3), []
+        for block in range(model.num_blocks):
+            out, _ = model.denoise(
+                self.noisy[:, block, None], self.t[:, block, None], self.labels[:, None], cache
+            )
+            parts.append(out)
+            model.commit(self.data[:, block], cache)
+        return self.forward(model), torch.cat(parts, dim=1)
+
+
 ADAPTERS = {
+    "block-diffusion": BlockDiffusion,
     "classifier": Classifier,
+    "diffusion": Diffusion,
     "language": Language,
     "next-cluster": NextCluster,
     "next-scale": NextScale,

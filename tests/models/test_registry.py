@@ -108,7 +108,7 @@ def test_lists_are_sorted_and_filtered():
         ("var_tini", "there is no model 'var_tini'; did you mean var_tiny"),
         ("varr_d16", "did you mean var_d16"),
         ("var", r"'var' is a system, not a preset: choose one of var_d16, .*var_tiny"),
-        ("zzzz", "there is no model 'zzzz'; choose one of arm_base_pz16, .*msvq, .*var_tiny"),
+        ("zzzz", "there is no model 'zzzz'; choose one of acdit, .*arm_base_pz16, .*msvq, .*var_tiny"),
         ("", "there is no model ''"),
     ],
 )

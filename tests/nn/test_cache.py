@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from arcore.nn import KVCache
+import arcore
+from arcore.nn import Cache, KVCache
 
 SIZES = {"num_layers": 2, "batch": 3, "num_heads": 2, "max_length": 10, "head_dim": 8}
 
@@ -75,3 +77,64 @@ def test_errors():
         cache.truncate(-1)
     with pytest.raises(ValueError, match="num_layers=0"):
         KVCache(**SIZES | {"num_layers": 0})
+
+
+def fill(cache: KVCache, tokens: int, value: float, keep: bool = True) -> Tensor:
+    """Write `tokens` tokens into all layers; the last layer's keys as the cache hands them out."""
+    for layer in range(2):
+        new = torch.full((1, 2, tokens, 8), value)
+        keys, _ = cache.append(layer, new, new) if keep else cache.stage(layer, new, new)
+    return keys[0, 0, :, 0]
+
+
+def test_staged_tokens_are_seen_but_not_kept():
+    cache = KVCache(num_layers=2, batch=1, num_heads=2, max_length=4, head_dim=8)
+    fill(cache, 2, 1.0)
+    assert fill(cache, 2, 2.0, keep=False).tolist() == [1, 1, 2, 2]
+    assert cache.length == 2
+    assert fill(cache, 1, 3.0, keep=False).tolist() == [1, 1, 3]
+    assert fill(cache, 2, 4.0).tolist() == [1, 1, 4, 4]
+    with pytest.raises(ValueError, match="do not fit into max_length=4"):
+        fill(cache, 1, 5.0, keep=False)
+
+
+def test_snapshot_and_restore():
+    cache = KVCache(num_layers=2, batch=1, num_heads=2, max_length=8, head_dim=8)
+    fill(cache, 2, 1.0)
+    mark = cache.snapshot()
+    fill(cache, 3, 2.0)
+    # In the middle of a pass layers differ in length.
+    new = torch.zeros(1, 2, 1, 8)
+    cache.append(0, new, new)
+    cache.restore(mark)
+    assert cache.length == 2
+    assert fill(cache, 1, 3.0).tolist() == [1, 1, 3]
+    cache.restore(mark)
+    cache.truncate(1)
+    fill(cache, 1, 4.0)
+    with pytest.raises(ValueError, match="older than a cut below"):
+        cache.restore(mark)
+    other = KVCache(num_layers=2, batch=1, num_heads=2, max_length=8, head_dim=8)
+    with pytest.raises(ValueError, match="of another cache"):
+        other.restore(cache.snapshot())
+
+
+def test_select_takes_rows():
+    cache = KVCache(num_layers=1, batch=3, num_heads=1, max_length=2, head_dim=8)
+    rows = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 1, 8)
+    cache.append(0, rows, rows)
+    mark = cache.snapshot()
+    cache.select([2, 2, 0, 1])
+    assert (cache.batch, cache.length) == (4, 1)
+    assert cache.keys[0, :, 0, 0, 0].tolist() == [2, 2, 0, 1]
+    with pytest.raises(ValueError, match="snapshot"):
+        cache.restore(mark)
+
+
+def test_all_caches_are_of_one_family():
+    models = [arcore.create_model(name) for name in ("var_tiny", "acdit_tiny", "dit_tiny")]
+    caches = [model.make_cache(2) for model in models]
+    caches.append(arcore.create_model("mamba_tiny").make_cache(2, 5))
+    for cache in caches:
+        assert isinstance(cache, Cache), type(cache)
+        assert (cache.batch, cache.length) == (2, 0)

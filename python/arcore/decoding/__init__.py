@@ -1,6 +1,7 @@
 """Loops that turn models into samples. They know the protocols of `arcore.nn.protocols` and no model."""
 
 from arcore.decoding.autoregressive import GenerateOutput, generate, stream
+from arcore.decoding.block_diffusion import generate_blocks, stream_blocks
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.next_scale import NextScaleOutput, generate_next_scale
 
@@ -8,7 +9,9 @@ __all__ = [
     "GenerateOutput",
     "NextScaleOutput",
     "generate",
+    "generate_blocks",
     "generate_next_scale",
     "row_seeds",
     "stream",
+    "stream_blocks",
 ]

@@ -35,6 +35,26 @@ def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str 
     return torch.tensor(seeds, dtype=torch.int64, device=device)
 
 
+class RowNormals:
+    """Standard normal numbers, each row's from a generator of its own.
+
+    They are drawn on the CPU, so that a GPU sees the same ones.
+
+    Args:
+        seeds: int64 `[batch]`, from `row_seeds`.
+    """
+
+    def __init__(self, seeds: Tensor) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+    def draw(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """The next numbers of every row, float32 `[batch, *shape]`."""
+        out = torch.empty(len(self._generators), *shape, device="cpu")
+        for row, generator in zip(out, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return out.to(device)
+
+
 def _derive(seed: int, row: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

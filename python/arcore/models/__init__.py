@@ -17,6 +17,8 @@ from arcore.models._builder import build, describe, load_checkpoint, load_weight
 from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_config, list_models, model_info
 
 if TYPE_CHECKING:
+    from arcore.models.acdit import ACDiT, ACDiTConfig
+    from arcore.models.dit import DiT, DiTConfig
     from arcore.models.mamba import Mamba, MambaConfig, MambaLayer, StateSpaceConfig
     from arcore.models.mamba2 import Mamba2, Mamba2Config
     from arcore.models.roma import RoMA, RoMACache, RoMAConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from arcore.models.var import VAR, VARConfig
 
 _FILES = {
+    "acdit": ("ACDiT", "ACDiTConfig"),
+    "dit": ("DiT", "DiTConfig"),
     "mamba": ("Mamba", "MambaConfig", "MambaLayer", "StateSpaceConfig"),
     "mamba2": ("Mamba2", "Mamba2Config"),
     "roma": ("RoMA", "RoMACache", "RoMAConfig"),
@@ -33,6 +37,10 @@ _FILES = {
 
 __all__ = [
     "VAR",
+    "ACDiT",
+    "ACDiTConfig",
+    "DiT",
+    "DiTConfig",
     "FourDirectionMixer",
     "Mamba",
     "Mamba2",

@@ -19,6 +19,8 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 
 # Sorted. A preset's name starts with its system's, so that one lookup imports one file.
 _MODULES = {
+    "acdit": "arcore.models.acdit",
+    "dit": "arcore.models.dit",
     "mamba": "arcore.models.mamba",
     "mamba2": "arcore.models.mamba2",
     "msvq": "arcore.tokenizers.multi_scale_vq",

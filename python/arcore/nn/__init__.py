@@ -3,14 +3,16 @@
 from arcore.nn.adaln import AdaLNBlock, AdaLNHead, DropPath, Modulation, modulated_norm
 from arcore.nn.attention import CrossAttention, SelfAttention
 from arcore.nn.blocks import PreNormBlock, init_mamba_encoder
-from arcore.nn.cache import KVCache
+from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
+from arcore.nn.dit import DiTAttention, DiTBlock, DiTHead, TimestepEmbedding, init_dit, modulate
 from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
 from arcore.nn.linear import Linear, linear
 from arcore.nn.mlp import MLP, SwiGLU
 from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
-from arcore.nn.protocols import ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.protocols import BlockModel, ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
 
@@ -18,14 +20,20 @@ __all__ = [
     "MLP",
     "AdaLNBlock",
     "AdaLNHead",
+    "BlockModel",
+    "Cache",
     "CausalConv1d",
     "ClassEmbedding",
     "ConvDecoder",
     "ConvEncoder",
     "CrossAttention",
+    "DiTAttention",
+    "DiTBlock",
+    "DiTHead",
     "DropPath",
     "GatedRMSNorm",
     "KVCache",
+    "KVSnapshot",
     "LevelEmbedding",
     "Linear",
     "Mamba2Mixer",
@@ -34,6 +42,7 @@ __all__ = [
     "PatchEmbed",
     "PreNormBlock",
     "RMSNorm",
+    "Rope",
     "ScaleModel",
     "ScaleTokenizer",
     "SelectiveSSM",
@@ -41,9 +50,14 @@ __all__ = [
     "StateCache",
     "StateSnapshot",
     "SwiGLU",
+    "TimestepEmbedding",
     "TokenModel",
+    "axis_base",
+    "init_dit",
     "init_mamba_encoder",
     "linear",
+    "modulate",
     "modulated_norm",
+    "rope_table",
     "sincos_positions",
 ]

@@ -37,9 +37,9 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(cond_dim, parts * dim)
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`."""
+        """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`, or `[B, G, cond_dim]`, one per group, to `[B, G, 1, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
-        return vectors.unsqueeze(1).chunk(self.parts, dim=-1)
+        return vectors.unsqueeze(-2).chunk(self.parts, dim=-1)
 
 
 class DropPath(nn.Module):

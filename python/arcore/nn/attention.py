@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
         self, dim: int, num_heads: int, *, l2_norm: bool = False, scale: float | None = None
     ) -> None:
         super().__init__()
-        _check_heads("SelfAttention", dim, num_heads)
+        check_heads("SelfAttention", dim, num_heads)
         self.num_heads = num_heads
         self.scale = scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -91,7 +91,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        _check_heads("CrossAttention", dim, num_heads)
+        check_heads("CrossAttention", dim, num_heads)
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -118,7 +118,8 @@ class CrossAttention(nn.Module):
         return mixed
 
 
-def _check_heads(module: str, dim: int, num_heads: int) -> None:
+def check_heads(module: str, dim: int, num_heads: int) -> None:
+    """Raise ValueError unless `dim` splits into heads that the op takes."""
     if num_heads < 1 or dim % num_heads or dim // num_heads % 8 or dim // num_heads > 256:
         raise ValueError(
             f"arcore.nn.{module}: expected dim / num_heads to be a multiple of 8, at most 256, "

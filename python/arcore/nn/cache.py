@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What all caches offer, whether they hold keys and values or a recurrent state."""
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        ...
+
+    def snapshot(self) -> Any:
+        """What `restore` takes to come back to this point."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Make the cache what it was at the time of the snapshot."""
+        ...
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows in this order."""
+        ...
+
+
+class KVSnapshot:
+    """A point in the life of a `KVCache`: lengths only, for what lies before the end is never written again.
+
+    Attributes:
+        lengths: tokens of each layer.
+        cuts: how often the cache had been cut when the snapshot was taken.
+    """
+
+    def __init__(self, owner: KVCache, lengths: tuple[int, ...], cuts: int) -> None:
+        self.owner, self.lengths, self.cuts = owner, lengths, cuts
 
 
 class KVCache:
     """Keys and values of all layers, with room for `max_length` tokens from the start.
 
     Appending copies the new tokens into place and hands out views of everything so far; nothing is reallocated or
-    copied again, so a pass over N tokens moves O(N) memory. `truncate` forgets tokens by moving the end back, for
-    speculative decoding and for sampling a scale anew.
+    copied again, so a pass over N tokens moves O(N) memory. `stage` does the same without counting the tokens in, so
+    the next call writes over them: block diffusion denoises a block many times before it is kept. `truncate` forgets
+    tokens by moving the end back, for speculative decoding and for sampling a scale anew; `snapshot` and `restore` do
+    so layer by layer and cost nothing.
 
-    Guidance needs no second cache: put conditional and unconditional rows into one batch, `[2B]`, conditional first.
-    Each row keeps its own keys, all rows have one length.
+    Guidance needs no second cache. Where context depends on the condition, put conditional and unconditional rows into
+    one batch, `[2B]`, conditional first: each row keeps its own keys, all rows have one length. Where it does not, let
+    the two copies of a row stand one after the other in the *sequence*, staged behind the context that both see, under
+    a mask that hides each from the other: then the context is stored once.
 
     Args:
         num_layers: layers that append.
@@ -50,6 +96,8 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self._lengths = [0] * num_layers
+        # The lengths that the cache was ever cut to: a snapshot is void once a later cut went below its length.
+        self._cuts: list[int] = []
 
     @property
     def batch(self) -> int:
@@ -59,6 +107,11 @@ class KVCache:
     def length(self) -> int:
         """Tokens that every layer holds."""
         return min(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the storage."""
+        return self.keys.nbytes + self.values.nbytes
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens to one layer.
@@ -73,6 +126,12 @@ class KVCache:
         Raises:
             ValueError: the shapes do not fit or the cache is full.
         """
+        views = self.stage(layer, keys, values)
+        self._lengths[layer] += keys.shape[2]
+        return views
+
+    def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `append`, but the next `append` or `stage` of the layer writes over the tokens."""
         _, batch, heads, _, dim = self.keys.shape
         new = keys.shape[2] if keys.dim() == 4 else 0
         if keys.shape != (batch, heads, new, dim) or values.shape != keys.shape:
@@ -89,7 +148,6 @@ class KVCache:
             )
         self.keys[layer, :, :, start:stop].copy_(keys)
         self.values[layer, :, :, start:stop].copy_(values)
-        self._lengths[layer] = stop
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def truncate(self, length: int) -> None:
@@ -102,7 +160,44 @@ class KVCache:
             raise ValueError(
                 f"arcore.nn.KVCache: expected a length from 0 to {self.length}, the tokens stored, but got {length}"
             )
-        self._lengths = [length] * len(self._lengths)
+        self._cut([length] * len(self._lengths))
+
+    def snapshot(self) -> KVSnapshot:
+        """The present lengths, to come back to; nothing is copied."""
+        return KVSnapshot(self, tuple(self._lengths), len(self._cuts))
+
+    def restore(self, snapshot: KVSnapshot) -> None:
+        """Forget what was appended since the snapshot.
+
+        Raises:
+            ValueError: the snapshot is of another cache, or tokens it counts on were cut off since.
+        """
+        if snapshot.owner is not self or any(
+            kept < length for kept in self._cuts[snapshot.cuts :] for length in snapshot.lengths
+        ):
+            raise ValueError(
+                f"arcore.nn.KVCache: the snapshot of lengths {snapshot.lengths} is of another cache or older than a "
+                "cut below them; take snapshots of the cache that is restored, and restore before cutting deeper"
+            )
+        self._cut(list(snapshot.lengths))
+
+    def select(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).
+
+        Snapshots taken before are void.
+
+        Args:
+            rows: int64 `[B']`, row numbers from 0.
+        """
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.keys.device)
+        self.keys = self.keys.index_select(1, index)
+        self.values = self.values.index_select(1, index)
+        self._cuts.append(-1)
+
+    def _cut(self, lengths: list[int]) -> None:
+        if lengths != self._lengths:
+            self._cuts.append(min(lengths))
+        self._lengths = lengths
 
     def __repr__(self) -> str:
         layers, batch, heads, _, dim = self.keys.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,15 @@ def check_patch_nums(patch_nums: Iterable[int]) -> tuple[int, ...]:
     if not sides or sides[0] < 1 or any(a >= b for a, b in pairwise(sides)):
         raise ValueError(f"expected patch_nums to be growing side lengths, coarse to fine, but got {sides}")
     return sides
+
+
+def check_image_sizes(config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError unless the named fields are positive and patches tile the image."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"expected {name} to be at least 1 but got {getattr(config, name)}")
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"expected patches that tile {config.image_size} x {config.image_size} values but got "
+            f"patch_size={config.patch_size}"
+        )

@@ -1,6 +1,6 @@
 """What a decoder asks of a model. Decoders are written against these and never against a model.
 
-`docs/architecture.md` plans protocols for masked and block-diffusion models; they come with their decoders.
+`docs/architecture.md` plans a protocol for masked models; it comes with its decoder.
 """
 
 from __future__ import annotations
@@ -85,6 +85,56 @@ class ScaleTokenizer(Protocol):
 
     def scale_inputs(self, indices: Sequence[Tensor]) -> Tensor:
         """`next_input` of all scales but the last in one sequence, for training."""
+        ...
+
+
+@runtime_checkable
+class BlockModel(Protocol):
+    """Denoises a sequence block by block, each given the clean blocks before it.
+
+    Attributes:
+        num_blocks: blocks T of a full sequence; 1 for a model that denoises everything at once.
+        block_shape: shape S of a block's values, e.g. (tokens, channels).
+        null_class: the label that stands for no class, in guidance.
+        schedule: of the noise.
+        prediction: what `denoise` returns, see `arcore.schedules`.
+    """
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def null_class(self) -> int: ...
+
+    @property
+    def schedule(self) -> Any: ...
+
+    @property
+    def prediction(self) -> Any: ...
+
+    def make_cache(self, batch: int, copies: int = 1) -> KVCache:
+        """An empty cache for `batch` rows, with room for `copies` versions of the block that is denoised."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, labels: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """What the network predicts of the block after those in the cache, which is read and not changed.
+
+        Args:
+            x: `[B, G, *S]`, G versions of the block that do not see each other.
+            t: times `[B, G]`.
+            labels: int64 `[B, G]`.
+            cache: from `make_cache(B, G)`.
+
+        Returns:
+            The prediction, float32 `[B, G, *S]`, and the predicted variance, like it, or None.
+        """
+        ...
+
+    def commit(self, block: Tensor, cache: KVCache) -> None:
+        """Add the next clean block `[B, *S]` to the cache."""
         ...
 
 

@@ -54,6 +54,7 @@ class Solver:
 
     stochastic = False
     multistep = False
+    learned_variance = False
 
     def __init__(
         self, schedule: NoiseSchedule, prediction: Prediction = "eps", *, clip: float | None = None
@@ -217,6 +218,7 @@ class DDPM(Solver):
         if not temperature >= 0:
             raise ValueError(f"expected temperature >= 0 but got {temperature}")
         self.vp, self.variance, self.temperature = schedule, variance, temperature
+        self.learned_variance = variance == "learned"
 
     def _betas(self, t_from: Tensor, t_to: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bar, bar_to = self.vp.alpha_bar(t_from), self.vp.alpha_bar(t_to)
@@ -235,7 +237,7 @@ class DDPM(Solver):
         self, default: Tensor, t_from: Tensor, t_to: Tensor, x: Tensor, variance: Tensor | None
     ) -> Tensor:
         """See `Solver`."""
-        if self.variance != "learned":
+        if not self.learned_variance:
             return super().spread_of_noise(default, t_from, t_to, x, variance)
         if variance is None or variance.shape != x.shape:
             raise ValueError(f"DDPM with a learned variance needs variance of shape {tuple(x.shape)}")
