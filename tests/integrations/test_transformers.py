@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import arcore.integrations.transformers as kernels  # noqa: E402
 
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2}
-FUNCTIONS = ("mamba_selective_scan", "mamba_selective_state_update", "mamba_inner_fn")
+FUNCTIONS = tuple(kernels._REPLACEMENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -114,19 +114,37 @@ def test_enabling_changes_the_functions_and_disabling_brings_them_back():
 @torch.no_grad()
 def test_our_ops_are_what_runs(monkeypatch: pytest.MonkeyPatch):
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES)).eval()
-    lengths = []
+    calls: list[tuple[str, int]] = []
 
-    def counting(u: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        lengths.append(u.shape[2])
-        return scan(u, *args, **kwargs)
+    def count(name: str) -> None:
+        op = getattr(kernels, name)
 
-    scan = kernels.selective_scan
-    monkeypatch.setattr(kernels, "selective_scan", counting)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args[0].shape[-1]))
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, counting)
+
+    for name in ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"):
+        count(name)
     with kernels.enable():
         model.generate(torch.randint(96, (1, 9)), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert lengths == [9, 9, 1, 1, 1, 1]
+    # Two layers; one pass over the prompt and two steps, whose state has 16 entries per channel.
+    prompt = [("causal_conv1d", 9), ("selective_scan", 9)] * 2
+    assert calls == prompt + [("causal_conv1d_update", 1), ("selective_state_update", 16)] * 4
     model(torch.randint(96, (1, 9)))
-    assert len(lengths) == 6
+    assert len(calls) == 12
+
+
+def test_packed_sequences_and_other_activations_are_not_ours():
+    from transformers.models.mamba import modeling_mamba as module
+
+    x, weight, ids = torch.randn(1, 6, 9), torch.randn(6, 4), torch.zeros(1, 9, dtype=torch.int32)
+    plain = module.causal_conv1d_fn(x, weight, activation="gelu")
+    with kernels.enable():
+        assert torch.equal(module.causal_conv1d_fn(x, weight, activation="gelu"), plain)
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            module.causal_conv1d_fn(x, weight, activation="silu", seq_idx=ids)
 
 
 @torch.no_grad()

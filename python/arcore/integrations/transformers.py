@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.ops import selective_scan
+from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 _MODELS = ("mamba", "falcon_mamba", "jamba")
+_ACTIVATIONS = (None, "silu", "swish")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _originals: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -48,10 +49,11 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Let Mamba, FalconMamba and Jamba of transformers use our scan and our decoding step.
+    """Let Mamba, FalconMamba and Jamba of transformers use our convolution, our scan and their decoding steps.
 
     Calls that our kernels cannot serve go to the functions that were there before: tensors on other devices, float64,
-    and tracing by `torch.export`. The fused training function of mamba_ssm is switched off, because it is not told
+    other activations than SiLU, and tracing by `torch.export`; so do packed sequences, which these models do not tell
+    the scan about. The fused training function of mamba_ssm is switched off, because it is not told
     about padding. Calling this twice does no harm.
 
     Returns:
@@ -97,6 +99,10 @@ def _ours(*tensors: Tensor | None) -> bool:
     return all(t.is_cpu and t.dtype in _DTYPES for t in given) and not torch.compiler.is_exporting()
 
 
+def _packed(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seqlens"))
+
+
 def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
@@ -117,9 +123,8 @@ def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         tensors = (hidden_states, dt, A, B, C, D, z, delta_bias)
-        if not _ours(*tensors):
+        if not _ours(*tensors) or _packed(kwargs):
             return original(*tensors, delta_softplus, return_last_state, **kwargs)
-        packing = {name: kwargs[name] for name in ("seq_idx", "cu_seqlens") if kwargs.get(name) is not None}
         return selective_scan(
             hidden_states,
             dt,
@@ -131,7 +136,6 @@ def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
             _float(delta_bias),
             delta_softplus,
             return_last_state,
-            **packing,
         )
 
     return mamba_selective_scan
@@ -156,23 +160,42 @@ def _state_update(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _ours(*tensors):
             return original(*tensors[:6], D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs)
         with torch.no_grad():
-            out, last_state = selective_scan(
-                hidden_states.unsqueeze(2),
-                dt.unsqueeze(2),
-                A.float(),
-                B.unsqueeze(2),
-                C.unsqueeze(2),
-                _float(D),
-                None if z is None else z.unsqueeze(2),
-                _float(dt_bias),
-                dt_softplus,
-                return_last_state=True,
-                initial_state=state,
-            )
-            state.copy_(last_state)
-        return out.squeeze(2)
+            return selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
     return mamba_selective_state_update
+
+
+def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def causal_conv1d_fn(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not _ours(hidden_states, weight, bias) or activation not in _ACTIVATIONS or _packed(kwargs):
+            return original(hidden_states, weight, bias, activation=activation, **kwargs)
+        return causal_conv1d(hidden_states, weight, bias, activation=activation)
+
+    return causal_conv1d_fn
+
+
+def _convolution_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def replacement(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Any:
+        if not _ours(hidden_states, conv_state, weight, bias) or activation not in _ACTIVATIONS:
+            return original(hidden_states, conv_state, weight, bias, activation=activation)
+        with torch.no_grad():
+            return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+
+    return replacement
 
 
 def _no_fusion(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,4 +211,6 @@ _REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "mamba_selective_scan": _scan,
     "mamba_selective_state_update": _state_update,
     "mamba_inner_fn": _no_fusion,
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_step,
 }
