@@ -79,13 +79,7 @@ int64_t row_offset(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
   return b * t.batch + h * t.head + row * t.row;
 }
 
-// Rows as floats: in place for float32, else converted into `buffer`.
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-  const float* row(int64_t i) const { return data + i * stride; }
-};
-
+// In place for float32, else converted into `buffer`.
 FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t count,
                      int64_t dim, float* buffer) {
   FloatRows rows{buffer, dim};
@@ -316,41 +310,6 @@ struct TileMask {
       store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
   }
 };
-
-// [count, dim] rows -> transposed panels: for every kPanel rows, [dim][kPanel]; rows beyond count are 0.
-void pack_transposed(FloatRows rows, int64_t count, int64_t dim, float* dst) {
-  for (int64_t half = 0; half < kPanel; half += kLanes) {
-    const int64_t here = max_of<int64_t>(0, min_of<int64_t>(kLanes, count - half));
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t width = min_of<int64_t>(kLanes, dim - d);
-      if (here == kLanes && width == kLanes) {
-        transpose_block(rows.row(half) + d, rows.stride, dst + d * kPanel + half, kPanel);
-        continue;
-      }
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = 0; i < kLanes; ++i)
-          dst[(d + j) * kPanel + half + i] = i < here ? rows.row(half + i)[d + j] : 0.0f;
-    }
-  }
-}
-
-// One row into column panels; columns beyond dim become 0.
-void pack_row(const float* row, const ColumnPanels& panels, int64_t index, float* dst) {
-  for (int64_t p = 0; p < panels.count(); ++p) {
-    const int64_t width = panels.vectors(p) * kLanes, begin = p * kPanel;
-    float* out = dst + panels.offset(p, index);
-    const int64_t n = min_of(width, panels.dim - begin);
-    if (n == kPanel) {
-      store(out, load(row + begin));
-      store(out + kLanes, load(row + begin + kLanes));
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = row[begin + i];
-    for (int64_t i = n; i < width; ++i)
-      out[i] = 0.0f;
-  }
-}
 
 // Whether each pair has one query tile only. Then nobody shares its packed keys, and each key tile is packed
 // just before it is used, into scratch that stays in cache, instead of once into the workspace.

@@ -123,5 +123,47 @@ struct ColumnPanels {
   }
 };
 
+// Rows of floats.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+  const float* row(int64_t i) const { return data + i * stride; }
+};
+
+// [count, dim] rows -> transposed panels: for every kPanel rows, [dim][kPanel]; rows beyond count are 0.
+static inline void pack_transposed(FloatRows rows, int64_t count, int64_t dim, float* dst) {
+  for (int64_t half = 0; half < kPanel; half += kLanes) {
+    const int64_t here = max_of<int64_t>(0, min_of<int64_t>(kLanes, count - half));
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t width = min_of<int64_t>(kLanes, dim - d);
+      if (here == kLanes && width == kLanes) {
+        transpose_block(rows.row(half) + d, rows.stride, dst + d * kPanel + half, kPanel);
+        continue;
+      }
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = 0; i < kLanes; ++i)
+          dst[(d + j) * kPanel + half + i] = i < here ? rows.row(half + i)[d + j] : 0.0f;
+    }
+  }
+}
+
+// One row into column panels; columns beyond dim become 0.
+static inline void pack_row(const float* row, const ColumnPanels& panels, int64_t index, float* dst) {
+  for (int64_t p = 0; p < panels.count(); ++p) {
+    const int64_t width = panels.vectors(p) * kLanes, begin = p * kPanel;
+    float* out = dst + panels.offset(p, index);
+    const int64_t n = min_of(width, panels.dim - begin);
+    if (n == kPanel) {
+      store(out, load(row + begin));
+      store(out + kLanes, load(row + begin + kLanes));
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = row[begin + i];
+    for (int64_t i = n; i < width; ++i)
+      out[i] = 0.0f;
+  }
+}
+
 }  // namespace ARCORE_ISA
 }  // namespace arcore

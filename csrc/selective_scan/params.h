@@ -3,14 +3,11 @@
 
 #include <cstdint>
 
+#include "common/chunk.h"
 #include "common/dtype.h"
 #include "common/sequence.h"
 
 namespace arcore::selective_scan {
-
-// Longest run of steps that is handled at once, and the distance of the states that the forward keeps for the
-// backward. The Python file has it too (CHUNK).
-constexpr int64_t kChunk = 64;
 
 // B or C. Varying: [batch, group, state, time]. Constant: [channel, state], with groups = 0.
 struct Coefficient {
@@ -18,21 +15,6 @@ struct Coefficient {
   int64_t batch, channel, state, time;  // channel is the stride of the group where varying
   int64_t groups;
   StorageType dtype;
-};
-
-// At most kChunk steps of one row that belong to one sequence. Chunks that start a sequence load its initial
-// state, those that end one store its last state.
-struct Chunk {
-  int64_t begin;  // in scan order
-  int64_t length;
-  int64_t sequence;  // row of initial_state and last_state
-  int64_t slot;      // where the state before this chunk is kept, -1 for the first of a sequence
-  bool first, last;
-  bool zero_start;  // the sequence starts from zero, whatever initial_state holds
-  bool keep_last;   // its last state is a result
-  // Sequence ids of its steps, or null if none is padding: a step with a negative id is skipped.
-  const int32_t* ids;
-  int64_t id_stride;
 };
 
 struct Problem {

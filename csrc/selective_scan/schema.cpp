@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/chunk_list.h"
 #include "common/cpu_dispatch.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
@@ -55,117 +56,6 @@ Coefficient coefficient(const char* op, const char* name, const Tensor& t, const
   return m;
 }
 
-// Chunks of every row in scan order.
-struct ChunkList {
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> first{0};
-
-  // Steps [begin, end) in scan order as one sequence.
-  void add_sequence(int64_t begin, int64_t end, const Chunk& like) {
-    int64_t at = begin;
-    do {
-      Chunk chunk = like;
-      chunk.begin = at;
-      chunk.length = std::min(kChunk, end - at);
-      chunk.first = at == begin;
-      chunk.last = at + chunk.length == end;
-      chunk.keep_last = like.keep_last && chunk.last;
-      // A chunk that does not start its sequence begins at least kChunk steps after the one before it.
-      chunk.slot = chunk.first ? -1 : at / kChunk - 1;
-      if (like.ids != nullptr) chunk.ids = like.ids + at * like.id_stride;
-      chunks.push_back(chunk);
-      at += chunk.length;
-    } while (at < end);
-  }
-  void end_row() { first.push_back(static_cast<int64_t>(chunks.size())); }
-};
-
-ChunkList whole_rows(const Problem& p) {
-  ChunkList list;
-  Chunk like{};
-  like.sequence = -1;
-  like.keep_last = true;
-  list.add_sequence(0, p.length, like);
-  list.end_row();
-  return list;
-}
-
-ChunkList packed_row(const char* op, const Problem& p, const Tensor& cu_seqlens, bool reverse) {
-  ChunkList list;
-  const Tensor bounds = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
-  const int64_t* at = static_cast<const int64_t*>(bounds.data_ptr());
-  const int64_t count = bounds.size(0) - 1;
-  ARCORE_CHECK(at[0] == 0 && at[count] == p.length, op, "expected cu_seqlens to run from 0 to the length ",
-               p.length, " but it runs from ", at[0], " to ", at[count]);
-  for (int64_t i = 0; i < count; ++i)
-    ARCORE_CHECK(at[i] <= at[i + 1], op, "expected cu_seqlens not to decrease but entry ", i + 1, " is ",
-                 at[i + 1], " after ", at[i]);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t sequence = reverse ? count - 1 - i : i;
-    Chunk like{};
-    like.sequence = sequence;
-    like.keep_last = true;
-    const int64_t begin = reverse ? p.length - at[sequence + 1] : at[sequence];
-    list.add_sequence(begin, begin + at[sequence + 1] - at[sequence], like);
-  }
-  list.end_row();
-  return list;
-}
-
-ChunkList rows_by_id(const Problem& p, const Tensor& seq_idx, bool reverse) {
-  ChunkList list;
-  const int64_t step = reverse ? -seq_idx.stride(1) : seq_idx.stride(1);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int32_t* ids = static_cast<const int32_t*>(seq_idx.data_ptr()) + b * seq_idx.stride(0);
-    if (reverse && p.length > 0) ids += (p.length - 1) * seq_idx.stride(1);
-    Chunk like{};
-    like.sequence = -1;
-    int64_t begin = 0;
-    int32_t current = -1;
-    bool padded = false;
-    for (int64_t t = 0; t < p.length; ++t) {
-      const int32_t id = ids[t * step];
-      padded = padded || id < 0;
-      if (id < 0 || id == current) continue;
-      if (current >= 0) {
-        like.ids = padded ? ids : nullptr;
-        like.id_stride = step;
-        list.add_sequence(begin, t, like);
-        like.zero_start = true;
-        begin = t;
-        padded = false;
-      }
-      current = id;
-    }
-    like.ids = padded ? ids : nullptr;
-    like.id_stride = step;
-    like.keep_last = true;
-    list.add_sequence(begin, p.length, like);
-    list.end_row();
-  }
-  if (p.batch == 0) list.end_row();
-  return list;
-}
-
-ChunkList chunk_list(const char* op, const Problem& p, const OptionalTensor& cu_seqlens,
-                     const OptionalTensor& seq_idx, bool reverse) {
-  ARCORE_CHECK(!cu_seqlens.has_value() || !seq_idx.has_value(), op,
-               "expected cu_seqlens or seq_idx but got both");
-  if (cu_seqlens.has_value()) {
-    ARCORE_CHECK(p.batch == 1, op, "expected batch 1 with cu_seqlens but got ", p.batch);
-    ARCORE_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
-                 "expected cu_seqlens of shape (num_sequences + 1,) but got ", shape_of(*cu_seqlens));
-    return packed_row(op, p, *cu_seqlens, reverse);
-  }
-  if (seq_idx.has_value()) {
-    check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
-    ARCORE_CHECK(seq_idx->scalar_type() == ScalarType::Int, op, "expected seq_idx of dtype int32 but got ",
-                 torch::headeronly::toString(seq_idx->scalar_type()));
-    return rows_by_id(p, *seq_idx, reverse);
-  }
-  return whole_rows(p);
-}
-
 // Owns what the raw pointers of Problem and Inputs point at.
 struct Call {
   Problem problem{};
@@ -191,7 +81,7 @@ struct Call {
     p.slots = std::max<int64_t>((p.length + kChunk - 1) / kChunk - 1, 0);
     check_shape(op, "delta", delta, {p.batch, p.dim, p.length});
     if (z.has_value()) check_shape(op, "z", *z, {p.batch, p.dim, p.length});
-    list = chunk_list(op, p, cu_seqlens, seq_idx, reverse);
+    list = chunk_list(op, p.batch, p.length, cu_seqlens, seq_idx, reverse);
     p.chunk_rows = seq_idx.has_value() ? p.batch : 1;
     p.chunks = list.chunks.data();
     p.first_chunk = list.first.data();

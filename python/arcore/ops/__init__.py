@@ -33,6 +33,7 @@ from arcore.ops.speculative import (
     verify_tree,
     verify_typical,
 )
+from arcore.ops.ssd import reference_ssd, ssd
 from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "reference_sample",
     "reference_selective_scan",
     "reference_selective_state_update",
+    "reference_ssd",
     "reference_token_logprobs",
     "reference_verify_chain",
     "reference_verify_jacobi",
@@ -64,6 +66,7 @@ __all__ = [
     "sample",
     "selective_scan",
     "selective_state_update",
+    "ssd",
     "token_logprobs",
     "verify_chain",
     "verify_jacobi",

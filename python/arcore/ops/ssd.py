@@ -1,0 +1,325 @@
+"""Mamba-2's scan (structured state space duality): public function, reference, and the op's fake and autograd rules.
+
+The loops and the numerics are in csrc/ssd/README.md, the gradients in _ssd_backward.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arcore import _extension as _extension
+from arcore.ops._ssd_backward import Inputs, backward
+from arcore.ops.selective_scan import reference_selective_scan
+
+OP = "arcore.ssd"
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_STATES = 256
+
+
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    return_last_state: Literal[False] = False,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor: ...
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    return_last_state: Literal[True],
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan whose decay is one number per head: Mamba-2's, as products of matrices over chunks.
+
+    Per head, with ``dt = clamp(softplus(dt + dt_bias), *dt_limit)`` (softplus optional):
+    ``state = exp(dt A) state + dt x B^T``, ``y = state C + D x``, ``out = y silu(z)``. fp32 arithmetic and state
+    whatever the storage. Differentiable in all float arguments, and through the last state; the gradients are computed
+    by PyTorch in float32. Deterministic; the forward does not depend on the number of threads or on batch mates.
+
+    Args:
+        x: ``[B, L, H, P]``, H heads of P channels; as all inputs float32, bfloat16 or float16, any strides.
+        dt: ``[B, L, H]``.
+        A: ``[H]``, real, usually negative.
+        B: ``[B, L, G, N]``, where G divides H: heads of a group share it. N at most 256.
+        C: B's shape.
+        D: ``[H]`` or ``[H, P]``.
+        z: gate, x's shape.
+        dt_bias: ``[H]``.
+        dt_softplus: apply softplus to ``dt + dt_bias``.
+        return_last_state: also return the state after the last step.
+        dt_limit: lowest and highest step size.
+        initial_state: ``[B, H, P, N]``, with `cu_seqlens` one per sequence; zero when None. With `seq_idx` it
+            belongs to the first sequence of the row.
+        cu_seqlens: boundaries of sequences packed into one row, int32 or int64 ``[S + 1]``; the batch is then 1.
+        seq_idx: int32 ``[B, L]``, sequence of each step; a change starts from zero. Negative: padding, the step is
+            skipped and its output is 0.
+        reverse: scan from the last step to the first; equals flipping inputs and output in time.
+
+    Returns:
+        ``[B, L, H, P]`` in x's dtype; with `return_last_state` also float32 ``[B, H, P, N]``, with `cu_seqlens` one
+        per sequence.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
+        ValueError: shapes or devices do not fit, or `dt_limit` is no range.
+
+    Reference: Mamba-2 (arXiv:2405.21060, sections 6 and 7). mamba_ssm's `mamba_chunk_scan_combined` computes the same;
+    names follow `selective_scan`, and the size of chunks is not an argument, since it changes no result.
+    """
+    v = _check(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, seq_idx, dt_limit)
+    for name, tensor in v._asdict().items():
+        if tensor is not None and tensor.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
+                "for float64 (gradcheck) call reference_ssd"
+            )
+    out, last_state = torch.ops.arcore.ssd(*v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse)
+    return (out, last_state) if return_last_state else out
+
+
+def reference_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ssd` in plain PyTorch, one step at a time, any real float dtype and device.
+
+    Works in float64 if any input is float64, else in float32. Arguments, returns and errors are those of `ssd`. It is
+    `reference_selective_scan` with A and dt written out for every channel.
+    """
+    v = _check(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, seq_idx, dt_limit)
+    batch, length, heads, dim = x.shape
+    given = [t for t in v if t is not None]
+    work = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    step = dt.to(work) if dt_bias is None else dt.to(work) + dt_bias.to(work)
+    step = (F.softplus(step) if dt_softplus else step).clamp(*dt_limit)
+
+    def channels_first(t: Tensor) -> Tensor:
+        return t.to(work).flatten(2).transpose(1, 2)
+
+    states = B.shape[3]
+    out, last_state = reference_selective_scan(
+        channels_first(x),
+        channels_first(step[..., None].expand(x.shape)),
+        v.A.to(work).repeat_interleave(dim)[:, None].expand(-1, states),
+        B.to(work).permute(0, 2, 3, 1),
+        C.to(work).permute(0, 2, 3, 1),
+        None if v.D is None else v.D.to(work).flatten(),
+        None if z is None else channels_first(z),
+        return_last_state=True,
+        initial_state=None if initial_state is None else initial_state.to(work).flatten(1, 2),
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+        reverse=reverse,
+    )
+    out = out.transpose(1, 2).reshape(batch, length, heads, dim).to(x.dtype)
+    last_state = last_state.unflatten(1, (heads, dim))
+    return (out, last_state) if return_last_state else out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_limit: tuple[float, float],
+) -> Inputs:
+    """The float arguments, with D written out as ``[H, P]``."""
+    v = Inputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    for name, tensor in {**v._asdict(), "cu_seqlens": cu_seqlens, "seq_idx": seq_idx}.items():
+        optional = name not in ("x", "dt", "A", "B", "C")
+        if not isinstance(tensor, Tensor) and not (optional and tensor is None):
+            wanted = "a tensor or None" if optional else "a tensor"
+            raise TypeError(f"{OP}: expected {name} to be {wanted} but got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{OP}: expected {name} on x's device {x.device} but got {tensor.device}")
+    if A.is_complex():
+        raise TypeError(f"{OP}: expected a real A but got {_name(A.dtype)}")
+    if x.dim() != 4:
+        raise ValueError(f"{OP}: expected x of shape (batch, length, heads, dim) but got {tuple(x.shape)}")
+    batch, length, heads, dim = x.shape
+    if B.dim() != 4 or B.shape[:2] != x.shape[:2] or not 1 <= B.shape[3] <= MAX_STATES:
+        raise ValueError(
+            f"{OP}: expected B of shape (batch={batch}, length={length}, groups, d_state) with d_state 1 to "
+            f"{MAX_STATES} but got {tuple(B.shape)}"
+        )
+    groups, states = B.shape[2:]
+    if groups == 0 or heads % groups != 0:
+        raise ValueError(f"{OP}: expected B with groups that divide the {heads} heads but got {groups}")
+    rows = batch
+    if cu_seqlens is not None:
+        if seq_idx is not None:
+            raise ValueError(f"{OP}: expected cu_seqlens or seq_idx but got both")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
+            raise ValueError(
+                f"{OP}: expected cu_seqlens int32 or int64 of shape (num_sequences + 1,) but got "
+                f"{_name(cu_seqlens.dtype)} {tuple(cu_seqlens.shape)}"
+            )
+        if batch != 1:
+            raise ValueError(f"{OP}: expected batch 1 with cu_seqlens (one packed row) but got {batch}")
+        rows = cu_seqlens.shape[0] - 1
+    if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.dtype != torch.int32):
+        raise ValueError(
+            f"{OP}: expected seq_idx int32 of shape (batch={batch}, length={length}) but got "
+            f"{_name(seq_idx.dtype)} {tuple(seq_idx.shape)}"
+        )
+    wanted_shapes = {
+        "dt": (dt, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "C": (C, (batch, length, groups, states)),
+        "z": (z, (batch, length, heads, dim)),
+        "dt_bias": (dt_bias, (heads,)),
+        "initial_state": (initial_state, (rows, heads, dim, states)),
+    }
+    for name, (tensor, shape) in wanted_shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{OP}: expected {name} of shape {shape} but got {tuple(tensor.shape)}")
+    if D is not None:
+        if D.shape not in ((heads,), (heads, dim)):
+            raise ValueError(
+                f"{OP}: expected D of shape (heads={heads},) or (heads={heads}, dim={dim}) but got {tuple(D.shape)}"
+            )
+        v = v._replace(D=D if D.dim() == 2 else D[:, None].expand(heads, dim))
+    if not (len(dt_limit) == 2 and 0.0 <= dt_limit[0] <= dt_limit[1]):
+        raise ValueError(f"{OP}: expected dt_limit as (low, high) with 0 <= low <= high but got {dt_limit}")
+    return v
+
+
+@torch.library.register_fake("arcore::ssd")
+def _fake(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last_state = x.new_empty((rows, x.shape[2], x.shape[3], B.shape[3]), dtype=torch.float32)
+    return torch.empty_like(x), last_state
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, dt_softplus, dt_low, dt_high, reverse = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = (dt_softplus, dt_low, dt_high, reverse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+    *floats, cu_seqlens, seq_idx = ctx.saved_tensors
+    none: tuple[Tensor | None, ...] = (None,) * (len(floats) + 6)
+    if grad_out is None and grad_last is None:
+        return none
+    v = Inputs(*floats)
+    grads = backward(v, grad_out, grad_last, seq_idx, cu_seqlens, *ctx.settings)
+    given = v._asdict()
+    return (
+        *(None if t is None else grads[n].to(t.dtype) for n, t in given.items()),
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd("arcore::ssd", _backward, setup_context=_setup_context)

@@ -1,0 +1,280 @@
+"""The kernel and its gradients against the float64 reference; states, packed rows, layouts, threads, directions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arcore.ops import selective_scan, selective_state_update, ssd
+from tests.isa import ISAS, run_under
+from tests.ssd.cases import ALONG_TIME, call, check_against_reference, everything, make_case
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 17, 63, 64, 65, 127, 300])
+@pytest.mark.parametrize("initial", [False, True])
+def test_odd_lengths(length, initial):
+    check_against_reference(make_case(1, length, 3, 17, groups=1, initial=initial))
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 17, 33, 64, 100])
+@pytest.mark.parametrize("state", [1, 5, 40, 128, 256])
+def test_sizes(dim, state):
+    check_against_reference(make_case(1, 66, 2, dim, state, 1, initial=True))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (5, 1), (9, 1), (6, 2), (6, 3), (6, 6)])
+def test_heads_and_groups(heads, groups):
+    check_against_reference(make_case(2, 70, heads, 20, 16, groups))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip": None},
+        {"skip": "head"},
+        {"gate": False},
+        {"bias": False},
+        {"softplus": False},
+        {"limit": (0.2, 0.7)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_optional_arguments(options, reverse):
+    check_against_reference(make_case(reverse=reverse, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_storage(dtype):
+    check_against_reference(make_case(length=130, initial=True).to(dtype))
+    # The usual mix: activations in 16 bits, parameters and states in 32.
+    mixed = make_case(length=130, initial=True)
+    check_against_reference(mixed.map(lambda n, t: t.to(dtype) if n in ALONG_TIME else t))
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 64, 65, 3], [0, 0], [200, 0, 1, 130]])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_rows(lengths, reverse):
+    for initial in (False, True):
+        check_against_reference(make_case(lengths=lengths, initial=initial, reverse=reverse))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sequence_ids(reverse):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, 3, (3, 40), generator=generator).repeat_interleave(4, dim=1).int()
+    ids[1] = -1
+    ids[2] = 0
+    for initial in (False, True):
+        check_against_reference(make_case(3, 160, ids=ids, initial=initial, reverse=reverse))
+
+
+def test_padding_may_hold_nan():
+    ids = torch.tensor([[-1, -1, 0, 0, 0, -1]], dtype=torch.int32)
+    clean = make_case(1, 6, ids=ids)
+    case = clean.map(lambda _, t: t.clone())
+    for name in ALONG_TIME:
+        getattr(case, name)[:, ids[0] < 0] = float("nan")
+    for (name, ours), expected in zip(everything(case).items(), everything(clean).values(), strict=True):
+        assert torch.equal(ours, expected), name
+
+
+def test_long_decays_stay_exact():
+    # The sum of dt A reaches -2000 within a chunk; neighbours still see each other.
+    case = make_case(1, 130, 2, 8, groups=1, softplus=False, bias=False)
+    check_against_reference(replace(case, A=torch.tensor([-30.0, -0.01]), dt=case.dt.abs() + 0.5))
+
+
+def test_growing_states():
+    check_against_reference(make_case().map(lambda n, t: t.abs() * 0.1 if n == "A" else t))
+
+
+def test_equals_selective_scan_with_everything_written_out():
+    case = make_case(initial=True)
+    out, last = call(ssd, case)
+    per_channel, last_per_channel = selective_scan(
+        case.x.flatten(2).transpose(1, 2),
+        case.dt[..., None].expand(case.x.shape).flatten(2).transpose(1, 2),
+        case.A.repeat_interleave(20)[:, None].expand(-1, 16),
+        case.B.permute(0, 2, 3, 1),
+        case.C.permute(0, 2, 3, 1),
+        case.D.flatten(),
+        case.z.flatten(2).transpose(1, 2),
+        case.dt_bias.repeat_interleave(20),
+        delta_softplus=True,
+        return_last_state=True,
+        initial_state=case.initial_state.flatten(1, 2),
+    )
+    torch.testing.assert_close(out, per_channel.transpose(1, 2).unflatten(2, (6, 20)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, last_per_channel.unflatten(1, (6, 20)), rtol=1e-4, atol=1e-5)
+
+
+def test_is_attention_with_decays_instead_of_a_softmax():
+    # Section 7 of the paper: the same numbers as one masked product over the whole row.
+    case = make_case(1, 100, 2, 8, 4, 1, skip=None, gate=False)
+    dt = F.softplus(case.dt + case.dt_bias).double()
+    total = (dt * case.A).cumsum(1).transpose(1, 2)  # [1, H, L]
+    decay = (total[..., :, None] - total[..., None, :]).exp().tril()
+    weights = torch.einsum("btgn,bsgn->bts", case.C.double(), case.B.double())[:, None] * decay
+    expected = torch.einsum("bhts,bshp->bthp", weights, dt[..., None] * case.x)
+    torch.testing.assert_close(call(ssd, case)[0], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_two_parts_with_a_state_equal_the_whole():
+    case = make_case(length=150, initial=True)
+    whole = everything(case)
+    for cut in (1, 64, 100, 149):
+        leaves = {name: t.clone().requires_grad_() for name, t in case.floats().items()}
+        first = {n: t[:, :cut] if n in ALONG_TIME else t for n, t in leaves.items()}
+        rest = {n: t[:, cut:] if n in ALONG_TIME else t for n, t in leaves.items()}
+        out, state = call(ssd, replace(case, **first))
+        more, last = call(ssd, replace(case, **{**rest, "initial_state": state}))
+        torch.testing.assert_close(torch.cat([out, more], dim=1), whole["out"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last, whole["last_state"], rtol=1e-4, atol=1e-4)
+        grads = torch.autograd.grad(
+            [out, more, last],
+            list(leaves.values()),
+            [case.grad_out[:, :cut], case.grad_out[:, cut:], case.grad_last_state],
+        )
+        for name, grad in zip(leaves, grads, strict=True):
+            scale = whole[name].abs().max().item()
+            torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_steps_one_by_one_equal_the_scan():
+    case = make_case(initial=True, gate=False)
+    out, last = call(ssd, case)
+    state = case.initial_state.clone()
+    a = case.A[:, None, None].expand(6, 20, 16)
+    bias = case.dt_bias[:, None].expand(6, 20)
+    for t in range(70):
+        dt = case.dt[:, t, :, None].expand(2, 6, 20)
+        y = selective_state_update(
+            state, case.x[:, t], dt, a, case.B[:, t], case.C[:, t], case.D, None, bias, dt_softplus=True
+        )
+        torch.testing.assert_close(y, out[:, t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
+
+
+def test_reverse_equals_flip():
+    for length in (1, 64, 130):
+        case = make_case(length=length, initial=True)
+        flipped = everything(case.map(lambda n, t: t.flip(1) if n in ALONG_TIME else t))
+        for name, value in everything(replace(case, reverse=True)).items():
+            mirrored = value.flip(1) if name in (*ALONG_TIME, "out") else value
+            assert torch.equal(mirrored, flipped[name]), name
+
+
+LAYOUTS = {
+    "time_inner": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda t: t.repeat_interleave(3, dim=-1)[..., ::3],
+    "batch_inner": lambda t: t.movedim(0, 1).contiguous().movedim(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_changes_no_bit_of_the_forward(layout, dtype):
+    for reverse in (False, True):
+        case = make_case(length=131, reverse=reverse).to(dtype)
+        other = case.map(lambda n, t: LAYOUTS[layout](t) if n in ALONG_TIME else t)
+        for ours, expected in zip(call(ssd, other), call(ssd, case), strict=True):
+            assert torch.equal(ours, expected)
+        check_against_reference(other)
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_and_batch_mates_change_no_bit_of_the_forward(restore_threads):
+    case = make_case(3, 300, 12, 64, 64, 1, initial=True)
+    torch.set_num_threads(1)
+    expected = call(ssd, case)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for ours, one in zip(call(ssd, case), expected, strict=True):
+            assert torch.equal(ours, one)
+    per_row = (*ALONG_TIME, "initial_state")
+    for i in range(3):
+        alone = call(ssd, case.map(lambda n, t, i=i: t[i : i + 1] if n in per_row else t))
+        for ours, together in zip(alone, expected, strict=True):
+            assert torch.equal(ours[0], together[i])
+
+
+def test_nan_stays_in_its_head_and_later_steps():
+    case = make_case(2, 70)
+    case.x[1, 30, 2, 7] = float("nan")
+    out, last = call(ssd, case)
+    assert out.isnan().sum() == 40
+    assert out[1, 30:, 2, 7].isnan().all()
+    assert last.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 5, 4, 0), (2, 0, 4, 3)])
+def test_empty_tensors(shape):
+    check_against_reference(make_case(*shape, initial=True))
+
+
+def test_gradient_with_stride_zero_and_through_one_result():
+    case = make_case(initial=True)
+    x = case.x.clone().requires_grad_()
+    out, last = call(ssd, replace(case, x=x))
+    expanded = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
+    assert torch.equal(expanded, torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)[0])
+    only_last = torch.autograd.grad(last.sum(), x, retain_graph=True)[0]
+    both = torch.autograd.grad(out.sum() + last.sum(), x)[0]
+    torch.testing.assert_close(both, expanded + only_last, rtol=1e-4, atol=1e-4)
+
+
+SCRIPT = """
+import torch
+from tests.ssd.cases import check_against_reference, make_case
+print(torch.ops.arcore.cpu_isa())
+for dtype in (torch.float32, torch.bfloat16):
+    check_against_reference(make_case(1, 131, 5, 37, 19, 1, initial=True).to(dtype))
+    check_against_reference(make_case(1, 70, 2, 64, 128, 2, reverse=True).to(dtype))
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    run_under(isa, SCRIPT)
+
+
+@pytest.mark.slow
+def test_random_cases():
+    chosen = random.Random(0)
+    for seed in range(200):
+        lengths = [chosen.randrange(0, 140) for _ in range(chosen.randrange(1, 5))]
+        heads = chosen.choice([1, 2, 5, 6, 12])
+        batch, length = chosen.randrange(1, 4), chosen.choice([1, 17, 64, 129, 300])
+        ids = torch.randint(-1, 3, (batch, length // 9 + 1)).repeat_interleave(9, 1)[:, :length].int()
+        packed = chosen.random() < 0.3
+        check_against_reference(
+            make_case(
+                batch,
+                length,
+                heads,
+                chosen.choice([1, 4, 17, 32, 40, 64]),
+                chosen.choice([1, 3, 16, 40, 128]),
+                chosen.choice([g for g in (1, 2, 3) if heads % g == 0]),
+                skip=chosen.choice([None, "head", "channel"]),
+                gate=chosen.random() < 0.5,
+                bias=chosen.random() < 0.5,
+                softplus=chosen.random() < 0.7,
+                limit=chosen.choice([(0.0, float("inf")), (0.1, 0.8)]),
+                initial=chosen.random() < 0.5,
+                lengths=lengths if packed else None,
+                ids=ids if not packed and chosen.random() < 0.5 else None,
+                reverse=chosen.random() < 0.5,
+                seed=seed,
+            )
+        )
