@@ -24,7 +24,7 @@ int64_t padded(int64_t n) {
 
 // What one thread works in; arrays have padded(vocab) entries.
 struct Workspace {
-  int32_t *key, *index, *keep, *select, *other_key, *active_key;
+  int32_t *key, *index, *keep, *other_key, *active_key;
   float *e, *active_e;
   uint64_t* mass;
   int32_t* count;  // of each token in the history; all zero between rows
@@ -35,8 +35,7 @@ struct Workspace {
     key = reinterpret_cast<int32_t*>(mass + n);
     index = key + n;
     keep = index + n;
-    select = keep + n;
-    other_key = select + n;
+    other_key = keep + n;
     active_key = other_key + n;
     e = reinterpret_cast<float*>(active_key + n);
     active_e = e + n;
@@ -45,7 +44,7 @@ struct Workspace {
 };
 
 int64_t workspace_bytes(int64_t vocab) {
-  return round_up(padded(vocab) * (8 + 9 * 4), 64);
+  return round_up(padded(vocab) * (8 + 8 * 4), 64);
 }
 
 // The tokens of a row that are still possible, in vocabulary order.
@@ -53,15 +52,18 @@ struct Row {
   int64_t n;
   int32_t low, high;  // smallest and largest key
   float top;          // the logit whose e is 1
-  bool weighed;       // e, sum and top are those of the current tokens
-  bool infinite;      // the tokens are those whose logits are +inf
-  int64_t sum;        // of the masses
+  float inverse_temperature;
+  bool whole;     // no token has gone: token i is entry i, and `index` is not written
+  bool weighed;   // e, sum and top are those of the current tokens
+  bool infinite;  // the tokens are those whose logits are +inf
+  int64_t sum;    // of the masses
 };
 
 struct Scalars {
   double temperature, top_p, min_p, typical_p, epsilon, eta;
   int64_t top_k;
-  float repetition, presence, frequency;
+  float inverse_temperature, repetition, presence, frequency;
+  bool greedy;
   const double* weights;
 };
 
@@ -69,6 +71,8 @@ Scalars scalars_of(const Problem& p, int64_t row) {
   const double* s = p.settings + row * p.settings_stride;
   Scalars out;
   out.temperature = s[kTemperature];
+  out.greedy = out.temperature < kLowestTemperature;
+  out.inverse_temperature = out.greedy ? 1.0f : static_cast<float>(1.0 / out.temperature);
   out.top_k = s[kTopK] >= 1.0 && s[kTopK] < static_cast<double>(p.vocab) ? static_cast<int64_t>(s[kTopK]) : 0;
   out.top_p = s[kTopP];
   out.min_p = s[kMinP];
@@ -115,6 +119,15 @@ const float* load_source(const View& view, Place at, int64_t begin, int64_t n, f
   }
 }
 
+void mix_guided(const float* ARCORE_RESTRICT first, const float* ARCORE_RESTRICT other, int64_t n, float w0,
+                float w1, float* ARCORE_RESTRICT mixed) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = other[i] == -INFINITY ? first[i] : other[i];
+    const float y = __builtin_fmaf(w1, x, w0 * first[i]);
+    mixed[i] = first[i] == -INFINITY ? -INFINITY : y;
+  }
+}
+
 // The mixed logits of n tokens from `begin` on. A token that source 0 forbids (-inf) stays forbidden; one
 // that a source of negative weight forbids gets source 0's logit in its place, for its own would be infinite.
 const float* load_mixed(const Problem& p, const double* weights, Place at, int64_t begin, int64_t n,
@@ -125,6 +138,12 @@ const float* load_mixed(const Problem& p, const double* weights, Place at, int64
   for (int s = 1; s < p.num_sources; ++s)
     changed |= weights[s] != 0.0;
   if (!changed) return first;
+  if (p.num_sources == 2 && weights[1] < 0.0) {
+    // Guidance: the same in one pass.
+    const float* x = load_source(p.sources[1], at, begin, n, buffer);
+    mix_guided(first, x, n, w0, static_cast<float>(weights[1]), mixed);
+    return mixed;
+  }
   for (int64_t i = 0; i < n; ++i)
     mixed[i] = w0 * first[i];
   for (int s = 1; s < p.num_sources; ++s) {
@@ -229,18 +248,13 @@ void find_range(const int32_t* key, int64_t n, Row& row) {
 
 void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, Row& row) {
   alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
-  const float temperature = s.temperature < kLowestTemperature ? 1.0f : static_cast<float>(s.temperature);
-  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, false, false, 0};
+  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, s.inverse_temperature, true, false, false, 0};
   for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
     const int64_t n = min_of(kBlock, p.vocab - begin);
     const float* x = load_biased(p, s.weights, at, begin, n, mixed, first, other);
     int32_t* ARCORE_RESTRICT key = w.key + begin;
-    if (temperature == 1.0f)
-      for (int64_t i = 0; i < n; ++i)
-        key[i] = key_of(x[i]);
-    else
-      for (int64_t i = 0; i < n; ++i)
-        key[i] = key_of(x[i] / temperature);
+    for (int64_t i = 0; i < n; ++i)
+      key[i] = key_of(x[i]);
     if (p.mask.data != nullptr) apply_mask(p, at, begin, n, key);
     Row part;
     find_range(key, n, part);
@@ -248,13 +262,8 @@ void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, 
     row.high = max_of(row.high, part.high);
   }
   if (p.history.data != nullptr || p.prompt.data != nullptr) {
-    apply_penalties(p, s, at, w.count,
-                    [&](int64_t token, float x) { w.key[token] = key_of(x / temperature); });
+    apply_penalties(p, s, at, w.count, [&](int64_t token, float x) { w.key[token] = key_of(x); });
     find_range(w.key, p.vocab, row);
-  }
-  for (int64_t i = 0; i < padded(p.vocab); ++i) {
-    w.index[i] = static_cast<int32_t>(i);
-    w.keep[i] = i < p.vocab ? -1 : 0;
   }
 }
 
@@ -269,37 +278,50 @@ int64_t sum_masses(const float* e, int64_t n, float scale) {
   return sum;
 }
 
-// e[i] = exp(logit - top), where top is the largest logit of the row.
+// e[i] = exp((logit - top) / temperature), where top is the largest logit of the row.
 void weigh(Row& row, const Workspace& w, float scale) {
   if (row.weighed) return;
   row.top = value_of(row.high);
-  const float top = row.top;
-  const int32_t* ARCORE_RESTRICT key = w.key;
-  float* ARCORE_RESTRICT e = w.e;
-  for (int64_t i = 0; i < row.n; ++i)
-    e[i] = exp_of(value_of(key[i]) - top);
-  row.sum = sum_masses(e, row.n, scale);
+  row.sum = 0;
+  const float top = row.top, inverse_temperature = row.inverse_temperature;
+  // A block at a time, so that its sum finds it in the cache.
+  for (int64_t begin = 0; begin < row.n; begin += kBlock) {
+    const int64_t n = min_of(kBlock, row.n - begin);
+    const int32_t* ARCORE_RESTRICT key = w.key + begin;
+    float* ARCORE_RESTRICT e = w.e + begin;
+    for (int64_t i = 0; i < n; ++i)
+      e[i] = exp_of((value_of(key[i]) - top) * inverse_temperature);
+    row.sum += sum_masses(e, n, scale);
+  }
   row.weighed = true;
 }
 
-// Drops the tokens whose keep is 0. The others keep their e unless the likeliest has gone.
-void drop(Row& row, const Workspace& w, float scale) {
-  for (int64_t i = row.n; i < padded(row.n); ++i)
-    w.keep[i] = 0;
+// -log(e), up to rounding. Beyond 88, where e is 0, the difference may overflow.
+float surprise_of(const Row& row, int32_t key) {
+  return min_of((row.top - value_of(key)) * row.inverse_temperature, 88.0f);
+}
+
+// Drops the tokens that `select` does not keep. The others keep their e unless the likeliest has gone.
+template <typename Select>
+void drop(Row& row, const Workspace& w, float scale, const Select& select) {
   const int64_t before = row.n;
+  const int32_t* index = row.whole ? nullptr : w.index;
   if (row.weighed)
-    row.n = compact<3>(row.n, w.keep, {w.key, w.index, reinterpret_cast<const int32_t*>(w.e)},
+    row.n = compact<3>(before, select, {w.key, index, reinterpret_cast<const int32_t*>(w.e)},
                        {w.key, w.index, reinterpret_cast<int32_t*>(w.e)});
   else
-    row.n = compact<2>(row.n, w.keep, {w.key, w.index}, {w.key, w.index});
-  for (int64_t i = 0; i < row.n; ++i)
-    w.keep[i] = -1;
+    row.n = compact<2>(before, select, {w.key, index}, {w.key, w.index});
+  row.whole = false;
   if (row.n == before) return;
   find_range(w.key, row.n, row);
   if (!row.weighed) return;
   row.weighed = value_of(row.high) == row.top;
   if (row.weighed) row.sum = sum_masses(w.e, row.n, scale);
   weigh(row, w, scale);
+}
+
+int64_t token_of(const Row& row, const Workspace& w, int64_t i) {
+  return row.whole ? i : w.index[i];
 }
 
 struct Above {
@@ -384,15 +406,12 @@ int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t lo
     const int64_t inside = from_low - above_high.count;
     if (inside == 0) return low;
     if (inside * 4 > n) continue;
-    for (int64_t i = 0; i < n; ++i)
-      w.select[i] = key[i] >= low && key[i] <= high ? -1 : 0;
-    for (int64_t i = n; i < padded(n); ++i)
-      w.select[i] = 0;
+    const Between range{key, n, low, high};
     if constexpr (kMass)
-      compact<2>(n, w.select, {key, reinterpret_cast<const int32_t*>(e)},
+      compact<2>(n, range, {key, reinterpret_cast<const int32_t*>(e)},
                  {w.active_key, reinterpret_cast<int32_t*>(w.active_e)});
     else
-      compact<1>(n, w.select, {key}, {w.active_key});
+      compact<1>(n, range, {key}, {w.active_key});
     key = w.active_key;
     e = w.active_e;
     outside += above_high.mass;
@@ -403,43 +422,91 @@ int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t lo
   return low;
 }
 
+// A key that at least k of the row's tokens reach, for a k that is small beside their number; else row.low.
+// The row is cut into groups; k of these have a largest key that is not below the k-th largest of the largest
+// keys.
+int32_t at_least_largest(const int32_t* key, const Row& row, int64_t k, const Workspace& w) {
+  constexpr int64_t kLanesOfGroup = 16, kGroup = 16;  // group j of a block: every 16th key of 256
+  constexpr int64_t kKeys = kLanesOfGroup * kGroup;
+  const int64_t blocks = row.n / kKeys;
+  if (blocks * kLanesOfGroup < 8 * k) return row.low;
+  int32_t* largest = w.other_key;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int32_t top[kLanesOfGroup];
+    for (int64_t j = 0; j < kLanesOfGroup; ++j)
+      top[j] = key[b * kKeys + j];
+    for (int64_t i = 1; i < kGroup; ++i)
+      for (int64_t j = 0; j < kLanesOfGroup; ++j) {
+        const int32_t x = key[b * kKeys + i * kLanesOfGroup + j];
+        top[j] = x > top[j] ? x : top[j];
+      }
+    for (int64_t j = 0; j < kLanesOfGroup; ++j)
+      largest[b * kLanesOfGroup + j] = top[j];
+  }
+  Row range;
+  find_range(largest, blocks * kLanesOfGroup, range);
+  return find_threshold<false>(largest, nullptr, blocks * kLanesOfGroup, range.low, range.high, k, 0.0f, w);
+}
+
 // The weight that a nucleus of share p reaches: the first integer not below p * sum, at least 1.
 int64_t limit_of(double p, int64_t sum) {
   const double wanted = std::ceil(p * static_cast<double>(sum));
   return wanted > 1.0 ? static_cast<int64_t>(wanted) : 1;
 }
 
-// Filters clear keep[i] of the tokens that they reject.
+// What a filter does with its verdict: drop the rejected tokens at once, so that the next one sees the rest,
+// or only note them, so that all see the same tokens.
+struct Verdict {
+  const Workspace& w;
+  float scale;
+  bool joint;
 
-void require_key(const Row& row, const Workspace& w, int32_t threshold) {
-  for (int64_t i = 0; i < row.n; ++i)
-    w.keep[i] &= w.key[i] >= threshold ? -1 : 0;
+  void require_key(Row& row, const int32_t* key, int32_t threshold) const {
+    if (!joint) return drop(row, w, scale, Between{key, row.n, threshold, 0x7fffffff});
+    for (int64_t i = 0; i < row.n; ++i)
+      w.keep[i] &= key[i] >= threshold ? -1 : 0;
+  }
+
+  // Keeps e >= threshold, and the likeliest tokens in any case.
+  void require_weight(Row& row, double threshold) const {
+    float at_least = static_cast<float>(threshold);
+    if (static_cast<double>(at_least) < threshold) at_least = std::nextafter(at_least, INFINITY);
+    if (!joint) mark_all(row);
+    for (int64_t i = 0; i < row.n; ++i)
+      w.keep[i] &= (w.e[i] >= at_least || w.key[i] == row.high) ? -1 : 0;
+    if (!joint) drop(row, w, scale, Marked{w.keep, row.n});
+  }
+
+  void mark_all(const Row& row) const {
+    for (int64_t i = 0; i < row.n; ++i)
+      w.keep[i] = -1;
+  }
+};
+
+void filter_top_k(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  if (s.top_k >= row.n) return;
+  const int32_t low = at_least_largest(w.key, row, s.top_k, w);
+  int32_t threshold = low;
+  if (low == row.low || verdict.joint) {
+    threshold = find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w);
+  } else {
+    // Few are left, all of the k largest among them.
+    drop(row, w, verdict.scale, Between{w.key, row.n, low, 0x7fffffff});
+    threshold = find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w);
+  }
+  verdict.require_key(row, w.key, threshold);
 }
 
-// Keeps e >= threshold, and the likeliest tokens in any case.
-void require_weight(const Row& row, const Workspace& w, double threshold) {
-  float at_least = static_cast<float>(threshold);
-  if (static_cast<double>(at_least) < threshold) at_least = std::nextafter(at_least, INFINITY);
-  for (int64_t i = 0; i < row.n; ++i)
-    w.keep[i] &= (w.e[i] >= at_least || w.key[i] == row.high) ? -1 : 0;
-}
-
-void filter_top_k(Row& row, const Workspace& w, const Scalars& s) {
-  if (s.top_k == 0 || s.top_k >= row.n) return;
-  require_key(row, w, find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w));
-}
-
-void filter_top_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
-  if (!(s.top_p < 1.0)) return;
-  weigh(row, w, scale);
+void filter_top_p(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  weigh(row, w, verdict.scale);
   const int64_t limit = limit_of(s.top_p, row.sum);
-  require_key(row, w, find_threshold<true>(w.key, w.e, row.n, row.low, row.high, limit, scale, w));
+  verdict.require_key(row, w.key,
+                      find_threshold<true>(w.key, w.e, row.n, row.low, row.high, limit, verdict.scale, w));
 }
 
-void filter_min_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
-  if (!(s.min_p > 0.0)) return;
-  weigh(row, w, scale);
-  require_weight(row, w, s.min_p);
+void filter_min_p(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  weigh(row, w, verdict.scale);
+  verdict.require_weight(row, s.min_p);
 }
 
 // Sum of the masses of e * -log(e), the part of the entropy that depends on the tokens: the entropy is
@@ -447,8 +514,7 @@ void filter_min_p(Row& row, const Workspace& w, const Scalars& s, float scale) {
 int64_t sum_surprises(const Row& row, const Workspace& w, float scale) {
   int64_t sum = 0;
   for (int64_t i = 0; i < row.n; ++i)
-    // Beyond 88, where e is 0, the difference may overflow.
-    sum += mass_of(w.e[i] * min_of(row.top - value_of(w.key[i]), 88.0f), scale);
+    sum += mass_of(w.e[i] * surprise_of(row, w.key[i]), scale);
   return sum;
 }
 
@@ -457,79 +523,55 @@ float mean_surprise(const Row& row, const Workspace& w, float scale) {
 }
 
 // |-log p - entropy| is |log e + mean surprise|: the logarithm of the sum cancels.
-void filter_typical(Row& row, const Workspace& w, const Scalars& s, float scale) {
-  if (!(s.typical_p < 1.0)) return;
-  weigh(row, w, scale);
-  const float mean = mean_surprise(row, w, scale);
+void filter_typical(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  weigh(row, w, verdict.scale);
+  const float mean = mean_surprise(row, w, verdict.scale);
   for (int64_t i = 0; i < row.n; ++i)
-    w.other_key[i] = -bits_of(std::fabs((value_of(w.key[i]) - row.top) + mean));
+    w.other_key[i] = -bits_of(std::fabs((value_of(w.key[i]) - row.top) * row.inverse_temperature + mean));
   Row range;
   find_range(w.other_key, row.n, range);
   const int64_t limit = limit_of(s.typical_p, row.sum);
-  const int32_t threshold =
-      find_threshold<true>(w.other_key, w.e, row.n, range.low, range.high, limit, scale, w);
-  for (int64_t i = 0; i < row.n; ++i)
-    w.keep[i] &= w.other_key[i] >= threshold ? -1 : 0;
+  verdict.require_key(
+      row, w.other_key,
+      find_threshold<true>(w.other_key, w.e, row.n, range.low, range.high, limit, verdict.scale, w));
 }
 
-void filter_epsilon(Row& row, const Workspace& w, const Scalars& s, float scale) {
-  if (!(s.epsilon > 0.0)) return;
-  weigh(row, w, scale);
-  require_weight(row, w, s.epsilon * (static_cast<double>(row.sum) / static_cast<double>(scale)));
+void filter_epsilon(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  weigh(row, w, verdict.scale);
+  verdict.require_weight(row,
+                         s.epsilon * (static_cast<double>(row.sum) / static_cast<double>(verdict.scale)));
 }
 
-void filter_eta(Row& row, const Workspace& w, const Scalars& s, float scale) {
-  if (!(s.eta > 0.0)) return;
-  weigh(row, w, scale);
-  const double total = static_cast<double>(row.sum) / static_cast<double>(scale);
+void filter_eta(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
+  weigh(row, w, verdict.scale);
+  const double total = static_cast<double>(row.sum) / static_cast<double>(verdict.scale);
   // exp(-entropy) = exp(-mean surprise) / total.
-  const double flat = std::sqrt(s.eta) * (static_cast<double>(exp_of(-mean_surprise(row, w, scale))) / total);
-  require_weight(row, w, (flat < s.eta ? flat : s.eta) * total);
+  const float mean = mean_surprise(row, w, verdict.scale);
+  const double flat = std::sqrt(s.eta) * (static_cast<double>(exp_of(-mean)) / total);
+  verdict.require_weight(row, (flat < s.eta ? flat : s.eta) * total);
 }
 
 void filter_row(const Problem& p, const Scalars& s, Row& row, const Workspace& w, float scale) {
-  const bool joint = p.order == Order::kJoint;
-  const auto next = [&] {
-    if (!joint) drop(row, w, scale);
-  };
-  if (joint) weigh(row, w, scale);
-  if (p.order == Order::kVllm && s.min_p > 0.0) {
-    filter_min_p(row, w, s, scale);
-    next();
+  const bool joint = p.order == Order::kJoint, min_p_first = p.order == Order::kVllm;
+  const Verdict verdict{w, scale, joint};
+  if (joint) {
+    weigh(row, w, scale);
+    verdict.mark_all(row);
   }
-  if (s.top_k > 0) {
-    filter_top_k(row, w, s);
-    next();
-  }
-  if (s.top_p < 1.0) {
-    filter_top_p(row, w, s, scale);
-    next();
-  }
-  if (p.order != Order::kVllm && s.min_p > 0.0) {
-    filter_min_p(row, w, s, scale);
-    next();
-  }
-  if (s.typical_p < 1.0) {
-    filter_typical(row, w, s, scale);
-    next();
-  }
-  if (s.epsilon > 0.0) {
-    filter_epsilon(row, w, s, scale);
-    next();
-  }
-  if (s.eta > 0.0) {
-    filter_eta(row, w, s, scale);
-    next();
-  }
+  if (min_p_first && s.min_p > 0.0) filter_min_p(row, w, s, verdict);
+  if (s.top_k > 0) filter_top_k(row, w, s, verdict);
+  if (s.top_p < 1.0) filter_top_p(row, w, s, verdict);
+  if (!min_p_first && s.min_p > 0.0) filter_min_p(row, w, s, verdict);
+  if (s.typical_p < 1.0) filter_typical(row, w, s, verdict);
+  if (s.epsilon > 0.0) filter_epsilon(row, w, s, verdict);
+  if (s.eta > 0.0) filter_eta(row, w, s, verdict);
   if (!joint) return;
   int32_t any = 0;
   for (int64_t i = 0; i < row.n; ++i)
     any |= w.keep[i];
   // Filters that are tested apart may have no token in common; then the likeliest stay.
-  if (any == 0)
-    for (int64_t i = 0; i < row.n; ++i)
-      w.keep[i] = w.key[i] == row.high ? -1 : 0;
-  drop(row, w, scale);
+  if (any == 0) return drop(row, w, scale, Between{w.key, row.n, row.high, row.high});
+  drop(row, w, scale, Marked{w.keep, row.n});
 }
 
 int64_t first_with_key(const Row& row, const Workspace& w, int32_t key) {
@@ -551,44 +593,45 @@ bool process_row(const Problem& p, const Scalars& s, Place at, const Workspace& 
       w.key[i] = w.key[i] == kKeyPosInf ? kKeyZero : kKeyNegInf;
     find_range(w.key, row.n, row);
   }
-  if (s.temperature < kLowestTemperature) {
+  if (s.greedy) {
     const int64_t best = first_with_key(row, w, row.high);
-    for (int64_t i = 0; i < row.n; ++i)
-      w.keep[i] = i == best ? -1 : 0;
-    drop(row, w, scale);
+    w.index[0] = static_cast<int32_t>(token_of(row, w, best));
+    w.key[0] = row.high;
+    row.n = 1;
+    row.whole = false;
   } else {
-    if (row.low == kKeyNegInf) {
-      require_key(row, w, kKeyNegInf + 1);
-      drop(row, w, scale);
-    }
+    if (row.low == kKeyNegInf) drop(row, w, scale, Between{w.key, row.n, kKeyNegInf + 1, 0x7fffffff});
     filter_row(p, s, row, w, scale);
   }
   weigh(row, w, scale);
   return true;
 }
 
-uint64_t total_mass(const float* e, int64_t n, float norm) {
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < n; ++i)
-    sum += fixed_point(e[i] * norm);
-  return sum;
+// The sum of e[i] * norm in fixed point; that of block b also goes to blocks[b].
+uint64_t total_mass(const float* e, int64_t n, float norm, uint64_t* blocks) {
+  uint64_t total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = min_of(begin + kBlock, n);
+    uint64_t sum = 0;
+    for (int64_t i = begin; i < end; ++i)
+      sum += fixed_point(e[i] * norm);
+    blocks[begin / kBlock] = sum;
+    total += sum;
+  }
+  return total;
 }
 
 // inverse_cdf over the numbers e[i] * norm, of which it holds a block at a time.
-int64_t draw_by_inverse_cdf(const Row& row, const Workspace& w, float norm, uint64_t level) {
-  float prob[kWalkBlock];
-  for (int64_t begin = 0; begin < row.n; begin += kWalkBlock) {
-    const int64_t n = min_of(kWalkBlock, row.n - begin);
-    const uint64_t sum = total_mass(w.e + begin, n, norm);
-    if (sum <= level) {
-      level -= sum;
-      continue;
-    }
-    for (int64_t i = 0; i < n; ++i)
-      prob[i] = w.e[begin + i] * norm;
-    return begin + walk_to_level(prob, n, level);
-  }
-  return row.n - 1;  // not reached: the level is below the total
+int64_t draw_by_inverse_cdf(const Row& row, const Workspace& w, float norm, const uint64_t* blocks,
+                            uint64_t level) {
+  int64_t begin = 0;
+  for (; blocks[begin / kBlock] <= level; begin += kBlock)
+    level -= blocks[begin / kBlock];
+  alignas(64) float prob[kBlock];
+  const int64_t n = min_of(kBlock, row.n - begin);
+  for (int64_t i = 0; i < n; ++i)
+    prob[i] = w.e[begin + i] * norm;
+  return begin + walk_to_level(prob, n, level);
 }
 
 // The first of exponential waiting times of rates p: the same law as the Gumbel maximum, one logarithm less.
@@ -599,7 +642,7 @@ int64_t draw_by_noise(const Problem& p, const Row& row, const Workspace& w, floa
   for (int64_t i = 0; i < row.n; ++i) {
     const double prob = static_cast<double>(w.e[i] * norm);
     if (prob == 0.0) continue;
-    const uint64_t bits = random_bits(seed, offset, Stream::kGumbel, draw * p.vocab + w.index[i]);
+    const uint64_t bits = random_bits(seed, offset, Stream::kGumbel, draw * p.vocab + token_of(row, w, i));
     const double time = -std::log(uniform_open(bits)) / prob;
     if (time < shortest) {
       shortest = time;
@@ -659,7 +702,7 @@ LogProbs processed_logprobs(const Problem& p, const Scalars& s, Place at, const 
   }
   if (p.history.data != nullptr || p.prompt.data != nullptr)
     apply_penalties(p, s, at, w.count, [&](int64_t token, float x) { all[token] = x; });
-  if (row.n < p.vocab) {
+  if (!row.whole) {
     kept = reinterpret_cast<float*>(w.mass);
     for (int64_t i = 0; i < p.vocab; ++i)
       kept[i] = -INFINITY;
@@ -697,12 +740,14 @@ void write_distribution(const Problem& p, const Outputs& out, const Row& row, co
     const int64_t words = (p.vocab + 31) / 32;
     auto* kept = reinterpret_cast<uint32_t*>(out.kept + row_number * words);
     std::memset(kept, 0, static_cast<size_t>(words) * 4);
-    for (int64_t i = 0; i < row.n; ++i)
-      kept[w.index[i] / 32] |= 1u << (w.index[i] % 32);
+    for (int64_t i = 0; i < row.n; ++i) {
+      const int64_t token = token_of(row, w, i);
+      kept[token / 32] |= 1u << (token % 32);
+    }
   }
   if (out.probs == nullptr) return;
   float* probs = out.probs + row_number * p.vocab;
-  if (row.n == p.vocab) {
+  if (row.whole) {
     for (int64_t i = 0; i < row.n; ++i)
       probs[i] = w.e[i] * norm;
     return;
@@ -716,9 +761,11 @@ void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const O
                  const Row& row, const Workspace& w, float norm, int64_t row_number) {
   const int64_t seed = draws.seeds[row_number * draws.seed_stride];
   const int64_t offset = draws.offsets[row_number * draws.offset_stride];
-  const uint64_t total = draws.mode == Mode::kInverseCdf ? total_mass(w.e, row.n, norm) : 0;
+  // Sums of blocks; only an array that the search alone uses is written.
+  auto* blocks = reinterpret_cast<uint64_t*>(w.other_key);
+  const uint64_t total = draws.mode == Mode::kInverseCdf ? total_mass(w.e, row.n, norm, blocks) : 0;
   // Tokens that share all the mass, whatever their logits are.
-  const bool even = row.infinite || s.temperature < kLowestTemperature;
+  const bool even = row.infinite || s.greedy;
   const auto even_logprob = static_cast<float>(std::log(1.0 / static_cast<double>(row.n)));
   const LogProbs raw = out.raw_logprob ? raw_logprobs(p, s, at, w) : LogProbs{};
   const LogProbs processed = out.logprob && !even ? processed_logprobs(p, s, at, row, w) : LogProbs{};
@@ -726,7 +773,8 @@ void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const O
     int64_t i = 0;
     switch (draws.mode) {
       case Mode::kInverseCdf:
-        i = draw_by_inverse_cdf(row, w, norm, level_of(random_bits(seed, offset, Stream::kSample, d), total));
+        i = draw_by_inverse_cdf(row, w, norm, blocks,
+                                level_of(random_bits(seed, offset, Stream::kSample, d), total));
         break;
       case Mode::kGumbel:
         i = draw_by_noise(p, row, w, norm, seed, offset, d);
@@ -735,7 +783,7 @@ void write_draws(const Problem& p, const Scalars& s, const Draws& draws, const O
         i = first_with_key(row, w, row.high);
         break;
     }
-    const int64_t token = w.index[i], place = row_number * draws.count + d;
+    const int64_t token = token_of(row, w, i), place = row_number * draws.count + d;
     out.tokens[place] = token;
     if (out.prob) out.prob[place] = w.e[i] * norm;
     if (out.logprob) out.logprob[place] = even ? even_logprob : processed.of(token);

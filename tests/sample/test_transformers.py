@@ -25,12 +25,12 @@ def _oracle(logits, *processors, ids=None):
     return logits
 
 
-def assert_same(logits, processed, **kw):
-    """The same support, and probabilities within what float32 softmax loses against float64."""
+def assert_same(logits, process, **kw):
+    """The same support, and probabilities within what the processors in float32 lose against float64."""
+    processed, exact = process(logits.clone()), process(logits.double()).softmax(-1)
     for function in (filter_probs, reference_filter_probs):
         probs = function(logits, **kw)
-        exact = processed.double().softmax(-1)
-        assert torch.equal(probs > 0, exact > 2.0**-120)
+        assert torch.equal(probs > 0, processed.double().softmax(-1) > 2.0**-120)
         loss = (processed.softmax(-1) - exact).abs().max().item()
         assert (probs - exact).abs().max().item() <= 2 * loss + 1e-7
 
@@ -58,24 +58,63 @@ SINGLE = [
 def test_each_filter(name, value, make):
     for seed in range(3):
         logits = _logits(seed)
-        assert_same(logits, _oracle(logits, make()), **{name: value})
+        assert_same(logits, lambda x: _oracle(x, make()), **{name: value})
 
 
-def test_combinations_in_the_order_of_generate():
+SETTINGS = {
+    "temperature": 0.8,
+    "top_k": 100,
+    "top_p": 0.95,
+    "min_p": 0.02,
+    "typical_p": 0.9,
+    "epsilon": 0.01,
+    "eta": 0.02,
+}
+FILTERS = {
+    "top_k": lambda: lp.TopKLogitsWarper(100),
+    "top_p": lambda: lp.TopPLogitsWarper(0.95),
+    "min_p": lambda: lp.MinPLogitsWarper(0.02),
+    "typical_p": lambda: lp.TypicalLogitsWarper(0.9),
+    "epsilon": lambda: lp.EpsilonLogitsWarper(0.01),
+    "eta": lambda: lp.EtaLogitsWarper(0.02),
+}
+IN_ORDER = {
+    "hf": ["top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"],
+    "vllm": ["min_p", "top_k", "top_p", "typical_p", "epsilon", "eta"],
+}
+
+
+@pytest.mark.parametrize("order", IN_ORDER)
+def test_filters_one_after_the_other(order):
+    chain = [lp.TemperatureLogitsWarper(0.8), *(FILTERS[name]() for name in IN_ORDER[order])]
     for seed in range(5):
-        logits = _logits(10 + seed)
-        processed = _oracle(
-            logits,
-            lp.TemperatureLogitsWarper(0.8),
-            lp.TopKLogitsWarper(100),
-            lp.TopPLogitsWarper(0.95),
-            lp.MinPLogitsWarper(0.02),
-            lp.TypicalLogitsWarper(0.9),
-            lp.EpsilonLogitsWarper(0.01),
-            lp.EtaLogitsWarper(0.02),
-        )
-        settings = dict(temperature=0.8, top_k=100, top_p=0.95, min_p=0.02, typical_p=0.9)
-        assert_same(logits, processed, **settings, epsilon=0.01, eta=0.02)
+        assert_same(_logits(10 + seed), lambda x: _oracle(x, *chain), order=order, **SETTINGS)
+
+
+def test_orders_of_two_filters_differ_as_the_oracle_does():
+    """The nucleus before and after min-p, on rows where that matters."""
+    logits, kept = _logits(16), {}
+    for order in IN_ORDER:
+        warpers = [lp.TopPLogitsWarper(0.6), lp.MinPLogitsWarper(0.1)]
+        if order == "vllm":
+            warpers.reverse()
+        process = lambda x, warpers=warpers: _oracle(x, *warpers)  # noqa: E731
+        assert_same(logits, process, order=order, top_p=0.6, min_p=0.1)
+        kept[order] = process(logits) > -math.inf
+    assert not torch.equal(kept["hf"], kept["vllm"])
+
+
+def test_filters_all_at_once():
+    """Joint: what every processor keeps of the whole distribution."""
+
+    def process(x):
+        x = _oracle(x, lp.TemperatureLogitsWarper(0.8))
+        kept = torch.stack([_oracle(x, make()) > -math.inf for make in FILTERS.values()]).all(0)
+        assert bool(kept.any(-1).all())
+        return x.masked_fill(~kept, -math.inf)
+
+    for seed in range(5):
+        assert_same(_logits(20 + seed), process, order="joint", **SETTINGS)
 
 
 def test_the_order_that_generate_builds():
@@ -90,20 +129,26 @@ def test_the_order_that_generate_builds():
     logits, ids = _logits(42), torch.randint(0, VOCAB, (ROWS, 20))
     processors = mixin._get_logits_processor(config, input_ids_seq_length=20)
     assert_same(
-        logits, processors(ids, logits.clone()), temperature=0.8, top_k=60, top_p=0.9, min_p=0.03,
+        logits, lambda x: processors(ids, x.clone()), temperature=0.8, top_k=60, top_p=0.9, min_p=0.03,
         typical_p=0.9, epsilon=0.01, eta=0.02, repetition_penalty=1.3, prompt=ids,
     )  # fmt: skip
 
 
 def test_repetition_penalty_and_bias():
     logits, ids = _logits(1), torch.randint(0, VOCAB, (ROWS, 30))
-    processed = _oracle(logits, lp.RepetitionPenaltyLogitsProcessor(1.7), ids=ids)
-    assert_same(logits, processed, repetition_penalty=1.7, history=ids)
-    assert_same(logits, processed, repetition_penalty=1.7, prompt=ids[:, :12], history=ids[:, 12:])
-    bias = lp.SequenceBiasLogitsProcessor([[[3], 2.5], [[7], -4.0]])
+
+    def process(x):
+        return _oracle(x, lp.RepetitionPenaltyLogitsProcessor(1.7), ids=ids)
+
+    assert_same(logits, process, repetition_penalty=1.7, history=ids)
+    assert_same(logits, process, repetition_penalty=1.7, prompt=ids[:, :12], history=ids[:, 12:])
     dense = torch.zeros(VOCAB)
     dense[3], dense[7] = 2.5, -4.0
-    assert_same(logits, _oracle(logits, bias, ids=ids), bias=dense)
+
+    def biased(x):
+        return _oracle(x, lp.SequenceBiasLogitsProcessor([[[3], 2.5], [[7], -4.0]]), ids=ids)
+
+    assert_same(logits, biased, bias=dense)
 
 
 def test_guidance():

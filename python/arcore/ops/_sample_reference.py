@@ -57,13 +57,13 @@ class RowInputs(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """The processed distribution of one row; `top` and `total` give the log-probability of a logit."""
+    """The processed distribution of one row; a token's log-probability is its distance minus log(total)."""
 
     probs: Tensor  # float32 [V]
     kept: Tensor  # bool [V]
     valid: bool
-    logits: Tensor  # [V] the processed ones
-    top: float
+    logits: Tensor  # [V] the processed ones, before temperature
+    distance: Tensor  # [V] to the largest of them, over the temperature; <= 0
     total: float
     entropy: float
 
@@ -167,14 +167,12 @@ def above(order_by: Tensor, weight: Tensor) -> Tensor:
 def process_row(row: RowInputs) -> RowResult:
     vocab, s = len(row.logits[0]), row.settings
     nothing = torch.zeros(vocab)
-    invalid = RowResult(nothing, nothing.bool(), False, nothing, math.nan, math.nan, math.nan)
+    invalid = RowResult(nothing, nothing.bool(), False, nothing, nothing, math.nan, math.nan)
     x = mixed_row(row)
     if row.bias is not None:
         x = x + row.bias
     x = penalise(x, row)
     greedy = s["temperature"] < LOWEST_TEMPERATURE
-    if not greedy and s["temperature"] != 1.0:
-        x = x / torch.tensor(s["temperature"], dtype=torch.float32)
     if row.allowed is not None:
         x = torch.where(row.allowed, x, -math.inf)
     if not s["temperature"] >= 0 or vocab == 0 or x.isnan().any() or (x == -math.inf).all():
@@ -182,32 +180,37 @@ def process_row(row: RowInputs) -> RowResult:
     if (x == math.inf).any():
         x = torch.where(x == math.inf, 0.0, -math.inf)
     scale = 2.0 ** mass_bits(vocab)
+    inverse_temperature = torch.tensor(1.0 if greedy else 1.0 / s["temperature"]).float()
     if greedy:
         alive = torch.arange(vocab) == int(x.eq(x.max()).int().argmax())
     else:
-        alive = apply_filters(x, row.order, s, scale)
-    top, e, _, total = weigh(x, alive, scale)
+        alive = apply_filters(x, inverse_temperature, row.order, s, scale)
+    d, e, _, total = weigh(x, inverse_temperature, alive, scale)
     norm = torch.tensor(scale / total).float()
-    surprise = surprises(e, top - x, alive, scale)
-    entropy = math.log(total / scale) + surprise / total
-    return RowResult(e * norm, alive, True, x, top.item(), total / scale, entropy)
+    entropy = math.log(total / scale) + surprises(e, d, alive, scale) / total
+    return RowResult(e * norm, alive, True, x, d, total / scale, entropy)
 
 
-def weigh(x: Tensor, alive: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The largest logit, exp relative to it, masses, and their sum."""
+def weigh(
+    x: Tensor, inverse_temperature: Tensor, alive: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What is left of each logit below the largest one, over the temperature; exp of it, masses, their sum."""
     top = x[alive].max()
-    e = torch.where(alive, exp(torch.where(alive, x - top, 0.0)), 0.0)
+    d = torch.where(alive, (x - top) * inverse_temperature, 0.0)
+    e = torch.where(alive, exp(d), 0.0)
     mass = (e.double() * scale).long()
-    return top, e, mass, float(mass.sum().item())
+    return d, e, mass, float(mass.sum().item())
 
 
-def surprises(e: Tensor, distance: Tensor, alive: Tensor, scale: float) -> int:
+def surprises(e: Tensor, d: Tensor, alive: Tensor, scale: float) -> int:
     """The sum of the masses of e * -log(e); beyond 88, where e is 0, the distance may be infinite."""
-    product = e * distance.clamp(max=88.0).masked_fill(~alive, 0.0)
+    product = e * (-d).clamp(max=88.0).masked_fill(~alive, 0.0)
     return int((product.double() * scale).long().sum().item())
 
 
-def apply_filters(x: Tensor, order: str, s: dict[str, float], scale: float) -> Tensor:
+def apply_filters(
+    x: Tensor, inverse_temperature: Tensor, order: str, s: dict[str, float], scale: float
+) -> Tensor:
     names = ["top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"]
     if order == "vllm":
         names = ["min_p", "top_k", "top_p", "typical_p", "epsilon", "eta"]
@@ -215,15 +218,17 @@ def apply_filters(x: Tensor, order: str, s: dict[str, float], scale: float) -> T
     if order == "joint":
         alive = finite.clone()
         for name in names:
-            alive &= kept_by(name, x, finite, s[name], scale)
+            alive &= kept_by(name, x, inverse_temperature, finite, s[name], scale)
         return alive if alive.any() else finite & (x == x[finite].max())
     alive = finite
     for name in names:
-        alive = alive & kept_by(name, x, alive, s[name], scale)
+        alive = alive & kept_by(name, x, inverse_temperature, alive, s[name], scale)
     return alive
 
 
-def kept_by(name: str, x: Tensor, alive: Tensor, value: float, scale: float) -> Tensor:
+def kept_by(
+    name: str, x: Tensor, inverse_temperature: Tensor, alive: Tensor, value: float, scale: float
+) -> Tensor:
     """The tokens that one filter keeps of those that are alive."""
     everything = torch.ones_like(alive)
     ranked = torch.where(alive, x, -math.inf)
@@ -232,21 +237,22 @@ def kept_by(name: str, x: Tensor, alive: Tensor, value: float, scale: float) -> 
         return everything if not 1 <= k < len(x) else above(ranked, alive.long()) < k
     if not (value < 1.0 if name in ("top_p", "typical_p") else value > 0.0):
         return everything
-    top, e, mass, total = weigh(x, alive, scale)
+    d, e, mass, total = weigh(x, inverse_temperature, alive, scale)
+    likeliest = alive & (x == x[alive].max())
     if name == "top_p":
         return above(ranked, mass) < max(math.ceil(value * total), 1)
     if name == "min_p":
-        return (e.double() >= value) | (ranked == top)
-    surprise = surprises(e, top - ranked, alive, scale)
+        return (e.double() >= value) | likeliest
+    surprise = surprises(e, d, alive, scale)
     mean = torch.tensor(surprise / total).float()
     if name == "typical_p":
-        distance = ((ranked - top) + mean).abs()
+        distance = torch.where(alive, (d + mean).abs(), math.inf)
         return above(-distance, mass) < max(math.ceil(value * total), 1)
     share = total / scale
     least = value
     if name == "eta":
         least = min(value, math.sqrt(value) * (exp(-mean).item() / share))
-    return (e.double() >= least * share) | (ranked == top)
+    return (e.double() >= least * share) | likeliest
 
 
 def draw_row(result: RowResult, seed: int, offset: int, draws: int, mode: str) -> list[int]:

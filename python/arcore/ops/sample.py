@@ -123,8 +123,8 @@ def sample(
     3. tokens of `prompt` and `history`: logit / repetition_penalty if it is positive, times it if not; tokens of
        `history`: minus frequency_penalty * occurrences, minus presence_penalty.
     4. forbid what `mask` does not allow.
-    5. divide by `temperature`; 0 (anything below 1e-5) takes the likeliest token, the lowest id among equals, and the
-       processed distribution is all on it.
+    5. divide the distance to the largest logit by `temperature`; 0 (anything below 1e-5) takes the likeliest token, the
+       lowest id among equals, and the processed distribution is all on it.
     6. filter, in the order below. Tokens that tie at a threshold are kept or dropped together, and a filter always
        keeps a token:
        `top_k` keeps tokens with fewer than k strictly larger logits; `top_p` those with less than share p of the
@@ -391,7 +391,7 @@ def reference_sample(
             elif return_logprob == "raw":
                 logprobs.append(raw[token].item() - total)
             else:
-                logprobs.append((result.logits[token] - result.top).item() - math.log(result.total))
+                logprobs.append(result.distance[token].item() - math.log(result.total))
         results.append(result)
     valid = torch.tensor([r.valid for r in results], dtype=torch.bool)
     if check:
