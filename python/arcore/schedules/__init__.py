@@ -3,6 +3,15 @@
 Times are tensors with one entry per row, block, frame or token, so parts of a sequence may be at different times.
 """
 
+from arcore.schedules.asynchronous import (
+    Windows,
+    adaptive_levels,
+    fopp_marginals,
+    fopp_times,
+    pyramid_levels,
+    sliding_windows,
+    table_times,
+)
 from arcore.schedules.noise import FlowSchedule, NoiseSchedule, VPSchedule, add_noise, broadcast_time
 from arcore.schedules.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
 from arcore.schedules.solvers import DDIM, DDPM, DPMSolver2M, History, Solver
@@ -18,8 +27,15 @@ __all__ = [
     "Prediction",
     "Solver",
     "VPSchedule",
+    "Windows",
+    "adaptive_levels",
     "add_noise",
     "broadcast_time",
+    "fopp_marginals",
+    "fopp_times",
+    "pyramid_levels",
+    "sliding_windows",
+    "table_times",
     "target",
     "to_eps",
     "to_x0",
