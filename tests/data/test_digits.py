@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arcore.data import InMemoryImages, held_out_mask, load_digits, open_dataset
+from arcore.data import InMemoryImages, held_out_mask, load_digits, load_moving_digits, open_dataset
 
 pytest.importorskip("sklearn")
 
@@ -64,3 +64,47 @@ def test_in_memory_images_check_their_labels():
         InMemoryImages(torch.zeros(2, 1, 4, 4), torch.tensor([0, 2]), ("a", "b"))
     with pytest.raises(ValueError, match=r"\[N, C, H, W\]"):
         InMemoryImages(torch.zeros(2, 4, 4), torch.tensor([0, 1]), ("a", "b"))
+
+
+def test_moving_digits_drift_and_bounce():
+    videos, digits = load_moving_digits("test", frames=12), load_digits("test")
+    assert videos.images.shape == (355, 12, 1, 16, 16)
+    assert videos.image_shape == (12, 1, 16, 16)
+    assert torch.equal(videos.labels, digits.labels)
+    assert torch.equal(load_moving_digits("test", frames=12).images, videos.images)
+    bounced = 0
+    for video, digit in zip(videos.images[:40], digits.images, strict=False):
+        places = []
+        for frame in video[:, 0]:
+            windows = frame.unfold(0, 8, 1).unfold(1, 8, 1)  # every 8 x 8 window
+            matches = (windows == digit[0]).flatten(2).all(-1).nonzero()
+            assert (frame > -1).sum() == (digit > -1).sum()
+            # A digit with an empty edge fits more than one window; the mean of its ink tells where it is.
+            assert len(matches) >= 1
+            ink = frame + 1
+            rows, columns = ink.sum(1), ink.sum(0)
+            places.append([(line * torch.arange(16)).sum() / line.sum() for line in (rows, columns)])
+        steps = torch.tensor(places).diff(dim=0)
+        assert (steps.abs() - steps.abs()[0]).abs().max() < 1e-4  # same speed, whichever way
+        assert steps.abs()[0].max() == pytest.approx(1, abs=1e-4)
+        bounced += bool((steps.sign() != steps[0].sign()).any())
+    assert bounced > 10
+
+
+@pytest.mark.parametrize(
+    ("source", "frames", "message"),
+    [
+        ("digits", 8, "videos of 8 frames but --data digits has images: use moving_digits"),
+        ("moving_digits", 1, "takes images but --data moving_digits has videos"),
+    ],
+)
+def test_images_and_videos_are_not_confused(source, frames, message):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(source, image_size=16, channels=1, frames=frames)
+
+
+def test_digits_need_room_to_move():
+    with pytest.raises(ValueError, match="at least 9 pixels per side"):
+        load_moving_digits(image_size=8)
+    with pytest.raises(ValueError, match="grey but the model takes 3"):
+        open_dataset("moving_digits", image_size=16, channels=3, frames=8)

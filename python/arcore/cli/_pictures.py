@@ -47,6 +47,23 @@ def grid(images: Tensor, columns: int | None = None) -> Any:
     return picture
 
 
+def save_animation(videos: Tensor, path: Path, columns: int | None = None, milliseconds: int = 150) -> None:
+    """Write videos side by side, repeating for ever, or as a still picture where the format has no motion.
+
+    Args:
+        videos: `[N, F, C, H, W]` in [-1, 1].
+        path: `.gif` shows motion; in another format each video is a row of its frames.
+        columns: videos per row; default: as square as can be.
+        milliseconds: time of a frame.
+    """
+    if path.suffix.lower() != ".gif":
+        save_picture(grid(videos.flatten(0, 1), columns=videos.shape[1]), path)
+        return
+    first, *rest = (grid(frame, columns) for frame in videos.unbind(1))
+    with atomic_path(path) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
 def save_picture(picture: Any, path: Path) -> None:
     """Write a PIL image under a temporary name and rename it."""
     with atomic_path(path) as temporary:
@@ -59,7 +76,7 @@ def image_format(path: Path) -> str:
     Raises:
         ValueError: unknown ending.
     """
-    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
     try:
         return formats[path.suffix.lower()]
     except KeyError:

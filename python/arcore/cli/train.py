@@ -43,9 +43,14 @@ class TrainOptions:
     preset: Positional[Annotated[str, arg(metavar="PRESET")]]
     """What to train, for example var_tiny or msvq_tiny."""
     data: Annotated[
-        str | None, arg(metavar="digits|photos|FOLDER", help_behavior_hint="(default: digits)")
+        str | None,
+        arg(
+            metavar="digits|moving_digits|photos|FOLDER",
+            help_behavior_hint="(default: digits, moving_digits for videos)",
+        ),
     ] = None
-    """scikit-learn's handwritten digits or its two photographs, or a folder with one subfolder of images per class."""
+    """scikit-learn's handwritten digits, still or moving, its two photographs, or a folder with one subfolder of images
+    per class."""
     out: Annotated[
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
     ] = None
@@ -60,6 +65,10 @@ class TrainOptions:
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: random weights)")
     ] = None
     """Run folder or checkpoint of a pretrained encoder, for a classifier."""
+    block_size: Annotated[int | None, arg(metavar="TOKENS", help_behavior_hint="(default: the preset's)")] = (
+        None
+    )
+    """Tokens that acdit_* denoises at once: 1 is token by token, all of them a plain diffusion transformer."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("steps"))] = None
     """Optimiser steps."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("batch_size"))] = None
@@ -110,6 +119,7 @@ def main(argv: Sequence[str]) -> int:
             pretrained=options.pretrained,
             resume=options.resume,
             settings=settings,
+            model_settings={"block_size": options.block_size},
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning turns Ctrl-C into SystemExit.
@@ -131,10 +141,13 @@ def _report(preset: str, out: Path, result: FitResult) -> None:
     print(f"{preset}: step {last.get('step')}, {last.get('split')} {figures}")
     print(f"checkpoint: {result.checkpoint}")
     networks = read_meta(result.checkpoint)["modules"]
-    if task_for(preset).family == "next-cluster":
+    family = task_for(preset).family
+    if family == "next-cluster":
         print(f"held-out images and their predictions: {_draw_predictions(result.checkpoint, out)}")
-    elif {"model", "tokenizer"} <= networks.keys():
-        print(f"draw images: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / 'samples.png'}")
+    elif {"model", "tokenizer"} <= networks.keys() or family in ("diffusion", "block-diffusion"):
+        moving = networks["model"]["config"].get("frames", 1) > 1
+        what, name = ("videos", "samples.gif") if moving else ("images", "samples.png")
+        print(f"draw {what}: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / name}")
 
 
 def _draw_predictions(checkpoint: Path, out: Path, count: int = 8) -> Path:

@@ -6,7 +6,7 @@ Nothing here downloads anything. Every dataset yields `(image, label)` with `ima
 
 from __future__ import annotations
 
-from arcore.data.digits import load_digits
+from arcore.data.digits import load_digits, load_moving_digits
 from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
 from arcore.data.photos import load_photos
@@ -20,20 +20,24 @@ __all__ = [
     "adaptive_rotation",
     "held_out_mask",
     "load_digits",
+    "load_moving_digits",
     "load_photos",
     "open_dataset",
 ]
 
 
-def open_dataset(source: str, *, image_size: int, channels: int, split: str = "train") -> ImageDataset:
+def open_dataset(
+    source: str, *, image_size: int, channels: int, frames: int = 1, split: str = "train"
+) -> ImageDataset:
     """Open what `arcore train --data` names.
 
     Args:
-        source: `"digits"`, `"photos"` (crops of two photographs), or the path of a folder with one subfolder of images
-            per class.
+        source: `"digits"`, `"moving_digits"` (videos), `"photos"` (crops of two photographs), or the path of a folder
+            with one subfolder of images per class.
         image_size: side length in pixels that the model wants; folder images are resized and centre-cropped to it,
             digits are repeated to fill it (8, or a multiple of 16).
         channels: 1 (grey) or 3 (RGB).
+        frames: of a video; 1 for images.
         split: `"train"`, `"test"` or `"all"`.
 
     Returns:
@@ -43,6 +47,15 @@ def open_dataset(source: str, *, image_size: int, channels: int, split: str = "t
         FileNotFoundError: `source` is neither of the names nor a folder.
         ValueError: the folder holds no usable images, or the built-in data have none of that size.
     """
+    if (source == "moving_digits") != (frames > 1):
+        raise ValueError(
+            f"the model takes {f'videos of {frames} frames' if frames > 1 else 'images'} but --data {source} has "
+            f"{'images: use moving_digits' if frames > 1 else 'videos'}"
+        )
+    if source == "moving_digits":
+        if channels != 1:
+            raise ValueError(f"the moving digits are grey but the model takes {channels} channels")
+        return load_moving_digits(split, frames=frames, image_size=image_size)
     if source == "digits":
         if channels != 1 or (image_size != 8 and image_size % 16):
             raise ValueError(

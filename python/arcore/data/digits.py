@@ -41,3 +41,42 @@ def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
         images = F.interpolate(images, scale_factor=2, mode="bilinear")
         images = images.repeat(1, 1, image_size // 16, image_size // 16)
     return InMemoryImages(images, labels, tuple(str(digit) for digit in range(10)))
+
+
+def load_moving_digits(split: str = "train", *, frames: int = 8, image_size: int = 16) -> InMemoryImages:
+    """Videos made of the digits: each of `load_digits` drifts over a larger picture and bounces off its edges.
+
+    Start and velocity, whole pixels per frame and never zero, are the same on every machine.
+
+    Args:
+        split: as for `load_digits`, which digits the videos are of.
+        frames: of a video.
+        image_size: side of a frame, at least 9.
+
+    Returns:
+        Videos `[N, frames, 1, image_size, image_size]`, float32 in [-1, 1], with labels 0..9.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: unknown split, no frames, or frames too small to move in.
+    """
+    if frames < 1 or image_size < 9:
+        raise ValueError(
+            f"digits move over frames of at least 9 pixels per side, but got frames={frames} and "
+            f"image_size={image_size}"
+        )
+    digits = load_digits(split)
+    count, room = len(digits), image_size - 8
+    generator = torch.Generator().manual_seed({"train": 0, "test": 1, "all": 2}[split])
+    start = torch.randint(2 * room, (count, 1, 2), generator=generator)
+    way = torch.randint(8, (count,), generator=generator)  # the eight neighbours of a pixel
+    velocity = torch.tensor([[-1, -1], [-1, 0], [-1, 1], [0, -1], [0, 1], [1, -1], [1, 0], [1, 1]])[way]
+    walked = start + torch.arange(frames)[:, None] * velocity[:, None]  # [N, frames, 2]
+    # Folding a straight line at the walls makes it bounce.
+    place = room - (walked % (2 * room) - room).abs()
+    videos = torch.full((count, frames, 1, image_size, image_size), -1.0)
+    rows = place[..., 0, None, None] + torch.arange(8)[:, None]  # [N, frames, 8, 1]
+    columns = place[..., 1, None, None] + torch.arange(8)
+    which, frame = torch.arange(count)[:, None, None, None], torch.arange(frames)[:, None, None]
+    videos[which, frame, 0, rows, columns] = digits.images.expand(-1, frames, -1, -1)
+    return InMemoryImages(videos, digits.labels, digits.class_names)

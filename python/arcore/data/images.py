@@ -16,11 +16,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         class_names: name of each class, in the order of the class numbers.
-        image_shape: `(C, H, W)` of every image.
+        image_shape: `(C, H, W)` of every image, or `(F, C, H, W)` of every video.
     """
 
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -30,7 +30,7 @@ class InMemoryImages(ImageDataset):
     """Images that fit in memory.
 
     Args:
-        images: float tensor `[N, C, H, W]` in [-1, 1].
+        images: float tensor `[N, C, H, W]`, or videos `[N, F, C, H, W]`, in [-1, 1].
         labels: int64 tensor `[N]`.
         class_names: name of each class.
 
@@ -39,9 +39,9 @@ class InMemoryImages(ImageDataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
-        if images.ndim != 4 or labels.shape != images.shape[:1]:
+        if images.ndim not in (4, 5) or labels.shape != images.shape[:1]:
             raise ValueError(
-                "expected images [N, C, H, W] and labels [N] "
+                "expected images [N, C, H, W], or videos [N, F, C, H, W], and labels [N] "
                 f"but got {tuple(images.shape)} and {tuple(labels.shape)}"
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
@@ -52,7 +52,7 @@ class InMemoryImages(ImageDataset):
         self.images = images
         self.labels = labels
         self.class_names = class_names
-        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.image_shape = tuple(images.shape[1:])
 
     def __len__(self) -> int:
         return len(self.images)

@@ -32,6 +32,7 @@ def train(
     pretrained: str | Path | None = None,
     resume: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    model_settings: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> FitResult:
     """Train a preset.
@@ -42,13 +43,15 @@ def train(
     Args:
         preset: for example `"var_tiny"` or `"msvq_tiny"`.
         out: run folder.
-        data: `"digits"` (also when None), `"photos"`, or a folder with one subfolder of images per class.
+        data: `"digits"` (also when None; for models of videos `"moving_digits"`), `"photos"`, or a folder with one
+            subfolder of images per class.
         tokenizer: checkpoint of a trained tokenizer, for a model that reads codes.
         pretrained: run folder or checkpoint of a pretrained encoder, for a classifier to start from.
         resume: run folder or checkpoint to continue from. The settings and the data are read from there; those in
             `arcore.training.config.FREE_ON_RESUME` may be changed. A run that stopped while it still trained its
             tokenizer goes on with that; all else is then taken from the arguments again.
         settings: fields of `TrainConfig` that differ from the defaults of the task.
+        model_settings: fields of the model's config that differ from the preset's; None leaves the preset's.
         show_progress: show progress bars.
 
     Returns:
@@ -61,25 +64,27 @@ def train(
     out = Path(out)
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
     task_type = task_for(preset)
+    changes = {key: value for key, value in (model_settings or {}).items() if value is not None}
+    model_config = get_config(preset, **changes)
     if tokenizer is not None and not task_type.needs_tokenizer:
         raise ValueError(f"{preset} reads pixels and no codes: leave the tokenizer out")
     half_done = None
     if resume is not None:
         half_done = checkpoint.newest(Path(resume) / TOKENIZER_FOLDER)
         if half_done is None or checkpoint.newest(Path(resume)) is not None:
-            return _continue(preset, checkpoint.find(resume), out, data, settings, show_progress)
+            return _continue(preset, checkpoint.find(resume), out, data, settings, changes, show_progress)
     elif checkpoint.newest(out) or checkpoint.newest(out / TOKENIZER_FOLDER):
         raise ValueError(
             f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
         )
     config = dataclasses.replace(DEFAULTS[task_type.family], **settings)
-    data = data or "digits"
+    data = data or ("moving_digits" if getattr(model_config, "frames", 1) > 1 else "digits")
     networks: dict[str, nn.Module] = {}
     if task_type.needs_tokenizer:
         networks["tokenizer"] = _tokenizer_for(preset, data, out, tokenizer, config, half_done, show_progress)
-    train_set, test_set = _open(data, _image_config(networks) or get_config(preset))
+    train_set, test_set = _open(data, _image_config(networks) or model_config)
     name = "tokenizer" if task_type is TokenizerTask else "model"
-    networks[name] = _fresh(preset, config, **task_type.overrides(train_set))
+    networks[name] = _fresh(preset, config, **{**task_type.overrides(train_set), **changes})
     if pretrained is not None:
         _start_from(networks[name], preset, pretrained)
     facts = {"preset": preset, "data": data, "class_names": list(train_set.class_names)}
@@ -88,7 +93,13 @@ def train(
 
 
 def _continue(
-    preset: str, source: Path, out: Path, data: str | None, settings: Mapping[str, Any], show_progress: bool
+    preset: str,
+    source: Path,
+    out: Path,
+    data: str | None,
+    settings: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    show_progress: bool,
 ) -> FitResult:
     networks, meta = load_checkpoint(source)
     try:
@@ -109,6 +120,13 @@ def _continue(
             raise ValueError(
                 f"the run in {source} was started with {name}={getattr(before, name)}, which cannot become {value} "
                 "on resume: leave the option out, or start a new run in another folder"
+            )
+    for name, value in changes.items():
+        trained: Any = networks["model"].config
+        if value != getattr(trained, name):
+            raise ValueError(
+                f"the model in {source} has {name}={getattr(trained, name)}, which cannot become {value} on resume: "
+                "leave the option out, or start a new run in another folder"
             )
     config = dataclasses.replace(before, **settings)
     train_set, test_set = _open(facts["data"], _image_config(networks))
@@ -150,9 +168,10 @@ def _start_from(model: nn.Module, preset: str, path: str | Path) -> None:
 
 def _open(data: str, config: Any) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and held-out images in the shape that a network takes."""
-    size, channels = config.image_size, config.in_channels
-    test = open_dataset(data, split="test", image_size=size, channels=channels)
-    train = open_dataset(data, split="train", image_size=size, channels=channels)
+    shape = {"image_size": config.image_size, "channels": config.in_channels}
+    shape["frames"] = getattr(config, "frames", 1)
+    test = open_dataset(data, split="test", **shape)
+    train = open_dataset(data, split="train", **shape)
     return train, test if len(test) else None
 
 

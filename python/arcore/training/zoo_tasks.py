@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from arcore.data import ImageDataset, adaptive_rotation
 from arcore.models import describe, model_info
-from arcore.objectives import next_cluster_loss, next_scale_loss
+from arcore.objectives import diffusion_loss, next_cluster_loss, next_scale_loss, variance_bound
+from arcore.schedules import add_noise
 from arcore.training.config import TrainConfig
 from arcore.training.task import Task
 
@@ -139,8 +140,60 @@ class ClassifierTask(ZooTask):
         return cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
 
 
+class DiffusionTask(ZooTask):
+    """Noise prediction at random times; with a learned variance also its bound.
+
+    Evaluation draws the same times and noise for every batch and every model, so losses can be compared.
+    """
+
+    family = "diffusion"
+    model: Any
+
+    @classmethod
+    def overrides(cls, data: ImageDataset) -> dict[str, Any]:
+        return {"num_classes": len(data.class_names)}
+
+    def noisy(self, clean: Tensor, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Times of that shape, noise, and the data with it."""
+        generator = None
+        if not self.training:
+            generator = torch.Generator(clean.device).manual_seed(0)
+        t = self.model.schedule.sample_times(*shape, device=clean.device, generator=generator)
+        eps = torch.randn(clean.shape, device=clean.device, generator=generator)
+        return t, eps, add_noise(self.model.schedule, clean, eps, t)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        t, eps, noisy = self.noisy(images, len(images))
+        output = self.model(noisy, t, labels)
+        if not self.model.config.learn_sigma:
+            return diffusion_loss(output, images, eps, t, self.model.schedule), {}
+        output, variance = output.chunk(2, dim=1)
+        squares = diffusion_loss(output, images, eps, t, self.model.schedule)
+        bound = variance_bound(output, variance, images, noisy, t, self.model.schedule).mean()
+        return squares + bound, {"mse": squares.detach(), "bound": bound.detach()}
+
+
+class BlockDiffusionTask(DiffusionTask):
+    """Noise prediction of all blocks in one pass, each at a time of its own."""
+
+    family = "block-diffusion"
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        clean = self.model.to_blocks(images)
+        t, eps, noisy = self.noisy(clean, *clean.shape[:2])
+        return diffusion_loss(self.model(clean, noisy, t, labels), clean, eps, t, self.model.schedule), {}
+
+
 TASKS: dict[str, type[ZooTask]] = {
-    task.family: task for task in (TokenizerTask, NextScaleTask, NextClusterTask, ClassifierTask)
+    task.family: task
+    for task in (
+        TokenizerTask,
+        NextScaleTask,
+        NextClusterTask,
+        DiffusionTask,
+        BlockDiffusionTask,
+        ClassifierTask,
+    )
 }
 
 

@@ -1,0 +1,79 @@
+"""`arcore train` and `arcore sample` with models that denoise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("pytorch_lightning")
+
+QUICK = ("--steps", 1, "--batch-size", 4, "--accelerator", "cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Run folders of models that were trained for one step."""
+    from arcore.cli import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    for preset, *options in (("acdit_tiny", "--block-size", 16), ("dit_tiny",), ("acdit_video_tiny",)):
+        words = ("train", preset, *options, "--out", folder / preset, *QUICK)
+        assert main([str(word) for word in words]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["acdit_tiny", "dit_tiny"])
+@pytest.mark.parametrize("solver", ["dpm", "ddim", "ddpm"])
+def test_images(arcore, runs, tmp_path, preset, solver):
+    def draw(name: str, *options: object) -> bytes:
+        words = ("sample", "--checkpoint", runs / preset, "--class", 3, "-n", 6, "--steps", 3)
+        outcome = arcore(*words, "--solver", solver, "--out", tmp_path / name, *options)
+        assert outcome.code == 0, outcome.err
+        return (tmp_path / name).read_bytes()
+
+    first = draw("one.png", "--seed", 7)
+    assert draw("two.png", "--seed", 7) == first
+    assert draw("other.png", "--seed", 8) != first
+    with Image.open(tmp_path / "one.png") as picture:
+        assert picture.size == (3 * 68 + 4, 2 * 68 + 4)
+
+
+def test_videos(arcore, runs, tmp_path):
+    words = ("sample", "--checkpoint", runs / "acdit_video_tiny", "--class", 3, "-n", 2, "--steps", 2)
+    assert arcore(*words, "--out", tmp_path / "moving.gif").code == 0
+    with Image.open(tmp_path / "moving.gif") as picture:
+        assert picture.n_frames == 8
+        assert picture.size == (2 * 68 + 4, 68 + 4)
+    assert arcore(*words, "--out", tmp_path / "still.png").code == 0
+    with Image.open(tmp_path / "still.png") as picture:
+        assert picture.size == (8 * 68 + 4, 2 * 68 + 4)
+
+
+def test_train_says_how_to_draw(arcore, tmp_path):
+    outcome = arcore("train", "acdit_video_tiny", "--out", tmp_path / "run", *QUICK)
+    assert f"draw videos: arcore sample --checkpoint {tmp_path / 'run'}" in outcome.out
+    assert "samples.gif" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--top-k", 3), "--top-k does nothing for a diffusion model"),
+        (("--temperature", 0.5), "--temperature is for --solver ddpm"),
+        (("--steps", 1000), "1 to 999 sampling steps"),
+        (("--steps", 0), "1 to 999 sampling steps"),
+        (("--cfg", -1), "cfg_scale >= 0"),
+        (("--class", "eleven"), "there is no class"),
+    ],
+)
+def test_bad_options(fails, runs, tmp_path, options, message):
+    words = ("sample", "--checkpoint", runs / "acdit_tiny", "--class", 3, "--out", tmp_path / "x.png")
+    assert message in fails(*words, *options)
+
+
+def test_block_sizes_that_do_not_tile(fails, tmp_path):
+    out = tmp_path / "run"
+    assert "choose one of 1, 4, 16" in fails("train", "acdit_tiny", "--block-size", 8, "--out", out, *QUICK)
+    assert "no setting 'block_size'" in fails("train", "var_tiny", "--block-size", 4, "--out", out, *QUICK)

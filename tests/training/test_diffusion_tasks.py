@@ -1,0 +1,84 @@
+"""Training diffusion models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arcore.data import load_digits
+from arcore.models import create_model, load_checkpoint
+from arcore.training import TrainConfig
+from arcore.training.runs import train
+from arcore.training.zoo_tasks import BlockDiffusionTask, DiffusionTask
+
+SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
+
+
+def run(preset, out, **options):
+    return train(preset, out=out, show_progress=False, **{"settings": SETTINGS, **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset"), [(DiffusionTask, "dit_tiny"), (BlockDiffusionTask, "acdit_tiny")]
+)
+def test_evaluation_draws_the_same_noise_and_training_does_not(kind, preset):
+    task = kind(TrainConfig(), {"model": create_model(preset)}, {})
+    images, labels = load_digits("test").images[:4], torch.arange(4)
+    losses = [task.loss(images, labels)[0].item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    task.eval()
+    losses = [task.loss(images, labels)[0].item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    # At first the predicted noise is zero.
+    assert losses[0] == pytest.approx(1, abs=0.25)
+
+
+def test_a_learned_variance_is_trained_by_its_bound():
+    model = create_model("dit_tiny", learn_sigma=True)
+    task = DiffusionTask(TrainConfig(), {"model": model}, {})
+    loss, figures = task.loss(load_digits("test").images[:4], torch.arange(4))
+    torch.testing.assert_close(figures["mse"] + figures["bound"], loss.detach())
+    loss.backward()
+    p, c = model.config.patch_size, model.config.in_channels
+    by_channel = model.head.linear.bias.grad.view(p * p, 2 * c)
+    assert by_channel.ne(0).all()
+
+
+def test_block_size_and_resume(tmp_path):
+    first = run(
+        "acdit_tiny",
+        tmp_path / "run",
+        settings=SETTINGS | {"steps": 2, "warmup": 0, "final_lr": 1.0},
+        model_settings={"block_size": 1},
+    )
+    assert load_checkpoint(first.checkpoint)[0]["model"].num_blocks == 16
+    with pytest.raises(ValueError, match="block_size=1, which cannot become 4 on resume"):
+        run(
+            "acdit_tiny",
+            tmp_path / "run",
+            resume=tmp_path / "run",
+            settings={"steps": 4},
+            model_settings={"block_size": 4},
+        )
+    resumed = run("acdit_tiny", tmp_path / "run", resume=tmp_path / "run", settings={"steps": 4})
+    whole = run(
+        "acdit_tiny",
+        tmp_path / "whole",
+        settings=SETTINGS | {"warmup": 0, "final_lr": 1.0},
+        model_settings={"block_size": 1},
+    )
+    one, other = (load_checkpoint(out.checkpoint)[0]["model"].state_dict() for out in (resumed, whole))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_models_of_videos_take_moving_digits(tmp_path):
+    out = run("acdit_video_tiny", tmp_path / "run", settings=SETTINGS | {"steps": 1})
+    _, meta = load_checkpoint(out.checkpoint)
+    assert meta["data"] == "moving_digits"
+    with pytest.raises(ValueError, match="use moving_digits"):
+        run("acdit_video_tiny", tmp_path / "other", data="digits")
+
+
+def test_other_models_have_no_block_size(tmp_path):
+    with pytest.raises(ValueError, match="dit_tiny has no setting 'block_size'"):
+        run("dit_tiny", tmp_path / "run", model_settings={"block_size": 4})
