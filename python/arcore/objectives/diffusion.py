@@ -90,7 +90,8 @@ def variance_bound(
     inverse = torch.exp(-0.5 * log_variance)
 
     def below(edge: Tensor) -> Tensor:
-        return torch.special.ndtr((edge - mean) * inverse)
+        probability: Tensor = torch.special.ndtr((edge - mean) * inverse)
+        return probability
 
     data, half = clean.float(), 1 / 255
     upper = torch.where(data > 0.999, 1.0, below(data + half))
