@@ -3,6 +3,7 @@
 from arcore.decoding.autoregressive import GenerateOutput, generate, stream
 from arcore.decoding.block_diffusion import generate_blocks, stream_blocks
 from arcore.decoding.draws import row_seeds
+from arcore.decoding.masked_autoregressive import generate_masked, masked_counts
 from arcore.decoding.next_scale import NextScaleOutput, generate_next_scale
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "NextScaleOutput",
     "generate",
     "generate_blocks",
+    "generate_masked",
     "generate_next_scale",
+    "masked_counts",
     "row_seeds",
     "stream",
     "stream_blocks",

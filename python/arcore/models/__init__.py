@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from arcore.models.dit import DiT, DiTConfig
     from arcore.models.mamba import Mamba, MambaConfig, MambaLayer, StateSpaceConfig
     from arcore.models.mamba2 import Mamba2, Mamba2Config
+    from arcore.models.mar import MAR, MARConfig
     from arcore.models.roma import RoMA, RoMACache, RoMAConfig
     from arcore.models.roma_classifier import FourDirectionMixer, RoMAClassifier, RoMAClassifierConfig
     from arcore.models.var import VAR, VARConfig
@@ -30,18 +31,21 @@ _FILES = {
     "dit": ("DiT", "DiTConfig"),
     "mamba": ("Mamba", "MambaConfig", "MambaLayer", "StateSpaceConfig"),
     "mamba2": ("Mamba2", "Mamba2Config"),
+    "mar": ("MAR", "MARConfig"),
     "roma": ("RoMA", "RoMACache", "RoMAConfig"),
     "roma_classifier": ("FourDirectionMixer", "RoMAClassifier", "RoMAClassifierConfig"),
     "var": ("VAR", "VARConfig"),
 }
 
 __all__ = [
+    "MAR",
     "VAR",
     "ACDiT",
     "ACDiTConfig",
     "DiT",
     "DiTConfig",
     "FourDirectionMixer",
+    "MARConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Config",

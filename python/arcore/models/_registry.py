@@ -23,6 +23,7 @@ _MODULES = {
     "dit": "arcore.models.dit",
     "mamba": "arcore.models.mamba",
     "mamba2": "arcore.models.mamba2",
+    "mar": "arcore.models.mar",
     "msvq": "arcore.tokenizers.multi_scale_vq",
     "roma": "arcore.models.roma",
     "roma_classifier": "arcore.models.roma_classifier",

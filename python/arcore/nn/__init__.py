@@ -5,13 +5,14 @@ from arcore.nn.attention import CrossAttention, SelfAttention
 from arcore.nn.blocks import PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
+from arcore.nn.diffusion_head import DiffusionHead
 from arcore.nn.dit import DiTAttention, DiTBlock, DiTHead, TimestepEmbedding, init_dit, modulate
 from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
 from arcore.nn.linear import Linear, linear
 from arcore.nn.mlp import MLP, SwiGLU
 from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
-from arcore.nn.protocols import BlockModel, ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.protocols import BlockModel, MaskedModel, ScaleModel, ScaleTokenizer, TokenModel
 from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
@@ -30,6 +31,7 @@ __all__ = [
     "DiTAttention",
     "DiTBlock",
     "DiTHead",
+    "DiffusionHead",
     "DropPath",
     "GatedRMSNorm",
     "KVCache",
@@ -38,6 +40,7 @@ __all__ = [
     "Linear",
     "Mamba2Mixer",
     "MambaMixer",
+    "MaskedModel",
     "Modulation",
     "PatchEmbed",
     "PreNormBlock",

@@ -1,7 +1,4 @@
-"""What a decoder asks of a model. Decoders are written against these and never against a model.
-
-`docs/architecture.md` plans a protocol for masked models; it comes with its decoder.
-"""
+"""What a decoder asks of a model. Decoders are written against these and never against a model."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from arcore.nn.cache import KVCache
+from arcore.nn.diffusion_head import DiffusionHead
 
 
 @runtime_checkable
@@ -135,6 +133,39 @@ class BlockModel(Protocol):
 
     def commit(self, block: Tensor, cache: KVCache) -> None:
         """Add the next clean block `[B, *S]` to the cache."""
+        ...
+
+
+@runtime_checkable
+class MaskedModel(Protocol):
+    """Gives every place of a sequence of continuous tokens a vector, from the tokens that are visible.
+
+    Attributes:
+        token_shape: tokens L and values C of a token.
+        null_class: the label that stands for no class, in guidance.
+        head: draws a token, given its vector.
+    """
+
+    @property
+    def token_shape(self) -> tuple[int, int]: ...
+
+    @property
+    def null_class(self) -> int: ...
+
+    @property
+    def head(self) -> DiffusionHead: ...
+
+    def __call__(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+        """Vectors of all places.
+
+        Args:
+            tokens: `[B, L, C]`; those that are not visible are not read.
+            visible: int64 `[B, V]`, distinct places.
+            labels: int64 `[B]`.
+
+        Returns:
+            float32 `[B, L, D]`.
+        """
         ...
 
 
