@@ -18,13 +18,18 @@ def runs(tmp_path_factory) -> Path:
     from arcore.cli import main
 
     folder = tmp_path_factory.mktemp("runs")
-    for preset, *options in (("acdit_tiny", "--block-size", 16), ("dit_tiny",), ("acdit_video_tiny",)):
+    for preset, *options in (
+        ("acdit_tiny", "--block-size", 16),
+        ("dit_tiny",),
+        ("mar_tiny",),
+        ("acdit_video_tiny",),
+    ):
         words = ("train", preset, *options, "--out", folder / preset, *QUICK)
         assert main([str(word) for word in words]) == 0
     return folder
 
 
-@pytest.mark.parametrize("preset", ["acdit_tiny", "dit_tiny"])
+@pytest.mark.parametrize("preset", ["acdit_tiny", "dit_tiny", "mar_tiny"])
 @pytest.mark.parametrize("solver", ["dpm", "ddim", "ddpm"])
 def test_images(arcore, runs, tmp_path, preset, solver):
     def draw(name: str, *options: object) -> bytes:

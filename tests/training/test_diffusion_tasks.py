@@ -9,7 +9,7 @@ from arcore.data import load_digits
 from arcore.models import create_model, load_checkpoint
 from arcore.training import TrainConfig
 from arcore.training.runs import train
-from arcore.training.zoo_tasks import BlockDiffusionTask, DiffusionTask
+from arcore.training.zoo_tasks import BlockDiffusionTask, DiffusionTask, MaskedAutoregressiveTask
 
 SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
 
@@ -19,7 +19,12 @@ def run(preset, out, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "preset"), [(DiffusionTask, "dit_tiny"), (BlockDiffusionTask, "acdit_tiny")]
+    ("kind", "preset"),
+    [
+        (DiffusionTask, "dit_tiny"),
+        (BlockDiffusionTask, "acdit_tiny"),
+        (MaskedAutoregressiveTask, "mar_tiny"),
+    ],
 )
 def test_evaluation_draws_the_same_noise_and_training_does_not(kind, preset):
     task = kind(TrainConfig(), {"model": create_model(preset)}, {})
@@ -29,7 +34,7 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(kind, preset):
     task.eval()
     losses = [task.loss(images, labels)[0].item() for _ in range(2)]
     assert losses[0] == losses[1]
-    # At first the predicted noise is zero.
+    # At first the prediction is zero.
     assert losses[0] == pytest.approx(1, abs=0.25)
 
 
@@ -42,6 +47,15 @@ def test_a_learned_variance_is_trained_by_its_bound():
     p, c = model.config.patch_size, model.config.in_channels
     by_channel = model.head.linear.bias.grad.view(p * p, 2 * c)
     assert by_channel.ne(0).all()
+
+
+def test_a_head_with_a_learned_variance_is_trained_by_its_bound():
+    model = create_model("mar_tiny", learn_variance=True, prediction="eps")
+    task = MaskedAutoregressiveTask(TrainConfig(), {"model": model}, {})
+    loss, figures = task.loss(load_digits("test").images[:4], torch.arange(4))
+    torch.testing.assert_close(figures["mse"] + figures["bound"], loss.detach())
+    loss.backward()
+    assert model.head.out.bias.grad.ne(0).all()
 
 
 def test_block_size_and_resume(tmp_path):

@@ -17,6 +17,8 @@ from arcore.cli._pictures import grid, image_format, save_animation, save_pictur
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from arcore.schedules import Solver
+
 
 @dataclass(frozen=True)
 class SampleOptions:
@@ -47,11 +49,11 @@ class SampleOptions:
     """Keep the K likeliest tokens of each draw."""
     top_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="(default: all)")] = None
     """Keep the smallest set of tokens with this much probability, 0 to 1."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 25)")] = None
-    """Evaluations of a diffusion model per block."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 25, 100 for mar_*)")] = None
+    """Evaluations of a diffusion model per block, or of a diffusion head per token."""
     solver: Annotated[
         Literal["dpm", "ddim", "ddpm"] | None,
-        arg(metavar="dpm|ddim|ddpm", help_behavior_hint="(default: dpm)"),
+        arg(metavar="dpm|ddim|ddpm", help_behavior_hint="(default: dpm, ddpm for mar_*)"),
     ] = None
     """How a diffusion model steps: DPM-Solver++ of second order, DDIM, or ancestral."""
     columns: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: about square)")] = None
@@ -68,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from arcore.models import load_checkpoint
+    from arcore.nn import MaskedModel
     from arcore.training.checkpoint import find
 
     image_format(options.out)
@@ -82,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
     networks = {name: network.to(device) for name, network in networks.items()}
     labels = torch.full((options.count,), label, device=device)
     draw = _draw_tokens if "tokenizer" in networks else _denoise
+    if isinstance(networks["model"], MaskedModel):
+        draw = _draw_masked
     images = draw(networks, labels, options).cpu()
     if images.dim() == 5:
         save_animation(images, options.out, options.columns)
@@ -110,30 +115,55 @@ def _draw_tokens(networks: Mapping[str, Any], labels: Tensor, options: SampleOpt
 def _denoise(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions) -> Tensor:
     from arcore.decoding import generate_blocks
     from arcore.nn import BlockModel
-    from arcore.schedules import DDIM, DDPM, DPMSolver2M, Solver
 
     model = networks["model"]
     if not isinstance(model, BlockModel):
         raise ValueError(f"{options.checkpoint} holds a {type(model).__name__}, which draws no images")
     _refuse(options, ("top_k", "top_p"), "a diffusion model")
-    kind = options.solver or "dpm"
-    if kind != "ddpm" and options.temperature != 1.0:
-        raise ValueError(f"--temperature is for --solver ddpm: {kind} draws no noise on its way")
     schedule: Any = model.schedule
     steps = min(25, schedule.num_steps - 1) if options.steps is None else options.steps
-    times = schedule.grid(steps, "leading_inner" if kind == "dpm" else "linspace")
-    solver: Solver
-    if kind == "ddpm":
-        learned = getattr(networks["model"].config, "learn_sigma", False)
-        variance: Any = "learned" if learned else "posterior"
-        solver = DDPM(schedule, model.prediction, variance=variance, temperature=options.temperature)
-    else:
-        solver = (DDIM if kind == "ddim" else DPMSolver2M)(schedule, model.prediction)
+    solver, times = _solver(
+        model,
+        options.solver or "dpm",
+        steps,
+        options.temperature,
+        getattr(networks["model"].config, "learn_sigma", False),
+    )
     blocks = generate_blocks(
         model, labels, solver=solver, times=times, cfg_scale=options.cfg, seed=options.seed
     )
     pixels: Tensor = networks["model"].to_pixels(blocks)
     return pixels
+
+
+def _draw_masked(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions) -> Tensor:
+    from arcore.decoding import generate_masked
+
+    model = networks["model"]
+    _refuse(options, ("top_k", "top_p"), "a model with a diffusion head")
+    steps = min(100, model.head.schedule.num_steps - 1) if options.steps is None else options.steps
+    solver, times = _solver(
+        model.head, options.solver or "ddpm", steps, options.temperature, model.head.learn_variance
+    )
+    tokens = generate_masked(
+        model, labels, solver=solver, times=times, cfg_scale=options.cfg, seed=options.seed
+    )
+    pixels: Tensor = model.to_pixels(tokens)
+    return pixels
+
+
+def _solver(source: Any, kind: str, steps: int, temperature: float, learned: bool) -> tuple[Solver, Tensor]:
+    """The solver of that name, and its times, for what has a schedule and a prediction."""
+    from arcore.schedules import DDIM, DDPM, DPMSolver2M
+
+    if kind != "ddpm" and temperature != 1.0:
+        raise ValueError(f"--temperature is for --solver ddpm: {kind} draws no noise on its way")
+    schedule = source.schedule
+    times = schedule.grid(steps, "leading_inner" if kind == "dpm" else "linspace")
+    if kind != "ddpm":
+        return (DDIM if kind == "ddim" else DPMSolver2M)(schedule, source.prediction), times
+    variance: Any = "learned" if learned else "posterior"
+    return DDPM(schedule, source.prediction, variance=variance, temperature=temperature), times
 
 
 def _refuse(options: SampleOptions, names: Sequence[str], kind: str) -> None:

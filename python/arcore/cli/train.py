@@ -144,7 +144,11 @@ def _report(preset: str, out: Path, result: FitResult) -> None:
     family = task_for(preset).family
     if family == "next-cluster":
         print(f"held-out images and their predictions: {_draw_predictions(result.checkpoint, out)}")
-    elif {"model", "tokenizer"} <= networks.keys() or family in ("diffusion", "block-diffusion"):
+    elif {"model", "tokenizer"} <= networks.keys() or family in (
+        "diffusion",
+        "block-diffusion",
+        "masked-autoregressive",
+    ):
         moving = networks["model"]["config"].get("frames", 1) > 1
         what, name = ("videos", "samples.gif") if moving else ("images", "samples.png")
         print(f"draw {what}: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / name}")

@@ -1,12 +1,15 @@
 """Training objectives: pure functions of logits or predictions."""
 
 from arcore.objectives.diffusion import diffusion_loss, variance_bound
+from arcore.objectives.masked_autoregressive import diffusion_head_loss, draw_visible
 from arcore.objectives.next_cluster import NextClusterLoss, next_cluster_loss, next_cluster_targets
 from arcore.objectives.next_scale import next_scale_loss
 
 __all__ = [
     "NextClusterLoss",
+    "diffusion_head_loss",
     "diffusion_loss",
+    "draw_visible",
     "next_cluster_loss",
     "next_cluster_targets",
     "next_scale_loss",

@@ -98,5 +98,6 @@ DEFAULTS = {
     "next-cluster": TrainConfig(steps=1000, batch_size=32, lr=3e-3),
     "diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "block-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
+    "masked-autoregressive": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "classifier": TrainConfig(steps=500, batch_size=32, lr=1e-3),
 }

@@ -12,7 +12,14 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from arcore.data import ImageDataset, adaptive_rotation
 from arcore.models import describe, model_info
-from arcore.objectives import diffusion_loss, next_cluster_loss, next_scale_loss, variance_bound
+from arcore.objectives import (
+    diffusion_head_loss,
+    diffusion_loss,
+    draw_visible,
+    next_cluster_loss,
+    next_scale_loss,
+    variance_bound,
+)
 from arcore.schedules import add_noise
 from arcore.training.config import TrainConfig
 from arcore.training.task import Task
@@ -184,6 +191,34 @@ class BlockDiffusionTask(DiffusionTask):
         return diffusion_loss(self.model(clean, noisy, t, labels), clean, eps, t, self.model.schedule), {}
 
 
+class MaskedAutoregressiveTask(ZooTask):
+    """A diffusion head on what a transformer makes of some of the tokens.
+
+    Evaluation hides the same places and draws the same times and noise for every batch and every model.
+    """
+
+    family = "masked-autoregressive"
+    model: Any
+
+    @classmethod
+    def overrides(cls, data: ImageDataset) -> dict[str, Any]:
+        return {"num_classes": len(data.class_names)}
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.model.to_tokens(images)
+        device = tokens.device
+        generator = None if self.training else torch.Generator(device).manual_seed(0)
+        visible, masked = draw_visible(*tokens.shape[:2], device=device, generator=generator)
+        rows = torch.arange(len(tokens), device=device)[:, None]
+        z = self.model(tokens, visible, labels)[rows, masked]
+        squares, bound = diffusion_head_loss(
+            self.model.head, tokens[rows, masked].flatten(0, 1), z.flatten(0, 1), generator=generator
+        )
+        if bound is None:
+            return squares, {}
+        return squares + bound, {"mse": squares.detach(), "bound": bound.detach()}
+
+
 TASKS: dict[str, type[ZooTask]] = {
     task.family: task
     for task in (
@@ -192,6 +227,7 @@ TASKS: dict[str, type[ZooTask]] = {
         NextClusterTask,
         DiffusionTask,
         BlockDiffusionTask,
+        MaskedAutoregressiveTask,
         ClassifierTask,
     )
 }
