@@ -1,8 +1,8 @@
 """Mamba of 130 M parameters beside transformers: reading a prompt, and writing token by token. float32, one thread.
 
-Both models have the same random weights. Most of the time goes into matrix products, so each line says how much, measured
-by themselves: transformers' through `torch.nn.functional.linear`, ours through `arcore.nn.linear`. For a single row they
-read 516 MB of weights per token, and that is the floor.
+Both models have the same random weights. Most of the time goes into matrix products, so each line says how much, by
+measuring them alone: transformers' through `torch.nn.functional.linear`, ours through `arcore.nn.linear`. For a single
+row they read 516 MB of weights per token, and that is the floor.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from arcore.nn import Linear, linear
-from arcore.nn.linear import MIN_SIZE
+from arcore.nn.linear import MIN_PRODUCTS
 
-K, M = MIN_SIZE + 8, MIN_SIZE + 3
+K, M = 1027, 8195
+assert K * M > MIN_PRODUCTS  # a single row is enough for oneDNN
 INPUTS = {
     "vector": lambda: torch.randn(K),
     "rows": lambda: torch.randn(3, 5, K),

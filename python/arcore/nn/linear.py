@@ -13,8 +13,8 @@ from torch import Tensor, nn
 _onednn: Any = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
-# Below this, what oneDNN spends on a call counts.
-MIN_SIZE = 256
+# Below this many multiplications, what oneDNN spends on a call counts.
+MIN_PRODUCTS = 2**23
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,8 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.is_autocast_enabled("cpu")
         or not x.is_cpu
         or not x.dtype == weight.dtype == torch.float32
-        or x.numel() == 0
-        or min(weight.shape) < MIN_SIZE
+        or x.numel() * weight.shape[0] < MIN_PRODUCTS
     ):
         return F.linear(x, weight, bias)
     out: Tensor = _onednn(x, weight, bias, "none", [], "")
