@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 import arcore.integrations.transformers as kernels  # noqa: E402
 
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2}
-FUNCTIONS = tuple(kernels._REPLACEMENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +22,15 @@ def _afterwards_disabled() -> Iterator[None]:
     kernels.disable()
 
 
-@pytest.fixture(params=["mamba", "falcon_mamba", "jamba"])
+@pytest.fixture(params=["mamba", "mamba2", "falcon_mamba", "jamba"])
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "mamba":
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, state_size=8, use_bias=True))
+    elif request.param == "mamba2":
+        config = transformers.Mamba2Config(
+            **SIZES, state_size=8, num_heads=6, head_dim=16, n_groups=2, chunk_size=8
+        )
+        model = transformers.Mamba2ForCausalLM(config)
     elif request.param == "falcon_mamba":
         model = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**SIZES, state_size=8))
     else:
@@ -49,8 +53,11 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def functions() -> list[Any]:
-    modules = [importlib.import_module(f"transformers.models.{m}.modeling_{m}") for m in kernels._MODELS]
-    return [getattr(module, name) for module in modules for name in FUNCTIONS]
+    return [
+        getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+        for model, names in kernels._MODELS.items()
+        for name in names
+    ]
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:

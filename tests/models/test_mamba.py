@@ -270,6 +270,25 @@ def test_left_padding_gives_the_same_gradients():
 
 
 @torch.no_grad()
+def test_a_long_prompt_is_read_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch):
+    """Of 64 tokens here; the first row is padding throughout the first piece."""
+    model, ids = small(), torch.randint(93, (3, 150))
+    mask = torch.stack([torch.arange(150) >= start for start in (70, 0, 149)])
+    whole = model(ids, mask=mask)[:, -1]
+    lengths = []
+    mixer: Any = model.layers[0].mixer
+    mixer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr("arcore.models.mamba.PREFILL_TOKENS", 192)
+    cache = model.make_cache(3)
+    assert (model.prefill(ids, cache, mask) - whole).abs().max() <= 1e-5
+    assert lengths == [64, 64, 22]
+    assert cache.length == 150
+    following = torch.randint(93, (3, 1))
+    longer = model(torch.cat([ids, following], 1), mask=F.pad(mask, (0, 1), value=True))
+    assert (model.step(following[:, 0], cache) - longer[:, -1]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
 def test_packed_rows_do_not_see_each_other():
     model = small()
     lengths = [5, 1, 2, 13, 3]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -23,9 +24,8 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
 
-_MODELS = ("mamba", "falcon_mamba", "jamba")
 _ACTIVATIONS = (None, "silu", "swish")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,12 +49,12 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Let Mamba, FalconMamba and Jamba of transformers use our convolution, our scan and their decoding steps.
+    """Let Mamba, Mamba-2, FalconMamba and Jamba of transformers use our convolution, our scan and their decoding steps.
 
     Calls that our kernels cannot serve go to the functions that were there before: tensors on other devices, float64,
     other activations than SiLU, and tracing by `torch.export`; so do packed sequences, which these models do not tell
-    the scan about. The fused training function of mamba_ssm is switched off, because it is not told
-    about padding. Calling this twice does no harm.
+    the scan about. The fused training functions of mamba_ssm are switched off, because they are not told about padding.
+    Calling this twice does no harm.
 
     Returns:
         For `with`: the end of the block calls `disable`, unless an outer block had it enabled already.
@@ -67,10 +67,10 @@ def enable() -> Enabled:
         return Enabled(changed=False)
     transformers = require("transformers", extra="transformers")
     found: list[tuple[Any, str, Callable[..., Any]]] = []
-    for name in _MODELS:
+    for name, replacements in _MODELS.items():
         try:
             module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-            found += [(module, function, getattr(module, function)) for function in _REPLACEMENTS]
+            found += [(module, function, getattr(module, function)) for function in replacements]
         except (ImportError, AttributeError) as error:
             raise RuntimeError(
                 f"transformers {transformers.__version__} keeps its functions for {name} elsewhere than version 5.23 "
@@ -78,7 +78,7 @@ def enable() -> Enabled:
             ) from error
     for module, function, original in found:
         _originals[module.__name__, function] = original
-        setattr(module, function, _REPLACEMENTS[function](original))
+        setattr(module, function, (_MAMBA | _MAMBA2)[function](original))
     return Enabled(changed=True)
 
 
@@ -141,6 +141,45 @@ def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
     return mamba_selective_scan
 
 
+def _chunk_scan(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mamba2_chunk_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        return_final_states: bool = False,
+        z: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not _ours(hidden_states, dt, A, B, C, D, dt_bias, initial_states, z) or _packed(kwargs):
+            rest = (D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states)
+            return original(hidden_states, dt, A, B, C, chunk_size, *rest, z=z, **kwargs)
+        return ssd(
+            hidden_states,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            dt_softplus,
+            return_final_states,
+            dt_limit=dt_limit,
+            initial_state=initial_states,
+        )
+
+    return mamba2_chunk_scan
+
+
 def _state_update(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def mamba_selective_state_update(
@@ -200,17 +239,26 @@ def _convolution_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _no_fusion(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def mamba_inner_fn(xz: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def nothing(projected: Tensor, *args: Any, **kwargs: Any) -> Any:
         # None means: take the way through the scan, which knows about padding.
-        return None if _ours(xz) else original(xz, *args, **kwargs)
+        return None if _ours(projected) else original(projected, *args, **kwargs)
 
-    return mamba_inner_fn
+    return nothing
 
 
-_REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "mamba_selective_scan": _scan,
-    "mamba_selective_state_update": _state_update,
-    "mamba_inner_fn": _no_fusion,
+_Replacements = dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]]
+_CONVOLUTION: _Replacements = {
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_step,
 }
+_MAMBA: _Replacements = _CONVOLUTION | {
+    "mamba_selective_scan": _scan,
+    "mamba_selective_state_update": _state_update,
+    "mamba_inner_fn": _no_fusion,
+}
+_MAMBA2: _Replacements = _CONVOLUTION | {
+    "mamba2_chunk_scan": _chunk_scan,
+    "mamba2_selective_state_update": _state_update,
+    "mamba2_split_conv1d_scan_combined": _no_fusion,
+}
+_MODELS = {"mamba": _MAMBA, "falcon_mamba": _MAMBA, "jamba": _MAMBA, "mamba2": _MAMBA2}

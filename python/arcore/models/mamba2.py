@@ -1,8 +1,7 @@
 """Mamba-2: Mamba with heads that share a scalar decay (Dao and Gu, arXiv:2405.21060).
 
-The restriction makes the scan a structured matrix product: attention with decaying weights instead of a softmax. It
-runs here as the recurrence, a case of the selective scan. Around the mixer (`arcore.nn.Mamba2Mixer`) the network is
-that of `Mamba`.
+The restriction makes the scan a structured matrix product: attention with decaying weights instead of a softmax. Around
+the mixer (`arcore.nn.Mamba2Mixer`) the network is that of `Mamba`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Mamba2Config(StateSpaceConfig):
     title="Mamba-2",
     paper="arXiv:2405.21060",
     family="language",
-    ops=("selective_scan",),
+    ops=("ssd",),
     summary="Mamba with one decay per head, whose scan is also attention without a softmax.",
     check=Check(
         "tests/models/test_mamba2.py::test_claim_recurrence_is_masked_attention",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arcore.nn.linear import Linear, linear
 from arcore.nn.norm import GatedRMSNorm
 from arcore.nn.state import StateCache
-from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
 
 
 class CausalConv1d(nn.Module):
@@ -350,31 +350,6 @@ class Mamba2Mixer(nn.Module):
         parts: tuple[Tensor, ...] = xbc.split([self.inner, *[self.groups * self.d_state] * 2], dim=-1)
         return parts
 
-    def _step_sizes(self, dt: Tensor) -> Tensor:
-        """What the scan takes, `[..., H]`, from what the projection gave."""
-        return F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
-
-    def _scan(self, xbc: Tensor, dt: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """Scan `[B, L, D + 2 G N]` with step sizes `[B, L, H]` to `[B, L, D]`; writes the last state."""
-        u, b, c = self._split_scan(xbc)
-        dt = self._step_sizes(dt)
-        # Heads are groups of channels with equal steps and decays: the selective scan with expanded arguments.
-        per_channel = (self.heads, self.head_dim)
-        y, last_state = selective_scan(
-            u.transpose(1, 2),
-            dt.transpose(1, 2).unsqueeze(2).expand(-1, *per_channel, -1).flatten(1, 2),
-            self.decay()[:, None, None].expand(*per_channel, self.d_state).flatten(0, 1),
-            b.unflatten(-1, (self.groups, self.d_state)).permute(0, 2, 3, 1),
-            c.unflatten(-1, (self.groups, self.d_state)).permute(0, 2, 3, 1),
-            self.D.float().repeat_interleave(self.head_dim),
-            return_last_state=True,
-            initial_state=None if state is None else state.flatten(1, 2),
-            seq_idx=seq_idx,
-        )
-        if state is not None:
-            state.copy_(last_state.view_as(state))
-        return y.transpose(1, 2)
-
     def forward(
         self,
         x: Tensor,
@@ -387,7 +362,24 @@ class Mamba2Mixer(nn.Module):
         conv_state, state = (None, None) if cache is None else cache.layer(layer)
         gate, xbc, dt = self._split_input(x)
         xbc = self.conv1d(xbc.transpose(1, 2), seq_idx=seq_idx, state=conv_state).transpose(1, 2)
-        out: Tensor = self.out_proj(self.norm(self._scan(xbc, dt, state, seq_idx), gate))
+        u, b, c = self._split_scan(xbc)
+        y, last_state = ssd(
+            u.unflatten(-1, (self.heads, self.head_dim)),
+            dt,
+            self.decay(),
+            b.unflatten(-1, (self.groups, self.d_state)),
+            c.unflatten(-1, (self.groups, self.d_state)),
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            return_last_state=True,
+            dt_limit=self.dt_limit,
+            initial_state=state,
+            seq_idx=seq_idx,
+        )
+        if state is not None:
+            state.copy_(last_state)
+        out: Tensor = self.out_proj(self.norm(y.flatten(2), gate))
         return out
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
@@ -399,10 +391,12 @@ class Mamba2Mixer(nn.Module):
             cache.derived[layer] = self.decay()
         u, b, c = self._split_scan(xbc)
         heads = state.shape[1:]
+        # The op's softplus knows no limits.
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
         y = selective_state_update(
             state,
             u.unflatten(-1, heads[:2]),
-            self._step_sizes(dt).unsqueeze(-1).expand(-1, *heads[:2]),
+            dt.unsqueeze(-1).expand(-1, *heads[:2]),
             cache.derived[layer][:, None, None].expand(heads),
             b.unflatten(-1, (self.groups, self.d_state)),
             c.unflatten(-1, (self.groups, self.d_state)),
