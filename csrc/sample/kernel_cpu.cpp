@@ -17,6 +17,7 @@ namespace ARCORE_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // tokens that are loaded and mixed at once
+constexpr int64_t kFew = 16;      // entries that are compared one with another
 
 int64_t padded(int64_t n) {
   return round_up(n, 16);
@@ -372,10 +373,27 @@ void choose_pivots(int32_t low, int32_t high, int round, int32_t (&pivot)[3]) {
   }
 }
 
-// The smallest threshold t in [low, high] such that the tokens with key > t weigh less than `limit` >= 1:
-// with kMass their masses, else their number. A token is in if key >= t, that is, if what is strictly above
-// it weighs less than the limit; ties are in or out together. All n keys lie in [low, high]; key and e are
-// not changed.
+// The threshold among a few entries, one by one; see find_threshold. `limit` is what may lie above it of
+// these.
+template <bool kMass>
+int32_t threshold_of_few(const int32_t* ARCORE_RESTRICT key, const uint64_t* ARCORE_RESTRICT mass, int64_t n,
+                         int32_t low, int64_t limit) {
+  int32_t threshold = 0x7fffffff;
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    total += kMass ? static_cast<int64_t>(mass[i]) : 1;
+    int64_t above = 0;
+    for (int64_t j = 0; j < n; ++j)
+      above += key[j] > key[i] ? (kMass ? static_cast<int64_t>(mass[j]) : 1) : 0;
+    if (above < limit && key[i] < threshold) threshold = key[i];
+  }
+  return total < limit ? low : threshold;
+}
+
+// The smallest threshold t in [low, high], or an equivalent one, such that the tokens with key > t weigh less
+// than `limit` >= 1: with kMass their masses, else their number. A token is in if key >= t, that is, if what
+// is strictly above it weighs less than the limit; ties are in or out together. All n keys lie in [low,
+// high]; key and e are not changed.
 template <bool kMass>
 int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t low, int32_t high,
                        int64_t limit, float scale, const Workspace& w) {
@@ -388,6 +406,7 @@ int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t lo
       for (int64_t i = 0; i < n; ++i)
         w.mass[i] = static_cast<uint64_t>(mass_of(e[i], scale));
     fresh = false;
+    if (n <= kFew) return threshold_of_few<kMass>(key, w.mass, n, low, limit - outside);
     int32_t pivot[3];
     choose_pivots(low, high, round, pivot);
     Above above[3];

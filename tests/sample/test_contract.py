@@ -99,10 +99,41 @@ def test_rows_may_have_their_own_settings():
         "epsilon": 0.01 * torch.rand(n),
         "eta": 0.01 * torch.rand(n),
     }
-    together = filter_probs(x, **settings)
-    for i in range(n):
-        alone = filter_probs(x[i], **{k: v[i].item() for k, v in settings.items()})
-        assert torch.equal(together[i], alone)
+    settings |= {
+        "cfg_scale": 1 + torch.rand(n),
+        "repetition_penalty": 1 + torch.rand(n),
+        "presence_penalty": torch.rand(n) - 0.5,
+        "frequency_penalty": torch.rand(n) - 0.5,
+    }
+    other, history = torch.randn_like(x), torch.randint(x.shape[1], (n, 40))
+    offset = torch.randint(10**6, (n,))
+    for order in ("hf", "vllm", "joint"):
+        kw = {"order": order, "return_logprob": "processed", "return_prob": True, "return_entropy": True}
+        got = sample(x, uncond=other, history=history, seed=_seeds(n), offset=offset, **settings, **kw)
+        for i in range(n):
+            numbers = {k: v[i].item() for k, v in settings.items()}
+            alone = sample(
+                x[i], uncond=other[i], history=history[i], seed=int(_seeds(n)[i]), offset=int(offset[i]),
+                **numbers, **kw,
+            )  # fmt: skip
+            for name in ("tokens", "logprob", "prob", "entropy"):
+                assert torch.equal(getattr(got, name)[i], getattr(alone, name)), name
+
+
+def test_settings_broadcast():
+    """A setting per image, for all positions of it."""
+    x = torch.randn(2, 5, 60)
+    temperature, top_k = torch.tensor([[0.5], [2.0]]), torch.tensor([3, 4, 5, 6, 60])
+    probs = filter_probs(x, temperature=temperature, top_k=top_k)
+    for i in range(2):
+        for j in range(5):
+            alone = filter_probs(x[i, j], temperature=temperature[i, 0].item(), top_k=int(top_k[j]))
+            assert torch.equal(probs[i, j], alone)
+    weights = [1.0, torch.tensor([[0.5], [-0.5]])]
+    mixed = filter_probs([x, x.flip(0)], weights=weights)
+    for i in range(2):
+        alone = filter_probs([x[i], x[1 - i]], weights=[1.0, weights[1][i, 0].item()])
+        assert torch.equal(mixed[i], alone)
 
 
 def test_kept_tokens_can_be_replayed():
@@ -330,6 +361,23 @@ def test_confidence_masks_choose_the_least():
     known = torch.tensor([False, True, False, False, True])
     assert chosen(candidates=~known) == [[0, 2], [2, 3]]
     assert confidence_mask(confidence, torch.tensor([0, 9])).sum(-1).tolist() == [0, 5]
+
+
+def test_confidence_masks_are_those_of_published_decoders():
+    """Their selection steps as they are written down there, on confidences with many ties."""
+    for _ in range(20):
+        confidence, n = torch.randint(0, 6, (3, 24)).float(), int(torch.randint(1, 24, ()))
+        ordered = confidence.sort(dim=-1).values
+        # HMAR masks the first n of an ascending argsort.
+        hmar = torch.zeros(3, 24, dtype=torch.bool)
+        hmar.scatter_(1, confidence.argsort(dim=-1, stable=True)[:, :n], True)
+        assert torch.equal(confidence_mask(confidence, n), hmar)
+        # MAGE's cut-off is the n-th smallest confidence, and belongs to what is masked.
+        mage = confidence <= ordered[:, n - 1 : n]
+        assert torch.equal(confidence_mask(confidence, n, ties="all"), mage)
+        # MaskGIT's is the one after it, and does not.
+        maskgit = confidence < ordered[:, n : n + 1]
+        assert torch.equal(confidence_mask(confidence, n, ties="none"), maskgit)
 
 
 def test_confidence_noise_has_the_gumbel_law():
