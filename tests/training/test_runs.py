@@ -111,7 +111,7 @@ def _tiny_config():
 
 
 def test_accumulated_batches_equal_a_large_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("arcore.training.runs.create_model", _without_class_dropout)
+    monkeypatch.setattr("arcore.training.start.create_model", _without_class_dropout)
     results = [
         run(
             "var_tiny",

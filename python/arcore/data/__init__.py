@@ -1,7 +1,7 @@
-"""Labelled images for training: small real data that ships with a package, and adapters for folders on disk.
+"""Labelled images and text for training: small real data that ships with a package, and adapters for folders on disk.
 
-Nothing here downloads anything. Every dataset yields `(image, label)` with `image` a float32 tensor `[C, H, W]` in
-[-1, 1] and `label` a class number, and has `class_names` and `image_shape`.
+Nothing here downloads anything. A dataset of images yields `(image, label)` with `image` a float32 tensor
+`[C, H, W]` in [-1, 1] and `label` a class number, and has `class_names` and `image_shape`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,28 @@ from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
 from arcore.data.photos import load_photos
 from arcore.data.rotation_crop import RotatedImages, adaptive_rotation
+from arcore.data.text import Text, TokenCrops, load_kjv, load_text
+from arcore.data.text_tokenizers import BPETokenizer, ByteTokenizer, TextStream, TextTokenizer, make_tokenizer
 
 __all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
     "ImageDataset",
     "ImageFolder",
     "InMemoryImages",
     "RotatedImages",
+    "Text",
+    "TextStream",
+    "TextTokenizer",
+    "TokenCrops",
     "adaptive_rotation",
     "held_out_mask",
     "load_digits",
+    "load_kjv",
     "load_moving_digits",
     "load_photos",
+    "load_text",
+    "make_tokenizer",
     "open_dataset",
 ]
 

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def write(
     weights: dict[str, dict[str, Tensor]],
     meta: dict[str, Any],
     optimizer: dict[str, Any] | None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint under a temporary name and rename it, so that a half-written one is never seen.
 
@@ -151,6 +153,7 @@ def write(
         weights: state dict of each network.
         meta: contents of config.json.
         optimizer: optimiser state; None writes weights only.
+        files: further texts by file name.
     """
     with atomic_folder(folder) as temporary:
         for name, state in weights.items():
@@ -158,6 +161,8 @@ def write(
             save_file(tensors, temporary / f"{name}.safetensors")
         if optimizer is not None:
             torch.save(optimizer, temporary / OPTIMIZER)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         (temporary / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -179,7 +184,7 @@ class FolderCheckpointIO(CheckpointIO):
         }
         # Lightning's own counters would make it skip batches on resume; see engine.py.
         rest = {key: value for key, value in checkpoint.items() if key not in ("loops", "callbacks")}
-        write(Path(path), weights, self.task.meta() | {"step": self.task.step}, rest)
+        write(Path(path), weights, self.task.meta() | {"step": self.task.step}, rest, self.task.files())
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True, **_: Any

@@ -15,7 +15,9 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: images per device and micro-batch; one step sees `batch_size * accumulate * devices` images.
+        batch_size: images or pieces of text per device and micro-batch; one step sees
+            `batch_size * accumulate * devices` of them.
+        context: tokens of a piece of text; means nothing for images.
         accumulate: micro-batches whose gradients are added up before each optimiser step.
         lr: peak learning rate of AdamW.
         warmup: steps of linear warm-up.
@@ -38,6 +40,7 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 64
+    context: int = 256
     accumulate: int = 1
     lr: float = 1e-3
     warmup: int = 50
@@ -58,6 +61,7 @@ class TrainConfig:
         for name, least in (
             ("steps", 1),
             ("batch_size", 1),
+            ("context", 1),
             ("accumulate", 1),
             ("num_nodes", 1),
             ("warmup", 0),
@@ -100,4 +104,5 @@ DEFAULTS = {
     "block-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "masked-autoregressive": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "classifier": TrainConfig(steps=500, batch_size=32, lr=1e-3),
+    "language": TrainConfig(steps=1000, batch_size=8, lr=4e-3, weight_decay=0.1, clip=1.0),
 }

@@ -18,8 +18,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import Dataset
 
-from arcore.data import ImageDataset
 from arcore.training import checkpoint
 from arcore.training.history import History
 from arcore.training.progress import Progress
@@ -43,10 +43,10 @@ class FitResult:
 
 def fit(
     task: Task,
-    train: ImageDataset,
+    train: Dataset,
     out: str | Path,
     *,
-    test: ImageDataset | None = None,
+    test: Dataset | None = None,
     resume: str | Path | None = None,
     title: str = "training",
     show_progress: bool = True,
@@ -55,9 +55,9 @@ def fit(
 
     Args:
         task: model, loss and settings.
-        train: training images.
+        train: training data; items are pairs of what `task.loss` takes.
         out: run folder; receives `step-*/` checkpoints (the newest stays) and `metrics.csv`.
-        test: held-out images, evaluated whenever a checkpoint is written.
+        test: held-out data, evaluated whenever a checkpoint is written.
         resume: checkpoint or run folder to continue from. The finished run has the same weights as one that was
             never interrupted, provided that device type, number of threads and number of devices are the same.
         title: what the progress bar says.
@@ -94,6 +94,7 @@ def fit(
 
 def _trainer(task: Task, out: Path, callbacks: list[pl.Callback], *, evaluate: bool) -> pl.Trainer:
     config = task.config
+    left = config.steps - task.start_step
     precision: Any = config.precision
     try:
         return pl.Trainer(
@@ -102,12 +103,13 @@ def _trainer(task: Task, out: Path, callbacks: list[pl.Callback], *, evaluate: b
             num_nodes=config.num_nodes,
             strategy=config.strategy,
             precision=precision,
-            max_steps=config.steps - task.start_step,
+            max_steps=left,
             max_epochs=-1,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip or None,
             check_val_every_n_epoch=None,
-            val_check_interval=(config.checkpoint_every or config.steps) * config.accumulate,
+            # A run shorter than the interval is evaluated at its end.
+            val_check_interval=min(config.checkpoint_every or left, left) * config.accumulate,
             num_sanity_val_steps=0,
             limit_val_batches=1.0 if evaluate else 0,
             callbacks=callbacks,

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from arcore.data import ImageDataset, open_dataset
-from arcore.models import RoMA, RoMAClassifier, create_model, get_config, list_models, load_checkpoint
+from arcore.models import RoMA, RoMAClassifier, get_config, list_models, load_checkpoint
 from arcore.training import checkpoint
-from arcore.training.config import DEFAULTS, FREE_ON_RESUME, TrainConfig
+from arcore.training.config import DEFAULTS, TrainConfig
 from arcore.training.engine import FitResult, fit
-from arcore.training.stream import derive_seed
+from arcore.training.start import fresh, resumed
+from arcore.training.text_runs import continue_text, train_text
 from arcore.training.zoo_tasks import TokenizerTask, task_for
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -44,8 +44,9 @@ def train(
         preset: for example `"var_tiny"` or `"msvq_tiny"`.
         out: run folder.
         data: `"digits"` (also when None; for models of videos `"moving_digits"`), `"photos"`, or a folder with one
-            subfolder of images per class.
-        tokenizer: checkpoint of a trained tokenizer, for a model that reads codes.
+            subfolder of images per class. For a language model what `arcore.data.load_text` takes, `"kjv"` when None.
+        tokenizer: checkpoint of a trained tokenizer, for a model that reads codes. For a language model what
+            `arcore.data.make_tokenizer` takes, `"bytes"` when None.
         pretrained: run folder or checkpoint of a pretrained encoder, for a classifier to start from.
         resume: run folder or checkpoint to continue from. The settings and the data are read from there; those in
             `arcore.training.config.FREE_ON_RESUME` may be changed. A run that stopped while it still trained its
@@ -66,25 +67,34 @@ def train(
     task_type = task_for(preset)
     changes = {key: value for key, value in (model_settings or {}).items() if value is not None}
     model_config = get_config(preset, **changes)
-    if tokenizer is not None and not task_type.needs_tokenizer:
+    if tokenizer is not None and not task_type.needs_tokenizer and not task_type.reads_text:
         raise ValueError(f"{preset} reads pixels and no codes: leave the tokenizer out")
     half_done = None
     if resume is not None:
         half_done = checkpoint.newest(Path(resume) / TOKENIZER_FOLDER)
         if half_done is None or checkpoint.newest(Path(resume)) is not None:
-            return _continue(preset, checkpoint.find(resume), out, data, settings, changes, show_progress)
+            source = checkpoint.find(resume)
+            if task_type.reads_text:
+                if tokenizer is not None:
+                    raise ValueError(f"the run in {source} has its tokenizer: leave the option out")
+                return continue_text(preset, source, out, data, settings, show_progress)
+            return _continue(preset, source, out, data, settings, changes, show_progress)
     elif checkpoint.newest(out) or checkpoint.newest(out / TOKENIZER_FOLDER):
         raise ValueError(
             f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
         )
     config = dataclasses.replace(DEFAULTS[task_type.family], **settings)
+    if task_type.reads_text:
+        if pretrained is not None:
+            raise ValueError(f"{preset} does not start from a pretrained encoder: leave that out")
+        return train_text(preset, config, out, data, tokenizer, show_progress)
     data = data or ("moving_digits" if getattr(model_config, "frames", 1) > 1 else "digits")
     networks: dict[str, nn.Module] = {}
     if task_type.needs_tokenizer:
         networks["tokenizer"] = _tokenizer_for(preset, data, out, tokenizer, config, half_done, show_progress)
     train_set, test_set = _open(data, _image_config(networks) or model_config)
     name = "tokenizer" if task_type is TokenizerTask else "model"
-    networks[name] = _fresh(preset, config, **{**task_type.overrides(train_set), **changes})
+    networks[name] = fresh(preset, config, **{**task_type.overrides(train_set), **changes})
     if pretrained is not None:
         _start_from(networks[name], preset, pretrained)
     facts = {"preset": preset, "data": data, "class_names": list(train_set.class_names)}
@@ -102,25 +112,7 @@ def _continue(
     show_progress: bool,
 ) -> FitResult:
     networks, meta = load_checkpoint(source)
-    try:
-        facts = {name: meta[name] for name in ("preset", "data", "class_names")}
-        before = TrainConfig(**{name: _tuple(value) for name, value in meta["training"].items()})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{source} holds no training run that could go on: its config.json lacks {error}"
-        ) from error
-    if facts["preset"] != preset:
-        raise ValueError(
-            f"the run in {source} trains {facts['preset']}, not {preset}: name that preset, or start a new run"
-        )
-    if data not in (None, facts["data"]):
-        raise ValueError(f"the run in {source} uses the data {facts['data']!r}, not {data!r}")
-    for name, value in settings.items():
-        if name not in FREE_ON_RESUME and value != getattr(before, name):
-            raise ValueError(
-                f"the run in {source} was started with {name}={getattr(before, name)}, which cannot become {value} "
-                "on resume: leave the option out, or start a new run in another folder"
-            )
+    facts, config = resumed(source, meta, preset, data, settings, ("preset", "data", "class_names"))
     for name, value in changes.items():
         trained: Any = networks["model"].config
         if value != getattr(trained, name):
@@ -128,23 +120,11 @@ def _continue(
                 f"the model in {source} has {name}={getattr(trained, name)}, which cannot become {value} on resume: "
                 "leave the option out, or start a new run in another folder"
             )
-    config = dataclasses.replace(before, **settings)
     train_set, test_set = _open(facts["data"], _image_config(networks))
     if list(train_set.class_names) != facts["class_names"]:
         raise ValueError(f"the classes in {facts['data']!r} are no longer those of the run in {source}")
     task = task_for(preset)(config, networks, facts)
     return fit(task, train_set, out, test=test_set, resume=source, title=preset, show_progress=show_progress)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _fresh(preset: str, config: TrainConfig, **overrides: Any) -> nn.Module:
-    """A network with the initial weights that the run's seed gives."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights", preset))
-        return create_model(preset, **overrides)
 
 
 def _image_config(networks: Mapping[str, nn.Module]) -> Any:

@@ -65,12 +65,22 @@ class StreamSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, self.stop):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self._image_at(position) for position in range(first, first + self.batch_size)]
+            yield [self._item_at(position) for position in range(first, first + self.batch_size)]
 
-    def _image_at(self, position: int) -> int:
+    def _item_at(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_images)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
             self._order = torch.randperm(self.num_images, generator=generator).tolist()
             self._epoch = epoch
         return self._order[offset]
+
+
+class RandomStream(StreamSampler):
+    """Items drawn at random, with repetition: for datasets of overlapping pieces, where epochs mean little.
+
+    Place p of the stream is a function of the seed and p alone, so the promises of `StreamSampler` hold too.
+    """
+
+    def _item_at(self, position: int) -> int:
+        return derive_seed(self.seed, "item", position) % self.num_images

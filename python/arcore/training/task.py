@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from arcore.data import ImageDataset
 from arcore.training.config import TrainConfig
 from arcore.training.stream import StreamSampler, derive_seed
 
@@ -23,26 +22,28 @@ class Task(pl.LightningModule):
 
     Attributes:
         saved: names of the attributes that are networks; a checkpoint holds one safetensors file for each.
+        sampler_type: decides which items of the dataset a batch holds.
         config: settings of the run.
         start_step: optimiser steps that were done before this process took over.
     """
 
     saved: tuple[str, ...]
+    sampler_type: ClassVar[type[StreamSampler]] = StreamSampler
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
         self.start_step = 0
-        self.train_data: ImageDataset | None = None
-        self.test_data: ImageDataset | None = None
+        self.train_data: Any = None
+        self.test_data: Any = None
 
     @abstractmethod
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of a batch.
 
         Args:
-            images: `[B, C, H, W]` in [-1, 1].
-            labels: `[B]` class numbers.
+            images: `[B, C, H, W]` in [-1, 1]; or whatever comes first in an item of the dataset.
+            labels: `[B]` class numbers; or whatever comes second.
 
         Returns:
             The scalar to minimise and further scalars worth logging.
@@ -51,6 +52,10 @@ class Task(pl.LightningModule):
     @abstractmethod
     def meta(self) -> dict[str, Any]:
         """What config.json says, ready for JSON; `step` is added to it."""
+
+    def files(self) -> dict[str, str]:
+        """Texts that stand in a checkpoint beside the weights, by file name."""
+        return {}
 
     def modules_to_save(self) -> dict[str, nn.Module]:
         """The networks of a checkpoint by name."""
@@ -81,8 +86,7 @@ class Task(pl.LightningModule):
         return AdamW(groups, lr=self.config.lr, betas=self.config.betas)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.train_data is not None
-        sampler = StreamSampler(
+        sampler = self.sampler_type(
             len(self.train_data),
             self.config.batch_size,
             start=self.start_step * self.config.accumulate,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from arcore._files import atomic_path
 from arcore.data import ImageDataset, adaptive_rotation
+from arcore.data.text_tokenizers import FILE, ByteTokenizer, TextTokenizer
+from arcore.decoding import generate
 from arcore.models import describe, model_info
 from arcore.objectives import (
     diffusion_head_loss,
@@ -22,6 +27,7 @@ from arcore.objectives import (
 )
 from arcore.schedules import add_noise
 from arcore.training.config import TrainConfig
+from arcore.training.stream import RandomStream, StreamSampler
 from arcore.training.task import Task
 
 
@@ -36,10 +42,12 @@ class ZooTask(Task):
     Attributes:
         family: of the presets that it trains.
         needs_tokenizer: the model reads a tokenizer's codes instead of pixels.
+        reads_text: the data are text and not images.
     """
 
     family: ClassVar[str]
     needs_tokenizer: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     def __init__(
         self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
@@ -219,6 +227,57 @@ class MaskedAutoregressiveTask(ZooTask):
         return squares + bound, {"mse": squares.detach(), "bound": bound.detach()}
 
 
+class LanguageTask(ZooTask):
+    """Cross entropy of the next token of a text.
+
+    Whenever the held-out text is evaluated, `sample.txt` in the run folder receives a few lines by the model.
+
+    Attributes:
+        text_tokenizer: of the tokens.
+        bytes_per_token: of the held-out text in evaluation mode and of the training text in training mode.
+    """
+
+    family = "language"
+    reads_text = True
+    sampler_type: ClassVar[type[StreamSampler]] = RandomStream
+    SAMPLE = "sample.txt"
+    model: Any
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        networks: Mapping[str, nn.Module],
+        facts: Mapping[str, Any],
+        text_tokenizer: TextTokenizer | None = None,
+        bytes_per_token: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        super().__init__(config, networks, facts)
+        self.text_tokenizer = text_tokenizer or ByteTokenizer()
+        self._bytes_per_token = bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._bytes_per_token[0 if self.training else 1]
+
+    def files(self) -> dict[str, str]:
+        content = self.text_tokenizer.json()
+        return {} if content is None else {FILE: content}
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(images)[..., : self.model.vocab_size]
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return loss, {"bits_per_byte": loss.detach() / (math.log(2) * self.bytes_per_token)}
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.is_global_zero:
+            ids, _ = self.test_data[0]
+            prompt = ids[:32].to(self.device)
+            new = generate(self.model, prompt.unsqueeze(0), max_new_tokens=400, temperature=0.8).ids[0]
+            text = self.text_tokenizer.decode(prompt.tolist()) + self.text_tokenizer.decode(new.tolist())
+            with atomic_path(Path(self.trainer.default_root_dir) / self.SAMPLE) as temporary:
+                temporary.write_text(f"step {self.step}\n\n{text}\n", encoding="utf-8")
+
+
 TASKS: dict[str, type[ZooTask]] = {
     task.family: task
     for task in (
@@ -229,6 +288,7 @@ TASKS: dict[str, type[ZooTask]] = {
         BlockDiffusionTask,
         MaskedAutoregressiveTask,
         ClassifierTask,
+        LanguageTask,
     )
 }
 
