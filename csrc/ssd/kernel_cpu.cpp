@@ -9,6 +9,9 @@ namespace {
 
 // Heads of one task: they share the products of B and C.
 constexpr int64_t kHeads = 4;
+// Beyond this the decay of one step is 0 (or infinite) in any case; sums of such steps stay finite, so that
+// A = -inf forgets instead of giving -inf - -inf.
+constexpr double kLargestLog = 1e5;
 // One cache line more than a power of two, so that rows do not compete for the same cache sets.
 constexpr int64_t kStride = kChunk + 16;
 static_assert(kChunk % kPanel == 0);
@@ -157,7 +160,9 @@ void load_steps(const Args& args, const Block& block, int64_t head, const Chunk&
   const double a = static_cast<double>(args.A[head]) * 1.4426950408889634;
   for (int64_t t = 0; t < chunk.length; ++t) {
     if (skipped(chunk, t)) w.dt[t] = 0.0f;
-    total += static_cast<double>(w.dt[t]) * a;
+    const double log = skipped(chunk, t) ? 0.0 : static_cast<double>(w.dt[t]) * a;
+    // NaN passes both comparisons.
+    total += log < -kLargestLog ? -kLargestLog : log > kLargestLog ? kLargestLog : log;
     w.high[t] = static_cast<float>(total);
     w.low[t] = static_cast<float>(total - static_cast<double>(w.high[t]));
   }

@@ -89,6 +89,14 @@ def test_long_decays_stay_exact():
     check_against_reference(replace(case, A=torch.tensor([-30.0, -0.01]), dt=case.dt.abs() + 0.5))
 
 
+def test_infinite_decay_forgets():
+    case = make_case(1, 70, 4, 8, 4, 1, initial=True, softplus=False, bias=False, skip=None, gate=False)
+    case = replace(case, dt=torch.ones_like(case.dt), A=torch.full_like(case.A, -float("inf")))
+    out, last = call(ssd, case)
+    torch.testing.assert_close(out, (case.B * case.C).sum(-1, keepdim=True) * case.x)
+    torch.testing.assert_close(last, case.x[:, -1, ..., None] * case.B[:, -1, :, None])
+
+
 def test_growing_states():
     check_against_reference(make_case().map(lambda n, t: t.abs() * 0.1 if n == "A" else t))
 

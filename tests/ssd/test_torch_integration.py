@@ -98,6 +98,15 @@ def test_autocast_keeps_the_state_in_float32():
     torch.testing.assert_close(out.float(), layer(x)[0], rtol=0.1, atol=0.1)
 
 
+def test_gradients_inside_autocast_are_in_float32():
+    case = make_case(initial=True)
+    expected = everything(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = everything(case)
+    for name, value in inside.items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_second_derivative_is_that_of_the_reference():
     case = make_case(1, 70, 2, 3, 2, 1)
     seconds = []

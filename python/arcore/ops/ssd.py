@@ -120,6 +120,7 @@ def ssd(
         initial_state: ``[B, H, P, N]``, with `cu_seqlens` one per sequence; zero when None. With `seq_idx` it
             belongs to the first sequence of the row.
         cu_seqlens: boundaries of sequences packed into one row, int32 or int64 ``[S + 1]``; the batch is then 1.
+            Under torch.compile it has no gradient, because the cuts depend on values; `seq_idx` has.
         seq_idx: int32 ``[B, L]``, sequence of each step; a change starts from zero. Negative: padding, the step is
             skipped and its output is 0.
         reverse: scan from the last step to the first; equals flipping inputs and output in time.
@@ -314,7 +315,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> tu
     if grad_out is None and grad_last is None:
         return none
     v = Inputs(*floats)
-    grads = backward(v, grad_out, grad_last, seq_idx, cu_seqlens, *ctx.settings)
+    # Inside a region of autocast the products would run in 16 bits.
+    with torch.autocast(v.x.device.type, enabled=False):
+        grads = backward(v, grad_out, grad_last, seq_idx, cu_seqlens, *ctx.settings)
     given = v._asdict()
     return (
         *(None if t is None else grads[n].to(t.dtype) for n, t in given.items()),
