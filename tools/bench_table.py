@@ -27,7 +27,7 @@ OURS = "arcore"
 KEYS = ("op", "case", "impl", "direction")
 DIRECTIONS = ("forward", "backward")
 # What a cell of README's table quotes, in this order.
-QUOTED = {"forward": ("forward",), "backward": ("backward", "forward+backward")}
+QUOTED = {"forward": ("forward", "step"), "backward": ("backward", "forward+backward")}
 # Column of the op table -> what must exist in csrc/<op>/ for the forward and the backward.
 BACKENDS = {
     "CPU AVX2": ("kernel_cpu.cpp", "kernel_cpu.cpp"),

@@ -146,13 +146,14 @@ CASES: dict[str, dict[str, Callable[[], Any]]] = {
         "recompute": lambda: generate_without_sharing(recompute=True),
     },
 }
+DIRECTION = {"step": "forward+backward", "generation": "sampling"}
 
 
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in CASES[case]])
-def test_acdit(benchmark: Any, peak_gflops: float, case: str, name: str) -> None:
+def bench_acdit(benchmark: Any, peak_gflops: float, case: str, name: str) -> None:
     torch.testing.assert_close(CASES[case][name](), CASES[case]["arcore"](), rtol=2e-3, atol=2e-3)
     seconds = cpu_seconds(CASES[case][name], rounds=3)
-    benchmark.extra_info.update(case=case, peer=name, ms=seconds * 1e3)
+    benchmark.extra_info.update(op="acdit", case=case, direction=DIRECTION[case], impl=name, seconds=seconds)
     if case == "step" and name == "arcore":
         benchmark.extra_info.update(fraction=step_flops() / seconds / 1e9 / peak_gflops)
     if case == "generation":
@@ -165,17 +166,17 @@ def test_acdit(benchmark: Any, peak_gflops: float, case: str, name: str) -> None
 
 def floors_report(records: list[dict[str, Any]]) -> list[str]:
     """Milliseconds, ratios and floors."""
-    times = {(r["case"], r["peer"]): r for r in records if r.get("case") in CASES and "ms" in r}
+    times = {(r["case"], r["impl"]): r for r in records if r.get("op") == "acdit"}
     lines = []
     for (case, name), record in times.items():
         ours = times.get((case, "arcore"))
-        ratio = f"{record['ms'] / ours['ms']:5.2f}x" if ours else ""
+        ratio = f"{record['seconds'] / ours['seconds']:5.2f}x" if ours else ""
         extra = f"  {record['fraction']:.0%} of FMA peak" if "fraction" in record else ""
         extra += f"  cache {record['mib']:.1f} MiB" if "mib" in record else ""
-        lines.append(f"{case:11} {name:18} {record['ms']:9.1f} ms  {ratio}{extra}")
+        lines.append(f"{case:11} {name:18} {1e3 * record['seconds']:9.1f} ms  {ratio}{extra}")
     for case, peer, floor in FLOORS:
         if (case, peer) in times and (case, "arcore") in times:
-            ratio = times[case, peer]["ms"] / times[case, "arcore"]["ms"]
+            ratio = times[case, peer]["seconds"] / times[case, "arcore"]["seconds"]
             lines.append(
                 f"floor {case} vs {peer}: {ratio:.2f} (>= {floor}) {'ok' if ratio >= floor else 'BELOW'}"
             )

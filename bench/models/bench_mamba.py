@@ -144,6 +144,7 @@ def bench_mamba_130m(benchmark, case: str, impl: str):
         benchmark.extra_info.update(
             op="mamba_130m",
             case=case,
+            direction="forward",
             impl=impl,
             seconds=seconds,
             matmul_seconds=products,

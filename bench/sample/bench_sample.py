@@ -115,7 +115,7 @@ def bench_sample(benchmark, read_bandwidth, name, impl):
     seconds = statistics.median(benchmark.stats.stats.data)
     bandwidth = moved_bytes(name) / seconds
     benchmark.extra_info.update(
-        op="sample", case=name, impl=impl, milliseconds=round(1e3 * seconds, 3),
+        op="sample", case=name, impl=impl, direction="forward", seconds=seconds,
         moved_mib=round(moved_bytes(name) / 2**20, 2), gb_per_s=round(bandwidth / 1e9, 2),
         fraction_of_bandwidth=round(bandwidth / read_bandwidth, 4),
         bandwidth_gb_per_s=round(read_bandwidth / 1e9, 2),
@@ -127,14 +127,14 @@ def floors_report(records: list[dict]) -> list[str]:
     mine = [r for r in records if r.get("op") == "sample"]
     times = {(r["case"], r["impl"]): r for r in mine}
     lines = [
-        f"sample {r['case']:<16} {r['impl']:<13} {r['milliseconds']:9.2f} ms  {r['moved_mib']:6.1f} MiB at least, "
+        f"sample {r['case']:<16} {r['impl']:<13} {1e3 * r['seconds']:9.2f} ms  {r['moved_mib']:6.1f} MiB at least, "
         f"{r['gb_per_s']:6.2f} GB/s = {r['fraction_of_bandwidth']:6.1%} of {r['bandwidth_gb_per_s']} GB/s"
         for r in mine
     ]
     for name, case in CASES.items():
         if (name, "arcore") not in times or (name, "transformers") not in times:
             continue
-        ratio = times[name, "transformers"]["milliseconds"] / times[name, "arcore"]["milliseconds"]
+        ratio = times[name, "transformers"]["seconds"] / times[name, "arcore"]["seconds"]
         verdict = "ok   " if ratio >= case.floor else "BELOW"
         lines.append(f"{verdict} sample {name}: {ratio:6.1f} x transformers, floor {case.floor:g}")
     return lines

@@ -299,7 +299,7 @@ FLOORS = [(name, "loop", 20.0) for name in NAMES if name != "chain_bf16"]
 
 def floors_report(records: list[dict]) -> list[str]:
     own = [r for r in records if r.get("op") == "speculative"]
-    times = {(r["case"], r["impl"]): r["ms"] for r in own}
+    times = {(r["case"], r["impl"]): r["seconds"] for r in own}
     lines = []
     for r in own:
         more = (
@@ -307,7 +307,9 @@ def floors_report(records: list[dict]) -> list[str]:
             if "mib" in r
             else ""
         )
-        lines.append(f"{r['case']:<14} {r['impl']:<10} {r['ms']:9.3f} ms  accepted {r['accepted']:.2f}{more}")
+        lines.append(
+            f"{r['case']:<14} {r['impl']:<10} {1e3 * r['seconds']:9.3f} ms  accepted {r['accepted']:.2f}{more}"
+        )
     for case, peer, multiple in FLOORS:
         mine, other = times.get((case, "arcore")), times.get((case, peer))
         if mine is None or other is None:
@@ -364,7 +366,13 @@ def bench_speculative(benchmark, read_gbps, case, impl):
     benchmark.pedantic(run, rounds=31 if impl == "arcore" else 5, iterations=1, warmup_rounds=2)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(
-        op="speculative", case=case, impl=impl, ms=round(seconds * 1e3, 4), accepted=round(accepted, 3)
+        op="speculative",
+        case=case,
+        impl=impl,
+        direction="forward",
+        seconds=seconds,
+        accepted=round(accepted, 3),
+        dtype=str(d.target.dtype).removeprefix("torch."),
     )
     if impl == "arcore":
         size = rows_read(case, d, step) * VOCAB * d.target.element_size()

@@ -190,7 +190,14 @@ def bench_linear_logprobs(benchmark, name, impl):
     _check(impl, name)
     slow = impl == "linear_cross_entropy_auto"
     seconds = cpu_seconds(lambda: IMPLEMENTATIONS[impl](name), rounds=1 if slow else ROUNDS)
-    benchmark.extra_info.update(op="linear_logprobs", case=name, impl=impl, seconds=seconds)
+    benchmark.extra_info.update(
+        op="linear_logprobs",
+        case=name,
+        direction="forward+backward",
+        impl=impl,
+        seconds=seconds,
+        dtype=str(CASES[name].dtype).removeprefix("torch."),
+    )
     if impl != "matmuls":
         benchmark.extra_info["peak_bytes"] = _peak_in_subprocess(name, impl)
     benchmark.group = f"linear_logprobs {name}"

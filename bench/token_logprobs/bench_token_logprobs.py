@@ -145,12 +145,12 @@ def _peak_in_subprocess(name: str, entropy: bool) -> int:
 
 def floors_report(records: list[dict]) -> list[str]:
     own = [r for r in records if r.get("op") == "token_logprobs"]
-    times = {(r["case"], r["direction"], r["entropy"], r["impl"]): r["seconds"] for r in own}
+    times = {(r["logits"], r["direction"], r["entropy"], r["impl"]): r["seconds"] for r in own}
     lines = []
     for r in own:
         if r["impl"] != "arcore":
             continue
-        key = (r["case"], r["direction"], r["entropy"])
+        key = (r["logits"], r["direction"], r["entropy"])
         peers = {
             i: times[(*key, i)] / r["seconds"]
             for i in IMPLEMENTATIONS
@@ -159,16 +159,16 @@ def floors_report(records: list[dict]) -> list[str]:
         judged = r["direction"] == "forward+backward" and r["entropy"] and "eager" in peers
         verdict = ("ok   " if peers["eager"] >= LEAST_SPEEDUP else "BELOW") if judged else "     "
         lines.append(
-            f"{verdict} {r['case']} {'logp+entropy' if r['entropy'] else 'logp'} {r['direction']}: "
+            f"{verdict} {r['logits']} {'logp+entropy' if r['entropy'] else 'logp'} {r['direction']}: "
             f"{r['seconds'] * 1e3:.2f} ms, {r['bandwidth']:.1f} GB/s = {r['bandwidth_fraction']:.0%} of a copy's; "
             + ", ".join(f"{ratio:.1f} x {peer}" for peer, ratio in peers.items())
             + (f" (floor {LEAST_SPEEDUP:g})" if judged else "")
         )
         if "peak_bytes" in r:
-            share = r["peak_bytes"] / CASES[r["case"]].bytes
+            share = r["peak_bytes"] / CASES[r["logits"]].bytes
             verdict = "ok   " if abs(share - 1) <= MEMORY_MARGIN else "BELOW"
             lines.append(
-                f"{verdict} {r['case']}: memory beyond the logits {share:.4f} x their gradient, "
+                f"{verdict} {r['logits']}: memory beyond the logits {share:.4f} x their gradient, "
                 f"floor 1 +- {MEMORY_MARGIN:g}"
             )
     return lines
@@ -203,7 +203,8 @@ def bench_token_logprobs(benchmark, name, direction, entropy, impl):
     moved = case.bytes * (1 if direction == "forward" else 3)
     copied = 2 * case.bytes / _copy_seconds(case)
     benchmark.extra_info.update(
-        op="token_logprobs", case=name, direction=direction, entropy=entropy, impl=impl, seconds=seconds,
+        op="token_logprobs", case=f"{name}_entropy" if entropy else name, logits=name, direction=direction,
+        dtype=str(case.dtype).removeprefix("torch."), entropy=entropy, impl=impl, seconds=seconds,
         bandwidth=moved / seconds / 1e9, bandwidth_fraction=moved / seconds / copied,
     )  # fmt: skip
     if impl == "arcore" and direction == "forward+backward":

@@ -96,8 +96,8 @@ class MambaLayer(nn.Module):
     ops=("selective_scan",),
     summary="Language model on selective state spaces, with a state of constant size.",
     check=Check(
-        "tests/models/test_mamba.py::test_claim_constant_state_continues_any_text",
-        "A prefix of any length leaves a state of one size from which single steps give the logits of one long pass.",
+        "tests/models/test_mamba_selection.py::test_claim_selection_copies_what_a_time_invariant_model_cannot",
+        "Selection copies marked tokens out of noise; the same model with time-invariant parameters does not.",
     ),
 )
 class Mamba(nn.Module):
