@@ -84,6 +84,12 @@ def test_mask_type():
         block_sparse_attention(q, k, v, torch.ones(N, N, dtype=torch.bool))
 
 
+def test_not_a_tensor():
+    q, k, v = tensors()
+    with pytest.raises(TypeError, match=r"expected k to be a tensor but got ndarray"):
+        block_sparse_attention(q, k.numpy(), v, masks.causal(N))
+
+
 def test_dtypes():
     q, k, v = tensors()
     with pytest.raises(TypeError, match=r"one dtype but got float32, bfloat16 and float32"):

@@ -23,7 +23,7 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize(
     "options",
     [
-        {"length": 20, "heads": 2, "groups": 1},
+        pytest.param({"length": 20, "heads": 2, "groups": 1}, marks=pytest.mark.slow),
         {"initial": True, "reverse": True, "skip": None, "gate": False, "bias": False},
         {"lengths": [3, 70], "initial": True},
         {"ids": torch.zeros(2, 70, dtype=torch.int32)},

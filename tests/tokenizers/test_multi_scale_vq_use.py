@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -143,6 +144,19 @@ def test_bad_steps():
             tokenizer.add_scale(k, codes, latent)
     with pytest.raises(ValueError, match=r"expected k from 0 to 2, .* but got 3"):
         tokenizer.next_input(3, latent)
+    with pytest.raises(
+        ValueError, match=rf"codes of scale 1 from 0 to {tokenizer.vocab_size - 1} but got -1"
+    ):
+        tokenizer.add_scale(1, codes - codes - 1, latent)
+    with pytest.raises(TypeError, match="codes of scale 1 of dtype int64 but got float32"):
+        tokenizer.add_scale(1, codes.float(), latent)
+    for use in (
+        tokenizer.decode_latent,
+        partial(tokenizer.next_input, 0),
+        partial(tokenizer.add_scale, 1, codes),
+    ):
+        with pytest.raises(ValueError, match=r"expected a latent of shape \[B, 5, 6, 6\] but got"):
+            use(latent[:, :2])
 
 
 def test_bad_beta():

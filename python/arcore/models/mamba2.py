@@ -13,14 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from arcore.models.mamba import (
-    Mamba,
-    StateSpaceConfig,
-    no_more,
-    original_config,
-    original_layers,
-    transformers_config,
-)
+from arcore.models._mamba_configs import no_more, original_config, original_layers, transformers_config
+from arcore.models.mamba import Mamba, StateSpaceConfig
 from arcore.nn import Mamba2Mixer
 from arcore.nn.registry import Check, preset, register
 

@@ -142,6 +142,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | N
             "build one with arcore.masks (causal, next_scale, from_bool, ...)"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor but got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{op}: expected {name} of shape [B, H, N, D] but got {tuple(x.shape)}")
     batch, heads, nq, dim = q.shape

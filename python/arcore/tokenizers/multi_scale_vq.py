@@ -391,27 +391,31 @@ class MultiScaleVQ(nn.Module):
         """f_hat `[B, C, p_K, p_K]` after scale k with codes `[B, p_k^2]`.
 
         Raises:
-            ValueError: there is no scale k, or the shape of the codes is not that of B images at scale k.
+            TypeError: the codes are not int64.
+            ValueError: there is no scale k, a shape is not that of B images, or a code is out of range.
         """
         self._check_scale(k, len(self.patch_nums))
-        expected = (len(latent), self.patch_nums[k] ** 2)
-        if tuple(indices.shape) != expected:
-            raise ValueError(
-                f"expected codes of scale {k} of shape {expected} but got {tuple(indices.shape)}"
-            )
+        self._check_latent(latent)
+        self._check_codes(k, indices, len(latent))
         return latent + self.quantize.code_map(k, indices)
 
     def next_input(self, k: int, latent: Tensor) -> Tensor:
         """f_hat shrunk to scale k + 1, `[B, p_{k+1}^2, C]`.
 
         Raises:
-            ValueError: no scale follows scale k.
+            ValueError: no scale follows scale k, or the latent has another shape.
         """
         self._check_scale(k, len(self.patch_nums) - 1)
+        self._check_latent(latent)
         return self.quantize.shrink(k + 1, latent)
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Images of f_hat, clamped to [-1, 1]; f_hat of a few scales gives a blurred image."""
+        """Images of f_hat, clamped to [-1, 1]; f_hat of a few scales gives a blurred image.
+
+        Raises:
+            ValueError: the latent is not `[B, C, p_K, p_K]`.
+        """
+        self._check_latent(latent)
         out: Tensor = self.decoder(self.post_quant_conv(latent))
         return out.clamp(-1, 1)
 
@@ -433,6 +437,19 @@ class MultiScaleVQ(nn.Module):
                 f"expected k from 0 to {stop - 1}, for patch_nums={self.patch_nums}, but got {k}"
             )
 
+    def _check_latent(self, latent: Tensor) -> None:
+        side = self.patch_nums[-1]
+        if latent.dim() != 4 or latent.shape[1:] != (self.z_channels, side, side):
+            raise ValueError(
+                f"expected a latent of shape [B, {self.z_channels}, {side}, {side}] but got {tuple(latent.shape)}"
+            )
+
+    def _check_codes(self, k: int, codes: Tensor, batch: int) -> None:
+        expected = (batch, self.patch_nums[k] ** 2)
+        if tuple(codes.shape) != expected:
+            raise ValueError(f"expected codes of scale {k} of shape {expected} but got {tuple(codes.shape)}")
+        check_ids(f"codes of scale {k}", codes, self.vocab_size)
+
     def _checked(self, indices: Sequence[Tensor], least: int | None = None) -> Sequence[Tensor]:
         count = len(self.patch_nums)
         if not (count if least is None else least) <= len(indices) <= count:
@@ -440,12 +457,7 @@ class MultiScaleVQ(nn.Module):
                 f"expected codes of {count} scales, for patch_nums={self.patch_nums}, but got {len(indices)}"
             )
         for k, codes in enumerate(indices):
-            expected = (len(indices[0]), self.patch_nums[k] ** 2)
-            if tuple(codes.shape) != expected:
-                raise ValueError(
-                    f"expected codes of scale {k} of shape {expected} but got {tuple(codes.shape)}"
-                )
-            check_ids(f"codes of scale {k}", codes, self.vocab_size)
+            self._check_codes(k, codes, len(indices[0]))
         return indices
 
 
