@@ -193,7 +193,6 @@ def _parameters() -> list:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize(("name", "direction", "entropy", "impl"), _parameters())
 def bench_token_logprobs(benchmark, name, direction, entropy, impl):
     case = CASES[name]

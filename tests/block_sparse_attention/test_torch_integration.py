@@ -45,7 +45,6 @@ class Layer(torch.nn.Module):
         return out.transpose(1, 2).flatten(2), lse
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     torch.manual_seed(0)

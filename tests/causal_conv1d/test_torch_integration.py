@@ -67,7 +67,6 @@ class Layer(torch.nn.Module):
         return causal_conv1d(inner, self.weight, self.bias, None, state, True, None, "silu")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     torch.manual_seed(0)

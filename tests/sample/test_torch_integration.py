@@ -47,7 +47,6 @@ def step(logits, uncond, seed, offset, top_p):
     return drawn.tokens, again, filter_probs(logits, mask=drawn.kept)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     compiled = torch.compile(step, fullgraph=True, backend=backend)

@@ -53,7 +53,6 @@ def _inputs(batch=4):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 def test_compile_by_inductor():
     inputs = _inputs()
     compiled = torch.compile(_everything, fullgraph=True)

@@ -66,7 +66,6 @@ class Layer(torch.nn.Module):
         )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_fullgraph(backend):
     torch.manual_seed(0)

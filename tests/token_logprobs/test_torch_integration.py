@@ -85,7 +85,6 @@ class Score(torch.nn.Module):
         return out.logp, out.entropy
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_compile_fullgraph(backend, fused):
