@@ -17,6 +17,7 @@ from arcore.schedules import (
     pyramid_levels,
     sliding_windows,
     table_times,
+    trapezoid_levels,
 )
 
 
@@ -110,6 +111,26 @@ def test_identities_of_the_pyramid(steps):
         falls = -levels.diff(dim=0)
         assert set(falls.unique().tolist()) <= {0, 1}
         assert (levels.diff(dim=1) >= 0).all()
+        released = [
+            [min(max(steps + int(frame * slope) - row, 0), steps) for frame in range(frames)]
+            for row in range(steps + int((frames - 1) * slope) + 1)
+        ]
+        assert levels.tolist() == released
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6])
+@pytest.mark.parametrize("slope", [0, 0.4, 1, 3.5])
+def test_a_trapezoid_goes_from_both_ends_inwards(frames, slope):
+    steps = 4
+    levels = trapezoid_levels(frames, steps, slope)
+    assert torch.equal(levels, levels.flip(1))
+    assert (levels[0] == steps).all()
+    assert (levels[-1] == 0).all()
+    assert (levels[-2] != 0).any()
+    behind = [int(min(frame, frames - 1 - frame) * slope) for frame in range(frames)]
+    for frame, delay in enumerate(behind):
+        assert levels[delay:, frame].tolist() == [max(steps - m, 0) for m in range(len(levels) - delay)]
+        assert (levels[:delay, frame] == steps).all()
         assert levels[0].tolist() == [steps] * frames
         assert not levels[-1].any()
 

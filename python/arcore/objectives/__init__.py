@@ -1,6 +1,7 @@
 """Training objectives: pure functions of logits or predictions."""
 
 from arcore.objectives.diffusion import diffusion_loss, variance_bound
+from arcore.objectives.fused_snr import fused_snr_weights, min_snr_weights
 from arcore.objectives.masked_autoregressive import diffusion_head_loss, draw_visible
 from arcore.objectives.next_cluster import NextClusterLoss, next_cluster_loss, next_cluster_targets
 from arcore.objectives.next_scale import next_scale_loss
@@ -10,6 +11,8 @@ __all__ = [
     "diffusion_head_loss",
     "diffusion_loss",
     "draw_visible",
+    "fused_snr_weights",
+    "min_snr_weights",
     "next_cluster_loss",
     "next_cluster_targets",
     "next_scale_loss",

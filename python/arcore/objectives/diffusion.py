@@ -19,6 +19,7 @@ def diffusion_loss(
     schedule: NoiseSchedule,
     *,
     prediction: Prediction = "eps",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of what a network predicts (DDPM, arXiv:2006.11239, equation 14).
 
@@ -28,6 +29,7 @@ def diffusion_loss(
         t: one time per entry of leading axes.
         schedule: of the noise.
         prediction: what the network predicts.
+        weight: factor on the squared error, one per entry of leading axes; None is 1.
 
     Returns:
         Scalar, float32.
@@ -40,7 +42,10 @@ def diffusion_loss(
             f"expected output, data and noise of one shape but got {tuple(output.shape)}, {tuple(clean.shape)} and "
             f"{tuple(eps.shape)}"
         )
-    return mse_loss(output.float(), target(prediction, clean, eps, t, schedule).float())
+    wanted = target(prediction, clean, eps, t, schedule).float()
+    if weight is None:
+        return mse_loss(output.float(), wanted)
+    return (broadcast_time(weight, output) * (output.float() - wanted).square()).mean()
 
 
 def variance_bound(

@@ -11,6 +11,7 @@ from arcore.schedules.asynchronous import (
     pyramid_levels,
     sliding_windows,
     table_times,
+    trapezoid_levels,
 )
 from arcore.schedules.noise import FlowSchedule, NoiseSchedule, VPSchedule, add_noise, broadcast_time
 from arcore.schedules.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
@@ -39,4 +40,5 @@ __all__ = [
     "target",
     "to_eps",
     "to_x0",
+    "trapezoid_levels",
 ]

@@ -137,6 +137,28 @@ def pyramid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     return (steps + behind - torch.arange(height)[:, None]).clamp(0, steps)
 
 
+def trapezoid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
+    """Diffusion Forcing's trapezoid: from both ends inwards, for sequences whose first and last frames are likeliest.
+
+    Frame i is floor(min(i, F - 1 - i) * uncertainty) levels behind the ends. (The released table leaves a frame of an
+    even number of them as noise that counts as clean, gives the last frame a delay, and for small uncertainties stops
+    before the end.)
+
+    Args:
+        frames: F.
+        steps: S of each frame.
+        uncertainty: levels that a frame adds; 0 denoises all together.
+
+    Returns:
+        int64 `[S + floor(floor((F - 1) / 2) * uncertainty) + 1, F]`.
+
+    Raises:
+        ValueError: a count is below 1, or `uncertainty` is negative.
+    """
+    half = pyramid_levels((frames + 1) // 2, steps, uncertainty)
+    return torch.cat([half, half[:, : frames // 2].flip(1)], dim=1)
+
+
 class Windows(NamedTuple):
     """The frames of a long video that take part in each iteration: those from `low` up to `high`, int64 `[M - 1]`."""
 
