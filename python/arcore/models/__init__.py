@@ -18,6 +18,7 @@ from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_con
 
 if TYPE_CHECKING:
     from arcore.models.acdit import ACDiT, ACDiTConfig
+    from arcore.models.ar_diffusion import ARDiffusion, ARDiffusionConfig
     from arcore.models.dit import DiT, DiTConfig
     from arcore.models.mamba import Mamba, MambaConfig, MambaLayer, StateSpaceConfig
     from arcore.models.mamba2 import Mamba2, Mamba2Config
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "acdit": ("ACDiT", "ACDiTConfig"),
+    "ar_diffusion": ("ARDiffusion", "ARDiffusionConfig"),
     "dit": ("DiT", "DiTConfig"),
     "mamba": ("Mamba", "MambaConfig", "MambaLayer", "StateSpaceConfig"),
     "mamba2": ("Mamba2", "Mamba2Config"),
@@ -42,6 +44,8 @@ __all__ = [
     "VAR",
     "ACDiT",
     "ACDiTConfig",
+    "ARDiffusion",
+    "ARDiffusionConfig",
     "DiT",
     "DiTConfig",
     "FourDirectionMixer",

@@ -20,6 +20,7 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 # Sorted. A preset's name starts with its system's, so that one lookup imports one file.
 _MODULES = {
     "acdit": "arcore.models.acdit",
+    "ar_diffusion": "arcore.models.ar_diffusion",
     "dit": "arcore.models.dit",
     "mamba": "arcore.models.mamba",
     "mamba2": "arcore.models.mamba2",

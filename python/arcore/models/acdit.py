@@ -183,7 +183,7 @@ class ACDiT(nn.Module):
         rope = self.rope.to(x.device)
         length = self.config.block_size
         both = torch.cat([torch.arange(context * length), torch.arange(blocks * length)]).to(x.device)
-        x = self._transform(x, cond, self.mask.to(x.device), rope.rows(both), passive=context)
+        x = self._transform(x, cond, self.mask.to(x.device), rope.rows(both), passive=context * length)
         out = self.head(x[:, context * length :], cond)
         return out.unflatten(1, (blocks, length))
 

@@ -7,12 +7,25 @@ from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.diffusion_head import DiffusionHead
 from arcore.nn.dit import DiTAttention, DiTBlock, DiTHead, TimestepEmbedding, init_dit, modulate
-from arcore.nn.embed import ClassEmbedding, LevelEmbedding, sincos_positions
+from arcore.nn.embed import (
+    ClassEmbedding,
+    ContextEmbedding,
+    LevelEmbedding,
+    sincos_positions,
+    sincos_sequence,
+)
 from arcore.nn.linear import Linear, linear
 from arcore.nn.mlp import MLP, SwiGLU
 from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
-from arcore.nn.protocols import BlockModel, MaskedModel, ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.protocols import (
+    BlockModel,
+    FrameModel,
+    MaskedModel,
+    ScaleModel,
+    ScaleTokenizer,
+    TokenModel,
+)
 from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
@@ -25,6 +38,7 @@ __all__ = [
     "Cache",
     "CausalConv1d",
     "ClassEmbedding",
+    "ContextEmbedding",
     "ConvDecoder",
     "ConvEncoder",
     "CrossAttention",
@@ -33,6 +47,7 @@ __all__ = [
     "DiTHead",
     "DiffusionHead",
     "DropPath",
+    "FrameModel",
     "GatedRMSNorm",
     "KVCache",
     "KVSnapshot",
@@ -63,4 +78,5 @@ __all__ = [
     "modulated_norm",
     "rope_table",
     "sincos_positions",
+    "sincos_sequence",
 ]

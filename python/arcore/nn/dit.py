@@ -1,7 +1,7 @@
 """Parts of diffusion transformers: blocks whose layer norms are modulated per group of tokens (DiT, arXiv:2212.09748).
 
 Tokens come in groups of one size, each with its own condition: an image is one group, in a video each frame may have
-its own time. Leading groups may be *passive*: context that passes the same weights without shift, scale or gate.
+its own time. Leading tokens may be *passive*: context that passes the same weights without shift, scale or gate.
 """
 
 from __future__ import annotations
@@ -50,19 +50,25 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, skip: int = 0) -> Tensor:
     """`x * (1 + scale) + shift`, group by group.
 
     Args:
-        x: `[B, G * n, C]`.
+        x: `[B, skip + G * n, C]`.
         shift, scale: `[B, G, 1, C]`.
+        skip: leading tokens that stay as they are.
     """
+    if skip:
+        return torch.cat([x[:, :skip], modulate(x[:, skip:], shift, scale)], dim=1)
     groups = x.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift.to(x.dtype), groups, 1 + scale.to(x.dtype)).flatten(1, 2)
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """`x + gate * branch`, group by group; shapes as for `modulate`."""
+def gated(x: Tensor, gate: Tensor, branch: Tensor, skip: int = 0) -> Tensor:
+    """`x + gate * branch`, group by group, with gate 1 for leading tokens; shapes as for `modulate`."""
+    if skip:
+        first = x[:, :skip] + branch[:, :skip]
+        return torch.cat([first, gated(x[:, skip:], gate, branch[:, skip:])], dim=1)
     shape = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, shape), gate.to(x.dtype), branch.unflatten(1, shape)).flatten(1, 2)
 
@@ -135,6 +141,9 @@ class DiTBlock(nn.Module):
         hidden_dim: width of the MLP's hidden layer.
         norm: `"layer"` without weights, or `"rms"` with a learned scale.
         qk_norm: see `DiTAttention`.
+        residual_from_normed: add each branch to the normed tokens instead of to the tokens,
+            `x = norm1(x) + gate1 * Attn(norm1(x) (1 + scale1) + shift1)`, and so for the MLP. The released code of
+            AR-Diffusion does; the residual stream then starts anew in every branch.
     """
 
     def __init__(
@@ -145,8 +154,10 @@ class DiTBlock(nn.Module):
         *,
         norm: Literal["layer", "rms"] = "layer",
         qk_norm: bool = False,
+        residual_from_normed: bool = False,
     ) -> None:
         super().__init__()
+        self.residual_from_normed = residual_from_normed
         self.norm1, self.norm2 = _norm(norm, dim), _norm(norm, dim)
         self.attn = DiTAttention(dim, num_heads, qk_norm=qk_norm)
         self.mlp = MLP(dim, hidden_dim)
@@ -167,29 +178,38 @@ class DiTBlock(nn.Module):
         """Apply the block.
 
         Args:
-            x: `[B, (passive + G) * n, C]`, in groups of n tokens.
+            x: `[B, passive + G * n, C]`, in groups of n tokens.
             cond: `[B, G, C]`; None when all tokens are passive.
             mask, rope, cache, layer, commit: see `DiTAttention.forward`.
-            passive: leading groups without modulation.
+            passive: leading tokens without modulation.
 
         Returns:
             Like x.
         """
         if cond is None:
-            x = x + self.attn(self.norm1(x), mask, rope, cache, layer, commit)
-            out: Tensor = x + self.mlp(self.norm2(x))
+            normed = self.norm1(x)
+            attended = self.attn(normed, mask, rope, cache, layer, commit)
+            x = (normed if self.residual_from_normed else x) + attended
+            normed = self.norm2(x)
+            out: Tensor = (normed if self.residual_from_normed else x) + self.mlp(normed)
             return out
         vectors = self.modulation(cond)  # each [B, G, 1, C]
-        if passive:
-            # Shift and scale 0 and gate 1 do nothing.
+        groups, rest = divmod(passive, (x.shape[1] - passive) // cond.shape[1])
+        if rest == 0:
+            # Whole groups of passive tokens get vectors that do nothing, shift and scale 0 and gate 1: no token is
+            # copied to be left out.
             vectors = tuple(
-                F.pad(part, (0, 0, 0, 0, passive, 0), value=float(place % 3 == 2))
+                F.pad(part, (0, 0, 0, 0, groups, 0), value=float(place % 3 == 2)) if groups else part
                 for place, part in enumerate(vectors)
             )
+        skip = passive if rest else 0
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), mask, rope, cache, layer, commit)
-        x = gated(x, gate1, attended)
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        normed = self.norm1(x)
+        attended = self.attn(modulate(normed, shift1, scale1, skip), mask, rope, cache, layer, commit)
+        x = gated(normed if self.residual_from_normed else x, gate1, attended, skip)
+        normed = self.norm2(x)
+        fed = self.mlp(modulate(normed, shift2, scale2, skip))
+        return gated(normed if self.residual_from_normed else x, gate2, fed, skip)
 
 
 class DiTHead(nn.Module):

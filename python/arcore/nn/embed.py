@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,57 @@ class ClassEmbedding(nn.Module):
         return nn.functional.embedding(labels, self.weight)
 
 
+NullContext = Literal["learned", "zero", "first"]
+
+
+class ContextEmbedding(nn.Module):
+    """Each class as several learned tokens, for models that read their condition as context.
+
+    Args:
+        num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
+        tokens: of a class.
+        dim: width C.
+        null: tokens of the null class: `"learned"` like those of a class; `"zero"`; or `"first"`, those of class 0 (as
+            in the released code of AR-Diffusion), so that class 0 is no class of its own. The label `num_classes` then
+            has tokens too, but is no null class.
+        drop: probability that a label becomes the null class while training.
+
+    Attributes:
+        null_class: the label of the null class.
+
+    Raises:
+        ValueError: a count is below 1, `null` is unknown, or `drop` is no probability.
+    """
+
+    def __init__(
+        self, num_classes: int, tokens: int, dim: int, *, null: NullContext = "learned", drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        if min(num_classes, tokens, dim) < 1 or not 0.0 <= drop <= 1.0:
+            raise ValueError(
+                "arcore.nn.ContextEmbedding: expected at least one class, token and channel and 0 <= drop <= 1 but got "
+                f"num_classes={num_classes}, tokens={tokens}, dim={dim} and drop={drop}"
+            )
+        if null not in ("learned", "zero", "first"):
+            raise ValueError(
+                f"arcore.nn.ContextEmbedding: expected null to be learned, zero or first but got {null!r}"
+            )
+        self.num_classes, self.null, self.drop = num_classes, null, drop
+        self.null_class = 0 if null == "first" else num_classes
+        self.weight = nn.Parameter(0.1 * torch.randn(num_classes + (null != "zero"), tokens, dim))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Int64 labels `[B]` in [0, num_classes] to `[B, tokens, C]`; errors are those of `ClassEmbedding`."""
+        if labels.dim() != 1:
+            raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+        check_ids("class ids", labels, self.num_classes + 1, f" ({self.null_class} means no class)")
+        if self.training and self.drop > 0.0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.drop
+            labels = torch.where(dropped, self.null_class, labels)
+        table = nn.functional.pad(self.weight, (0, 0, 0, 0, 0, 1)) if self.null == "zero" else self.weight
+        return table[labels]
+
+
 class LevelEmbedding(nn.Module):
     """One learned vector per segment of the sequence, e.g. per scale.
 
@@ -65,6 +117,27 @@ class LevelEmbedding(nn.Module):
         """Vectors of all tokens, `[1, N, C]`."""
         rows = [row.expand(size, -1) for row, size in zip(self.weight, self.sizes, strict=True)]
         return torch.cat(rows).unsqueeze(0)
+
+
+def sincos_sequence(length: int, dim: int, base: float = 10000.0) -> Tensor:
+    """Fixed sine-cosine positions of a sequence, the sines first; computed in float64 on the CPU.
+
+    Args:
+        length: tokens.
+        dim: width C, even.
+        base: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        float32 `[1, length, C]`.
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"expected dim to be a multiple of 2 but got {dim}")
+    rates = base ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float().unsqueeze(0)
 
 
 def sincos_positions(side: int, dim: int, base: float = 10000.0) -> Tensor:
@@ -86,9 +159,6 @@ def sincos_positions(side: int, dim: int, base: float = 10000.0) -> Tensor:
     """
     if dim < 4 or dim % 4:
         raise ValueError(f"expected dim to be a multiple of 4 but got {dim}")
-    rates = base ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * rates  # [side, C / 4]
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, C / 2]
-    columns = waves.expand(side, side, -1)
+    columns = sincos_sequence(side, dim // 2, base).expand(side, side, -1)
     table = torch.cat([columns, columns.transpose(0, 1)], dim=-1)
-    return table.reshape(1, side * side, dim).float()
+    return table.reshape(1, side * side, dim)

@@ -137,6 +137,74 @@ class BlockModel(Protocol):
 
 
 @runtime_checkable
+class FrameModel(Protocol):
+    """Denoises the frames of a video, each at a time of its own.
+
+    Attributes:
+        num_frames: frames F that it takes at once.
+        frame_shape: shape S of a frame's values, e.g. (tokens, channels).
+        null_class: the label that stands for no class, in guidance.
+        schedule: of the noise.
+        prediction: what it returns, see `arcore.schedules`.
+        cacheable: no frame influences an earlier one, nor the context: what is clean stays as it is and may lie in a
+            cache. `make_cache`, `start` and `denoise` are for such models only.
+    """
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def null_class(self) -> int: ...
+
+    @property
+    def schedule(self) -> Any: ...
+
+    @property
+    def prediction(self) -> Any: ...
+
+    @property
+    def cacheable(self) -> bool: ...
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """What the network predicts of all frames.
+
+        Args:
+            x: `[B, F, *S]`.
+            t: times `[B, F]`.
+            labels: int64 `[B]`.
+
+        Returns:
+            float32 `[B, F, *S]`.
+        """
+        ...
+
+    def make_cache(self, batch: int) -> KVCache:
+        """An empty cache with room for the context and all frames of `batch` rows."""
+        ...
+
+    def start(self, labels: Tensor, cache: KVCache) -> None:
+        """Put the context of the labels `[B]` into an empty cache."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, cache: KVCache, keep: int = 0) -> Tensor:
+        """What the network predicts of the G frames after those in the cache.
+
+        Args:
+            x: `[B, G, *S]`.
+            t: times `[B, G]`.
+            cache: from `make_cache(B)`, started.
+            keep: leading frames of x that are added to the cache, at the times given here.
+
+        Returns:
+            float32 `[B, G, *S]`.
+        """
+        ...
+
+
+@runtime_checkable
 class MaskedModel(Protocol):
     """Gives every place of a sequence of continuous tokens a vector, from the tokens that are visible.
 

@@ -1,0 +1,243 @@
+"""Generation of videos, each frame at a time of its own (AR-Diffusion, arXiv:2503.07418, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from arcore.decoding._evaluating import evaluating
+from arcore.decoding.draws import RowNormals, row_seeds
+from arcore.nn.protocols import FrameModel
+from arcore.schedules import DDIM, Solver, adaptive_levels, sliding_windows
+
+
+def generate_frames(
+    model: FrameModel,
+    labels: Tensor,
+    *,
+    lag: int | None = None,
+    frames: int | None = None,
+    levels: Tensor | None = None,
+    solver: Solver | None = None,
+    times: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    context: Tensor | None = None,
+    official_quirks: bool = False,
+    seed: int | Sequence[int] = 0,
+) -> Tensor:
+    """Draw videos.
+
+    Every frame starts as noise and goes through the same S steps, each frame `lag` iterations after the one before: S
+    + (F - 1) * lag iterations in all. Frames that wait or are finished stay as they are, bit for bit.
+
+    Where the model is `cacheable` and takes all frames at once, only frames that have begun and are not finished are
+    computed, and those that are finished lie in a cache. Otherwise every iteration computes all frames that the model
+    takes. A longer video slides a window over the frames, which moves their positions, so nothing is cached.
+
+    The model is put into evaluation mode for the time of the call.
+
+    Args:
+        model: the model.
+        labels: int64 `[B]`, on the model's device.
+        lag: iterations from the start of a frame to that of the next: 0 denoises all frames together, S one after the
+            other. Default a tenth of S.
+        frames: of the videos, the context's included; default `model.num_frames`. With more, `lag` must be at least
+            S / `model.num_frames`.
+        levels: table `[M, frames]` in place of `lag`, as `arcore.schedules` makes them: S before a frame starts, 0 when
+            it is finished.
+        solver: for the model's schedule and prediction; default `DDIM`.
+        times: decreasing times `[S + 1]`, the last one clean, for example from `model.schedule.grid`; default 50 steps
+            (all of the schedule's where it has fewer) with spacing "linspace".
+        cfg_scale: weight w of the conditional prediction c, u + w (c - u) with the unconditional u; 1 leaves the
+            unconditional rows out.
+        context: clean first frames `[B, K, *S]` to continue, K < `frames`.
+        official_quirks: do what the released sampler does: by default times k * (T // S) + 1, k = S - 1..0, and then
+            0, so that a trace of noise stays; frames that wait are shown to the network as at time T - 1 and finished
+            ones as at the last but one of the times; and finished frames are stepped once more in every iteration,
+            which multiplies them by about 1.00002. Nothing is cached.
+        seed: one number, or one per row. A row's draws depend on its own seed alone, never on the rest of the batch.
+
+    Returns:
+        float32 `[B, frames, *S]`, frames of shape S, context included.
+
+    Raises:
+        TypeError: labels, times or levels have a wrong dtype.
+        ValueError: shapes do not fit, times leave the schedule or do not decrease to clean, levels are no way from S to
+            0, a frame would leave the window before it is finished, or guidance is negative.
+    """
+    options = (model, labels, lag, frames, levels, solver, times, cfg_scale, context, official_quirks, seed)
+    *_, (videos, _) = _iterations(*options)
+    return videos
+
+
+def stream_frames(
+    model: FrameModel,
+    labels: Tensor,
+    *,
+    lag: int | None = None,
+    frames: int | None = None,
+    levels: Tensor | None = None,
+    solver: Solver | None = None,
+    times: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    context: Tensor | None = None,
+    seed: int | Sequence[int] = 0,
+) -> Iterator[Tensor]:
+    """Yield the new frames of `generate_frames`, float32 `[B, *S]`, as soon as each is finished; arguments as there."""
+    known = 0 if context is None else context.shape[1]
+    options = (model, labels, lag, frames, levels, solver, times, cfg_scale, context, False, seed)
+    for videos, finished in _iterations(*options):
+        for frame in range(known, finished):
+            yield videos[:, frame]
+        known = max(known, finished)
+
+
+@torch.no_grad()
+def _iterations(
+    model: FrameModel,
+    labels: Tensor,
+    lag: int | None,
+    frames: int | None,
+    levels: Tensor | None,
+    solver: Solver | None,
+    times: Tensor | None,
+    cfg_scale: float,
+    context: Tensor | None,
+    official_quirks: bool,
+    seed: int | Sequence[int],
+) -> Iterator[tuple[Tensor, int]]:
+    """The videos after each iteration, and how many of their first frames are finished."""
+    batch, device = len(labels), labels.device
+    solver = solver or DDIM(model.schedule, model.prediction)
+    if times is None:
+        times = _default_times(model, official_quirks)
+    known = 0 if context is None else context.shape[1]
+    total = model.num_frames if frames is None else frames
+    _check(model, labels, times, cfg_scale, context, total, official_quirks)
+    steps = len(times) - 1
+    if levels is None:
+        own = adaptive_levels(total - known, steps, steps // 10 if lag is None else lag)
+        levels = torch.cat([own.new_zeros(len(own), known), own], dim=1)
+    elif lag is not None:
+        raise ValueError("expected lag or levels but got both")
+    levels, times = levels.cpu(), times.cpu()
+    _check_levels(levels, steps, total, known)
+    windows = sliding_windows(levels, model.num_frames)
+    cached = model.cacheable and total == model.num_frames and not official_quirks
+    guided = cfg_scale != 1.0
+    rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+    dtype = next(iter(model.parameters())).dtype if isinstance(model, torch.nn.Module) else torch.float32
+    normals = RowNormals(row_seeds(seed, batch))
+    x, history = normals.draw(total, *model.frame_shape, device=device), None
+    if context is not None:
+        x[:, :known] = context
+    place = torch.arange(total)
+    with evaluating(model):
+        cache = model.make_cache(len(rows)) if cached else None
+        stored = 0
+        if cache is not None:
+            model.start(rows, cache)
+        for iteration, (level, target) in enumerate(pairwise(levels)):
+            moving = level != target
+            if not moving.any():
+                continue
+            low, high = int(windows.low[iteration]), int(windows.high[iteration])
+            finished = _leading(level == 0)
+            if cache is not None:
+                # What has not begun influences nothing.
+                low, high = stored, int(moving.nonzero().max()) + 1
+            now, then = times[steps - level].to(device), times[steps - target].to(device)
+            shown = now
+            if official_quirks:
+                waits = ((level == steps) & ~moving).to(device)
+                again = ((level == 0) & (place >= low) & (place < high)).to(device)
+                now = torch.where(again, int(times[-2]), now)
+                shown = torch.where(waits, model.schedule.num_steps - 1, now)
+            seen = x[:, low:high].to(dtype).repeat(1 + guided, *[1] * (x.dim() - 1))
+            t = shown[low:high].expand(len(rows), -1)
+            if cache is not None:
+                part = model.denoise(seen, t, cache, keep=finished - stored)
+                stored = finished
+            else:
+                part = model(seen, t, rows)
+            if guided:
+                conditional, unconditional = part.chunk(2)
+                part = unconditional + cfg_scale * (conditional - unconditional)
+            # A frame that does not move stands for its own prediction, should it be stepped all the same.
+            output = x.clone()
+            moves = moving[low:high].to(device).view(1, -1, *[1] * len(model.frame_shape))
+            output[:, low:high] = torch.where(moves, part, x[:, low:high])
+            noise = None
+            if solver.stochastic:
+                noise = normals.draw(total, *model.frame_shape, device=device)
+            x, history = solver.step(
+                output, x, now.expand(batch, -1), then.expand(batch, -1), history=history, noise=noise
+            )
+            yield x, _leading(target == 0)
+
+
+def _default_times(model: FrameModel, official_quirks: bool) -> Tensor:
+    steps = min(50, getattr(model.schedule, "num_steps", 50))
+    if not official_quirks:
+        times: Tensor = model.schedule.grid(steps, "linspace")
+        return times
+    times = model.schedule.grid(steps, "leading") + 1
+    if times[0] >= model.schedule.num_steps:
+        raise ValueError(
+            f"the released times leave a schedule of {model.schedule.num_steps} steps: pass times"
+        )
+    return times
+
+
+def _leading(flags: Tensor) -> int:
+    """How many entries are true before the first that is not."""
+    return int(flags.long().cumprod(0).sum())
+
+
+def _check(
+    model: FrameModel,
+    labels: Tensor,
+    times: Tensor,
+    cfg_scale: float,
+    context: Tensor | None,
+    frames: int,
+    official_quirks: bool,
+) -> None:
+    if labels.dim() != 1:
+        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+    if frames < model.num_frames:
+        raise ValueError(
+            f"expected at least {model.num_frames} frames, what the model takes at once, but got {frames}"
+        )
+    model.schedule.check_times("times", times)
+    if times.dim() != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
+        raise ValueError(f"expected times that decrease, at least two, but got {times.tolist()}")
+    if times[-1] != model.schedule.clean and not official_quirks:
+        raise ValueError(
+            f"expected times that end clean, at {model.schedule.clean:g}, but the last one is {times[-1].item():g}"
+        )
+    if not cfg_scale >= 0:
+        raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
+    if context is not None:
+        shape = (len(labels), *model.frame_shape)
+        if (context.shape[0], *context.shape[2:]) != shape or not context.shape[1] < frames:
+            raise ValueError(
+                f"expected context of shape {(shape[0], 'K', *shape[1:])} with fewer than {frames} frames "
+                f"but got {tuple(context.shape)}"
+            )
+
+
+def _check_levels(levels: Tensor, steps: int, frames: int, known: int) -> None:
+    if levels.dtype != torch.int64:
+        raise TypeError(f"expected levels of dtype int64 but got {levels.dtype}")
+    if levels.dim() != 2 or len(levels) < 2 or levels.shape[1] != frames:
+        raise ValueError(f"expected levels of shape ('M', {frames}) but got {tuple(levels.shape)}")
+    first = torch.tensor([0] * known + [steps] * (frames - known), device=levels.device)
+    if not torch.equal(levels[0], first) or bool(levels[-1].any()) or bool((levels.diff(dim=0) > 0).any()):
+        raise ValueError(
+            f"expected levels that start at {steps}, 0 for frames of the context, and fall to 0 but got "
+            f"{levels[0].tolist()} at first and {levels[-1].tolist()} at last"
+        )
