@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+from arcore.models import load_checkpoint, save_checkpoint
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("pytorch_lightning")
@@ -16,6 +19,7 @@ QUICK = ("--steps", 1, "--batch-size", 4, "--accelerator", "cpu")
 def runs(tmp_path_factory) -> Path:
     """Run folders of models that were trained for one step."""
     from arcore.cli import main
+    from arcore.training.checkpoint import find
 
     folder = tmp_path_factory.mktemp("runs")
     for preset, *options in (
@@ -23,9 +27,16 @@ def runs(tmp_path_factory) -> Path:
         ("dit_tiny",),
         ("mar_tiny",),
         ("acdit_video_tiny",),
+        ("ar_diffusion_tiny",),
     ):
         words = ("train", preset, *options, "--out", folder / preset, *QUICK)
         assert main([str(word) for word in words]) == 0
+    # After one step blocks are almost the identity and frames know nothing of each other.
+    path = find(folder / "ar_diffusion_tiny")
+    networks, meta = load_checkpoint(path)
+    for parameter in networks["model"].parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(path, networks, meta)
     return folder
 
 
@@ -45,8 +56,9 @@ def test_images(arcore, runs, tmp_path, preset, solver):
         assert picture.size == (3 * 68 + 4, 2 * 68 + 4)
 
 
-def test_videos(arcore, runs, tmp_path):
-    words = ("sample", "--checkpoint", runs / "acdit_video_tiny", "--class", 3, "-n", 2, "--steps", 2)
+@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny"])
+def test_videos(arcore, runs, tmp_path, preset):
+    words = ("sample", "--checkpoint", runs / preset, "--class", 3, "-n", 2, "--steps", 2)
     assert arcore(*words, "--out", tmp_path / "moving.gif").code == 0
     with Image.open(tmp_path / "moving.gif") as picture:
         assert picture.n_frames == 8
@@ -54,6 +66,22 @@ def test_videos(arcore, runs, tmp_path):
     assert arcore(*words, "--out", tmp_path / "still.png").code == 0
     with Image.open(tmp_path / "still.png") as picture:
         assert picture.size == (8 * 68 + 4, 2 * 68 + 4)
+
+
+def test_frames_one_after_the_other(arcore, fails, runs, tmp_path):
+    """The lag changes what is drawn; what a lag cannot be is said."""
+
+    def draw(solver: str, lag: int) -> bytes:
+        words = ("sample", "--checkpoint", runs / "ar_diffusion_tiny", "--class", 3, "-n", 1, "--steps", 3)
+        outcome = arcore(*words, "--solver", solver, "--lag", lag, "--out", tmp_path / "moving.gif")
+        assert outcome.code == 0, outcome.err
+        return (tmp_path / "moving.gif").read_bytes()
+
+    for solver in ("dpm", "ddpm"):
+        assert len({draw(solver, lag) for lag in (0, 1, 3)}) == 3
+    words = ("sample", "--class", 3, "--steps", 3, "--out", tmp_path / "other.gif", "--checkpoint")
+    assert "lag from 0 to steps=3 but got 4" in fails(*words, runs / "ar_diffusion_tiny", "--lag", 4)
+    assert "--lag does nothing for a model whose frames" in fails(*words, runs / "acdit_tiny", "--lag", 1)
 
 
 def test_train_says_how_to_draw(arcore, tmp_path):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arcore.data import load_digits
+from arcore.data import load_digits, load_moving_digits
 from arcore.models import create_model, load_checkpoint
 from arcore.training import TrainConfig
 from arcore.training.runs import train
-from arcore.training.zoo_tasks import BlockDiffusionTask, DiffusionTask, MaskedAutoregressiveTask
+from arcore.training.zoo_tasks import (
+    BlockDiffusionTask,
+    DiffusionTask,
+    FrameDiffusionTask,
+    MaskedAutoregressiveTask,
+)
 
 SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
 
@@ -36,6 +41,30 @@ def test_evaluation_draws_the_same_noise_and_training_does_not(kind, preset):
     assert losses[0] == losses[1]
     # At first the prediction is zero.
     assert losses[0] == pytest.approx(1, abs=0.25)
+
+
+def test_frames_are_trained_at_the_times_of_their_model():
+    """The error of clean frames, at times that never fall; at first the prediction is zero."""
+    model = create_model("ar_diffusion_tiny")
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    task = FrameDiffusionTask(TrainConfig(), {"model": model}, {})
+    videos, labels = load_moving_digits("test").images[:4], torch.arange(4)
+    loss, _ = task.loss(videos, labels)
+    torch.testing.assert_close(loss, videos.square().mean())
+    task.eval()
+    task.loss(videos, labels)
+    task.loss(videos, labels)
+    (_, first, _), (x, t, classes), (again, same, _) = seen
+    assert torch.equal(t, same)
+    assert torch.equal(x, again)
+    assert not torch.equal(t, first)
+    assert torch.equal(classes, labels)
+    assert t.shape == (4, 8)
+    assert (t.diff(dim=1) >= 0).all()
+    alpha, sigma = model.schedule.alpha_sigma(t)
+    noise = (x - alpha[..., None, None] * model.to_frames(videos)) / sigma[..., None, None]
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_learned_variance_is_trained_by_its_bound():
@@ -85,12 +114,18 @@ def test_block_size_and_resume(tmp_path):
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_models_of_videos_take_moving_digits(tmp_path):
-    out = run("acdit_video_tiny", tmp_path / "run", settings=SETTINGS | {"steps": 1})
+@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny"])
+def test_models_of_videos_take_moving_digits(tmp_path, preset):
+    out = run(preset, tmp_path / "run", settings=SETTINGS | {"steps": 1})
     _, meta = load_checkpoint(out.checkpoint)
     assert meta["data"] == "moving_digits"
     with pytest.raises(ValueError, match="use moving_digits"):
-        run("acdit_video_tiny", tmp_path / "other", data="digits")
+        run(preset, tmp_path / "other", data="digits")
+
+
+def test_models_of_an_encoder_cannot_be_trained_on_pixels(tmp_path):
+    with pytest.raises(ValueError, match="tokens of an encoder of frames, which arcore does not have"):
+        run("ar_diffusion_xl", tmp_path / "run")
 
 
 def test_other_models_have_no_block_size(tmp_path):

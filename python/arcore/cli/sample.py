@@ -68,11 +68,20 @@ class SampleOptions:
     """Keep the K likeliest tokens of each draw."""
     top_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="(default: all)")] = None
     """Keep the smallest set of tokens with this much probability, 0 to 1."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 25, 100 for mar_*)")] = None
-    """Evaluations of a diffusion model per block, or of a diffusion head per token."""
+    steps: Annotated[
+        int | None,
+        arg(metavar="N", help_behavior_hint="(default: 25, 100 for mar_*, 50 for ar_diffusion_*)"),
+    ] = None
+    """Evaluations of a diffusion model per block or frame, or of a diffusion head per token."""
+    lag: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth of --steps)")] = None
+    """Steps by which ar_diffusion_* starts each frame of a video later than the one before: 0 denoises all frames
+    together, as many as --steps one after the other."""
     solver: Annotated[
         Literal["dpm", "ddim", "ddpm"] | None,
-        arg(metavar="dpm|ddim|ddpm", help_behavior_hint="(default: dpm, ddpm for mar_*)"),
+        arg(
+            metavar="dpm|ddim|ddpm",
+            help_behavior_hint="(default: dpm, ddpm for mar_*, ddim for ar_diffusion_*)",
+        ),
     ] = None
     """How a diffusion model steps: DPM-Solver++ of second order, DDIM, or ancestral."""
     columns: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: about square)")] = None
@@ -81,7 +90,7 @@ class SampleOptions:
     """Where to compute: cpu, cuda, cuda:1, ..."""
 
 
-FOR_IMAGES = ("label", "cfg", "columns", "steps", "solver")
+FOR_IMAGES = ("label", "cfg", "columns", "steps", "solver", "lag")
 FOR_TEXT = ("prompt", "max_new_tokens")
 
 
@@ -165,7 +174,7 @@ def _write_text(options: SampleOptions, model: Any, tokenizer: Any) -> None:
 def _draw(options: SampleOptions, networks: Mapping[str, Any], class_names: list[str]) -> None:
     import torch
 
-    from arcore.nn import MaskedModel
+    from arcore.nn import FrameModel, MaskedModel
 
     _refuse(options, FOR_TEXT, "a model of images")
     if options.label is None:
@@ -180,6 +189,10 @@ def _draw(options: SampleOptions, networks: Mapping[str, Any], class_names: list
     draw = _draw_tokens if "tokenizer" in networks else _denoise
     if isinstance(networks["model"], MaskedModel):
         draw = _draw_masked
+    if isinstance(networks["model"], FrameModel):
+        draw = _denoise_frames
+    else:
+        _refuse(options, ("lag",), "a model whose frames have no times of their own")
     images = draw(networks, labels, options).cpu()
     if images.dim() == 5:
         save_animation(images, out, options.columns)
@@ -229,6 +242,26 @@ def _denoise(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions
         model, labels, solver=solver, times=times, cfg_scale=_guidance(options), seed=options.seed
     )
     pixels: Tensor = networks["model"].to_pixels(blocks)
+    return pixels
+
+
+def _denoise_frames(networks: Mapping[str, Any], labels: Tensor, options: SampleOptions) -> Tensor:
+    from arcore.decoding import generate_frames
+
+    model = networks["model"]
+    _refuse(options, ("top_k", "top_p"), "a diffusion model")
+    steps = min(50, model.schedule.num_steps) if options.steps is None else options.steps
+    solver, times = _solver(model, options.solver or "ddim", steps, options.temperature, False)
+    frames = generate_frames(
+        model,
+        labels,
+        lag=options.lag,
+        solver=solver,
+        times=times,
+        cfg_scale=_guidance(options),
+        seed=options.seed,
+    )
+    pixels: Tensor = model.to_pixels(frames)
     return pixels
 
 

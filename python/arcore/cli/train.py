@@ -159,6 +159,7 @@ def _report(preset: str, out: Path, result: FitResult) -> None:
     elif {"model", "tokenizer"} <= networks.keys() or family in (
         "diffusion",
         "block-diffusion",
+        "frame-diffusion",
         "masked-autoregressive",
     ):
         moving = networks["model"]["config"].get("frames", 1) > 1

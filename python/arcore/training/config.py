@@ -102,6 +102,7 @@ DEFAULTS = {
     "next-cluster": TrainConfig(steps=1000, batch_size=32, lr=3e-3),
     "diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "block-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
+    "frame-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "masked-autoregressive": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
     "classifier": TrainConfig(steps=500, batch_size=32, lr=1e-3),
     "language": TrainConfig(steps=1000, batch_size=8, lr=4e-3, weight_decay=0.1, clip=1.0),

@@ -168,12 +168,19 @@ class DiffusionTask(ZooTask):
     def overrides(cls, data: ImageDataset) -> dict[str, Any]:
         return {"num_classes": len(data.class_names)}
 
+    def times(
+        self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+    ) -> Tensor:
+        """Times to train on."""
+        drawn: Tensor = self.model.schedule.sample_times(*shape, device=device, generator=generator)
+        return drawn
+
     def noisy(self, clean: Tensor, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
         """Times of that shape, noise, and the data with it."""
         generator = None
         if not self.training:
             generator = torch.Generator(clean.device).manual_seed(0)
-        t = self.model.schedule.sample_times(*shape, device=clean.device, generator=generator)
+        t = self.times(shape, clean.device, generator)
         eps = torch.randn(clean.shape, device=clean.device, generator=generator)
         return t, eps, add_noise(self.model.schedule, clean, eps, t)
 
@@ -197,6 +204,26 @@ class BlockDiffusionTask(DiffusionTask):
         clean = self.model.to_blocks(images)
         t, eps, noisy = self.noisy(clean, *clean.shape[:2])
         return diffusion_loss(self.model(clean, noisy, t, labels), clean, eps, t, self.model.schedule), {}
+
+
+class FrameDiffusionTask(DiffusionTask):
+    """What the model predicts of all frames of a video in one pass, at times that it draws for them together."""
+
+    family = "frame-diffusion"
+
+    def times(
+        self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+    ) -> Tensor:
+        drawn: Tensor = self.model.training_times(shape[0], generator)
+        return drawn
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        clean = self.model.to_frames(images)
+        t, eps, noisy = self.noisy(clean, *clean.shape[:2])
+        output = self.model(noisy, t, labels)
+        return diffusion_loss(
+            output, clean, eps, t, self.model.schedule, prediction=self.model.prediction
+        ), {}
 
 
 class MaskedAutoregressiveTask(ZooTask):
@@ -286,6 +313,7 @@ TASKS: dict[str, type[ZooTask]] = {
         NextClusterTask,
         DiffusionTask,
         BlockDiffusionTask,
+        FrameDiffusionTask,
         MaskedAutoregressiveTask,
         ClassifierTask,
         LanguageTask,
