@@ -203,7 +203,6 @@ def test_the_released_sampler(lag):
             if fresh[i] == row[i] == steps:
                 finished = (x[:, i] / before).mean().item()
         row = fresh
-    model.schedule.check_times("times", grid)
     times = torch.cat([grid.flip(0), torch.tensor([0])])
     options: Any = {"lag": lag, "frames": total, "cfg_scale": weight, "seed": [5], "official_quirks": True}
     out = generate_frames(model, labels, times=times, **options)

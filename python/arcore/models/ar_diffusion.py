@@ -365,7 +365,7 @@ _rows = lru_cache(maxsize=64)(IntervalMask.rows)
 
 @preset("ar_diffusion")
 def ar_diffusion_tiny() -> ARDiffusionConfig:
-    """8 frames of 16x16 pixels with a moving digit, 16 tokens each; trains on a CPU in minutes."""
+    """8 frames of 16x16 pixels with a moving digit, 16 tokens each; for tests and a CPU."""
     return ARDiffusionConfig(
         depth=4,
         embed_dim=128,
