@@ -25,6 +25,8 @@ class Counter:
     frame_shape = (2, 4)
     null_class = 9
     prediction = "x0"
+    context_time = -1
+    frames_at_once = 10
 
     def __init__(self, cacheable: bool = True):
         self.cacheable = cacheable
@@ -163,7 +165,7 @@ def test_long_videos_slide_a_window():
         with torch.no_grad():
             clean = model(x[:, part], now[None, part], labels)
         x[:, part], _ = solver.step(clean, x[:, part], now[None, part], then[None, part])
-    torch.testing.assert_close(out, x)
+    torch.testing.assert_close(out, x, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="at most 8 frames to be on their way at once"):
         generate_frames(model, labels, frames=20, lag=1, times=model.schedule.grid(10))
 

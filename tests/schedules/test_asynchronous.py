@@ -14,6 +14,7 @@ from arcore.schedules import (
     adaptive_levels,
     fopp_marginals,
     fopp_times,
+    grouped_levels,
     pyramid_levels,
     sliding_windows,
     table_times,
@@ -116,6 +117,27 @@ def test_identities_of_the_pyramid(steps):
             for row in range(steps + int((frames - 1) * slope) + 1)
         ]
         assert levels.tolist() == released
+
+
+def test_groups_follow_one_another():
+    one_by_one = grouped_levels(pyramid_levels(1, 3, 0), 4)
+    assert torch.equal(one_by_one, adaptive_levels(4, 3, 3))
+    levels = grouped_levels(pyramid_levels(2, 2, 1), 5)
+    assert levels.tolist() == [
+        [2, 2, 2, 2, 2],
+        [1, 2, 2, 2, 2],
+        [0, 1, 2, 2, 2],
+        [0, 0, 2, 2, 2],
+        [0, 0, 1, 2, 2],
+        [0, 0, 0, 1, 2],
+        [0, 0, 0, 0, 2],
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0],
+    ]
+    whole = pyramid_levels(5, 3, 2)
+    assert torch.equal(grouped_levels(whole, 5), whole)
+    with pytest.raises(ValueError, match="frames >= 1"):
+        grouped_levels(whole, 0)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 6])

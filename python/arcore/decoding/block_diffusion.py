@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding._evaluating import evaluating
-from arcore.decoding.draws import RowNormals, row_seeds
+from arcore.decoding.draws import RowNormals, check_grid, row_seeds
 from arcore.nn.protocols import BlockModel
 from arcore.schedules import DPMSolver2M, Solver
 
@@ -134,13 +134,7 @@ def _check(
 ) -> None:
     if labels.dim() != 1:
         raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
-    model.schedule.check_times("times", times)
-    if times.dim() != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
-        raise ValueError(f"expected times that decrease, at least two, but got {times.tolist()}")
-    if times[-1] != model.schedule.clean:
-        raise ValueError(
-            f"expected times that end clean, at {model.schedule.clean:g}, but the last one is {times[-1].item():g}"
-        )
+    check_grid(model.schedule, times)
     if not cfg_scale >= 0:
         raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
     if context is not None:

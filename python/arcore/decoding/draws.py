@@ -1,4 +1,4 @@
-"""What the loops need around `arcore.ops.sample`: a seed for every row, and settings refused before a model runs."""
+"""What the loops share: a seed for every row, and settings refused before a model runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from arcore.schedules import NoiseSchedule
 
 
 def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -58,6 +60,22 @@ class RowNormals:
 def _derive(seed: int, row: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def check_grid(schedule: NoiseSchedule, times: Tensor, *, ends_clean: bool = True) -> None:
+    """Refuses times of a sampler that do not decrease, with `ends_clean` to clean data.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: fewer than two times, times outside the schedule, or times in another order.
+    """
+    schedule.check_times("times", times)
+    if times.dim() != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
+        raise ValueError(f"expected times that decrease, at least two, but got {times.tolist()}")
+    if ends_clean and times[-1] != schedule.clean:
+        raise ValueError(
+            f"expected times that end clean, at {schedule.clean:g}, but the last one is {times[-1].item():g}"
+        )
 
 
 def check_settings(

@@ -1,4 +1,8 @@
-"""Generation of videos, each frame at a time of its own (AR-Diffusion, arXiv:2503.07418, section 3.4)."""
+"""Generation of videos, each frame at a time of its own.
+
+In the order of AR-Diffusion (arXiv:2503.07418, section 3.4) or of any table of levels, with the steadied context of
+Diffusion Forcing (arXiv:2407.01392, section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ import torch
 from torch import Tensor
 
 from arcore.decoding._evaluating import evaluating
-from arcore.decoding.draws import RowNormals, row_seeds
+from arcore.decoding.draws import RowNormals, check_grid, row_seeds
 from arcore.nn.protocols import FrameModel
-from arcore.schedules import DDIM, Solver, adaptive_levels, sliding_windows
+from arcore.schedules import DDIM, Solver, adaptive_levels, add_noise, sliding_windows
 
 
 def generate_frames(
@@ -25,6 +29,8 @@ def generate_frames(
     times: Tensor | None = None,
     cfg_scale: float = 1.0,
     context: Tensor | None = None,
+    context_time: float | None = None,
+    context_noise: bool = False,
     official_quirks: bool = False,
     seed: int | Sequence[int] = 0,
 ) -> Tensor:
@@ -33,9 +39,13 @@ def generate_frames(
     Every frame starts as noise and goes through the same S steps, each frame `lag` iterations after the one before: S
     + (F - 1) * lag iterations in all. Frames that wait or are finished stay as they are, bit for bit.
 
-    Where the model is `cacheable` and takes all frames at once, only frames that have begun and are not finished are
-    computed, and those that are finished lie in a cache. Otherwise every iteration computes all frames that the model
-    takes. A longer video slides a window over the frames, which moves their positions, so nothing is cached.
+    Of a `cacheable` model, only frames that have begun and are not finished are computed, and those that are finished
+    lie in a cache. Otherwise every iteration computes all frames that the model takes. A longer video slides a window
+    over the frames, which moves their positions: the cache begins anew with each move.
+
+    Finished frames are shown to the network at `context_time`. Above clean they are shrunk as data of that time are,
+    but have no noise: a network that expects errors of that size in what it is given does not add to them, so that long
+    videos stay steady. `context_noise` adds the noise.
 
     The model is put into evaluation mode for the time of the call.
 
@@ -43,7 +53,7 @@ def generate_frames(
         model: the model.
         labels: int64 `[B]`, on the model's device.
         lag: iterations from the start of a frame to that of the next: 0 denoises all frames together, S one after the
-            other. Default a tenth of S.
+            other. Default S / `model.frames_at_once`.
         frames: of the videos, the context's included; default `model.num_frames`. With more, `lag` must be at least
             S / `model.num_frames`.
         levels: table `[M, frames]` in place of `lag`, as `arcore.schedules` makes them: S before a frame starts, 0 when
@@ -54,10 +64,13 @@ def generate_frames(
         cfg_scale: weight w of the conditional prediction c, u + w (c - u) with the unconditional u; 1 leaves the
             unconditional rows out.
         context: clean first frames `[B, K, *S]` to continue, K < `frames`.
-        official_quirks: do what the released sampler does: by default times k * (T // S) + 1, k = S - 1..0, and then
-            0, so that a trace of noise stays; frames that wait are shown to the network as at time T - 1 and finished
-            ones as at the last but one of the times; and finished frames are stepped once more in every iteration,
-            which multiplies them by about 1.00002. Nothing is cached.
+        context_time: None is the model's own.
+        context_noise: add noise of that time to what is shown of finished frames, to each the same throughout.
+        official_quirks: do what the released sampler of AR-Diffusion does: by default times k * (T // S) + 1,
+            k = S - 1..0, and then 0, so that a trace of noise stays; frames that wait are shown to the network as at
+            time T - 1 and finished ones as at the last but one of the times; and finished frames are stepped once more
+            in every iteration, which multiplies them by about 1.00002. Nothing is cached, and `context_time` and
+            `context_noise` mean nothing.
         seed: one number, or one per row. A row's draws depend on its own seed alone, never on the rest of the batch.
 
     Returns:
@@ -68,8 +81,9 @@ def generate_frames(
         ValueError: shapes do not fit, times leave the schedule or do not decrease to clean, levels are no way from S to
             0, a frame would leave the window before it is finished, or guidance is negative.
     """
-    options = (model, labels, lag, frames, levels, solver, times, cfg_scale, context, official_quirks, seed)
-    *_, (videos, _) = _iterations(*options)
+    steady = (context_time, context_noise)
+    options = (lag, frames, levels, solver, times, cfg_scale, context, steady, official_quirks, seed)
+    *_, (videos, _) = _iterations(model, labels, *options)
     return videos
 
 
@@ -84,12 +98,15 @@ def stream_frames(
     times: Tensor | None = None,
     cfg_scale: float = 1.0,
     context: Tensor | None = None,
+    context_time: float | None = None,
+    context_noise: bool = False,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[Tensor]:
     """Yield the new frames of `generate_frames`, float32 `[B, *S]`, as soon as each is finished; arguments as there."""
     known = 0 if context is None else context.shape[1]
-    options = (model, labels, lag, frames, levels, solver, times, cfg_scale, context, False, seed)
-    for videos, finished in _iterations(*options):
+    steady = (context_time, context_noise)
+    options = (lag, frames, levels, solver, times, cfg_scale, context, steady, False, seed)
+    for videos, finished in _iterations(model, labels, *options):
         for frame in range(known, finished):
             yield videos[:, frame]
         known = max(known, finished)
@@ -106,6 +123,7 @@ def _iterations(
     times: Tensor | None,
     cfg_scale: float,
     context: Tensor | None,
+    steady: tuple[float | None, bool],
     official_quirks: bool,
     seed: int | Sequence[int],
 ) -> Iterator[tuple[Tensor, int]]:
@@ -119,25 +137,33 @@ def _iterations(
     _check(model, labels, times, cfg_scale, context, total, official_quirks)
     steps = len(times) - 1
     if levels is None:
-        own = adaptive_levels(total - known, steps, steps // 10 if lag is None else lag)
+        own = adaptive_levels(total - known, steps, steps // model.frames_at_once if lag is None else lag)
         levels = torch.cat([own.new_zeros(len(own), known), own], dim=1)
     elif lag is not None:
         raise ValueError("expected lag or levels but got both")
     levels, times = levels.cpu(), times.cpu()
     _check_levels(levels, steps, total, known)
     windows = sliding_windows(levels, model.num_frames)
-    cached = model.cacheable and total == model.num_frames and not official_quirks
+    context_time, context_noise = steady
+    if context_time is None:
+        context_time = model.context_time
+    as_context = torch.tensor([context_time], device=device).to(times.dtype)
+    model.schedule.check_times("context_time", as_context)
+    shrinks = not official_quirks and (context_noise or context_time != model.schedule.clean)
     guided = cfg_scale != 1.0
     rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     dtype = next(iter(model.parameters())).dtype if isinstance(model, torch.nn.Module) else torch.float32
     normals = RowNormals(row_seeds(seed, batch))
     x, history = normals.draw(total, *model.frame_shape, device=device), None
+    context_eps = (
+        normals.draw(total, *model.frame_shape, device=device) if context_noise else torch.zeros_like(x)
+    )
     if context is not None:
         x[:, :known] = context
     place = torch.arange(total)
     with evaluating(model):
-        cache = model.make_cache(len(rows)) if cached else None
-        stored = 0
+        cache = model.make_cache(len(rows)) if model.cacheable and not official_quirks else None
+        base = stored = 0  # the frame with which the window begins; frames up to here that are in the cache
         if cache is not None:
             model.start(rows, cache)
         for iteration, (level, target) in enumerate(pairwise(levels)):
@@ -147,16 +173,27 @@ def _iterations(
             low, high = int(windows.low[iteration]), int(windows.high[iteration])
             finished = _leading(level == 0)
             if cache is not None:
+                if low != base:
+                    cache.truncate(0)
+                    model.start(rows, cache)
+                    base = stored = low
                 # What has not begun influences nothing.
                 low, high = stored, int(moving.nonzero().max()) + 1
             now, then = times[steps - level].to(device), times[steps - target].to(device)
-            shown = now
+            shown, seen = now, x[:, low:high]
+            if shrinks:
+                done = (level == 0).to(device)
+                shown = torch.where(done, as_context, now)
+                context_seen = add_noise(
+                    model.schedule, seen, context_eps[:, low:high], as_context.expand(len(seen), high - low)
+                )
+                seen = torch.where(_per_frame(done[low:high], seen), context_seen, seen)
             if official_quirks:
                 waits = ((level == steps) & ~moving).to(device)
                 again = ((level == 0) & (place >= low) & (place < high)).to(device)
                 now = torch.where(again, int(times[-2]), now)
                 shown = torch.where(waits, model.schedule.num_steps - 1, now)
-            seen = x[:, low:high].to(dtype).repeat(1 + guided, *[1] * (x.dim() - 1))
+            seen = seen.to(dtype).repeat(1 + guided, *[1] * (x.dim() - 1))
             t = shown[low:high].expand(len(rows), -1)
             if cache is not None:
                 part = model.denoise(seen, t, cache, keep=finished - stored)
@@ -168,7 +205,7 @@ def _iterations(
                 part = unconditional + cfg_scale * (conditional - unconditional)
             # A frame that does not move stands for its own prediction, should it be stepped all the same.
             output = x.clone()
-            moves = moving[low:high].to(device).view(1, -1, *[1] * len(model.frame_shape))
+            moves = _per_frame(moving[low:high].to(device), x)
             output[:, low:high] = torch.where(moves, part, x[:, low:high])
             noise = None
             if solver.stochastic:
@@ -197,6 +234,10 @@ def _leading(flags: Tensor) -> int:
     return int(flags.long().cumprod(0).sum())
 
 
+def _per_frame(flags: Tensor, x: Tensor) -> Tensor:
+    return flags.view(1, -1, *[1] * (x.dim() - 2))
+
+
 def _check(
     model: FrameModel,
     labels: Tensor,
@@ -212,13 +253,7 @@ def _check(
         raise ValueError(
             f"expected at least {model.num_frames} frames, what the model takes at once, but got {frames}"
         )
-    model.schedule.check_times("times", times)
-    if times.dim() != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
-        raise ValueError(f"expected times that decrease, at least two, but got {times.tolist()}")
-    if times[-1] != model.schedule.clean and not official_quirks:
-        raise ValueError(
-            f"expected times that end clean, at {model.schedule.clean:g}, but the last one is {times[-1].item():g}"
-        )
+    check_grid(model.schedule, times, ends_clean=not official_quirks)
     if not cfg_scale >= 0:
         raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
     if context is not None:

@@ -147,6 +147,7 @@ class ARDiffusion(nn.Module):
         self.schedule = VPSchedule("scaled_linear", num_steps=config.num_steps)
         self.num_frames, self.frame_shape = config.frames, (config.tokens, config.channels)
         self.cacheable = config.temporal_causal
+        self.context_time, self.frames_at_once = int(self.schedule.clean), 10
         dim = config.embed_dim
         self.mask = _mask(config)
         self.positions = sincos_sequence(config.frames * config.tokens, dim)

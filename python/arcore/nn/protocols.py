@@ -146,6 +146,8 @@ class FrameModel(Protocol):
         null_class: the label that stands for no class, in guidance.
         schedule: of the noise.
         prediction: what it returns, see `arcore.schedules`.
+        context_time: at which it reads finished frames: clean, or a little above.
+        frames_at_once: frames that are on their way together unless a decoder is told otherwise.
         cacheable: no frame influences an earlier one, nor the context: what is clean stays as it is and may lie in a
             cache. `make_cache`, `start` and `denoise` are for such models only.
     """
@@ -166,6 +168,12 @@ class FrameModel(Protocol):
     def prediction(self) -> Any: ...
 
     @property
+    def context_time(self) -> Any: ...
+
+    @property
+    def frames_at_once(self) -> int: ...
+
+    @property
     def cacheable(self) -> bool: ...
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -181,15 +189,15 @@ class FrameModel(Protocol):
         """
         ...
 
-    def make_cache(self, batch: int) -> KVCache:
-        """An empty cache with room for the context and all frames of `batch` rows."""
+    def make_cache(self, batch: int) -> Any:
+        """An empty `KVCache` with room for the context and all frames of `batch` rows."""
         ...
 
-    def start(self, labels: Tensor, cache: KVCache) -> None:
+    def start(self, labels: Tensor, cache: Any) -> None:
         """Put the context of the labels `[B]` into an empty cache."""
         ...
 
-    def denoise(self, x: Tensor, t: Tensor, cache: KVCache, keep: int = 0) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, cache: Any, keep: int = 0) -> Tensor:
         """What the network predicts of the G frames after those in the cache.
 
         Args:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -157,6 +158,30 @@ def trapezoid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     """
     half = pyramid_levels((frames + 1) // 2, steps, uncertainty)
     return torch.cat([half, half[:, : frames // 2].flip(1)], dim=1)
+
+
+def grouped_levels(levels: Tensor, frames: int) -> Tensor:
+    """The table of more frames than another has: groups of its F frames go through it one after the other.
+
+    Args:
+        levels: table `[M, F]`, from S everywhere to 0 everywhere.
+        frames: of all groups; a last group that is cut short follows the first columns.
+
+    Returns:
+        int64 `[M', frames]`.
+
+    Raises:
+        ValueError: `frames` is below 1.
+    """
+    _check_counts(frames=frames)
+    steps, size, rows = int(levels[0, 0]), levels.shape[1], []
+    for start in range(0, frames, size):
+        group = levels[:, : frames - start]
+        # The last row is the next group's first.
+        group = group[: int((group != 0).any(dim=1).sum())]
+        before, after = start, max(0, frames - start - size)
+        rows.append(F.pad(F.pad(group, (before, 0), value=0), (0, after), value=steps))
+    return torch.cat([*rows, levels.new_zeros(1, frames)])
 
 
 class Windows(NamedTuple):
