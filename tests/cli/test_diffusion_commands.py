@@ -28,6 +28,7 @@ def runs(tmp_path_factory) -> Path:
         ("mar_tiny",),
         ("acdit_video_tiny",),
         ("ar_diffusion_tiny",),
+        ("diffusion_forcing_tiny",),
     ):
         words = ("train", preset, *options, "--out", folder / preset, *QUICK)
         assert main([str(word) for word in words]) == 0
@@ -56,7 +57,7 @@ def test_images(arcore, runs, tmp_path, preset, solver):
         assert picture.size == (3 * 68 + 4, 2 * 68 + 4)
 
 
-@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny"])
+@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny", "diffusion_forcing_tiny"])
 def test_videos(arcore, runs, tmp_path, preset):
     words = ("sample", "--checkpoint", runs / preset, "--class", 3, "-n", 2, "--steps", 2)
     assert arcore(*words, "--out", tmp_path / "moving.gif").code == 0
@@ -82,6 +83,17 @@ def test_frames_one_after_the_other(arcore, fails, runs, tmp_path):
     words = ("sample", "--class", 3, "--steps", 3, "--out", tmp_path / "other.gif", "--checkpoint")
     assert "lag from 0 to steps=3 but got 4" in fails(*words, runs / "ar_diffusion_tiny", "--lag", 4)
     assert "--lag does nothing for a model whose frames" in fails(*words, runs / "acdit_tiny", "--lag", 1)
+
+
+def test_more_frames_than_in_training(arcore, fails, runs, tmp_path):
+    words = ("sample", "--class", 3, "-n", 1, "--steps", 3, "--out", tmp_path / "long.gif", "--checkpoint")
+    model = runs / "diffusion_forcing_tiny"
+    assert arcore(*words, model, "--frames", 11).code == 0
+    with Image.open(tmp_path / "long.gif") as picture:
+        assert picture.n_frames == 11
+    assert "frames to be on their way at once" in fails(*words, model, "--frames", 11, "--lag", 0)
+    assert "at least 8 frames" in fails(*words, model, "--frames", 3)
+    assert "--frames does nothing" in fails(*words, runs / "acdit_video_tiny", "--frames", 11)
 
 
 def test_train_says_how_to_draw(arcore, tmp_path):

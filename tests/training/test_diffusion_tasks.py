@@ -7,6 +7,7 @@ import torch
 
 from arcore.data import load_digits, load_moving_digits
 from arcore.models import create_model, load_checkpoint
+from arcore.objectives import fused_snr_weights, min_snr_weights
 from arcore.training import TrainConfig
 from arcore.training.runs import train
 from arcore.training.zoo_tasks import (
@@ -67,6 +68,32 @@ def test_frames_are_trained_at_the_times_of_their_model():
     assert noise.std().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("kind", ["fused", "min_snr", "uniform"])
+def test_errors_of_frames_are_weighed(kind):
+    """At times of their own, by a rule of the config; a stack of frames forgets as fast as its frames."""
+    model = create_model("diffusion_forcing_tiny", loss_weight=kind, frame_stack=2, snr_decay=0.9).eval()
+    seen = []
+    model.register_forward_hook(lambda _, inputs, out: seen.append((inputs[1], out)))
+    task = FrameDiffusionTask(TrainConfig(), {"model": model}, {}).eval()
+    videos = load_moving_digits("test").images[:4]
+    loss, figures = task.loss(videos, torch.arange(4))
+    [(t, out)] = seen
+    assert t.shape == (4, 4)
+    assert (t.diff(dim=1) < 0).any()
+    assert (t.diff(dim=1) > 0).any()
+    errors = (out - model.to_frames(videos)).square().mean(dim=2)
+    weights = {
+        "fused": fused_snr_weights(t, model.schedule, prediction="x0", decay=0.81),
+        "min_snr": min_snr_weights(t, model.schedule, prediction="x0"),
+        "uniform": torch.ones(4, 4),
+    }
+    torch.testing.assert_close(loss, (weights[kind] * errors).mean())
+    if kind == "uniform":
+        assert figures == {}
+    else:
+        torch.testing.assert_close(figures["mse"], errors.mean().detach())
+
+
 def test_a_learned_variance_is_trained_by_its_bound():
     model = create_model("dit_tiny", learn_sigma=True)
     task = DiffusionTask(TrainConfig(), {"model": model}, {})
@@ -114,7 +141,7 @@ def test_block_size_and_resume(tmp_path):
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny"])
+@pytest.mark.parametrize("preset", ["acdit_video_tiny", "ar_diffusion_tiny", "diffusion_forcing_tiny"])
 def test_models_of_videos_take_moving_digits(tmp_path, preset):
     out = run(preset, tmp_path / "run", settings=SETTINGS | {"steps": 1})
     _, meta = load_checkpoint(out.checkpoint)

@@ -70,17 +70,25 @@ class SampleOptions:
     """Keep the smallest set of tokens with this much probability, 0 to 1."""
     steps: Annotated[
         int | None,
-        arg(metavar="N", help_behavior_hint="(default: 25, 100 for mar_*, 50 for ar_diffusion_*)"),
+        arg(metavar="N", help_behavior_hint="(default: 25, 100 for mar_*, 50 for frame by frame)"),
     ] = None
     """Evaluations of a diffusion model per block or frame, or of a diffusion head per token."""
-    lag: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth of --steps)")] = None
-    """Steps by which ar_diffusion_* starts each frame of a video later than the one before: 0 denoises all frames
-    together, as many as --steps one after the other."""
+    lag: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help_behavior_hint="(default: a tenth of --steps for ar_diffusion_*, --steps for diffusion_forcing_*)",
+        ),
+    ] = None
+    """Steps by which ar_diffusion_* and diffusion_forcing_* start each frame of a video later than the one before: 0
+    denoises all frames together, as many as --steps one after the other."""
+    frames: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as in training)")] = None
+    """Frames of a video by ar_diffusion_* or diffusion_forcing_*; more than in training slide a window over them."""
     solver: Annotated[
         Literal["dpm", "ddim", "ddpm"] | None,
         arg(
             metavar="dpm|ddim|ddpm",
-            help_behavior_hint="(default: dpm, ddpm for mar_*, ddim for ar_diffusion_*)",
+            help_behavior_hint="(default: dpm, ddpm for mar_*, ddim for frame by frame)",
         ),
     ] = None
     """How a diffusion model steps: DPM-Solver++ of second order, DDIM, or ancestral."""
@@ -90,7 +98,7 @@ class SampleOptions:
     """Where to compute: cpu, cuda, cuda:1, ..."""
 
 
-FOR_IMAGES = ("label", "cfg", "columns", "steps", "solver", "lag")
+FOR_IMAGES = ("label", "cfg", "columns", "steps", "solver", "lag", "frames")
 FOR_TEXT = ("prompt", "max_new_tokens")
 
 
@@ -192,7 +200,7 @@ def _draw(options: SampleOptions, networks: Mapping[str, Any], class_names: list
     if isinstance(networks["model"], FrameModel):
         draw = _denoise_frames
     else:
-        _refuse(options, ("lag",), "a model whose frames have no times of their own")
+        _refuse(options, ("lag", "frames"), "a model whose frames have no times of their own")
     images = draw(networks, labels, options).cpu()
     if images.dim() == 5:
         save_animation(images, out, options.columns)
@@ -256,6 +264,7 @@ def _denoise_frames(networks: Mapping[str, Any], labels: Tensor, options: Sample
         model,
         labels,
         lag=options.lag,
+        frames=options.frames,
         solver=solver,
         times=times,
         cfg_scale=_guidance(options),

@@ -19,6 +19,7 @@ from arcore.models._registry import ModelInfo, PresetInfo, create_model, get_con
 if TYPE_CHECKING:
     from arcore.models.acdit import ACDiT, ACDiTConfig
     from arcore.models.ar_diffusion import ARDiffusion, ARDiffusionConfig
+    from arcore.models.diffusion_forcing import DiffusionForcing, DiffusionForcingConfig
     from arcore.models.dit import DiT, DiTConfig
     from arcore.models.mamba import Mamba, MambaConfig, MambaLayer, StateSpaceConfig
     from arcore.models.mamba2 import Mamba2, Mamba2Config
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _FILES = {
     "acdit": ("ACDiT", "ACDiTConfig"),
     "ar_diffusion": ("ARDiffusion", "ARDiffusionConfig"),
+    "diffusion_forcing": ("DiffusionForcing", "DiffusionForcingConfig"),
     "dit": ("DiT", "DiTConfig"),
     "mamba": ("Mamba", "MambaConfig", "MambaLayer", "StateSpaceConfig"),
     "mamba2": ("Mamba2", "Mamba2Config"),
@@ -48,6 +50,8 @@ __all__ = [
     "ARDiffusionConfig",
     "DiT",
     "DiTConfig",
+    "DiffusionForcing",
+    "DiffusionForcingConfig",
     "FourDirectionMixer",
     "MARConfig",
     "Mamba",

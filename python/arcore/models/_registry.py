@@ -21,6 +21,7 @@ from arcore.nn.registry import SYSTEMS, Check, Preset, System
 _MODULES = {
     "acdit": "arcore.models.acdit",
     "ar_diffusion": "arcore.models.ar_diffusion",
+    "diffusion_forcing": "arcore.models.diffusion_forcing",
     "dit": "arcore.models.dit",
     "mamba": "arcore.models.mamba",
     "mamba2": "arcore.models.mamba2",

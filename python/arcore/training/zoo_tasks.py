@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from arcore.objectives import (
     diffusion_head_loss,
     diffusion_loss,
     draw_visible,
+    fused_snr_weights,
+    min_snr_weights,
     next_cluster_loss,
     next_scale_loss,
     variance_bound,
@@ -220,10 +223,25 @@ class FrameDiffusionTask(DiffusionTask):
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         clean = self.model.to_frames(images)
         t, eps, noisy = self.noisy(clean, *clean.shape[:2])
-        output = self.model(noisy, t, labels)
-        return diffusion_loss(
-            output, clean, eps, t, self.model.schedule, prediction=self.model.prediction
-        ), {}
+        prediction = partial(diffusion_loss, prediction=self.model.prediction)
+        inputs = (self.model(noisy, t, labels), clean, eps, t, self.model.schedule)
+        weight = self.weights(t)
+        if weight is None:
+            return prediction(*inputs), {}
+        return prediction(*inputs, weight=weight), {"mse": prediction(*inputs).detach()}
+
+    def weights(self, t: Tensor) -> Tensor | None:
+        """How much the error of each frame counts; None where all count alike."""
+        config: Any = self.model.config
+        kind = getattr(config, "loss_weight", "uniform")
+        if kind == "uniform":
+            return None
+        options: dict[str, Any] = {"prediction": self.model.prediction, "snr_clip": config.snr_clip}
+        if kind == "min_snr":
+            return min_snr_weights(t, self.model.schedule, **options)
+        # The decay is that of one frame of the data.
+        decay = config.snr_decay**config.frame_stack
+        return fused_snr_weights(t, self.model.schedule, decay=decay, **options)
 
 
 class MaskedAutoregressiveTask(ZooTask):
