@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from arcore import masks
 from arcore.masks import IntervalMask
-from arcore.nn import DiTAttention, KVCache
+from arcore.nn import DiTAttention, KVCache, PostNormBlock
 from arcore.nn.checks import check_floating, check_ids
 from arcore.nn.registry import Check, preset, register
 from arcore.schedules import VPSchedule
@@ -98,54 +98,21 @@ class DiffusionForcingConfig:
             raise ValueError(
                 f"expected frame_stack to divide the {self.frames} frames but got frame_stack={self.frame_stack}"
             )
-        if self.embed_dim % 4:
-            raise ValueError(f"expected embed_dim to be a multiple of 4 but got {self.embed_dim}")
-        if self.num_classes < 0 or not 0 <= self.class_drop <= 1:
-            raise ValueError(
-                f"expected num_classes >= 0 and class_drop from 0 to 1 but got {self.num_classes} and {self.class_drop}"
-            )
-        if not 1 <= self.stabilization <= self.num_steps:
-            raise ValueError(
-                f"expected stabilization from 1 to num_steps={self.num_steps} but got {self.stabilization}"
-            )
-        for name, value, known in (
-            ("prediction", self.prediction, ("x0", "v", "eps")),
-            ("loss_weight", self.loss_weight, ("fused", "min_snr", "uniform")),
+        for name, right, what in (
+            ("embed_dim", self.embed_dim % 4 == 0, "a multiple of 4"),
+            ("num_classes", self.num_classes >= 0, "at least 0"),
+            ("class_drop", 0 <= self.class_drop <= 1, "from 0 to 1"),
+            ("stabilization", 1 <= self.stabilization <= self.num_steps, f"from 1 to {self.num_steps}"),
+            ("prediction", self.prediction in ("x0", "v", "eps"), "x0, v or eps"),
+            ("loss_weight", self.loss_weight in ("fused", "min_snr", "uniform"), "fused, min_snr or uniform"),
         ):
-            if value not in known:
-                raise ValueError(f"expected {name} to be one of {', '.join(known)} but got {value!r}")
+            if not right:
+                raise ValueError(f"expected {name} to be {what} but got {getattr(self, name)!r}")
 
     @property
     def values(self) -> int:
         """Values P of a token."""
         return self.frame_stack * self.in_channels * self.image_size**2
-
-
-class PostNormBlock(nn.Module):
-    """Attention and a feed-forward network, each with a norm after its residual (arXiv:1706.03762).
-
-    Args:
-        dim: width C.
-        num_heads: attention heads.
-        hidden_dim: width of the feed-forward network.
-    """
-
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.attn = DiTAttention(dim, num_heads)
-        nn.init.xavier_uniform_(self.attn.qkv.weight)
-        nn.init.zeros_(self.attn.qkv.bias)
-        nn.init.zeros_(self.attn.proj.bias)
-        self.norm1 = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, mask: IntervalMask, cache: KVCache | None, layer: int, keep: int) -> Tensor:
-        """`[B, N, C]` to the same shape; the other arguments are those of `DiTAttention`."""
-        x = self.norm1(x + self.attn(x, mask, None, cache, layer, keep > 0))
-        out: Tensor = self.norm2(x + self.fc2(F.relu(self.fc1(x))))
-        return out
 
 
 class FrameCache(KVCache):
@@ -195,8 +162,7 @@ class DiffusionForcing(nn.Module):
         self.schedule = VPSchedule(config.beta_schedule, num_steps=config.num_steps)
         self.prediction = config.prediction
         self.cacheable = config.causal
-        self.context_time = config.stabilization - 1
-        self.frames_at_once = 1
+        self.context_time, self.frames_at_once = config.stabilization - 1, 1
         self.num_frames = config.frames // config.frame_stack
         self.frame_shape = (config.values,)
         dim = config.embed_dim
@@ -204,9 +170,7 @@ class DiffusionForcing(nn.Module):
         self.mask = _mask(self.num_frames, 0, config.causal)
         self.embed1 = nn.Linear(config.values + dim // 2 + config.num_classes, dim)
         self.embed2 = nn.Linear(dim, dim)
-        self.blocks = nn.ModuleList(
-            PostNormBlock(dim, config.num_heads, config.hidden_dim) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
         self.head = nn.Linear(dim, config.values)
         # Of the data's channels; published weights bring theirs.
         self.register_buffer("mean", torch.zeros(config.in_channels))
@@ -283,10 +247,9 @@ class DiffusionForcing(nn.Module):
         side = [x, _waves(t, self.config.embed_dim // 2).to(x.dtype), self._classes(labels, x)]
         hidden = self.embed2(F.relu(self.embed1(torch.cat(side, dim=2))))
         hidden = hidden + self.positions[start : start + count].to(hidden.device, hidden.dtype)
-        whole = cache is None and count == self.num_frames
-        mask = (self.mask if whole else _mask(count, start, self.config.causal)).to(x.device)
+        mask = self.mask if count == self.num_frames else _mask(count, start, self.config.causal)
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, mask, cache, layer, keep)
+            hidden = block(hidden, mask=mask.to(x.device), cache=cache, layer=layer, commit=keep > 0)
         # Predictions of data need float32 also under autocast.
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.head(hidden.to(self.head.weight.dtype))
@@ -296,8 +259,9 @@ class DiffusionForcing(nn.Module):
 
     def training_times(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Times to train on, int64 `[B, N]` on the weights' device, each frame's independent of the others."""
-        device = self.head.weight.device
-        return self.schedule.sample_times(batch, self.num_frames, device=device, generator=generator)
+        return self.schedule.sample_times(
+            batch, self.num_frames, device=self.mean.device, generator=generator
+        )
 
     def _classes(self, labels: Tensor, x: Tensor) -> Tensor:
         """A one at the class, for every frame, `[B, N, K]`; nothing at all for the null class."""
@@ -337,8 +301,7 @@ class DiffusionForcing(nn.Module):
         Raises:
             ValueError: it is not.
         """
-        bars = state.get("diffusion_model.alphas_cumprod")
-        ours = self.schedule.alphas_cumprod
+        bars, ours = state.get("diffusion_model.alphas_cumprod"), self.schedule.alphas_cumprod
         if bars is not None and (
             bars.shape != ours.shape or not torch.allclose(bars.double(), ours, rtol=1e-4, atol=1e-7)
         ):
@@ -361,10 +324,22 @@ OFFICIAL_NAMES = (
     (r"^diffusion_model\.model\.init_mlp\.2\.", "embed2."),
     (r"^diffusion_model\.model\.out\.", "head."),
     (r"^diffusion_model\.model\.transformer\.layers\.", "blocks."),
-    (r"\.self_attn\.in_proj_", ".attn.qkv."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-    (r"\.linear([12])\.", r".fc\1."),
+    (r"\.self_attn\.in_proj_", ".mixer.qkv."),
+    (r"\.self_attn\.out_proj\.", ".mixer.proj."),
+    (r"\.linear1\.", ".mlp.0."),
+    (r"\.linear2\.", ".mlp.2."),
 )
+
+
+def _block(config: DiffusionForcingConfig) -> PostNormBlock:
+    """With the initial weights of `torch.nn.TransformerEncoderLayer`."""
+    dim = config.embed_dim
+    attention = DiTAttention(dim, config.num_heads)
+    nn.init.xavier_uniform_(attention.qkv.weight)
+    nn.init.zeros_(attention.qkv.bias)
+    nn.init.zeros_(attention.proj.bias)
+    mlp = nn.Sequential(nn.Linear(dim, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, dim))
+    return PostNormBlock(dim, mixer=attention, mlp=mlp)
 
 
 def _waves(places: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from arcore.nn.adaln import AdaLNBlock, AdaLNHead, DropPath, Modulation, modulated_norm
 from arcore.nn.attention import CrossAttention, SelfAttention
-from arcore.nn.blocks import PreNormBlock, init_mamba_encoder
+from arcore.nn.blocks import PostNormBlock, PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.diffusion_head import DiffusionHead
@@ -58,6 +58,7 @@ __all__ = [
     "MaskedModel",
     "Modulation",
     "PatchEmbed",
+    "PostNormBlock",
     "PreNormBlock",
     "RMSNorm",
     "Rope",

@@ -37,6 +37,29 @@ class PreNormBlock(nn.Module):
         return out
 
 
+class PostNormBlock(nn.Module):
+    """`x = norm1(x + mixer(x)); x = norm2(x + mlp(x))`, the first transformer's order (arXiv:1706.03762).
+
+    Args:
+        dim: width C.
+        mixer: mixes tokens, `[B, N, C]` to `[B, N, C]`; named arguments of `forward` go to it.
+        mlp: acts on each token.
+    """
+
+    def __init__(self, dim: int, *, mixer: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = mlp
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, N, C]` to `[B, N, C]`."""
+        x = self.norm1(x + self.mixer(x, **kwargs))
+        out: Tensor = self.norm2(x + self.mlp(x))
+        return out
+
+
 @torch.no_grad()
 def init_mamba_encoder(patch_embed: PatchEmbed, layers: Iterable[Any]) -> None:
     """Initial weights of an image encoder (ARM, arXiv:2406.07537): projections out of mixers shrink with the depth.
