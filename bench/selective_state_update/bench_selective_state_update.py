@@ -42,7 +42,7 @@ def inputs(name: str) -> dict[str, Tensor]:
         decay = -torch.arange(1.0, states + 1).repeat(dim, 1)
         dt, bias, h, g = normal(batch, dim), normal(dim) * 0.1, (), ()
     else:
-        decay = -torch.rand(heads, 1, 1, generator=generator).expand(heads, dim, states)
+        decay = (-torch.rand(heads, 1, 1, generator=generator)).expand(heads, dim, states)
         dt, bias = normal(batch, heads, 1).expand(batch, heads, dim), normal(heads, 1).expand(heads, dim)
         h, g = (heads,), (1,)
     return {

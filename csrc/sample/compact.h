@@ -81,10 +81,11 @@ struct Marked {
 };
 
 // to[a][j] = from[a][i] for the j-th i in [0, n) that `select` keeps; returns their number. from[a] null: the
-// number i itself. to[a] may be from[a]. Arrays are as long as the next multiple of 16 of n.
+// number first + i. to[a] may be from[a], or lie before it. Arrays are as long as the next multiple of 16 of
+// n.
 template <int kArrays, typename Select>
 static inline int64_t compact(int64_t n, const Select& select, const int32_t* const (&from)[kArrays],
-                              int32_t* const (&to)[kArrays]) {
+                              int32_t* const (&to)[kArrays], int64_t first = 0) {
   int64_t out = 0;
   for (int64_t i = 0; i < n; i += kCompactLanes) {
     const uint32_t lanes = select(i);
@@ -93,14 +94,14 @@ static inline int64_t compact(int64_t n, const Select& select, const int32_t* co
     // is written too much lies below i + kCompactLanes and was read before.
 #if defined(CPU_CAPABILITY_AVX512)
     const __m512i number =
-        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(i)),
+        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first + i)),
                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (int a = 0; a < kArrays; ++a) {
       const __m512i x = from[a] == nullptr ? number : _mm512_loadu_si512(from[a] + i);
       _mm512_storeu_si512(to[a] + out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), x));
     }
 #elif defined(CPU_CAPABILITY_AVX2)
-    const __m256i number = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(i)),
+    const __m256i number = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(first + i)),
                                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     const __m256i order =
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneTable.lanes[lanes])));
@@ -111,7 +112,7 @@ static inline int64_t compact(int64_t n, const Select& select, const int32_t* co
     }
 #else
     for (int a = 0; a < kArrays; ++a)
-      to[a][out] = from[a] == nullptr ? static_cast<int32_t>(i) : from[a][i];
+      to[a][out] = from[a] == nullptr ? static_cast<int32_t>(first + i) : from[a][i];
 #endif
     out += __builtin_popcount(lanes);
   }

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // tokens that are loaded and mixed at once
 constexpr int64_t kFew = 16;      // entries that are compared one with another
+constexpr int64_t kSpan = 256;    // keys that are cut into groups
+constexpr int64_t kGroups = 16;   // groups of a span: every 16th key
 
 int64_t padded(int64_t n) {
   return round_up(n, 16);
@@ -55,6 +57,7 @@ struct Row {
   float top;          // the logit whose e is 1
   float inverse_temperature;
   bool whole;     // no token has gone: token i is entry i, and `index` is not written
+  bool grouped;   // other_key holds the largest keys of groups
   bool weighed;   // e, sum and top are those of the current tokens
   bool infinite;  // the tokens are those whose logits are +inf
   int64_t sum;    // of the masses
@@ -247,9 +250,31 @@ void find_range(const int32_t* key, int64_t n, Row& row) {
   row.high = high;
 }
 
+// The largest key of each group of spans.
+void find_largest(const int32_t* ARCORE_RESTRICT key, int64_t spans, int32_t* ARCORE_RESTRICT largest) {
+  for (int64_t b = 0; b < spans; ++b) {
+    int32_t top[kGroups];
+    for (int64_t j = 0; j < kGroups; ++j)
+      top[j] = key[b * kSpan + j];
+    for (int64_t i = kGroups; i < kSpan; i += kGroups)
+      for (int64_t j = 0; j < kGroups; ++j) {
+        const int32_t x = key[b * kSpan + i + j];
+        top[j] = x > top[j] ? x : top[j];
+      }
+    for (int64_t j = 0; j < kGroups; ++j)
+      largest[b * kGroups + j] = top[j];
+  }
+}
+
+// Whether the largest keys of groups say enough about the k largest keys of n.
+bool groups_help(int64_t n, int64_t k) {
+  return n / kSpan * kGroups >= 8 * k;
+}
+
 void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, Row& row) {
   alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
-  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, s.inverse_temperature, true, false, false, 0};
+  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, s.inverse_temperature, true, false, false, false, 0};
+  row.grouped = s.top_k > 0 && !s.greedy && groups_help(p.vocab, s.top_k);
   for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
     const int64_t n = min_of(kBlock, p.vocab - begin);
     const float* x = load_biased(p, s.weights, at, begin, n, mixed, first, other);
@@ -261,10 +286,13 @@ void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, 
     find_range(key, n, part);
     row.low = min_of(row.low, part.low);
     row.high = max_of(row.high, part.high);
+    // While the keys are in the cache.
+    if (row.grouped) find_largest(key, n / kSpan, w.other_key + begin / kSpan * kGroups);
   }
   if (p.history.data != nullptr || p.prompt.data != nullptr) {
     apply_penalties(p, s, at, w.count, [&](int64_t token, float x) { w.key[token] = key_of(x); });
     find_range(w.key, p.vocab, row);
+    if (row.grouped) find_largest(w.key, p.vocab / kSpan, w.other_key);
   }
 }
 
@@ -313,6 +341,7 @@ void drop(Row& row, const Workspace& w, float scale, const Select& select) {
   else
     row.n = compact<2>(before, select, {w.key, index}, {w.key, w.index});
   row.whole = false;
+  row.grouped = false;
   if (row.n == before) return;
   find_range(w.key, row.n, row);
   if (!row.weighed) return;
@@ -441,30 +470,35 @@ int32_t find_threshold(const int32_t* key, const float* e, int64_t n, int32_t lo
   return low;
 }
 
-// A key that at least k of the row's tokens reach, for a k that is small beside their number; else row.low.
-// The row is cut into groups; k of these have a largest key that is not below the k-th largest of the largest
-// keys.
-int32_t at_least_largest(const int32_t* key, const Row& row, int64_t k, const Workspace& w) {
-  constexpr int64_t kLanesOfGroup = 16, kGroup = 16;  // group j of a block: every 16th key of 256
-  constexpr int64_t kKeys = kLanesOfGroup * kGroup;
-  const int64_t blocks = row.n / kKeys;
-  if (blocks * kLanesOfGroup < 8 * k) return row.low;
-  int32_t* largest = w.other_key;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int32_t top[kLanesOfGroup];
-    for (int64_t j = 0; j < kLanesOfGroup; ++j)
-      top[j] = key[b * kKeys + j];
-    for (int64_t i = 1; i < kGroup; ++i)
-      for (int64_t j = 0; j < kLanesOfGroup; ++j) {
-        const int32_t x = key[b * kKeys + i * kLanesOfGroup + j];
-        top[j] = x > top[j] ? x : top[j];
-      }
-    for (int64_t j = 0; j < kLanesOfGroup; ++j)
-      largest[b * kLanesOfGroup + j] = top[j];
-  }
+// A key that at least k of the row's tokens reach, for a k that is small beside their number; else row.low: k
+// of the groups have a largest key that is not below the k-th largest of the largest keys.
+int32_t at_least_largest(const Row& row, int64_t k, const Workspace& w) {
+  if (!groups_help(row.n, k)) return row.low;
+  const int64_t spans = row.n / kSpan;
+  if (!row.grouped) find_largest(w.key, spans, w.other_key);
   Row range;
-  find_range(largest, blocks * kLanesOfGroup, range);
-  return find_threshold<false>(largest, nullptr, blocks * kLanesOfGroup, range.low, range.high, k, 0.0f, w);
+  find_range(w.other_key, spans * kGroups, range);
+  return find_threshold<false>(w.other_key, nullptr, spans * kGroups, range.low, range.high, k, 0.0f, w);
+}
+
+// Drops the tokens below `low` of a row that is whole, grouped and not weighed. Spans without any other are
+// not read.
+void drop_below(Row& row, const Workspace& w, int32_t low) {
+  int64_t kept = 0;
+  for (int64_t begin = 0; begin < row.n; begin += kSpan) {
+    const int64_t n = min_of(kSpan, row.n - begin);
+    bool some = n < kSpan;  // the last keys have no groups
+    for (int64_t j = 0; j < kGroups && !some; ++j)
+      some = w.other_key[begin / kSpan * kGroups + j] >= low;
+    if (!some) continue;
+    const int32_t* key = w.key + begin;
+    kept += compact<2>(n, Between{key, n, low, 0x7fffffff}, {key, nullptr}, {w.key + kept, w.index + kept},
+                       begin);
+  }
+  row.n = kept;
+  row.whole = false;
+  row.grouped = false;
+  find_range(w.key, row.n, row);
 }
 
 // The weight that a nucleus of share p reaches: the first integer not below p * sum, at least 1.
@@ -504,16 +538,16 @@ struct Verdict {
 
 void filter_top_k(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
   if (s.top_k >= row.n) return;
-  const int32_t low = at_least_largest(w.key, row, s.top_k, w);
-  int32_t threshold = low;
-  if (low == row.low || verdict.joint) {
-    threshold = find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w);
-  } else {
+  const int32_t low = at_least_largest(row, s.top_k, w);
+  if (low > row.low && !verdict.joint) {
     // Few are left, all of the k largest among them.
-    drop(row, w, verdict.scale, Between{w.key, row.n, low, 0x7fffffff});
-    threshold = find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w);
+    if (row.grouped && row.whole && !row.weighed)
+      drop_below(row, w, low);
+    else
+      drop(row, w, verdict.scale, Between{w.key, row.n, low, 0x7fffffff});
   }
-  verdict.require_key(row, w.key, threshold);
+  verdict.require_key(row, w.key,
+                      find_threshold<false>(w.key, nullptr, row.n, row.low, row.high, s.top_k, 0.0f, w));
 }
 
 void filter_top_p(Row& row, const Workspace& w, const Scalars& s, const Verdict& verdict) {
@@ -608,6 +642,7 @@ bool process_row(const Problem& p, const Scalars& s, Place at, const Workspace& 
   if (row.high == kKeyPosInf) {
     // The limit of ever larger logits: those that are infinite share the mass.
     row.infinite = true;
+    row.grouped = false;
     for (int64_t i = 0; i < row.n; ++i)
       w.key[i] = w.key[i] == kKeyPosInf ? kKeyZero : kKeyNegInf;
     find_range(w.key, row.n, row);

@@ -42,26 +42,38 @@ void write(const View& v, int64_t batch, int64_t head, int64_t begin, int64_t n,
 }
 
 // What one (batch row, head, slice) works on; whole vectors beyond `count` and `states` hold zeros.
-struct Slice {
-  int64_t count, states, padded;               // channels, states, states rounded up to whole vectors
-  float dt[kSlice], drive[kSlice], y[kSlice];  // dt times log2(e), dt times x
-  float B[kMaxStates + 16], C[kMaxStates + 16];
-  float tail[3][kMaxStates + 16];  // a channel's states where they are no whole vectors
+struct alignas(64) Slice {
+  int64_t count, states, padded;  // channels, states, states rounded up to whole vectors
+  alignas(64) float dt[kSlice], drive[kSlice], y[kSlice];  // dt times log2(e), dt times x
+  alignas(64) float B[kMaxStates + 16], C[kMaxStates + 16];
+  alignas(64) float tail[3][kMaxStates + 16];  // a channel's states where they are no whole vectors
 };
 
-// One channel: state = a state + drive B, and the products C state summed into one vector. kTied: `a` is one
-// number.
-template <bool kTied>
-inline Vec advance(const float* A, Vec dt, Vec a_tied, Vec drive, const Slice& s, const float* from,
-                   float* to) {
-  Vec sum(0.0f);
-  for (int64_t n = 0; n < s.padded; n += kLanes) {
-    const Vec a = kTied ? a_tied : exp2(dt * load(A + n));
-    const Vec h = fma(load(from + n), a, drive * load(s.B + n));
-    store(to + n, h);
-    sum = fma(h, load(s.C + n), sum);
+constexpr int64_t kTogether = 4;  // channels whose arithmetic overlaps; they share the loads of B and C
+
+// Some channels, of which `from` and `to` are the first one's states and `stride` leads to the next ones:
+// state = a state + drive B, and the products C state of each summed into one vector. kTied: a is one number.
+template <bool kTied, int64_t kChannels>
+inline void advance(const float* A, const Slice& s, int64_t channel, float a_log, const float* from,
+                    float* to, int64_t stride, Vec* sums) {
+  Vec dt[kChannels], drive[kChannels], a[kChannels], sum[kChannels];
+  for (int64_t k = 0; k < kChannels; ++k) {
+    dt[k] = Vec(s.dt[channel + k]);
+    drive[k] = Vec(s.drive[channel + k]);
+    if constexpr (kTied) a[k] = exp2(dt[k] * Vec(a_log));
+    sum[k] = Vec(0.0f);
   }
-  return sum;
+  for (int64_t n = 0; n < s.padded; n += kLanes) {
+    const Vec B = load(s.B + n), C = load(s.C + n);
+    for (int64_t k = 0; k < kChannels; ++k) {
+      if constexpr (!kTied) a[k] = exp2(dt[k] * load(A + k * s.states + n));
+      const Vec h = fma(load(from + k * stride + n), a[k], drive[k] * B);
+      store(to + k * stride + n, h);
+      sum[k] = fma(h, C, sum[k]);
+    }
+  }
+  for (int64_t k = 0; k < kChannels; ++k)
+    sums[k] = sum[k];
 }
 
 template <typename T, bool kTied>
@@ -72,19 +84,22 @@ void update_channels(const Args& args, int64_t head, int64_t channel, T* state, 
   Vec sums[kLanes];
   for (int64_t c0 = 0; c0 < s.count; c0 += kLanes) {
     const int64_t valid = min_of<int64_t>(kLanes, s.count - c0);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      if (i >= valid) {
-        sums[i] = Vec(0.0f);
-        continue;
+    const float a_log = kTied ? args.A[head] : 0.0f;
+    const auto row_of_A = [&](int64_t c) {
+      return kTied ? nullptr : args.A + (head * args.dim + channel + c) * s.states;
+    };
+    int64_t i = 0;
+    if (direct)
+      for (; i + kTogether <= valid; i += kTogether) {
+        float* h = reinterpret_cast<float*>(state + (c0 + i) * layout.channel);
+        advance<kTied, kTogether>(row_of_A(c0 + i), s, c0 + i, a_log, h, h, layout.channel, sums + i);
       }
-      const int64_t c = c0 + i;
-      const float* A = kTied ? nullptr : args.A + (head * args.dim + channel + c) * s.states;
-      const Vec dt(s.dt[c]), drive(s.drive[c]);
-      const Vec a = kTied ? exp2(dt * Vec(args.A[head])) : Vec(0.0f);
-      T* row = state + c * layout.channel;
+    for (; i < valid; ++i) {
+      const float* A = row_of_A(c0 + i);
+      T* row = state + (c0 + i) * layout.channel;
       if (direct) {
         float* h = reinterpret_cast<float*>(row);
-        sums[i] = advance<kTied>(A, dt, a, drive, s, h, h);
+        advance<kTied, 1>(A, s, c0 + i, a_log, h, h, 0, sums + i);
         continue;
       }
       read_as(row, layout.state, s.states, s.tail[0]);
@@ -92,7 +107,7 @@ void update_channels(const Args& args, int64_t head, int64_t channel, T* state, 
         to_float(A, s.tail[1], s.states);
         A = s.tail[1];
       }
-      sums[i] = advance<kTied>(A, dt, a, drive, s, s.tail[0], s.tail[2]);
+      advance<kTied, 1>(A, s, c0 + i, a_log, s.tail[0], s.tail[2], 0, sums + i);
       if (layout.state == 1) {
         from_float(s.tail[2], row, s.states);
       } else {
@@ -100,6 +115,8 @@ void update_channels(const Args& args, int64_t head, int64_t channel, T* state, 
           row[n * layout.state] = static_cast<T>(s.tail[2][n]);
       }
     }
+    for (; i < kLanes; ++i)
+      sums[i] = Vec(0.0f);
     Vec quads[kLanes / 4];
     for (int64_t q = 0; q < kLanes / 4; ++q)
       quads[q] = sum_quad(sums[4 * q], sums[4 * q + 1], sums[4 * q + 2], sums[4 * q + 3]);

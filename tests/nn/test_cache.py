@@ -138,3 +138,24 @@ def test_all_caches_are_of_one_family():
     for cache in caches:
         assert isinstance(cache, Cache), type(cache)
         assert (cache.batch, cache.length) == (2, 0)
+
+
+def test_absent_layers_take_no_memory():
+    sizes = {"batch": 1, "num_heads": 2, "max_length": 4, "head_dim": 8}
+    cache = KVCache(num_layers=4, absent=[0, 2], **sizes)
+    full = KVCache(num_layers=4, **sizes)
+    assert cache.nbytes * 2 == full.nbytes
+    new = torch.randn(1, 2, 3, 8)
+    for layer in (1, 3):
+        keys, values = cache.append(layer, new + layer, new - layer)
+        assert torch.equal(keys, new + layer) and torch.equal(values, new - layer)
+    assert cache.length == 3
+    cache.truncate(1)
+    assert torch.equal(
+        cache.append(3, new[:, :, :1], new[:, :, :1])[0], torch.cat([(new + 3)[:, :, :1], new[:, :, :1]], 2)
+    )
+    with pytest.raises(ValueError, match=r"layer 2 has no keys and values; those that have are \[1, 3\]"):
+        cache.append(2, new, new)
+    for absent in ([0, 1], [2]):
+        with pytest.raises(ValueError, match=r"expected absent to name some of the layers 0 to 1, not all"):
+            KVCache(num_layers=2, absent=absent, **sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,16 +63,21 @@ class KVCache:
     a mask that hides each from the other: then the context is stored once.
 
     Args:
-        num_layers: layers that append.
+        num_layers: layers of the model.
         batch: rows, guidance rows included.
         num_heads: key heads.
         max_length: most tokens per row.
         head_dim: width of a head.
         dtype, device: of the storage; appended tensors are converted.
+        absent: layers without keys and values, as models have that mix attention with other layers; they take no
+            memory and cannot append.
 
     Attributes:
-        keys, values: the storage, each `[num_layers, B, H, max_length, D]`.
+        keys, values: the storage, each `[A, B, H, max_length, D]`, where A counts the layers that are not absent.
         max_length: as given.
+
+    Raises:
+        ValueError: a size is negative, or `absent` names all layers or one that does not exist.
     """
 
     def __init__(
@@ -85,17 +90,25 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        absent: Collection[int] = (),
     ) -> None:
-        shape = (num_layers, batch, num_heads, max_length, head_dim)
-        if min(shape) < 0 or num_layers < 1:
+        if min(num_layers - 1, batch, num_heads, max_length, head_dim) < 0:
             raise ValueError(
                 "arcore.nn.KVCache: expected at least one layer and no negative size but got num_layers="
                 f"{num_layers}, batch={batch}, num_heads={num_heads}, max_length={max_length}, head_dim={head_dim}"
             )
+        present = [layer for layer in range(num_layers) if layer not in absent]
+        if not present or not set(absent) <= set(range(num_layers)):
+            raise ValueError(
+                f"arcore.nn.KVCache: expected absent to name some of the layers 0 to {num_layers - 1}, not all, but "
+                f"got {sorted(absent)}"
+            )
+        self._slots = {layer: slot for slot, layer in enumerate(present)}
+        shape = (len(present), batch, num_heads, max_length, head_dim)
         self.max_length = max_length
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._lengths = [0] * num_layers
+        self._lengths = [0] * len(present)
         # The lengths that the cache was ever cut to: a snapshot is void once a later cut went below its length.
         self._cuts: list[int] = []
 
@@ -124,10 +137,10 @@ class KVCache:
             All keys and values of the layer, `[B, H, length + N, D]`, as views of the storage.
 
         Raises:
-            ValueError: the shapes do not fit or the cache is full.
+            ValueError: the shapes do not fit, the cache is full, or the layer is absent.
         """
         views = self.stage(layer, keys, values)
-        self._lengths[layer] += keys.shape[2]
+        self._lengths[self._slots[layer]] += keys.shape[2]
         return views
 
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,16 +152,21 @@ class KVCache:
                 f"arcore.nn.KVCache: expected keys and values of shape (B={batch}, H={heads}, N, D={dim}) "
                 f"but got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        start = self._lengths[layer]
+        slot = self._slots.get(layer)
+        if slot is None:
+            raise ValueError(
+                f"arcore.nn.KVCache: layer {layer} has no keys and values; those that have are {sorted(self._slots)}"
+            )
+        start = self._lengths[slot]
         stop = start + new
         if stop > self.max_length:
             raise ValueError(
                 f"arcore.nn.KVCache: {start} tokens are stored and {new} more do not fit into max_length="
                 f"{self.max_length}; make a larger cache, or truncate it"
             )
-        self.keys[layer, :, :, start:stop].copy_(keys)
-        self.values[layer, :, :, start:stop].copy_(values)
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        self.keys[slot, :, :, start:stop].copy_(keys)
+        self.values[slot, :, :, start:stop].copy_(values)
+        return self.keys[slot, :, :, :stop], self.values[slot, :, :, :stop]
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of every layer.
