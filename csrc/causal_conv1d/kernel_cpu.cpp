@@ -1,5 +1,7 @@
 // CPU forward, backward and update; compiled once per instruction set. README.md beside this file describes
 // the loops.
+#include <type_traits>
+
 #include "causal_conv1d/params.h"
 #include "common/vec.h"
 
@@ -347,49 +349,109 @@ struct Ring {
   int64_t slot(int64_t i) const { return circular ? ((at + i) % kept + kept) % kept : kept + i; }
 };
 
-// One new input per channel, few taps: the inputs of a group of channels are brought together tap by tap.
-template <typename X, typename S>
-void update_one(const UpdateArgs& args, const Ring& ring, const X* x, S* state, X* out) {
-  const int64_t taps = args.width;
-  float inputs[kMaxTaps][kLanes], weights[kMaxTaps][kLanes], sums[kLanes];
-  int64_t slots[kMaxTaps];
-  for (int64_t j = 0; j < taps - 1; ++j)
-    slots[j] = ring.slot(j - taps + 1) * args.state.time;
-  for (int64_t c0 = 0; c0 < args.dim; c0 += kLanes) {
-    const int64_t valid = min_of<int64_t>(kLanes, args.dim - c0);
-    const S* rows = state + c0 * args.state.channel;
-    const float* w = args.weight + c0 * taps;
-    for (int64_t j = 0; j < taps; ++j)
-      for (int64_t c = 0; c < valid; ++c)
-        weights[j][c] = w[c * taps + j];
-    for (int64_t j = 0; j < taps - 1; ++j)
-      for (int64_t c = 0; c < valid; ++c)
-        inputs[j][c] = static_cast<float>(rows[c * args.state.channel + slots[j]]);
-    for (int64_t c = 0; c < valid; ++c)
-      inputs[taps - 1][c] = static_cast<float>(x[(c0 + c) * args.x.channel]);
-    for (int64_t c = 0; c < valid; ++c)
-      sums[c] = args.bias != nullptr ? args.bias[c0 + c] : 0.0f;
-    for (int64_t c = valid; c < kLanes; ++c) {
-      sums[c] = 0.0f;
-      for (int64_t j = 0; j < taps; ++j)
-        inputs[j][c] = weights[j][c] = 0.0f;
+// Taps of a group of channels, tap by tap, with zeros for channels that are not there.
+struct Taps {
+  alignas(64) float weight[kMaxTaps][kLanes];
+  alignas(64) float bias[kLanes];
+
+  void load(const UpdateArgs& args, int64_t channel, int64_t valid) {
+    const float* w = args.weight + channel * args.width;
+    for (int64_t c = 0; c < kLanes; ++c) {
+      for (int64_t j = 0; j < args.width; ++j)
+        weight[j][c] = c < valid ? w[c * args.width + j] : 0.0f;
+      bias[c] = c < valid && args.bias != nullptr ? args.bias[channel + c] : 0.0f;
     }
-    Vec sum = load(sums);
-    for (int64_t j = 0; j < taps; ++j)
-      sum = fma(load(weights[j]), load(inputs[j]), sum);
-    store(sums, args.silu ? silu(sum) : sum);
-    for (int64_t c = 0; c < valid; ++c)
-      out[(c0 + c) * args.out.channel] = static_cast<X>(sums[c]);
   }
-  if (ring.kept == 0) return;
-  const int64_t step = args.state.time;
-  for (int64_t c = 0; c < args.dim; ++c) {
-    S* kept_of = state + c * args.state.channel;
-    if (!ring.circular)
+};
+
+// A channel's state of four inputs side by side, as transformers keeps them.
+typedef float Quad __attribute__((vector_size(16)));
+constexpr int64_t kQuad = 4;
+
+// Shifts `x` into the states of a whole group of channels; the inputs of each channel then are in `inputs`,
+// oldest first.
+void shift_quads(float* state, const float* x, float (*inputs)[kLanes]) {
+  for (int64_t c = 0; c < kLanes; c += kQuad) {
+    Quad q[kQuad], fresh;
+    std::memcpy(&fresh, x + c, sizeof(Quad));
+    std::memcpy(q, state + c * kQuad, sizeof(q));
+    q[0] = __builtin_shufflevector(q[0], fresh, 1, 2, 3, 4);
+    q[1] = __builtin_shufflevector(q[1], fresh, 1, 2, 3, 5);
+    q[2] = __builtin_shufflevector(q[2], fresh, 1, 2, 3, 6);
+    q[3] = __builtin_shufflevector(q[3], fresh, 1, 2, 3, 7);
+    std::memcpy(state + c * kQuad, q, sizeof(q));
+    const Quad low01 = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
+    const Quad low23 = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+    const Quad high01 = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    const Quad high23 = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    const Quad column[kQuad] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                                __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                                __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                                __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+    for (int64_t j = 0; j < kQuad; ++j)
+      std::memcpy(inputs[j] + c, &column[j], sizeof(Quad));
+  }
+}
+
+// One new input for each channel of a group, few taps. Whole groups whose channels lie side by side are read
+// and written as vectors; else the inputs are brought together tap by tap.
+template <typename X, typename S>
+void update_group(const UpdateArgs& args, const Taps& taps, const Ring& ring, const X* x, S* state, X* out,
+                  int64_t valid) {
+  alignas(64) float inputs[kMaxTaps][kLanes], sums[kLanes];
+  const int64_t before = args.width - 1, channel = args.state.channel, time = args.state.time;
+  const bool whole = valid == kLanes, beside = whole && channel == 1;
+  const auto gather = [&](const auto* from, int64_t stride, float* into) {
+    for (int64_t c = 0; c < kLanes; ++c)
+      into[c] = c < valid ? static_cast<float>(from[c * stride]) : 0.0f;
+  };
+  const auto input = [&](const auto* from, int64_t stride, float* into) {
+    if (whole && stride == 1)
+      store(into, load_lanes(from));
+    else
+      gather(from, stride, into);
+  };
+  bool shifted = false;
+  input(x, args.x.channel, inputs[before]);
+  if constexpr (std::is_same_v<S, float>)
+    if (whole && !ring.circular && ring.kept == kQuad && channel == kQuad && time == 1 &&
+        before == kQuad - 1) {
+      alignas(64) float fresh[kLanes];
+      store(fresh, load(inputs[before]));
+      shift_quads(state, fresh, inputs);
+      shifted = true;
+    }
+  if (!shifted)
+    for (int64_t j = 0; j < before; ++j)
+      input(state + ring.slot(j - before) * time, channel, inputs[j]);
+  Vec sum = load(taps.bias);
+  for (int64_t j = 0; j <= before; ++j)
+    sum = fma(load(taps.weight[j]), load(inputs[j]), sum);
+  if (args.silu) sum = silu(sum);
+  if (whole && args.out.channel == 1) {
+    store_lanes(out, sum);
+  } else {
+    store(sums, sum);
+    for (int64_t c = 0; c < valid; ++c)
+      out[c * args.out.channel] = static_cast<X>(sums[c]);
+  }
+  if (ring.kept == 0 || shifted) return;
+  if (!ring.circular) {
+    if (beside) {
       for (int64_t k = 0; k + 1 < ring.kept; ++k)
-        kept_of[k * step] = kept_of[(k + 1) * step];
-    kept_of[ring.slot(ring.circular ? 0 : -1) * step] =
-        static_cast<S>(static_cast<float>(x[c * args.x.channel]));
+        store_lanes(state + k * time, load_lanes(state + (k + 1) * time));
+    } else {
+      for (int64_t c = 0; c < valid; ++c)
+        for (int64_t k = 0; k + 1 < ring.kept; ++k)
+          state[c * channel + k * time] = state[c * channel + (k + 1) * time];
+    }
+  }
+  S* last = state + ring.slot(ring.circular ? 0 : -1) * time;
+  if (beside) {
+    store_lanes(last, load(inputs[before]));
+  } else {
+    for (int64_t c = 0; c < valid; ++c)
+      last[c * channel] = static_cast<S>(inputs[before][c]);
   }
 }
 
@@ -428,31 +490,44 @@ void update_many(const UpdateArgs& args, const Ring& ring, const X* x, S* state,
 }
 
 template <typename X, typename S>
-void update_row(const UpdateArgs& args, int64_t batch) {
-  const X* x = static_cast<const X*>(args.x.data) + batch * args.x.batch;
-  X* out = static_cast<X*>(args.out.data) + batch * args.out.batch;
-  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch, kept = args.state_length;
-  if (row < 0) {
-    for (int64_t c = 0; c < args.dim; ++c)
-      for (int64_t t = 0; t < args.steps; ++t)
-        out[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
-    return;
-  }
-  S* state = static_cast<S*>(args.state.data) + row * args.state.batch;
+void update_rows(const UpdateArgs& args, int64_t begin, int64_t end) {
+  const int64_t kept = args.state_length;
   const bool circular = args.write_at != nullptr && kept > 0;
-  const Ring ring{circular ? args.write_at[batch] % kept : 0, kept, circular};
-  if (args.steps == 1 && args.width <= kMaxTaps)
-    update_one(args, ring, x, state, out);
-  else
-    update_many(args, ring, x, state, out);
+  const auto row_of = [&](int64_t batch) { return args.rows != nullptr ? args.rows[batch] : batch; };
+  const auto state_of = [&](int64_t batch) {
+    return static_cast<S*>(args.state.data) + row_of(batch) * args.state.batch;
+  };
+  const auto x_of = [&](int64_t batch) { return static_cast<const X*>(args.x.data) + batch * args.x.batch; };
+  const auto out_of = [&](int64_t batch) { return static_cast<X*>(args.out.data) + batch * args.out.batch; };
+  const auto ring_of = [&](int64_t batch) {
+    return Ring{circular ? args.write_at[batch] % kept : 0, kept, circular};
+  };
+  const bool single = args.steps == 1 && args.width <= kMaxTaps;
+  for (int64_t batch = begin; batch < end; ++batch) {
+    if (row_of(batch) < 0) {
+      for (int64_t c = 0; c < args.dim; ++c)
+        for (int64_t t = 0; t < args.steps; ++t)
+          out_of(batch)[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
+    } else if (!single) {
+      update_many(args, ring_of(batch), x_of(batch), state_of(batch), out_of(batch));
+    }
+  }
+  if (!single) return;
+  Taps taps;
+  for (int64_t c = 0; c < args.dim; c += kLanes) {
+    const int64_t valid = min_of<int64_t>(kLanes, args.dim - c);
+    taps.load(args, c, valid);
+    for (int64_t batch = begin; batch < end; ++batch)
+      if (row_of(batch) >= 0)
+        update_group(args, taps, ring_of(batch), x_of(batch) + c * args.x.channel,
+                     state_of(batch) + c * args.state.channel, out_of(batch) + c * args.out.channel, valid);
+  }
 }
 
 void update(const UpdateArgs& args, int64_t begin, int64_t end) {
   with_type(args.x.dtype, [&](auto x) {
-    with_type(args.state.dtype, [&](auto state) {
-      for (int64_t batch = begin; batch < end; ++batch)
-        update_row<decltype(x), decltype(state)>(args, batch);
-    });
+    with_type(args.state.dtype,
+              [&](auto state) { update_rows<decltype(x), decltype(state)>(args, begin, end); });
   });
 }
 
