@@ -44,8 +44,8 @@ def generate_frames(
     over the frames, which moves their positions: the cache begins anew with each move.
 
     Finished frames are shown to the network at `context_time`. Above clean they are shrunk as data of that time are,
-    but have no noise: a network that expects errors of that size in what it is given does not add to them, so that long
-    videos stay steady. `context_noise` adds the noise.
+    but have no noise: a network that expects errors of that size in what it is given takes less of them over, which
+    is how Diffusion Forcing steadies long videos. `context_noise` adds the noise.
 
     The model is put into evaluation mode for the time of the call.
 

@@ -7,7 +7,7 @@ one with little noise, a frame that is unknown one with nothing else. This is th
 after each branch. A frame's prediction depends on no later frame, whatever noise that has.
 
 Finished frames are read at a small time, `context_time`, scaled like data of that time but without its noise: a network
-that expects errors of that size in its context does not follow them ("stabilisation"). The network never sees
+that expects errors of that size in its context follows them less ("stabilisation"). The network never sees
 time -1, clean.
 
 Legend: B rows, N frames in a row, P values of a frame, C width, K classes.
