@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# A process per core; a file's tests stay together, for what they prepare once.
+XDIST ?= -n auto --dist loadfile
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -31,10 +33,10 @@ demo: $(STAMPS)/build $(STAMPS)/train  ## train a small next-scale image model o
 	$(PY) -m arcore demo
 
 test: $(STAMPS)/build $(STAMPS)/test  ## run the tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
 test-all: $(STAMPS)/build $(STAMPS)/test  ## run the tests, the slow ones too
-	$(PY) -m pytest --runslow $(PYTEST_ARGS)
+	$(PY) -m pytest --runslow $(XDIST) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/dev  ## check style, types, layers and duplication
 	$(BIN)/ruff check .

@@ -42,7 +42,11 @@ IMPLEMENTATIONS = {
     "sdpa_loop": "SDPA, loop",
     "sdpa_causal": "SDPA, is_causal",
     "flex_compiled": "FlexAttention",
-    "transformers": "transformers, loop",
+    "transformers": "transformers",
+    "compiled": "torch.compile",
+    "cross_entropy": "F.cross_entropy",
+    "loop": "loop (multinomial)",
+    "loop_cdf": "loop (cumsum)",
 }
 
 
