@@ -60,7 +60,7 @@ readme: $(STAMPS)/build $(STAMPS)/dev  ## generate README's tables and figure an
 	$(PY) tools/zoo_table.py
 
 docs: $(STAMPS)/build $(STAMPS)/dev  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: open site/index.html"
 
 cuda-check: $(STAMPS)/torch  ## compile every CUDA file with nvcc; needs no GPU

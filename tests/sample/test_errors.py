@@ -37,7 +37,9 @@ VALUE_ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "text"), VALUE_ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "text"), VALUE_ERRORS, ids=lambda v: v[:40] if isinstance(v, str) else "_".join(v)
+)
 def test_value_errors(arguments, text):
     for function in (sample, reference_sample):
         with pytest.raises(ValueError, match=re.escape(text)):
