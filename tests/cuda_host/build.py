@@ -1,0 +1,158 @@
+"""Builds an op's CUDA sources for the CPU and swaps them in for its CPU kernels.
+
+The sources are those that nvcc compiles for sm_80: csrc/<op>/cuda.cpp and csrc/<op>/instantiations/*_sm80.cu, here
+compiled by g++ with tests/cuda_host/executor.cpp in the place of a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "cuda_host"
+HERE = Path(__file__).resolve().parent
+STATISTICS = (
+    "blocks",
+    "barriers",
+    "collectives",
+    "matrix_products",
+    "async_copies",
+    "bank_conflicts",
+)
+
+
+def cuda_include() -> Path | None:
+    """The folder of the CUDA toolkit's headers, whose host-side types the kernels use."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        homes.insert(0, str(Path(nvcc).resolve().parents[1]))
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the executor cannot be built here, or None."""
+    if os.uname().machine != "x86_64":
+        return "the executor needs an x86-64 processor"
+    if shutil.which("g++") is None:
+        return "g++ was not found"
+    if cuda_include() is None:
+        return "the CUDA toolkit's headers were not found"
+    return None
+
+
+def build_library(sources: list[Path], sanitize: bool = False) -> Path:
+    """Compiles `sources` with the executor; a library of the same sources and flags is reused."""
+    torch_root = Path(torch.__file__).parent
+    include = cuda_include()
+    assert include is not None
+    flags = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-psabi", "-DARCORE_CUDA_HOST", "-ffp-contract=off"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+    flags += ["-isystem", str(include), "-isystem", str(torch_root / "include")]
+    if sanitize:
+        flags += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += ["-fno-omit-frame-pointer"]
+    else:
+        flags += ["-O2"]
+    folders = {
+        source.parent.parent if source.parent.name == "instantiations" else source.parent
+        for source in sources
+    }
+    digest = hashlib.sha256(repr((flags, torch.__version__, [str(s) for s in sources])).encode())
+    for folder in sorted({*folders, ROOT / "csrc" / "common", HERE}):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in {".h", ".cuh", ".cu", ".cpp"}:
+                digest.update(path.read_bytes())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    library = CACHE / f"{digest.hexdigest()[:20]}.so"
+    with open(CACHE / f"{library.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        folder = CACHE / library.stem
+        folder.mkdir(exist_ok=True)
+        objects, running = [], []
+        for i, source in enumerate([HERE / "executor.cpp", *sources]):
+            target = folder / f"{i}.o"
+            objects.append(str(target))
+            command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+            running.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+        failed = [text for process in running if (text := process.communicate()[0]) and process.returncode]
+        if failed or any(process.returncode for process in running):
+            raise RuntimeError("cuda_host: a source does not compile\n" + "\n".join(failed))
+        link = ["g++", "-shared", *objects, "-o", f"{library}.part", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        link += ["-lc10", f"-Wl,-rpath,{torch_root / 'lib'}"]
+        link += ["-fsanitize=address,undefined"] if sanitize else []
+        subprocess.run(link, check=True)
+        os.replace(f"{library}.part", library)
+        shutil.rmtree(folder)
+    return library
+
+
+class CudaHost:
+    """The CUDA kernels of one op, compiled for the CPU."""
+
+    def __init__(self, op: str, sanitize: bool = False) -> None:
+        folder = ROOT / "csrc" / op
+        sources = [folder / "cuda.cpp", *sorted((folder / "instantiations").glob("*_sm80.cu"))]
+        path = build_library(sources, sanitize)
+        torch.ops.load_library(str(path))
+        self._native = ctypes.CDLL(str(path))
+        self._native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
+
+    def set_seed(self, seed: int) -> None:
+        """Picks the order in which warps and blocks run."""
+        self._native.arcore_cuda_host_set_seed(seed)
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of the last launch."""
+        values = (ctypes.c_int64 * len(STATISTICS))()
+        self._native.arcore_cuda_host_statistics(values)
+        return dict(zip(STATISTICS, values, strict=True))
+
+
+@functools.cache
+def load(op: str) -> CudaHost:
+    """`CudaHost` of an op; torch.ops.arcore_cuda_host.* holds its functions afterwards."""
+    return CudaHost(op, sanitize=bool(os.environ.get("ARCORE_CUDA_HOST_SANITIZE")))
+
+
+@functools.cache
+def _define(name: str) -> torch.library.Library:
+    """Gives torch.ops.arcore_cuda_host.<name> the schema of torch.ops.arcore.<name>."""
+    library = torch.library.Library("arcore_cuda_host", "FRAGMENT")
+    schema = str(getattr(torch.ops.arcore, name).default._schema)
+    library.define(schema.removeprefix("arcore::"))
+    return library
+
+
+@contextmanager
+def installed(op: str, names: list[str], seed: int = 0) -> Iterator[CudaHost]:
+    """Inside, torch.ops.arcore.<name> on CPU tensors runs the op's CUDA kernels for each of `names`."""
+    host = load(op)
+    host.set_seed(seed)
+    override = torch.library.Library("arcore", "IMPL")
+    try:
+        for name in names:
+            _define(name)
+            override.impl(name, getattr(torch.ops.arcore_cuda_host, name).default, "CPU", allow_override=True)
+        yield host
+    finally:
+        override._destroy()

@@ -1,0 +1,551 @@
+// Runs a launch block by block: threads are fibers, a scheduler in the launching context picks the warp that
+// runs next from a seed, and nothing moves between fibers except where threads meet.
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_host/device.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define ARCORE_ASAN 1
+#else
+#define ARCORE_ASAN 0
+#endif
+
+#if !defined(__x86_64__)
+#error "the executor switches stacks with x86-64 instructions"
+#endif
+
+// void arcore_switch_stack(void** save, void* load): callee-saved registers go to the old stack, those of the
+// new one come back.
+asm(R"(
+.text
+.type arcore_switch_stack, @function
+arcore_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size arcore_switch_stack, .-arcore_switch_stack
+)");
+extern "C" void arcore_switch_stack(void** save, void* load) __attribute__((visibility("hidden")));
+
+namespace arcore::cuda_host {
+
+namespace {
+
+constexpr int kLanes = 32, kMaxThreads = 1024, kBarriers = 16;
+#if ARCORE_ASAN
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kFilledBytes = 0;
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+// What a kernel reads from its stack before writing it is NaN, as far down as kernels' frames reach.
+constexpr size_t kFilledBytes = 12 * 1024;
+#endif
+// More than a multiprocessor can give to one block.
+constexpr int64_t kMaxSharedBytes = 227 * 1024;
+constexpr unsigned char kSlackPattern = 0xa5;
+
+enum class State { kReady, kInWarp, kInBarrier, kReturned };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool valid;
+  int64_t group;
+};
+
+struct Thread {
+  void* stack_pointer;
+  unsigned char* stack;
+  void* fake_stack;
+  State state;
+  Where where;
+  const char* what;
+  const void* in;
+  void* out;
+  Combine combine;
+  int barrier, result;
+  int64_t open_group;
+  std::vector<Copy> copies;
+};
+
+struct Warp {
+  int arrived, ready;
+};
+
+struct Barrier {
+  int arrived, expected, count;
+};
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    state += 0x9e3779b97f4a7c15u;
+    uint64_t z = state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int below(int n) { return static_cast<int>(next() % static_cast<uint64_t>(n)); }
+};
+
+struct Executor {
+  std::mutex mutex;
+  uint64_t seed = 0;
+  Statistics statistics{};
+
+  // The launch that runs.
+  void (*run)(const void*) = nullptr;
+  const void* closure = nullptr;
+  Index index{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers]{};
+  int current = -1, returned = 0;
+  Random random{0};
+  void* scheduler_stack = nullptr;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_size = 0;
+  std::string error;
+  sigjmp_buf fault;
+
+  unsigned char* stacks = nullptr;
+  unsigned char* shared_map = nullptr;
+  unsigned char* shared = nullptr;
+  int64_t shared_bytes = 0, shared_rounded = 0;
+};
+
+Executor executor;
+
+size_t page_bytes() {
+  static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+unsigned char* map_pages(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::runtime_error("cuda_host: no memory for the executor");
+  return static_cast<unsigned char*>(p);
+}
+
+void switch_to_thread(Thread& t) {
+#if ARCORE_ASAN
+  __sanitizer_start_switch_fiber(&executor.scheduler_fake_stack, t.stack, kStackBytes);
+#endif
+  arcore_switch_stack(&executor.scheduler_stack, t.stack_pointer);
+#if ARCORE_ASAN
+  __sanitizer_finish_switch_fiber(executor.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void switch_to_scheduler(Thread& t, [[maybe_unused]] bool for_good) {
+#if ARCORE_ASAN
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &t.fake_stack, executor.scheduler_bottom,
+                                 executor.scheduler_size);
+#endif
+  arcore_switch_stack(&t.stack_pointer, executor.scheduler_stack);
+#if ARCORE_ASAN
+  __sanitizer_finish_switch_fiber(t.fake_stack, &executor.scheduler_bottom, &executor.scheduler_size);
+#endif
+}
+
+Thread& self() {
+  return executor.threads[static_cast<size_t>(executor.current)];
+}
+
+void suspend() {
+  const int me = executor.current;
+  switch_to_scheduler(self(), false);
+  executor.current = me;
+}
+
+std::string place(const Where& where) {
+  std::string file = where.file_name();
+  const size_t cut = file.rfind("csrc/");
+  if (cut != std::string::npos) file = file.substr(cut);
+  return file + ":" + std::to_string(where.line());
+}
+
+std::string block_name() {
+  const Index& i = executor.index;
+  return "block (" + std::to_string(i.block[0]) + ", " + std::to_string(i.block[1]) + ", " +
+         std::to_string(i.block[2]) + ")";
+}
+
+void set_error(const std::string& message) {
+  if (executor.error.empty()) executor.error = message;
+}
+
+[[noreturn]] void give_up() {
+  switch_to_scheduler(self(), true);
+  __builtin_unreachable();
+}
+
+void make_ready(Thread& t, size_t thread) {
+  t.state = State::kReady;
+  ++executor.warps[thread / kLanes].ready;
+}
+
+void fiber_main() {
+  {
+#if ARCORE_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &executor.scheduler_bottom, &executor.scheduler_size);
+#endif
+    executor.run(executor.closure);
+  }
+  Thread& t = self();
+  if (!t.copies.empty()) {
+    set_error("thread " + std::to_string(executor.current) + " of " + block_name() +
+              " returned while its copy_async was not waited for");
+  }
+  t.state = State::kReturned;
+  ++executor.returned;
+  give_up();
+}
+
+void prepare_fiber(Thread& t) {
+#if ARCORE_ASAN
+  __asan_unpoison_memory_region(t.stack, kStackBytes);
+#endif
+  unsigned char* top = t.stack + kStackBytes;
+  if (kFilledBytes > 0) std::memset(top - kFilledBytes, 0xff, kFilledBytes);
+  // As if fiber_main had been called: the address below is what `ret` takes, after six registers.
+  auto* frame = reinterpret_cast<void**>(top) - 2;
+  *frame = reinterpret_cast<void*>(&fiber_main);
+  frame -= 6;
+  std::memset(frame, 0, 6 * sizeof(void*));
+  t.stack_pointer = frame;
+  t.fake_stack = nullptr;
+  t.state = State::kReady;
+  t.copies.clear();
+  t.open_group = 0;
+}
+
+void on_fault(int, siginfo_t* info, void*) {
+  char text[160];
+  std::snprintf(text, sizeof(text), "an access outside all buffers, at address %p", info->si_addr);
+  set_error(std::string(text) + " (thread " + std::to_string(executor.current) + " of " + block_name() + ")");
+  siglongjmp(executor.fault, 1);
+}
+
+// Who waits where, when nobody can go on.
+std::string deadlock() {
+  std::string text = "threads of " + block_name() + " wait for each other: ";
+  std::vector<std::string> seen;
+  for (size_t i = 0; i < executor.threads.size(); ++i) {
+    const Thread& t = executor.threads[i];
+    std::string line;
+    if (t.state == State::kInWarp) line = std::string(t.what) + " at " + place(t.where);
+    if (t.state == State::kInBarrier) line = "barrier " + std::to_string(t.barrier) + " at " + place(t.where);
+    if (t.state == State::kReturned) line = "returned";
+    if (std::find(seen.begin(), seen.end(), line) != seen.end()) continue;
+    seen.push_back(line);
+    text += (seen.size() > 1 ? "; thread " : "thread ") + std::to_string(i) + ": " + line;
+  }
+  return text;
+}
+
+void run_block() {
+  Executor& e = executor;
+  ++e.statistics.blocks;
+  std::memset(e.shared, 0xff, static_cast<size_t>(e.shared_bytes));
+  std::memset(e.shared + e.shared_bytes, kSlackPattern,
+              static_cast<size_t>(e.shared_rounded - e.shared_bytes));
+  for (Thread& t : e.threads)
+    prepare_fiber(t);
+  for (Warp& w : e.warps)
+    w = {0, kLanes};
+  for (Barrier& b : e.barriers)
+    b = {};
+  e.returned = 0;
+  const int count = static_cast<int>(e.warps.size());
+  // From even steps of all warps to one warp running as far ahead as barriers let it.
+  constexpr int kChances[] = {0, 8, 60, 1000};
+  const int stay = kChances[e.random.below(4)];
+  int warp = e.random.below(count);
+  while (e.returned < static_cast<int>(e.threads.size())) {
+    if (e.warps[static_cast<size_t>(warp)].ready == 0 || e.random.below(1000) >= stay) {
+      int tries = 0;
+      warp = e.random.below(count);
+      while (tries < count && e.warps[static_cast<size_t>(warp)].ready == 0) {
+        warp = (warp + 1) % count;
+        ++tries;
+      }
+      if (tries == count) {
+        set_error(deadlock());
+        return;
+      }
+    }
+    const int first = e.random.below(kLanes);
+    for (int l = 0; l < kLanes; ++l) {
+      const int thread = warp * kLanes + (first + l) % kLanes;
+      Thread& t = e.threads[static_cast<size_t>(thread)];
+      if (t.state != State::kReady) continue;
+      --e.warps[static_cast<size_t>(warp)].ready;
+      e.current = thread;
+      switch_to_thread(t);
+      if (!e.error.empty()) return;
+    }
+  }
+  for (int64_t i = e.shared_bytes; i < e.shared_rounded; ++i) {
+    if (e.shared[i] != kSlackPattern) {
+      set_error("a write past the end of the shared memory of " + block_name());
+      return;
+    }
+  }
+}
+
+void make_room(int threads, int64_t shared_bytes) {
+  Executor& e = executor;
+  const size_t page = page_bytes();
+  if (e.stacks == nullptr) {
+    e.stacks = map_pages(kMaxThreads * (kStackBytes + page));
+    const auto most = static_cast<size_t>(kMaxSharedBytes) + 2 * page;
+    e.shared_map = map_pages((most + page - 1) / page * page + page);
+    // A stack that overflows, and an index below the shared memory or past it, hit a page that is not there.
+    for (int i = 0; i < kMaxThreads; ++i)
+      mprotect(e.stacks + static_cast<size_t>(i) * (kStackBytes + page), page, PROT_NONE);
+    mprotect(e.shared_map + (most + page - 1) / page * page, page, PROT_NONE);
+  }
+  const auto end = e.shared_map + (static_cast<size_t>(kMaxSharedBytes) + 2 * page + page - 1) / page * page;
+  e.shared_bytes = shared_bytes;
+  e.shared_rounded = (shared_bytes + 127) / 128 * 128;
+  e.shared = end - e.shared_rounded;
+  e.threads.resize(static_cast<size_t>(threads));
+  e.warps.resize(static_cast<size_t>(threads / kLanes));
+  for (size_t i = 0; i < e.threads.size(); ++i)
+    e.threads[i].stack = e.stacks + i * (kStackBytes + page) + page;
+}
+
+}  // namespace
+
+const Index& index() {
+  executor.index.thread = executor.current;
+  return executor.index;
+}
+
+unsigned char* shared_memory() {
+  return executor.shared;
+}
+
+void fail(const char* message, const Where& where) {
+  set_error(std::string(message) + " (thread " + std::to_string(executor.current) + " of " + block_name() +
+            ", " + place(where) + ")");
+  give_up();
+}
+
+void check_shared(const void* p, size_t bytes, const char* what, const Where& where) {
+  const auto* begin = static_cast<const unsigned char*>(p);
+  if (begin >= executor.shared && begin + bytes <= executor.shared + executor.shared_bytes) return;
+  fail((std::string(what) + " outside the shared memory of the block").c_str(), where);
+}
+
+void meet_warp(const char* what, const void* in, void* out, Combine combine, const Where& where) {
+  Executor& e = executor;
+  Thread& me = self();
+  const auto warp = static_cast<size_t>(e.current / kLanes);
+  me.what = what;
+  me.where = where;
+  me.in = in;
+  me.out = out;
+  me.combine = combine;
+  me.state = State::kInWarp;
+  if (++e.warps[warp].arrived < kLanes) {
+    suspend();
+    return;
+  }
+  Thread* lanes = &e.threads[warp * kLanes];
+  const void* inputs[kLanes];
+  void* outputs[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    if (lanes[l].combine != combine || lanes[l].where.line() != where.line() ||
+        std::strcmp(lanes[l].where.file_name(), where.file_name()) != 0) {
+      fail(("lanes of a warp are at different places: lane " + std::to_string(l) + " at " + lanes[l].what +
+            ", " + place(lanes[l].where) + ", another at " + what)
+               .c_str(),
+           where);
+    }
+    inputs[l] = lanes[l].in;
+    outputs[l] = lanes[l].out;
+  }
+  ++e.statistics.collectives;
+  combine(inputs, outputs);
+  e.warps[warp].arrived = 0;
+  for (int l = 0; l < kLanes; ++l)
+    make_ready(lanes[l], warp * kLanes + static_cast<size_t>(l));
+  suspend();
+}
+
+int meet_block(int id, int expected, bool value, const Where& where) {
+  Executor& e = executor;
+  Thread& me = self();
+  Barrier& b = e.barriers[id];
+  if (b.arrived == 0) b = {0, expected, 0};
+  if (b.expected != expected)
+    fail("threads that come to one barrier expect different numbers of threads", where);
+  ++b.arrived;
+  b.count += value;
+  me.state = State::kInBarrier;
+  me.barrier = id;
+  me.where = where;
+  if (b.arrived < expected) {
+    suspend();
+    return self().result;
+  }
+  for (size_t i = 0; i < e.threads.size(); ++i) {
+    Thread& t = e.threads[i];
+    if (t.state != State::kInBarrier || t.barrier != id) continue;
+    if (id == 0 &&
+        (t.where.line() != where.line() || std::strcmp(t.where.file_name(), where.file_name()) != 0))
+      fail(("threads of a block are at different barriers: thread " + std::to_string(i) + " at " +
+            place(t.where))
+               .c_str(),
+           where);
+    t.result = b.count;
+    make_ready(t, i);
+  }
+  b = {};
+  ++e.statistics.barriers;
+  suspend();
+  return self().result;
+}
+
+void begin_copy(void* shared, const void* global, int bytes, bool valid, const Where& where) {
+  const auto size = static_cast<uintptr_t>(bytes);
+  if (reinterpret_cast<uintptr_t>(shared) % size != 0 ||
+      (valid && reinterpret_cast<uintptr_t>(global) % size != 0))
+    fail("a copy_async whose addresses are not multiples of its bytes", where);
+  check_shared(shared, static_cast<size_t>(bytes), "a copy_async", where);
+  ++executor.statistics.async_copies;
+  Thread& me = self();
+  // The data may come at any moment from now on; who reads it before the wait, or still needs what was there,
+  // reads NaN.
+  std::memset(shared, 0xff, static_cast<size_t>(bytes));
+  me.copies.push_back({shared, global, bytes, valid, me.open_group});
+}
+
+void commit_copies() {
+  ++self().open_group;
+}
+
+void wait_copies(int pending) {
+  Thread& me = self();
+  const int64_t done = me.open_group - pending;  // groups below this have arrived
+  size_t kept = 0;
+  for (const Copy& c : me.copies) {
+    if (c.group >= done) {
+      me.copies[kept++] = c;
+      continue;
+    }
+    if (c.valid)
+      std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+    else
+      std::memset(c.to, 0, static_cast<size_t>(c.bytes));
+  }
+  me.copies.resize(kept);
+}
+
+void count_matrix_product() {
+  ++executor.statistics.matrix_products;
+}
+void count_bank_conflicts(int conflicts) {
+  executor.statistics.bank_conflicts += conflicts;
+}
+
+int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int threads,
+                  int64_t shared_bytes, const void* closure) {
+  constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+  if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0 || shared_bytes < 0 ||
+      shared_bytes > kMaxSharedBytes || x >= int64_t{1} << 31 || y > 65535 || z > 65535)
+    return kInvalidValue;
+  std::lock_guard<std::mutex> lock(executor.mutex);
+  Executor& e = executor;
+  make_room(threads, shared_bytes);
+  e.run = run;
+  e.closure = closure;
+  e.error.clear();
+  e.random.state = e.seed;
+  e.statistics = {};
+  e.index = {0, threads, {0, 0, 0}, {x, y, z}};
+
+#if !ARCORE_ASAN
+  struct sigaction action{};
+  struct sigaction old_segv, old_bus;
+  alignas(16) static unsigned char signal_stack[64 * 1024];
+  stack_t stack{signal_stack, 0, sizeof(signal_stack)}, old_stack;
+  sigaltstack(&stack, &old_stack);
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, &old_segv);
+  sigaction(SIGBUS, &action, &old_bus);
+#endif
+  const int64_t blocks = x * y * z;
+  if (sigsetjmp(e.fault, 1) == 0) {
+    // Blocks in an order that has nothing to do with their numbers.
+    int64_t stride =
+        blocks == 1 ? 1 : 1 + static_cast<int64_t>(e.random.next() % static_cast<uint64_t>(blocks - 1));
+    auto common = [](int64_t a, int64_t b) {
+      while (b != 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+      }
+      return a;
+    };
+    while (common(stride, blocks) != 1)
+      ++stride;
+    int64_t block = static_cast<int64_t>(e.random.next() % static_cast<uint64_t>(blocks));
+    for (int64_t i = 0; i < blocks && e.error.empty(); ++i, block = (block + stride) % blocks) {
+      e.index.block[0] = block % x;
+      e.index.block[1] = block / x % y;
+      e.index.block[2] = block / x / y;
+      run_block();
+    }
+  }
+#if !ARCORE_ASAN
+  sigaction(SIGSEGV, &old_segv, nullptr);
+  sigaction(SIGBUS, &old_bus, nullptr);
+  sigaltstack(&old_stack, nullptr);
+#endif
+  if (!e.error.empty()) throw std::runtime_error("cuda_host: " + e.error);
+  return 0;
+}
+
+extern "C" {
+
+__attribute__((visibility("default"))) void arcore_cuda_host_set_seed(uint64_t seed) {
+  executor.seed = seed;
+}
+
+__attribute__((visibility("default"))) void arcore_cuda_host_statistics(int64_t* out) {
+  std::memcpy(out, &executor.statistics, sizeof(Statistics));
+}
+
+}  // extern "C"
+
+}  // namespace arcore::cuda_host
