@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,9 +151,12 @@ def installed(op: str, names: list[str], seed: int = 0) -> Iterator[CudaHost]:
     host.set_seed(seed)
     override = torch.library.Library("arcore", "IMPL")
     try:
-        for name in names:
-            _define(name)
-            override.impl(name, getattr(torch.ops.arcore_cuda_host, name).default, "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for name in names:
+                _define(name)
+                kernel = getattr(torch.ops.arcore_cuda_host, name).default
+                override.impl(name, kernel, "CPU", allow_override=True)
         yield host
     finally:
         override._destroy()
