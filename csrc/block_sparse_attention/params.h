@@ -51,6 +51,56 @@ struct Wave {
   float* workspace;
 };
 
+// Which tiles a CUDA kernel visits, for each grid (batch entry and head of the mask, stride 0 where
+// broadcast): row r of the plan holds a count, the r-th row to start with (longest first), and `columns`
+// places for the tiles, (column << 1) | full, ascending. Built by interval_tile_plan.
+struct TilePlan {
+  const int32_t* data;  // int32 [Bm, Hm, rows, 2 + columns] contiguous
+  int64_t batch, head;  // strides in int32
+  int64_t rows, columns;
+};
+
+// Tiles of queries and keys that the CUDA kernels visit: forward and dQ walk the keys of a query tile, dK and
+// dV the queries of a key tile.
+constexpr int kForwardTileQ = 128, kForwardTileK = 64;
+constexpr int kBackwardTileQ = 64, kBackwardTileK = 128;
+
+struct PlanArgs {
+  MaskBounds mask;
+  int64_t batch, heads;  // grids
+  int64_t nq, nk;
+  int tile_q, tile_k;
+  bool by_key;
+  int32_t* plan;
+  int64_t rows, columns;
+};
+
+// Work of a forward launch beyond ForwardArgs: with splits > 1, part s of each query tile's keys goes to
+// partial_out [splits, B, H, Nq, D] and partial_lse [splits, B, H, Nq], float32.
+struct ForwardCuda {
+  ForwardArgs args;
+  TilePlan plan;
+  int64_t splits;
+  float* partial_out;
+  float* partial_lse;
+};
+
+struct BackwardCuda {
+  BackwardArgs args;
+  TilePlan by_query, by_key;
+  float* delta;  // [B, H, Nq]: rowsum(grad_out * out) - grad_lse
+};
+
+// Launches on the current device; 0 or a cudaError_t. head_dim <= kMaxCudaHeadDim.
+constexpr int kMaxCudaHeadDim = 128;
+int launch_plan_sm80(const PlanArgs&, void* stream);
+int launch_forward_bf16_sm80(const ForwardCuda&, void* stream);
+int launch_forward_f16_sm80(const ForwardCuda&, void* stream);
+int launch_forward_fp32_sm80(const ForwardCuda&, void* stream);
+int launch_backward_bf16_sm80(const BackwardCuda&, void* stream);
+int launch_backward_f16_sm80(const BackwardCuda&, void* stream);
+int launch_backward_fp32_sm80(const BackwardCuda&, void* stream);
+
 struct CpuKernels {
   // Floats of workspace that one (batch, kv head) pair needs.
   int64_t (*forward_workspace)(const Problem&);

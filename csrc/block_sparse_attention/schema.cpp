@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
+#include "block_sparse_attention/checks.h"
 #include "block_sparse_attention/params.h"
-#include "common/check.h"
 #include "common/cpu_dispatch.h"
 #include "common/parallel.h"
 
@@ -19,97 +19,8 @@ ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr const char* kOp = "block_sparse_attention";
-constexpr const char* kBackwardOp = "block_sparse_attention_backward";
-constexpr int64_t kMaxHeadDim = 256;
-
 // Below this many floating-point operations a second thread costs more than it saves.
 constexpr double kFlopsPerThread = 4e6;
-
-// Kernels read rows of D contiguous elements.
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.numel() == 0 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Tensor4 view(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bounds,
-                      const OptionalTensor& key_bounds, double scale) {
-  ARCORE_CHECK(q.dim() == 4, op, "expected q of shape [B, H, Nq, D] but got ", shape_of(q));
-  Problem p{};
-  p.batch = q.size(0);
-  p.heads = q.size(1);
-  p.nq = q.size(2);
-  p.dim = q.size(3);
-  ARCORE_CHECK(k.dim() == 4 && k.size(0) == p.batch && k.size(3) == p.dim, op, "expected k of shape (",
-               p.batch, ", Hkv, Nk, ", p.dim, ") but got ", shape_of(k));
-  p.kv_heads = k.size(1);
-  p.nk = k.size(2);
-  ARCORE_CHECK(v.dim() == 4 && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.nk &&
-                   v.size(3) == p.dim,
-               op, "expected v of k's shape ", shape_of(k), " but got ", shape_of(v));
-  ARCORE_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0, op,
-               "expected the heads of q to be a multiple of those of k but got H=", p.heads,
-               " and Hkv=", p.kv_heads);
-  ARCORE_CHECK(p.dim % 8 == 0 && p.dim >= 8 && p.dim <= kMaxHeadDim, op,
-               "expected head_dim to be a multiple of 8 from 8 to ", kMaxHeadDim, " but got ", p.dim,
-               "; pad it");
-  p.dtype = storage_type(q, op, "q");
-  ARCORE_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
-               "expected q, k and v of one dtype but got ", torch::headeronly::toString(q.scalar_type()),
-               ", ", torch::headeronly::toString(k.scalar_type()), " and ",
-               torch::headeronly::toString(v.scalar_type()));
-  p.scale = static_cast<float>(scale);
-
-  ARCORE_CHECK(bounds.scalar_type() == ScalarType::Int, op, "expected bounds of dtype int32 but got ",
-               torch::headeronly::toString(bounds.scalar_type()));
-  ARCORE_CHECK(bounds.dim() == 4 && (bounds.size(3) == 2 || bounds.size(3) == 4) && bounds.size(2) == p.nq &&
-                   (bounds.size(0) == 1 || bounds.size(0) == p.batch) &&
-                   (bounds.size(1) == 1 || bounds.size(1) == p.heads),
-               op, "expected bounds of shape [1 or ", p.batch, ", 1 or ", p.heads, ", ", p.nq,
-               ", 2 or 4] but got ", shape_of(bounds));
-  ARCORE_CHECK(bounds.is_cpu() && bounds.is_contiguous(), op,
-               "expected bounds to be a contiguous CPU tensor");
-  p.mask.intervals = static_cast<int>(bounds.size(3) / 2);
-  p.mask.bounds = static_cast<const int32_t*>(bounds.data_ptr());
-  p.mask.batch = bounds.size(0) == 1 ? 0 : bounds.stride(0);
-  p.mask.head = bounds.size(1) == 1 ? 0 : bounds.stride(1);
-  if (key_bounds.has_value()) {
-    const Tensor& kb = *key_bounds;
-    ARCORE_CHECK(kb.scalar_type() == ScalarType::Int, op, "expected key_bounds of dtype int32 but got ",
-                 torch::headeronly::toString(kb.scalar_type()));
-    ARCORE_CHECK(
-        kb.dim() == 3 && kb.size(2) == 2 && kb.size(1) == p.nk && (kb.size(0) == 1 || kb.size(0) == p.batch),
-        op, "expected key_bounds of shape [1 or ", p.batch, ", ", p.nk, ", 2] but got ", shape_of(kb));
-    ARCORE_CHECK(kb.is_cpu() && kb.is_contiguous(), op, "expected key_bounds to be a contiguous CPU tensor");
-    p.mask.key_bounds = static_cast<const int32_t*>(kb.data_ptr());
-    p.mask.key_batch = kb.size(0) == 1 ? 0 : kb.stride(0);
-  }
-  return p;
-}
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < t.dim(); ++i)
-    same = t.size(i) == like.size(i);
-  ARCORE_CHECK(same, op, "expected ", name, " of shape ", shape_of(like), " and dtype ",
-               torch::headeronly::toString(like.scalar_type()), " but got ", shape_of(t), " and ",
-               torch::headeronly::toString(t.scalar_type()));
-}
-
-const float* check_rows(const char* op, const char* name, const Tensor& t, const Problem& p) {
-  ARCORE_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == p.batch &&
-                   t.size(1) == p.heads && t.size(2) == p.nq,
-               op, "expected ", name, " float32 of shape (", p.batch, ", ", p.heads, ", ", p.nq, ") but got ",
-               torch::headeronly::toString(t.scalar_type()), " ", shape_of(t));
-  return static_cast<const float*>(t.data_ptr());
-}
 
 // Calls f(wave, threads) for consecutive groups of (batch, kv head) pairs. A wave is just wide enough to feed
 // all threads: its packed operands are the op's whole workspace, and a small one stays in cache.
@@ -128,7 +39,8 @@ void run_waves(const Problem& p, const Tensor& like, int64_t floats_per_pair, in
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& bounds, const OptionalTensor& key_bounds, double scale) {
+                                       const Tensor& bounds, const OptionalTensor& key_bounds, double scale,
+                                       const OptionalTensor&, const OptionalTensor&) {
   const Tensor k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v),
                q_rows = with_contiguous_rows(q);
   ForwardArgs args{};
@@ -162,7 +74,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const OptionalTensor& grad_lse,
                                                 const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const Tensor& out, const Tensor& lse, const Tensor& bounds,
-                                                const OptionalTensor& key_bounds, double scale) {
+                                                const OptionalTensor& key_bounds, double scale,
+                                                const OptionalTensor&, const OptionalTensor&) {
   BackwardArgs args{};
   args.problem = check_problem(kBackwardOp, q, k, v, bounds, key_bounds, scale);
   const Problem& p = args.problem;
@@ -222,13 +135,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const Op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def(
-      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? key_bounds, float scale)"
-      " -> (Tensor out, Tensor lse)");
+      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? key_bounds, float scale,"
+      " Tensor? plan_by_query=None, Tensor? plan_by_key=None) -> (Tensor out, Tensor lse)");
   m.def(
       "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out,"
-      " Tensor lse, Tensor bounds, Tensor? key_bounds, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor "
-      "grad_v)");
+      " Tensor lse, Tensor bounds, Tensor? key_bounds, float scale, Tensor? plan_by_query=None,"
+      " Tensor? plan_by_key=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "interval_tile_plan(Tensor bounds, Tensor? key_bounds, int nk, int tile_q, int tile_k, bool by_key) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {

@@ -37,6 +37,15 @@ inline std::string shape_of(const torch::stable::Tensor& t) {
   return text.str();
 }
 
+// Tensors of one call lie on one device.
+inline void check_device(const char* op, const char* name, const torch::stable::Tensor& t,
+                         const torch::stable::Tensor& like) {
+  ARCORE_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op,
+               "expected ", name, " on the device of the other tensors but got ",
+               t.is_cpu() ? "the CPU" : "a GPU", " (index ", static_cast<int>(t.get_device_index()),
+               "); move it with .to(device)");
+}
+
 inline StorageType storage_type(const torch::stable::Tensor& t, const char* op, const char* name) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {

@@ -23,7 +23,7 @@
 namespace arcore {
 
 // The device of `like` is current while this lives; its stream() is where PyTorch would launch now.
-class CudaScope {
+class __attribute__((visibility("hidden"))) CudaScope {
  public:
 #if defined(ARCORE_CUDA_HOST)
   explicit CudaScope(const torch::stable::Tensor&) {}

@@ -138,7 +138,7 @@ def test_raw_op_checks_too():
         op(q.double(), k.double(), v.double(), bounds, None, 1.0)
     with pytest.raises(RuntimeError, match=r"expected key_bounds of shape \[1 or 2, 9, 2\]"):
         op(q, k, v, bounds, torch.zeros(1, 8, 2, dtype=torch.int32), 1.0)
-    with pytest.raises(RuntimeError, match=r"contiguous CPU tensor"):
+    with pytest.raises(RuntimeError, match=r"expected bounds to be contiguous"):
         op(q, k, v, bounds.expand(2, 4, N, 2), None, 1.0)
 
 

@@ -18,6 +18,7 @@
 #define ARCORE_KERNEL_ARGS const
 #define ARCORE_LAUNCH_BOUNDS(threads, blocks_per_multiprocessor)
 #define ARCORE_UNROLL
+#define ARCORE_NO_UNROLL
 
 namespace arcore::cuda_host {
 

@@ -42,6 +42,7 @@ struct alignas(8) Vector8 {
 #define ARCORE_LAUNCH_BOUNDS(threads, blocks_per_multiprocessor) \
   __launch_bounds__(threads, blocks_per_multiprocessor)
 #define ARCORE_UNROLL _Pragma("unroll")
+#define ARCORE_NO_UNROLL _Pragma("unroll 1")
 
 namespace arcore {
 

@@ -85,8 +85,37 @@ def block_sparse_attention(
             f"{_name(q.dtype)}; for float64 (gradcheck) call reference_block_sparse_attention"
         )
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, lse = torch.ops.arcore.block_sparse_attention(q, k, v, mask.bounds, mask.key_bounds, factor)
+    plans = _cuda_plans(mask) if q.device.type == "cuda" else (None, None)
+    out, lse = torch.ops.arcore.block_sparse_attention(q, k, v, mask.bounds, mask.key_bounds, factor, *plans)
     return (out, lse) if return_lse else out
+
+
+# Queries and keys of a tile, and whether the plan goes by key: kForwardTile* and kBackwardTile* of params.h.
+CUDA_TILES = ((128, 64, False), (64, 128, True))
+
+
+def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, Tensor]:
+    """The tiles that the CUDA kernels visit, built on the device once per mask.
+
+    In a compiled graph they are part of the graph, where equal calls of all layers become one.
+    """
+
+    def build() -> tuple[Tensor, Tensor]:
+        plan = torch.ops.arcore.interval_tile_plan
+        forward, backward = (
+            plan(mask.bounds, mask.key_bounds, mask.nk, tile_q, tile_k, by_key)
+            for tile_q, tile_k, by_key in CUDA_TILES
+        )
+        return forward, backward
+
+    if torch.compiler.is_compiling():
+        return build()
+
+    def build_for_all_modes() -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # a later training step may save them
+            return build()
+
+    return mask._cached(("cuda_plans",), build_for_all_modes)
 
 
 def reference_block_sparse_attention(
@@ -194,7 +223,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | N
 
 @torch.library.register_fake("arcore::block_sparse_attention")
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, key_bounds: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor | None,
+    scale: float,
+    plan_by_query: Tensor | None = None,
+    plan_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -211,27 +247,39 @@ def _fake_backward(
     bounds: Tensor,
     key_bounds: Tensor | None,
     scale: float,
+    plan_by_query: Tensor | None = None,
+    plan_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+@torch.library.register_fake("arcore::interval_tile_plan")
+def _fake_plan(
+    bounds: Tensor, key_bounds: Tensor | None, nk: int, tile_q: int, tile_k: int, by_key: bool
+) -> Tensor:
+    batch = bounds.shape[0] if key_bounds is None else max(bounds.shape[0], key_bounds.shape[0])
+    across_q, across_k = (bounds.shape[2] + tile_q - 1) // tile_q, (nk + tile_k - 1) // tile_k
+    rows, columns = (across_k, across_q) if by_key else (across_q, across_k)
+    return bounds.new_empty(batch, bounds.shape[1], rows, 2 + columns)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bounds, key_bounds, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds, key_bounds)
+    q, k, v, bounds, key_bounds, scale, plan_by_query, plan_by_key = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, key_bounds, plan_by_query, plan_by_key)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, bounds, key_bounds = ctx.saved_tensors
+    q, k, v, out, lse, bounds, key_bounds, plan_by_query, plan_by_key = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return None, None, None, None, None, None
+        return (None,) * 8
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.arcore.block_sparse_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, bounds, key_bounds, ctx.scale
+        grad_out, grad_lse, q, k, v, out, lse, bounds, key_bounds, ctx.scale, plan_by_query, plan_by_key
     )
-    return *grads, None, None, None
+    return *grads, None, None, None, None, None
 
 
 torch.library.register_autograd("arcore::block_sparse_attention", _backward, setup_context=_setup_context)
@@ -245,12 +293,26 @@ def _register_autocast(device_type: str, key: str) -> torch.library.Library:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(
-        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, key_bounds: Tensor | None, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Tensor,
+        key_bounds: Tensor | None,
+        scale: float,
+        plan_by_query: Tensor | None = None,
+        plan_by_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             out, lse = torch.ops.arcore.block_sparse_attention(
-                q.to(dtype), k.to(dtype), v.to(dtype), bounds, key_bounds, scale
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                bounds,
+                key_bounds,
+                scale,
+                plan_by_query,
+                plan_by_key,
             )
         return out, lse
 

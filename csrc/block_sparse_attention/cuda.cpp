@@ -1,0 +1,187 @@
+// CUDA side of torch.ops.arcore.block_sparse_attention, its backward and interval_tile_plan: allocation and
+// launches.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "block_sparse_attention/checks.h"
+#include "block_sparse_attention/params.h"
+#include "common/cuda_call.h"
+
+namespace arcore::block_sparse_attention {
+
+namespace {
+
+Tensor build_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_t nk, int64_t tile_q,
+                  int64_t tile_k, bool by_key) {
+  PlanArgs args = check_plan(bounds, key_bounds, nk, tile_q, tile_k, by_key);
+  const CudaScope scope(bounds);
+  Tensor plan = torch::stable::new_empty(bounds, {args.batch, args.heads, args.rows, 2 + args.columns});
+  args.plan = static_cast<int32_t*>(plan.data_ptr());
+  check_launch(kPlanOp, launch_plan_sm80(args, scope.stream()));
+  return plan;
+}
+
+TilePlan plan_of(const Tensor& plan, const Problem& p, bool by_key) {
+  const int64_t tile_q = by_key ? kBackwardTileQ : kForwardTileQ,
+                tile_k = by_key ? kBackwardTileK : kForwardTileK;
+  const int64_t across_q = (p.nq + tile_q - 1) / tile_q, across_k = (p.nk + tile_k - 1) / tile_k;
+  const int64_t rows = by_key ? across_k : across_q, columns = by_key ? across_q : across_k;
+  ARCORE_CHECK(
+      plan.scalar_type() == ScalarType::Int && plan.dim() == 4 && plan.is_contiguous() &&
+          (plan.size(0) == 1 || plan.size(0) == p.batch) && (plan.size(1) == 1 || plan.size(1) == p.heads) &&
+          plan.size(2) == rows && plan.size(3) == 2 + columns,
+      kOp, "expected the tile plan int32 of shape [1 or ", p.batch, ", 1 or ", p.heads, ", ", rows, ", ",
+      2 + columns, "], contiguous, but got ", torch::headeronly::toString(plan.scalar_type()), " ",
+      shape_of(plan), "; build it with interval_tile_plan for tiles of ", tile_q, " x ", tile_k);
+  return {static_cast<const int32_t*>(plan.data_ptr()), plan.size(0) == 1 ? 0 : plan.stride(0),
+          plan.size(1) == 1 ? 0 : plan.stride(1), rows, columns};
+}
+
+Tensor plan_or_build(const OptionalTensor& plan, const Tensor& bounds, const OptionalTensor& key_bounds,
+                     const Problem& p, bool by_key) {
+  if (plan.has_value()) return *plan;
+  return build_plan(bounds, key_bounds, p.nk, by_key ? kBackwardTileQ : kForwardTileQ,
+                    by_key ? kBackwardTileK : kForwardTileK, by_key);
+}
+
+void check_head_dim(const char* op, const Problem& p) {
+  ARCORE_CHECK(p.dim <= kMaxCudaHeadDim, op, "expected head_dim <= ", kMaxCudaHeadDim,
+               " on CUDA (64, 72, 80, 96 and 128 have kernels of their own, others are padded) but got ",
+               p.dim, "; move the tensors to the CPU or split the heads");
+}
+
+// Parts of each query tile's keys: where the query tiles alone do not fill the GPU. A function of shapes and
+// the device, so that a shape always gives the same result.
+int64_t splits_for(const Problem& p, const TilePlan& plan) {
+  const int64_t blocks = p.batch * p.heads * plan.rows, room = 2 * multiprocessors();
+  if (blocks * 2 > room || plan.columns < 8) return 1;
+  return std::clamp<int64_t>(std::min(room / blocks, plan.columns / 4), 1, 64);
+}
+
+int launch_forward(const ForwardCuda& cuda, void* stream) {
+  switch (cuda.args.problem.dtype) {
+    case StorageType::kBFloat16:
+      return launch_forward_bf16_sm80(cuda, stream);
+    case StorageType::kFloat16:
+      return launch_forward_f16_sm80(cuda, stream);
+    default:
+      return launch_forward_fp32_sm80(cuda, stream);
+  }
+}
+
+int launch_backward(const BackwardCuda& cuda, void* stream) {
+  switch (cuda.args.problem.dtype) {
+    case StorageType::kBFloat16:
+      return launch_backward_bf16_sm80(cuda, stream);
+    case StorageType::kFloat16:
+      return launch_backward_f16_sm80(cuda, stream);
+    default:
+      return launch_backward_fp32_sm80(cuda, stream);
+  }
+}
+
+// Gradients and outputs are written row by row, D contiguous elements each.
+Tensor writable(const Tensor& t) {
+  return t.stride(3) == 1 ? t : torch::stable::new_empty(t, t.sizes());
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& bounds, const OptionalTensor& key_bounds, double scale,
+                                        const OptionalTensor& plan_by_query, const OptionalTensor&) {
+  ForwardCuda cuda{};
+  cuda.args.problem = check_problem(kOp, q, k, v, bounds, key_bounds, scale);
+  const Problem& p = cuda.args.problem;
+  check_head_dim(kOp, p);
+  Tensor out = torch::stable::empty_like(q);
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
+  if (out.numel() == 0) return {out, lse};
+  const CudaScope scope(q);
+  const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
+               v_rows = with_contiguous_rows(v);
+  Tensor out_rows = writable(out);
+  const Tensor plan = plan_or_build(plan_by_query, bounds, key_bounds, p, false);
+  cuda.plan = plan_of(plan, p, false);
+  cuda.args.q = view(q_rows);
+  cuda.args.k = view(k_rows);
+  cuda.args.v = view(v_rows);
+  cuda.args.out = view(out_rows);
+  cuda.args.lse = static_cast<float*>(lse.data_ptr());
+  cuda.splits = p.dtype == StorageType::kFloat32 ? 1 : splits_for(p, cuda.plan);
+  Tensor partial = lse;  // keeps the workspace until the kernels are queued
+  if (cuda.splits > 1) {
+    const int64_t rows = cuda.splits * p.batch * p.heads * p.nq;
+    partial = torch::stable::new_empty(q, {rows * (p.dim + 1)}, ScalarType::Float);
+    cuda.partial_out = static_cast<float*>(partial.data_ptr());
+    cuda.partial_lse = cuda.partial_out + rows * p.dim;
+  }
+  check_launch(kOp, launch_forward(cuda, scope.stream()));
+  if (out.stride(3) != 1) torch::stable::copy_(out, out_rows);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                                 const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const Tensor& lse, const Tensor& bounds,
+                                                 const OptionalTensor& key_bounds, double scale,
+                                                 const OptionalTensor& plan_by_query,
+                                                 const OptionalTensor& plan_by_key) {
+  BackwardCuda cuda{};
+  cuda.args.problem = check_problem(kBackwardOp, q, k, v, bounds, key_bounds, scale);
+  const Problem& p = cuda.args.problem;
+  check_head_dim(kBackwardOp, p);
+  check_like(kBackwardOp, "grad_out", grad_out, q);
+  check_like(kBackwardOp, "out", out, q);
+  const CudaScope scope(q);
+  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k),
+         grad_v = torch::stable::empty_like(v);
+  if (grad_q.numel() == 0 || grad_k.numel() == 0) {
+    torch::stable::zero_(grad_q);
+    torch::stable::zero_(grad_k);
+    torch::stable::zero_(grad_v);
+    return {grad_q, grad_k, grad_v};
+  }
+  const Tensor grad_out_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
+  const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
+               v_rows = with_contiguous_rows(v);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  Tensor grad_lse_rows = lse_rows;
+  cuda.args.lse = check_rows(kBackwardOp, "lse", lse_rows, p);
+  if (grad_lse.has_value()) {
+    grad_lse_rows = torch::stable::contiguous(*grad_lse);
+    cuda.args.grad_lse = check_rows(kBackwardOp, "grad_lse", grad_lse_rows, p);
+  }
+  Tensor grad_q_rows = writable(grad_q), grad_k_rows = writable(grad_k), grad_v_rows = writable(grad_v);
+  const Tensor by_query = plan_or_build(plan_by_query, bounds, key_bounds, p, false);
+  const Tensor by_key = plan_or_build(plan_by_key, bounds, key_bounds, p, true);
+  const Tensor delta = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
+  cuda.by_query = plan_of(by_query, p, false);
+  cuda.by_key = plan_of(by_key, p, true);
+  cuda.delta = static_cast<float*>(delta.data_ptr());
+  cuda.args.grad_out = view(grad_out_rows);
+  cuda.args.q = view(q_rows);
+  cuda.args.k = view(k_rows);
+  cuda.args.v = view(v_rows);
+  cuda.args.out = view(out_rows);
+  cuda.args.grad_q = view(grad_q_rows);
+  cuda.args.grad_k = view(grad_k_rows);
+  cuda.args.grad_v = view(grad_v_rows);
+  check_launch(kBackwardOp, launch_backward(cuda, scope.stream()));
+  if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);
+  if (grad_k.stride(3) != 1) torch::stable::copy_(grad_k, grad_k_rows);
+  if (grad_v.stride(3) != 1) torch::stable::copy_(grad_v, grad_v_rows);
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+}  // namespace arcore::block_sparse_attention
+
+ARCORE_CUDA_LIBRARY_IMPL(m) {
+  m.impl("block_sparse_attention", TORCH_BOX(&arcore::block_sparse_attention::forward_cuda));
+  m.impl("block_sparse_attention_backward", TORCH_BOX(&arcore::block_sparse_attention::backward_cuda));
+  m.impl("interval_tile_plan", TORCH_BOX(&arcore::block_sparse_attention::build_plan));
+}
