@@ -13,7 +13,7 @@ from arcore import masks
 from arcore.masks import IntervalMask
 from arcore.ops import block_sparse_attention, reference_block_sparse_attention
 from arcore.ops.block_sparse_attention import CUDA_TILES
-from tests.cuda_host.build import CudaHost, installed, unavailable
+from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
@@ -118,6 +118,20 @@ def test_odd_lengths(host: CudaHost, nq: int) -> None:
     inputs = tensors((2, 2, 2, nq, nq + 3, 64), torch.bfloat16)
     check_forward(*inputs, masks.causal(nq, offset=3))
     check_backward(*inputs, masks.causal(nq, offset=3), with_lse=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_past_the_inputs_is_touched(host: CudaHost, dtype: torch.dtype) -> None:
+    """The last element of each tensor lies before a page that may not be touched."""
+    mask = masks.causal(37)
+    q, k, v, grad_out = (guarded(torch.randn(1, 1, 37, 72).to(dtype)) for _ in range(4))
+    bounds = guarded(mask.bounds)
+    out, lse = torch.ops.arcore.block_sparse_attention(q, k, v, bounds, None, 0.125)
+    out, lse, grad_lse = guarded(out), guarded(lse), guarded(torch.zeros_like(lse))
+    grads = torch.ops.arcore.block_sparse_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, bounds, None, 0.125
+    )
+    assert all(x.isfinite().all() for x in grads)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -105,6 +106,20 @@ def build_library(sources: list[Path], sanitize: bool = False) -> Path:
         os.replace(f"{library}.part", library)
         shutil.rmtree(folder)
     return library
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy whose last byte lies before a page that may not be touched."""
+    page = mmap.PAGESIZE
+    size = tensor.numel() * tensor.element_size()
+    pages = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, pages + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + pages), ctypes.c_size_t(page), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+    return flat.view(tensor.shape).copy_(tensor)
 
 
 class CudaHost:

@@ -32,6 +32,7 @@ enum Mistake {
   kMisaligned,
   kReadsUnwrittenLocal,
   kExitedLane,
+  kIndexPastBuffer,
 };
 
 // out[i] = in[n - 1 - i] in pieces of the block, twice through shared memory; n is a multiple of the block.
@@ -64,6 +65,9 @@ ARCORE_KERNEL misuse(ARCORE_KERNEL_ARGS Args args) {
   switch (args.mistake) {
     case kIndexPastShared:
       if (thread < 100) buffer[thread + args.n] = value;
+      break;
+    case kIndexPastBuffer:
+      args.out[thread + args.n] = value;
       break;
     case kIndexFarOutside:
       value = args.in[int64_t{1} << 40];

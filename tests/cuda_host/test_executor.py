@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cuda_host.build import HERE, build_library, unavailable
+from tests.cuda_host.build import HERE, build_library, guarded, unavailable
 
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
@@ -30,7 +30,8 @@ NONE = 0
     MISALIGNED,
     READS_UNWRITTEN_LOCAL,
     EXITED_LANE,
-) = range(1, 16)
+    INDEX_PAST_BUFFER,
+) = range(1, 17)
 REVERSE, MISUSE, PRODUCT = range(3)
 
 Probe = Callable[..., str]
@@ -130,6 +131,13 @@ def test_misuse_is_an_error_that_names_the_place(probe: Probe, mistake: int, exp
 
 def test_an_index_past_all_shared_memory_is_an_error(probe: Probe) -> None:
     message = probe(MISUSE, torch.zeros(128), torch.zeros(128), 128, INDEX_PAST_SHARED)
+    assert "an access outside all buffers" in message
+
+
+def test_an_index_past_a_guarded_buffer_is_an_error(probe: Probe) -> None:
+    out = guarded(torch.zeros(128))
+    assert probe(MISUSE, out, torch.zeros(128), 0, INDEX_PAST_BUFFER) == ""
+    message = probe(MISUSE, out, torch.zeros(128), 1, INDEX_PAST_BUFFER)
     assert "an access outside all buffers" in message
 
 
