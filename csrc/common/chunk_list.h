@@ -108,24 +108,31 @@ inline ChunkList rows_by_id(int64_t batch, int64_t length, const torch::stable::
   return list;
 }
 
-inline ChunkList chunk_list(const char* op, int64_t batch, int64_t length,
+// What can be said of cu_seqlens and seq_idx without reading them.
+inline void check_sequences(const char* op, int64_t batch, int64_t length,
                             const std::optional<torch::stable::Tensor>& cu_seqlens,
-                            const std::optional<torch::stable::Tensor>& seq_idx, bool reverse) {
+                            const std::optional<torch::stable::Tensor>& seq_idx) {
   ARCORE_CHECK(!cu_seqlens.has_value() || !seq_idx.has_value(), op,
                "expected cu_seqlens or seq_idx but got both");
   if (cu_seqlens.has_value()) {
     ARCORE_CHECK(batch == 1, op, "expected batch 1 with cu_seqlens but got ", batch);
     ARCORE_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
                  "expected cu_seqlens of shape (num_sequences + 1,) but got ", shape_of(*cu_seqlens));
-    return packed_row(op, length, *cu_seqlens, reverse);
   }
   if (seq_idx.has_value()) {
     check_shape(op, "seq_idx", *seq_idx, {batch, length});
     ARCORE_CHECK(seq_idx->scalar_type() == torch::headeronly::ScalarType::Int, op,
                  "expected seq_idx of dtype int32 but got ",
                  torch::headeronly::toString(seq_idx->scalar_type()));
-    return rows_by_id(batch, length, *seq_idx, reverse);
   }
+}
+
+inline ChunkList chunk_list(const char* op, int64_t batch, int64_t length,
+                            const std::optional<torch::stable::Tensor>& cu_seqlens,
+                            const std::optional<torch::stable::Tensor>& seq_idx, bool reverse) {
+  check_sequences(op, batch, length, cu_seqlens, seq_idx);
+  if (cu_seqlens.has_value()) return packed_row(op, length, *cu_seqlens, reverse);
+  if (seq_idx.has_value()) return rows_by_id(batch, length, *seq_idx, reverse);
   return whole_rows(length);
 }
 

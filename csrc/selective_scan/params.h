@@ -72,4 +72,60 @@ struct CpuKernels {
   void (*backward_reduce)(const BackwardArgs&, int64_t begin, int64_t end);
 };
 
+// ---- CUDA ----
+
+// Steps that a block stages at once, and the distance of the states that the CUDA forward keeps for its
+// backward. python/arcore/ops/selective_scan.py has it too (CUDA_CHUNK).
+constexpr int kCudaChunk = 32;
+
+// What a step of a packed row is, in scan order; the row of initial_state and last_state is mark >> 8.
+enum Mark : int32_t {
+  kRestart = 1,  // its sequence starts here: from its initial state (cu_seqlens), or from zero (seq_idx)
+  kPadding = 2,  // the state passes, the output is 0
+  kEnd = 4,      // the state after it is its sequence's last (cu_seqlens)
+};
+
+struct MarkArgs {
+  int64_t batch, length;
+  bool reverse;
+  const int32_t* seq_idx;  // or null
+  int64_t id_batch, id_time;
+  const int64_t* cu_seqlens;  // or null; [sequences + 1]
+  int64_t sequences;
+  int32_t* marks;  // [batch, length] in scan order
+};
+
+// last = first, or zero: what sequences without steps keep. Also the gradients of their initial states.
+struct CarryArgs {
+  const float* first;  // or null
+  float* last;
+  int64_t size;
+};
+
+// A block works on up to `cell` channels that share B and C.
+struct CudaLayout {
+  int64_t cells, cell;
+  int64_t blocks;        // per batch row: blocks_per_row_sm80
+  const int32_t* marks;  // null: whole rows
+  bool packed;           // cu_seqlens: marks name rows of the states
+};
+
+struct ForwardCuda {
+  ForwardArgs args;  // problem.chunks is not used
+  CudaLayout layout;
+};
+
+struct BackwardCuda {
+  BackwardArgs args;
+  CudaLayout layout;
+};  // partial_B and partial_C varying: [batch, layout.blocks, length, state] in scan order
+
+int64_t blocks_per_row_sm80(int64_t state, int64_t cells, int64_t cell);
+
+// 0 or a cudaError_t.
+int launch_marks_sm80(const MarkArgs&, void* stream);
+int launch_carry_sm80(const CarryArgs&, void* stream);
+int launch_forward_sm80(const ForwardCuda&, void* stream);
+int launch_backward_sm80(const BackwardCuda&, void* stream);
+
 }  // namespace arcore::selective_scan

@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/sequence_view.h"
 #include "common/workspace.h"
+#include "selective_scan/checks.h"
 #include "selective_scan/params.h"
 
 namespace arcore::selective_scan {
@@ -22,102 +23,8 @@ ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr const char* kOp = "selective_scan";
-constexpr const char* kBackwardOp = "selective_scan_backward";
-constexpr int64_t kMaxState = 256;
 // Below this many state updates (about 0.2 ms) a second thread costs more than it saves.
 constexpr double kUpdatesPerThread = 5e5;
-
-Coefficient coefficient(const char* op, const char* name, const Tensor& t, const Problem& p, bool reverse) {
-  const StorageType dtype = storage_type(t, op, name);
-  if (t.dim() == 2) {
-    check_shape(op, name, t, {p.dim, p.state});
-    return {t.data_ptr(), 0, t.stride(0), t.stride(1), 0, 0, dtype};
-  }
-  const bool grouped = t.dim() == 4;
-  const int64_t groups = grouped ? t.size(1) : 1;
-  if (grouped)
-    check_shape(op, name, t, {p.batch, groups, p.state, p.length});
-  else
-    check_shape(op, name, t, {p.batch, p.state, p.length});
-  ARCORE_CHECK(groups > 0 && p.dim % groups == 0, op, "expected the groups of ", name,
-               " to divide dim=", p.dim, " but got ", groups);
-  const int64_t last = t.dim() - 1;
-  Coefficient m{t.data_ptr(), t.stride(0), grouped ? t.stride(1) : 0, t.stride(last - 1), t.stride(last),
-                groups,       dtype};
-  if (reverse && p.length > 0) {
-    m.data = static_cast<char*>(m.data) + (p.length - 1) * m.time * (dtype == StorageType::kFloat32 ? 4 : 2);
-    m.time = -m.time;
-  }
-  return m;
-}
-
-// Owns what the raw pointers of Problem and Inputs point at.
-struct Call {
-  Problem problem{};
-  Inputs in{};
-  ChunkList list;
-  int64_t rows;  // of the state tensors
-  std::vector<Tensor> held;
-
-  Call(const char* op, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-       const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const OptionalTensor& seq_idx,
-       bool delta_softplus, bool reverse) {
-    Problem& p = problem;
-    ARCORE_CHECK(u.dim() == 3, op, "expected u of shape (batch, dim, length) but got ", shape_of(u));
-    p.batch = u.size(0);
-    p.dim = u.size(1);
-    p.length = u.size(2);
-    p.delta_softplus = delta_softplus;
-    ARCORE_CHECK(A.dim() == 2 && A.size(0) == p.dim && A.size(1) >= 1 && A.size(1) <= kMaxState, op,
-                 "expected A of shape (dim=", p.dim, ", d_state) but got ", shape_of(A),
-                 "; d_state must be 1 to ", kMaxState);
-    p.state = A.size(1);
-    p.slots = std::max<int64_t>((p.length + kChunk - 1) / kChunk - 1, 0);
-    check_shape(op, "delta", delta, {p.batch, p.dim, p.length});
-    if (z.has_value()) check_shape(op, "z", *z, {p.batch, p.dim, p.length});
-    list = chunk_list(op, p.batch, p.length, cu_seqlens, seq_idx, reverse);
-    p.chunk_rows = seq_idx.has_value() ? p.batch : 1;
-    p.chunks = list.chunks.data();
-    p.first_chunk = list.first.data();
-    rows = cu_seqlens.has_value() ? cu_seqlens->size(0) - 1 : p.batch;
-
-    in.u = sequence_view(op, "u", u, reverse);
-    in.delta = sequence_view(op, "delta", delta, reverse);
-    in.z = sequence_view(op, "z", z, reverse);
-    in.B = coefficient(op, "B", B, p, reverse);
-    in.C = coefficient(op, "C", C, p, reverse);
-    storage_type(A, op, "A");
-    in.A = hold(A);
-    if (D.has_value()) {
-      check_shape(op, "D", *D, {p.dim});
-      in.D = hold(*D);
-    }
-    if (delta_bias.has_value()) {
-      check_shape(op, "delta_bias", *delta_bias, {p.dim});
-      in.delta_bias = hold(*delta_bias);
-    }
-    if (initial_state.has_value()) {
-      check_shape(op, "initial_state", *initial_state, {rows, p.dim, p.state});
-      in.initial_state = hold(*initial_state);
-    }
-  }
-
-  const float* hold(const Tensor& t) {
-    held.push_back(as_floats(t));
-    return static_cast<const float*>(held.back().data_ptr());
-  }
-
-  double updates() const {
-    return static_cast<double>(problem.batch) * static_cast<double>(problem.dim) *
-           static_cast<double>(problem.length) * static_cast<double>(problem.state);
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& delta, const Tensor& A,
                                                const Tensor& B, const Tensor& C, const OptionalTensor& D,

@@ -18,6 +18,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATE = 256
 # Steps between the states that the forward keeps for the backward; csrc/selective_scan/params.h has it too.
 CHUNK = 64
+CUDA_CHUNK = 32  # kCudaChunk of csrc/selective_scan/params.h
 
 
 @overload
@@ -360,7 +361,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim, length = u.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = torch.sym_max((length + CHUNK - 1) // CHUNK - 1, 0)
+    chunk = CUDA_CHUNK if u.device.type == "cuda" else CHUNK
+    slots = torch.sym_max((length + chunk - 1) // chunk - 1, 0)
     return (
         torch.empty_like(u),
         u.new_empty((rows, dim, A.shape[1]), dtype=torch.float32),

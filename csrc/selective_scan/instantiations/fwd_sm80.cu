@@ -1,0 +1,24 @@
+#include "selective_scan/fwd_sm80.cuh"
+
+namespace arcore::selective_scan {
+
+int64_t blocks_per_row_sm80(int64_t state, int64_t cells, int64_t cell) {
+  const int64_t channels = channels_for_state(state);
+  return cells * ((cell + channels - 1) / channels);
+}
+
+int launch_marks_sm80(const MarkArgs& args, void* stream) {
+  if (args.cu_seqlens == nullptr)
+    return launch(mark_ids, {args.length == 0 ? 0 : args.batch, 1, 1, 32, 0}, stream, args);
+  return launch(mark_packed, {(args.length + 127) / 128, 1, 1, 128, 0}, stream, args);
+}
+
+int launch_carry_sm80(const CarryArgs& args, void* stream) {
+  return launch(carry_states, {(args.size + 127) / 128, 1, 1, 128, 0}, stream, args);
+}
+
+int launch_forward_sm80(const ForwardCuda& cuda, void* stream) {
+  return launch_for_state<LaunchForward>(cuda, cuda.args.problem.state, stream);
+}
+
+}  // namespace arcore::selective_scan

@@ -1,0 +1,211 @@
+// What the sm_80 forward and backward share: which thread owns what, and the staging of a chunk in shared
+// memory.
+//
+// kLanes lanes of a warp own a channel, each kStates of its states, and go through time together; sums over
+// states are exchanges between these lanes. B, C and the channels' inputs of a chunk of steps are staged in
+// shared memory.
+#pragma once
+
+#include "common/sm80/device.h"
+#include "common/sm80/launch.h"
+#include "common/sm80/sequence.cuh"
+#include "selective_scan/params.h"
+
+namespace arcore::selective_scan {
+
+constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32, kScanPitch = kCudaChunk + 1;
+constexpr float kScanLog2E = 1.4426950408889634f;
+
+template <int kLanesOfChannel, int kStatesOfLane>
+struct Shape {
+  static constexpr int kLanes = kLanesOfChannel, kStates = kStatesOfLane, kState = kLanes * kStates;
+  static constexpr int kChannels = kScanThreads / kLanes;
+};
+
+// Which channels and which states a thread owns.
+template <typename S>
+struct Owner {
+  int64_t batch, channel0;  // first channel of the block
+  int channels;             // of the block
+  int channel, lane;        // within the block; within the lanes of the channel
+
+  ARCORE_DEVICE bool real() const { return channel < channels; }
+  ARCORE_DEVICE int64_t own_channel() const { return channel0 + channel; }
+};
+
+template <typename S>
+ARCORE_DEVICE Owner<S> owner_of_thread(const CudaLayout& layout) {
+  const int64_t tiles = (layout.cell + S::kChannels - 1) / S::kChannels;
+  const int64_t block = block_x() % layout.blocks, cell = block / tiles, first = block % tiles * S::kChannels;
+  const int64_t left = layout.cell - first;
+  Owner<S> o;
+  o.batch = block_x() / layout.blocks;
+  o.channel0 = cell * layout.cell + first;
+  o.channels = static_cast<int>(left < S::kChannels ? left : S::kChannels);
+  o.channel = thread_index() / S::kLanes;
+  o.lane = thread_index() % S::kLanes;
+  return o;
+}
+
+// Runs f(channel, step) over the block's channels and the steps of a chunk, neighbours in memory to
+// neighbouring threads.
+template <typename S, typename F>
+ARCORE_DEVICE void for_each_input(const Sequence& like, const F& f) {
+  constexpr int kAll = S::kChannels * kCudaChunk;
+  if (time_is_inner(like)) {
+    for (int i = thread_index(); i < kAll; i += kScanThreads)
+      f(i / kCudaChunk, i % kCudaChunk);
+  } else {
+    for (int i = thread_index(); i < kAll; i += kScanThreads)
+      f(i % S::kChannels, i / S::kChannels);
+  }
+}
+
+// B or C of a chunk as [step][state] floats; 0 behind the last state, behind the end and on padding.
+template <typename S>
+ARCORE_DEVICE void stage_coefficient(float* to, const Coefficient& m, const Problem& p, const int32_t* marks,
+                                     int64_t batch, int64_t channel, int64_t begin) {
+  if (m.groups == 0) return;
+  const int64_t base = batch * m.batch + channel / (p.dim / m.groups) * m.channel;
+  const bool state_is_inner = m.state <= (m.time < 0 ? -m.time : m.time);
+  for (int i = thread_index(); i < S::kState * kCudaChunk; i += kScanThreads) {
+    const int n = state_is_inner ? i % S::kState : i / kCudaChunk;
+    const int t = state_is_inner ? i / S::kState : i % kCudaChunk;
+    float value = 0.0f;
+    if (n < p.state && begin + t < p.length && (marks == nullptr || (marks[t] & kPadding) == 0))
+      value = load_any(m.data, m.dtype, base + n * m.state + (begin + t) * m.time);
+    to[t * S::kState + n] = value;
+  }
+}
+
+// A constant B or C of this thread's states.
+template <typename S>
+ARCORE_DEVICE void load_constant(float (&to)[S::kStates], const Coefficient& m, const Problem& p,
+                                 const Owner<S>& o) {
+  ARCORE_UNROLL
+  for (int s = 0; s < S::kStates; ++s) {
+    const int n = o.lane * S::kStates + s;
+    to[s] = m.groups == 0 && o.real() && n < p.state
+                ? load_any(m.data, m.dtype, o.own_channel() * m.channel + n * m.state)
+                : 0.0f;
+  }
+}
+
+ARCORE_DEVICE void stage_marks(int32_t* to, const CudaLayout& layout, const Problem& p, int64_t batch,
+                               int64_t begin) {
+  for (int t = thread_index(); t < kCudaChunk; t += kScanThreads)
+    to[t] = begin + t < p.length ? layout.marks[batch * p.length + begin + t] : kPadding;
+}
+
+template <typename S>
+ARCORE_DEVICE void load_state(float (&h)[S::kStates], const float* from, const Problem& p, const Owner<S>& o,
+                              int64_t row) {
+  ARCORE_UNROLL
+  for (int s = 0; s < S::kStates; ++s) {
+    const int n = o.lane * S::kStates + s;
+    h[s] = from != nullptr && o.real() && n < p.state ? from[(row * p.dim + o.own_channel()) * p.state + n]
+                                                      : 0.0f;
+  }
+}
+template <typename S>
+ARCORE_DEVICE void store_state(float* to, const float (&h)[S::kStates], const Problem& p, const Owner<S>& o,
+                               int64_t row) {
+  if (!o.real() || to == nullptr) return;
+  ARCORE_UNROLL
+  for (int s = 0; s < S::kStates; ++s) {
+    const int n = o.lane * S::kStates + s;
+    if (n < p.state) to[(row * p.dim + o.own_channel()) * p.state + n] = h[s];
+  }
+}
+
+// The kept states: [batch, slots, state, dim].
+template <typename S>
+ARCORE_DEVICE int64_t kept_at(const Problem& p, const Owner<S>& o, int64_t slot, int n) {
+  return ((o.batch * p.slots + slot) * p.state + n) * p.dim + o.own_channel();
+}
+
+// Sums of four steps over the lanes of a channel; lane l (mod 4) gets that of step l.
+template <typename S>
+ARCORE_DEVICE float sum_four_steps(const float (&y)[4]) {
+  float v[4] = {y[0], y[1], y[2], y[3]};
+  for (int mask = S::kLanes / 2; mask >= 4; mask >>= 1)
+    ARCORE_UNROLL
+  for (int j = 0; j < 4; ++j)
+    v[j] += shuffle_xor(v[j], mask);
+  const int lane = lane_index();
+  const bool upper = (lane & 2) != 0;
+  const float a = (upper ? v[2] : v[0]) + shuffle_xor(upper ? v[0] : v[2], 2);
+  const float b = (upper ? v[3] : v[1]) + shuffle_xor(upper ? v[1] : v[3], 2);
+  const bool odd = (lane & 1) != 0;
+  return (odd ? b : a) + shuffle_xor(odd ? a : b, 1);
+}
+
+// Picks the narrowest shape that holds the states.
+template <template <typename> class Launch, typename Args>
+int launch_for_state(const Args& args, int64_t state, Stream stream) {
+  if (state <= 4) return Launch<Shape<4, 1>>::run(args, stream);
+  if (state <= 8) return Launch<Shape<4, 2>>::run(args, stream);
+  if (state <= 16) return Launch<Shape<4, 4>>::run(args, stream);
+  if (state <= 32) return Launch<Shape<8, 4>>::run(args, stream);
+  if (state <= 64) return Launch<Shape<16, 4>>::run(args, stream);
+  if (state <= 128) return Launch<Shape<32, 4>>::run(args, stream);
+  return Launch<Shape<32, 8>>::run(args, stream);
+}
+
+inline int64_t channels_for_state(int64_t state) {
+  return state <= 16 ? 32 : state <= 32 ? 16 : state <= 64 ? 8 : 4;
+}
+
+// ---- marks ----
+
+// A thread per step of a row packed by cu_seqlens; bounds that are not sorted cannot make it read or write
+// outside.
+ARCORE_KERNEL mark_packed(ARCORE_KERNEL_ARGS MarkArgs args) {
+  const int64_t t = block_x() * block_threads() + thread_index();
+  if (t >= args.length) return;
+  const int64_t at = args.reverse ? args.length - 1 - t : t;
+  // The last sequence that starts at or before `at`: empty ones before it start there too.
+  int64_t low = 0, high = args.sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (args.cu_seqlens[middle] <= at)
+      low = middle;
+    else
+      high = middle;
+  }
+  const bool first = at == args.cu_seqlens[low], last = at == args.cu_seqlens[low + 1] - 1;
+  int32_t mark = static_cast<int32_t>(low << 8);
+  if (args.reverse ? last : first) mark |= kRestart;
+  if (args.reverse ? first : last) mark |= kEnd;
+  args.marks[t] = mark;
+}
+
+// A warp per row with sequence ids: a step restarts where its id differs from the last one that was not
+// negative.
+ARCORE_KERNEL mark_ids(ARCORE_KERNEL_ARGS MarkArgs args) {
+  const int64_t row = block_x();
+  const int lane = lane_index();
+  int32_t before = -1;
+  for (int64_t begin = 0; begin < args.length; begin += 32) {
+    const int64_t t = begin + lane;
+    const int64_t at = args.reverse ? args.length - 1 - t : t;
+    const int32_t id = t < args.length ? args.seq_idx[row * args.id_batch + at * args.id_time] : -1;
+    const uint32_t valid = ballot(id >= 0);
+    const uint32_t earlier = valid & ((1u << lane) - 1u);
+    const int source = earlier != 0u ? 31 - leading_zeros(earlier) : 0;
+    const int32_t found = shuffle(id, source);
+    const int32_t previous = earlier != 0u ? found : before;
+    if (t < args.length)
+      args.marks[row * args.length + t] = id < 0 ? kPadding : previous >= 0 && previous != id ? kRestart : 0;
+    const int newest = valid != 0u ? 31 - leading_zeros(valid) : 0;
+    const int32_t last = shuffle(id, newest);
+    if (valid != 0u) before = last;
+  }
+}
+
+ARCORE_KERNEL carry_states(ARCORE_KERNEL_ARGS CarryArgs args) {
+  const int64_t i = block_x() * block_threads() + thread_index();
+  if (i < args.size) args.last[i] = args.first == nullptr ? 0.0f : args.first[i];
+}
+
+}  // namespace arcore::selective_scan

@@ -1,0 +1,127 @@
+"""The sm_80 kernels, run on the CPU by tests/cuda_host, through the public function against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cuda_host.build import CudaHost, installed, unavailable
+from tests.selective_scan.cases import Case, check_against_reference, everything, make_case
+
+reason = unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+@pytest.fixture
+def host() -> Iterator[CudaHost]:
+    with installed("selective_scan", ["selective_scan", "selective_scan_backward"]) as kernels:
+        yield kernels
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 17, 31, 32, 33, 63, 65, 127])
+def test_odd_lengths(host: CudaHost, length: int) -> None:
+    check_against_reference(make_case(1, 17, length, 16, initial=True))
+
+
+@pytest.mark.parametrize("state", [1, 3, 4, 5, 8, 16, 17, 33, 65, 129, 256])
+def test_state_sizes(host: CudaHost, state: int) -> None:
+    check_against_reference(make_case(1, 9, 40, state))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 31, 33, 65])
+def test_channel_counts(host: CudaHost, dim: int) -> None:
+    check_against_reference(make_case(2, dim, 20, 4))
+
+
+@pytest.mark.parametrize("b", ["constant", "varying", "2", "6"])
+@pytest.mark.parametrize("c", ["constant", "varying", "3"])
+def test_shapes_of_b_and_c(host: CudaHost, b: str, c: str) -> None:
+    check_against_reference(make_case(2, 12, 40, 7, b=b, c=c, initial=True))
+
+
+@pytest.mark.parametrize("absent", ["skip", "gate", "bias", "softplus"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_optional_arguments(host: CudaHost, absent: str, reverse: bool) -> None:
+    check_against_reference(make_case(2, 20, 40, 16, reverse=reverse, **{absent: False}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_16_bit_storage(host: CudaHost, dtype: torch.dtype, reverse: bool) -> None:
+    check_against_reference(make_case(2, 36, 70, 16, dtype=dtype, initial=True, reverse=reverse))
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 32, 33, 3], [0, 0], [70, 0, 1, 40]])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_rows(host: CudaHost, lengths: list[int], reverse: bool) -> None:
+    for initial in (False, True):
+        check_against_reference(make_case(dim=18, state=5, lengths=lengths, initial=initial, reverse=reverse))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sequence_ids(host: CudaHost, reverse: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, 3, (3, 20), generator=generator).repeat_interleave(4, dim=1).int()
+    ids[1] = -1
+    ids[2] = 0
+    for initial in (False, True):
+        check_against_reference(
+            make_case(3, 9, 80, 16, ids=ids, initial=initial, reverse=reverse, softplus=initial)
+        )
+
+
+def test_nan_in_padding_stays_there(host: CudaHost) -> None:
+    ids = torch.tensor([[0] * 30 + [-1] * 7 + [1] * 10]).int()
+    case = make_case(1, 5, 47, 16, ids=ids)
+    clean = everything(case)
+
+    def poison(name: str, t: torch.Tensor) -> torch.Tensor:
+        if name in ("u", "delta", "z", "B", "C", "grad_out"):
+            t = t.clone()
+            t[..., 30:37] = torch.nan
+        return t
+
+    found = everything(case.map(poison))
+    for name, value in found.items():
+        assert torch.equal(value, clean[name]), name
+
+
+def test_layouts_give_the_same_bits(host: CudaHost) -> None:
+    case = make_case(2, 40, 50, 16)
+    wanted = everything(case)
+
+    def channel_last(name: str, t: torch.Tensor) -> torch.Tensor:
+        if name in ("u", "delta", "z", "B", "C", "grad_out"):
+            return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return t
+
+    def every_other(name: str, t: torch.Tensor) -> torch.Tensor:
+        if name in ("u", "delta", "z", "B", "C", "grad_out"):
+            wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan)
+            wide[..., ::2] = t
+            return wide[..., ::2]
+        return t
+
+    for layout in (channel_last, every_other):
+        found = everything(case.map(layout))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_results_do_not_depend_on_order_or_batch(host: CudaHost) -> None:
+    case = make_case(3, 40, 50, 16, initial=True)
+
+    def results(seed: int, x: Case = case) -> dict[str, torch.Tensor]:
+        host.set_seed(seed)
+        return everything(x)
+
+    first = results(0)
+    for seed in range(1, 5):
+        again = results(seed)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    shared = ("A", "D", "delta_bias")
+    alone = results(9, case.map(lambda name, t: t if name in shared else t[1:2]))
+    for name in first:
+        if name not in shared:
+            assert torch.equal(first[name][1:2], alone[name]), name
