@@ -63,7 +63,7 @@ docs: $(STAMPS)/build $(STAMPS)/dev  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: open site/index.html"
 
-cuda-check: $(STAMPS)/torch  ## compile every CUDA file with nvcc; needs no GPU
+cuda-check: $(STAMPS)/torch third_party/cutlass/VERSION  ## compile every CUDA file with nvcc; needs no GPU
 	$(PY) tools/cuda_check.py
 
 build: $(STAMPS)/build  ## build the extension into the environment, editable
@@ -94,6 +94,10 @@ $(STAMPS)/torch: $(STAMPS)/torch.wanted
 	@$(PIP) install '$(TORCH)' 'setuptools>=77' 'cmake>=3.24' ninja
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(CONSTRAINTS)
 	@touch $@
+
+third_party/cutlass/VERSION: tools/cutlass.py | $(STAMPS)/torch
+	@rm -f $@
+	@$(PY) tools/cutlass.py
 
 $(STAMPS)/build: $(STAMPS)/torch $(NATIVE) pyproject.toml
 	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \

@@ -41,6 +41,7 @@ class CMakeBuild(build_ext):
             import torch
         except ImportError:
             sys.exit("arcore: torch>=2.11 must be installed before arcore is built: pip install torch")
+        import cutlass
         from cuda_config import detect_cuda
 
         torch_root = Path(torch.__file__).parent
@@ -56,6 +57,9 @@ class CMakeBuild(build_ext):
             f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, ISAs default avx2 avx512, jobs {jobs}",
             flush=True,
         )
+        cute = cutlass.include_folder()
+        if cuda.gencode_sm90a and cute is None:
+            print(f"arcore: built without the sm_90a kernels: {cutlass.ABSENT}", flush=True)
         definitions = {
             "CMAKE_BUILD_TYPE": os.environ.get("ARCORE_BUILD_TYPE", "Release"),
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
@@ -66,7 +70,8 @@ class CMakeBuild(build_ext):
             "ARCORE_EXT_SUFFIX": suffix,
             "ARCORE_CUDA": "ON" if cuda.enabled else "OFF",
             "ARCORE_CUDA_GENCODE_SM80": ";".join(cuda.gencode_sm80),
-            "ARCORE_CUDA_GENCODE_SM90A": ";".join(cuda.gencode_sm90a),
+            "ARCORE_CUDA_GENCODE_SM90A": ";".join(cuda.gencode_sm90a) if cute else "",
+            "ARCORE_CUTE_INCLUDE": cute or "",
             "ARCORE_CUDA_ARCHS": " ".join(cuda.archs),
             "ARCORE_NVCC_JOBS": str(cuda.jobs),
         }

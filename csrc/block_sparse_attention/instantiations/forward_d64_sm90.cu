@@ -1,0 +1,9 @@
+#include "block_sparse_attention/fwd_sm90.cuh"
+
+namespace arcore::block_sparse_attention::sm90 {
+
+int start_forward_d64(const ForwardParams& params, unsigned blocks, void* stream) {
+  return start_forward<64>(params, blocks, stream);
+}
+
+}  // namespace arcore::block_sparse_attention::sm90

@@ -1,0 +1,33 @@
+// What the sm_90a kernel and the host code that starts it agree on.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "block_sparse_attention/params.h"
+#include "block_sparse_attention/tile_loop_sm90.h"
+
+namespace arcore::block_sparse_attention::sm90 {
+
+// A [B, H, N, D] tensor as the copy engine sees it. Steps are 0 where all heads or batch entries share
+// memory.
+struct Operand {
+  CUtensorMap map;
+  int32_t head_step, batch_step;
+};
+
+struct ForwardParams {
+  Operand q, k, v;
+  ForwardArgs args;
+  TilePlan plan;
+  Schedule schedule;
+  float scale_log2e;
+  bool wide_stores;  // rows of `out` start at multiples of 16 bytes
+};
+
+int start_forward_d64(const ForwardParams& params, unsigned blocks, void* stream);
+int start_forward_d96(const ForwardParams& params, unsigned blocks, void* stream);
+int start_forward_d128(const ForwardParams& params, unsigned blocks, void* stream);
+
+}  // namespace arcore::block_sparse_attention::sm90
