@@ -1,7 +1,7 @@
 """Compiles every .cu file for every architecture it is meant for and reports registers, shared memory and spills.
 
-No GPU and no CUDA build of torch is needed: `make cuda-check`. Exits with 1 if a file does not compile or a kernel
-spills registers.
+No GPU and no CUDA build of torch is needed: `make cuda-check`. Exits with 1 if a file does not compile, if a kernel
+spills registers, or if ptxas could not keep wgmma asynchronous.
 """
 
 from __future__ import annotations

@@ -77,6 +77,37 @@ ARCORE_HOST_DEVICE int64_t unit_index(int64_t block, int64_t blocks, int64_t rou
   return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
 }
 
+// ---- tensors as the copy engine sees them ----
+
+// Sizes in elements and strides in bytes of [D, N, H, B]; a copy starts at (column, row, head * head_step,
+// batch * batch_step).
+struct CopyMap {
+  uint64_t sizes[4], strides[3];
+  int32_t head_step, batch_step;
+};
+
+// False if the copy engine cannot address a 16-bit tensor of these strides: it wants multiples of 16 bytes
+// below 2^40, and rows that do not overlap.
+ARCORE_HOST_DEVICE bool map_tensor(CopyMap& map, const Tensor4& t, int64_t dim, int64_t rows, int64_t heads,
+                                   int64_t batch) {
+  constexpr int64_t kElementBytes = 2, kAlign = 16 / kElementBytes, kLimit = int64_t{1} << 40;
+  if (rows > 1 && t.row < dim) return false;
+  // A dimension that stays at one place in memory becomes one of size 1, read at coordinate 0; so does one of
+  // size 1, whose stride may be anything.
+  const int64_t sizes[3] = {rows, heads, batch}, strides[3] = {t.row, t.head, t.batch};
+  map.sizes[0] = static_cast<uint64_t>(dim);
+  for (int i = 0; i < 3; ++i) {
+    const bool moves = sizes[i] > 1 && strides[i] != 0;
+    const int64_t stride = moves ? strides[i] : kAlign;
+    if (stride < 0 || stride % kAlign != 0 || stride >= kLimit / kElementBytes) return false;
+    map.sizes[i + 1] = moves ? static_cast<uint64_t>(sizes[i]) : 1;
+    map.strides[i] = static_cast<uint64_t>(stride * kElementBytes);
+  }
+  map.head_step = map.sizes[2] > 1 ? 1 : 0;
+  map.batch_step = map.sizes[3] > 1 ? 1 : 0;
+  return true;
+}
+
 // ---- the tile plan ----
 
 ARCORE_HOST_DEVICE int32_t entry_tile(int32_t entry) {

@@ -188,6 +188,7 @@ struct Buffer {
 
 struct Call {
   ForwardArgs args;
+  CopyMap q_map, k_map, v_map;
   TilePlan plan;
   Schedule schedule;
   float scale_log2e;
@@ -230,27 +231,30 @@ struct Block {
     fibers.wait([&barrier, parity] { return barrier.passed(parity); });
   }
   // Starts a copy of 128 rows from `first` on; zeros beyond the tensor.
-  void copy(Buffer& to, Barrier& full, const Tensor4& from, int64_t batch, int64_t head, int64_t first,
-            int64_t rows) {
+  void copy(Buffer& to, Barrier& full, const Tensor4& from, const CopyMap& map, int64_t batch, int64_t head,
+            int64_t first) {
     to.arrived = false;
     const uint64_t load = ++to.loads;
     to.data.assign(to.data.size(), kNaN);
     full.arrive_expecting(128 * kDim * 2);
-    fibers.later([this, &to, &full, from, batch, head, first, rows, load] {
-      if (to.loads != load) return fibers.fail_event("two copies into one buffer at once");
-      const int64_t dim = call.args.problem.dim;
-      for (int64_t r = 0; r < 128; ++r) {
-        for (int64_t d = 0; d < kDim; ++d) {
-          const bool inside = first + r < rows && d < dim;
-          to.data[static_cast<size_t>(r * kDim + d)] =
-              inside ? static_cast<const float*>(
-                           from.data)[batch * from.batch + head * from.head + (first + r) * from.row + d]
-                     : 0.0f;
-        }
-      }
-      to.arrived = true;
-      full.complete(128 * kDim * 2);
-    });
+    fibers.later(
+        [this, &to, &full, data = static_cast<const float*>(from.data), &map, batch, head, first, load] {
+          if (to.loads != load) return fibers.fail_event("two copies into one buffer at once");
+          for (int64_t r = 0; r < 128; ++r) {
+            for (int64_t d = 0; d < kDim; ++d) {
+              const int64_t at[4] = {d, first + r, head * map.head_step, batch * map.batch_step};
+              bool inside = true;
+              uint64_t byte = static_cast<uint64_t>(2 * d);
+              for (int i = 0; i < 4; ++i) {
+                inside &= static_cast<uint64_t>(at[i]) < map.sizes[i];
+                if (i > 0) byte += static_cast<uint64_t>(at[i]) * map.strides[i - 1];
+              }
+              to.data[static_cast<size_t>(r * kDim + d)] = inside ? data[byte / 2] : 0.0f;
+            }
+          }
+          to.arrived = true;
+          full.complete(128 * kDim * 2);
+        });
   }
   void arrive_turn(int which) {
     turn_arrivals[which] += 128;
@@ -285,13 +289,13 @@ struct ModelProducer {
   void load_keys(int stage, const WorkItem& work, int32_t entry) {
     const auto s = static_cast<size_t>(stage);
     b.entries[s] = entry;
-    b.copy(b.k[s], b.k_full[s], b.call.args.k, work.batch, kv_head(work), int64_t{entry_tile(entry)} * kTileK,
-           b.call.args.problem.nk);
+    b.copy(b.k[s], b.k_full[s], b.call.args.k, b.call.k_map, work.batch, kv_head(work),
+           int64_t{entry_tile(entry)} * kTileK);
   }
   void load_values(int stage, const WorkItem& work, int32_t entry) {
     const auto s = static_cast<size_t>(stage);
-    b.copy(b.v[s], b.v_full[s], b.call.args.v, work.batch, kv_head(work), int64_t{entry_tile(entry)} * kTileK,
-           b.call.args.problem.nk);
+    b.copy(b.v[s], b.v_full[s], b.call.args.v, b.call.v_map, work.batch, kv_head(work),
+           int64_t{entry_tile(entry)} * kTileK);
   }
   void load_queries(const WorkItem& work) {
     b.work = work;
@@ -299,8 +303,7 @@ struct ModelProducer {
       b.q_full.arrive();
       return;
     }
-    b.copy(b.q, b.q_full, b.call.args.q, work.batch, work.head, int64_t{work.tile} * kTileQ,
-           b.call.args.problem.nq);
+    b.copy(b.q, b.q_full, b.call.args.q, b.call.q_map, work.batch, work.head, int64_t{work.tile} * kTileQ);
   }
 };
 
@@ -608,13 +611,15 @@ std::string run(Call& call, int64_t blocks, uint64_t seed) {
 
 extern "C" {
 
-// Arrays are contiguous; q, k, v hold values of the 16-bit type as floats. `shape`: batch, heads, kv_heads,
+// q, k, v hold values of the 16-bit type as floats; `strides` has batch, head and row of q, k, v and out, in
+// elements. Other arrays are contiguous. `shape`: batch, heads, kv_heads,
 // nq, nk, dim, intervals, batch entries, heads of bounds, batch entries of key bounds. The plan has the grids
 // of the bounds. Writes the failure into `message`, empty if there was none.
 void arcore_model_forward_sm90(const int64_t* shape, float scale, int half, const int32_t* bounds,
                                const int32_t* key_bounds, const int32_t* plan, const int64_t* plan_shape,
-                               float* q, float* k, float* v, float* out, float* lse, int64_t section,
-                               int64_t blocks, uint64_t seed, int mistake, char* message, int64_t capacity) {
+                               const int64_t* strides, float* q, float* k, float* v, float* out, float* lse,
+                               int64_t section, int64_t blocks, uint64_t seed, int mistake, char* message,
+                               int64_t capacity) {
   Call call{};
   Problem& p = call.args.problem;
   p.batch = shape[0], p.heads = shape[1], p.kv_heads = shape[2], p.nq = shape[3], p.nk = shape[4],
@@ -632,13 +637,19 @@ void arcore_model_forward_sm90(const int64_t* shape, float scale, int half, cons
   call.plan.head = plan_shape[1] == 1 ? 0 : rows * (2 + columns);
   call.plan.batch = plan_shape[0] == 1 ? 0 : plan_shape[1] * rows * (2 + columns);
   call.plan.rows = rows, call.plan.columns = columns;
-  const auto tensor = [&](float* data, int64_t heads, int64_t n) {
-    return Tensor4{data, heads * n * p.dim, n * p.dim, p.dim};
+  const auto tensor = [&](float* data, int i) {
+    return Tensor4{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
   };
-  call.args.q = tensor(q, p.heads, p.nq);
-  call.args.k = tensor(k, p.kv_heads, p.nk);
-  call.args.v = tensor(v, p.kv_heads, p.nk);
-  call.args.out = tensor(out, p.heads, p.nq);
+  call.args.q = tensor(q, 0);
+  call.args.k = tensor(k, 1);
+  call.args.v = tensor(v, 2);
+  call.args.out = tensor(out, 3);
+  if (!map_tensor(call.q_map, call.args.q, p.dim, p.nq, p.heads, p.batch) ||
+      !map_tensor(call.k_map, call.args.k, p.dim, p.nk, p.kv_heads, p.batch) ||
+      !map_tensor(call.v_map, call.args.v, p.dim, p.nk, p.kv_heads, p.batch)) {
+    std::strncpy(message, "unsupported strides", static_cast<size_t>(capacity) - 1);
+    return;
+  }
   call.args.lse = lse;
   call.schedule = {p.batch * p.heads, rows, section};
   call.scale_log2e = static_cast<float>(static_cast<double>(scale) * 1.4426950408889634074);

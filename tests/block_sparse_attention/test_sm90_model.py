@@ -140,6 +140,7 @@ class Case:
             int(self.dtype == torch.float16),
             *map(pointer, (self.bounds, self.key_bounds, plan)),
             (ctypes.c_int64 * 4)(*plan.shape),
+            (ctypes.c_int64 * 12)(*(n for t in (self.q, self.k, self.v, out) for n in t.stride()[:3])),
             *map(pointer, (self.q, self.k, self.v, out, lse)),
             ctypes.c_int64(section or batch * heads),
             ctypes.c_int64(blocks),
@@ -199,6 +200,28 @@ def test_empty_rows_and_empty_tiles(model: ctypes.CDLL) -> None:
     case.check(out, lse)
     assert torch.equal(out[0, 0, 6:270], torch.zeros(264, 64))
     assert lse[0, 0, 6:270].eq(-math.inf).all()
+
+
+def test_any_layout_with_aligned_strides(model: ctypes.CDLL) -> None:
+    case = Case(causal(150), batch=2, heads=2, kv_heads=2)
+    case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    packed = torch.cat([case.k, case.v], dim=-1)
+    case.k, case.v = packed[..., :64], packed[..., 64:]
+    case.check(*case.run(model))
+
+
+def test_heads_and_batch_entries_that_share_memory(model: ctypes.CDLL) -> None:
+    case = Case(causal(150), batch=2, heads=2, kv_heads=2)
+    case.k, case.v = case.k[:1, :1].expand(2, 2, -1, -1), case.v[:1].expand(2, -1, -1, -1)
+    case.check(*case.run(model))
+
+
+@pytest.mark.parametrize("columns", [60, 68])
+def test_strides_that_cannot_be_copied_are_told(model: ctypes.CDLL, columns: int) -> None:
+    case = Case(causal(20))
+    case.k = torch.randn(1, 1, 30, columns).as_strided((1, 1, 20, 64), (1, 1, columns, 1))
+    with pytest.raises(RuntimeError, match="unsupported strides"):
+        case.run(model)
 
 
 def test_order_of_events_does_not_change_a_bit(model: ctypes.CDLL) -> None:

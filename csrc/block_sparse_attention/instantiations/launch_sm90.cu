@@ -1,6 +1,8 @@
 // Describes the tensors to the copy engine and starts the kernel of the head dim.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "block_sparse_attention/launch_sm90.h"
 
 namespace arcore::block_sparse_attention {
@@ -27,33 +29,25 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// False if the copy engine cannot address the tensor: it wants a base and strides of 16 bytes, below 2^40.
+// False if the copy engine cannot address the tensor.
 bool describe(Operand& operand, const Problem& problem, const Tensor4& t, int64_t heads, int64_t rows,
               uint32_t box_rows) {
-  constexpr int64_t kElementBytes = 2, kAlign = 16 / kElementBytes, kLimit = int64_t{1} << 40;
   const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr || t.data == nullptr || reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return false;
-  // A dimension that repeats one place in memory becomes a dimension of size 1 at coordinate 0, as does one
-  // of size 1, whose stride may be anything.
-  const int64_t sizes[3] = {rows, heads, problem.batch}, strides[3] = {t.row, t.head, t.batch};
-  cuuint64_t dims[4] = {static_cast<cuuint64_t>(problem.dim)}, bytes[3];
-  bool moves[3];
-  for (int i = 0; i < 3; ++i) {
-    moves[i] = sizes[i] > 1 && strides[i] != 0;
-    if (i == 0 && sizes[i] > 1 && strides[i] < problem.dim) return false;
-    const int64_t stride = moves[i] ? strides[i] : kAlign;
-    if (stride < 0 || stride % kAlign != 0 || stride >= kLimit / kElementBytes) return false;
-    dims[i + 1] = moves[i] ? static_cast<cuuint64_t>(sizes[i]) : 1;
-    bytes[i] = static_cast<cuuint64_t>(stride * kElementBytes);
-  }
-  operand.head_step = moves[1] ? 1 : 0;
-  operand.batch_step = moves[2] ? 1 : 0;
+  CopyMap map;
+  if (encode == nullptr || t.data == nullptr || reinterpret_cast<uintptr_t>(t.data) % 16 != 0 ||
+      !map_tensor(map, t, problem.dim, rows, heads, problem.batch))
+    return false;
+  operand.head_step = map.head_step;
+  operand.batch_step = map.batch_step;
+  cuuint64_t sizes[4], strides[3];
+  std::copy_n(map.sizes, 4, sizes);
+  std::copy_n(map.strides, 3, strides);
   const int columns = block_columns(padded_dim(problem.dim));
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), box_rows, 1, 1}, ones[4] = {1, 1, 1, 1};
   return encode(&operand.map,
                 problem.dtype == StorageType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                4, t.data, dims, bytes, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                4, t.data, sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
@@ -64,10 +58,12 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   const Problem& problem = args.problem;
   const int64_t pairs = problem.batch * problem.heads, units = pairs * plan.rows;
   if (units == 0) return 0;
-  // Weights are taken from the largest product of a row before scaling, so the scale is positive.
+  // Weights are taken from the largest product of a row before scaling, so the scale is positive. Rows and
+  // keys are counted in int32, up to the end of the last tile.
+  constexpr int64_t kMaxLength = (int64_t{1} << 31) - kTileQ - kTileK;
   const bool fits = problem.dtype != StorageType::kFloat32 && problem.dim % 8 == 0 &&
-                    problem.dim <= kMaxCudaHeadDim && problem.nk > 0 && problem.scale > 0.0f &&
-                    problem.scale < 1e30f;
+                    problem.dim <= kMaxCudaHeadDim && problem.nk > 0 && problem.nk <= kMaxLength &&
+                    problem.nq <= kMaxLength && problem.scale > 0.0f && problem.scale < 1e30f;
   if (!fits) return kUnsupportedSm90;
   ForwardParams params{};
   if (!describe(params.q, problem, args.q, problem.heads, problem.nq, kConsumerRows) ||
