@@ -66,4 +66,22 @@ struct CpuKernels {
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
 };
 
+// ---- CUDA ----
+
+// Columns that one block reads where rows are cut: a function of nothing, so that a row always gives the same
+// bits.
+constexpr int64_t kCudaSlice = 16384;
+
+struct UpdateCuda {
+  UpdateArgs args;
+  FinishArgs finish;  // logp null: the row is continued later
+  int64_t slices;     // per row
+  RowState* partial;  // [rows, slices] where slices > 1
+};
+
+// 0 or a cudaError_t.
+int launch_update_sm80(const UpdateCuda&, void* stream);
+int launch_finish_sm80(const FinishArgs&, void* stream);
+int launch_backward_sm80(const BackwardArgs&, void* stream);
+
 }  // namespace arcore::token_logprobs

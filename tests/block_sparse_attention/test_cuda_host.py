@@ -18,12 +18,10 @@ from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
-NAMES = ["block_sparse_attention", "block_sparse_attention_backward", "interval_tile_plan"]
-
 
 @pytest.fixture
 def host() -> Iterator[CudaHost]:
-    with installed("block_sparse_attention", NAMES) as kernels:
+    with installed("block_sparse_attention") as kernels:
         yield kernels
 
 

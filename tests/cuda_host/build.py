@@ -129,7 +129,9 @@ class CudaHost:
         folder = ROOT / "csrc" / op
         sources = [folder / "cuda.cpp", *sorted((folder / "instantiations").glob("*_sm80.cu"))]
         path = build_library(sources, sanitize)
+        before = _registered()
         torch.ops.load_library(str(path))
+        self.names = sorted(_registered() - before)
         self._native = ctypes.CDLL(str(path))
         self._native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
 
@@ -142,6 +144,13 @@ class CudaHost:
         values = (ctypes.c_int64 * len(STATISTICS))()
         self._native.arcore_cuda_host_statistics(values)
         return dict(zip(STATISTICS, values, strict=True))
+
+
+def _registered() -> set[str]:
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return {
+        name.removeprefix("arcore_cuda_host::") for name in names if name.startswith("arcore_cuda_host::")
+    }
 
 
 @functools.cache
@@ -160,15 +169,15 @@ def _define(name: str) -> torch.library.Library:
 
 
 @contextmanager
-def installed(op: str, names: list[str], seed: int = 0) -> Iterator[CudaHost]:
-    """Inside, torch.ops.arcore.<name> on CPU tensors runs the op's CUDA kernels for each of `names`."""
+def installed(op: str, seed: int = 0) -> Iterator[CudaHost]:
+    """Inside, the functions of torch.ops.arcore that belong to `op` run its CUDA kernels on CPU tensors."""
     host = load(op)
     host.set_seed(seed)
     override = torch.library.Library("arcore", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for name in names:
+            for name in host.names:
                 _define(name)
                 kernel = getattr(torch.ops.arcore_cuda_host, name).default
                 override.impl(name, kernel, "CPU", allow_override=True)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 @pytest.fixture
 def host() -> Iterator[CudaHost]:
-    with installed("selective_scan", ["selective_scan", "selective_scan_backward"]) as kernels:
+    with installed("selective_scan") as kernels:
         yield kernels
 
 

@@ -1,0 +1,102 @@
+// The sums of row_state.h over a row of logits, for kernels: every op that returns a log-probability takes it
+// from here, so that the number a sampler returns is the one that scoring the token again gives.
+#pragma once
+
+#include "common/row_state.h"
+#include "common/sm80/device.h"
+
+namespace arcore {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
+
+// exp is 0 from here on; keeps -inf out of products with that 0.
+constexpr float kExpIsZero = -88.0f;
+
+// Numbers of all threads of a block of kRowThreads, combined in one fixed order; every thread gets the
+// result. `scratch` holds kRowWarps numbers; the block may use it again after the next barrier.
+template <typename T, typename F>
+ARCORE_DEVICE T combine_block(T value, T* scratch, const F& f) {
+  for (int mask = 16; mask > 0; mask >>= 1)
+    value = f(value, shuffle_xor(value, mask));
+  if (lane_index() == 0) scratch[warp_index()] = value;
+  sync_threads();
+  T total = scratch[0];
+  for (int w = 1; w < kRowWarps; ++w)
+    total = f(total, scratch[w]);
+  sync_threads();
+  return total;
+}
+
+ARCORE_DEVICE RowState empty_row() {
+  return {-HUGE_VAL, 0.0, 0.0, -HUGE_VAL};
+}
+
+// Two parts of a row, the first one first.
+ARCORE_DEVICE RowState merge_rows(const RowState& a, const RowState& b, double inverse_temperature) {
+  RowState out = a.max >= b.max ? a : b;
+  const RowState& low = a.max >= b.max ? b : a;
+  out.target = a.target > b.target ? a.target : b.target;
+  if (a.target != a.target || b.target != b.target) out.target = a.target != a.target ? a.target : b.target;
+  if (low.max == -HUGE_VAL) {
+    // Nothing but -inf, and NaN where its sum says so.
+    out.sum += low.sum;
+    out.weighted += low.weighted;
+    return out;
+  }
+  const double drop = (low.max - out.max) * inverse_temperature, shrink = exp(drop);
+  out.sum += low.sum * shrink;
+  if (shrink > 0.0) out.weighted += (low.weighted + drop * low.sum) * shrink;
+  return out;
+}
+
+// Sums over columns [0, n) of values that get(column) returns, by a block. for_each(f) calls f(value) for
+// each of this thread's columns, the same ones each time.
+template <typename Each>
+ARCORE_DEVICE RowState sum_row(const Each& for_each, float inverse_temperature, bool entropy,
+                               double* scratch) {
+  float highest = -HUGE_VALF;
+  for_each([&](float y) { highest = fmaxf(highest, y); });
+  auto larger = [](float a, float b) { return fmaxf(a, b); };
+  highest = combine_block(highest, reinterpret_cast<float*>(scratch), larger);
+  const float shift = highest == -HUGE_VALF ? 0.0f : highest;
+  float sum = 0.0f, weighted = 0.0f;
+  for_each([&](float y) {
+    const float d = multiply_rounded(add_rounded(y, -shift), inverse_temperature), e = expf(d);
+    sum = add_rounded(sum, e);
+    if (entropy) weighted = fused_multiply_add(d < kExpIsZero ? kExpIsZero : d, e, weighted);
+  });
+  auto add = [](double a, double b) { return add_rounded(a, b); };
+  RowState state = empty_row();
+  state.max = static_cast<double>(highest);
+  state.sum = combine_block(static_cast<double>(sum), scratch, add);
+  state.weighted = entropy ? combine_block(static_cast<double>(weighted), scratch, add) : 0.0;
+  return state;
+}
+
+// f(column, raw bits as float) for columns [begin, end) of a row, a thread's share of each block of
+// kRowThreads: 16 bytes at a time where the row lies on 16 bytes, else one number at a time. The split of
+// columns over threads depends on `begin`, `end` and T alone, not on the address.
+template <typename T, typename F>
+ARCORE_DEVICE void for_each_column(const T* row, int64_t begin, int64_t end, const F& f) {
+  constexpr int kPerLoad = 16 / static_cast<int>(sizeof(T));
+  const bool aligned = (reinterpret_cast<uintptr_t>(row + begin) & 15) == 0;
+  const int64_t n = end - begin, whole = n / kPerLoad;
+  for (int64_t i = thread_index(); i < whole; i += kRowThreads) {
+    T values[kPerLoad];
+    if (aligned) {
+      const Vector16 v = load_readonly(reinterpret_cast<const Vector16*>(row + begin) + i);
+      memcpy(values, &v, 16);
+    } else {
+      ARCORE_UNROLL
+      for (int j = 0; j < kPerLoad; ++j)
+        values[j] = row[begin + i * kPerLoad + j];
+    }
+    ARCORE_UNROLL
+    for (int j = 0; j < kPerLoad; ++j)
+      f(begin + i * kPerLoad + j, to_float(values[j]));
+  }
+  for (int64_t i = whole * kPerLoad + thread_index(); i < n; i += kRowThreads)
+    f(begin + i, to_float(row[begin + i]));
+}
+
+}  // namespace arcore

@@ -1,0 +1,84 @@
+"""The sm_80 kernels, run on the CPU by tests/cuda_host, through the public functions against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cuda_host.build import CudaHost, installed, unavailable
+from tests.token_logprobs import test_linear as linear
+from tests.token_logprobs.cases import (
+    IGNORE,
+    Case,
+    assert_as_good_as_eager,
+    make_case,
+    pack_mask,
+    random_mask,
+)
+
+reason = unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def host() -> Iterator[CudaHost]:
+    with installed("token_logprobs") as kernels:
+        yield kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("temperature", [0.7, "rows"])
+def test_options(dtype: torch.dtype, softcap: float | None, temperature: float | str) -> None:
+    rows = torch.rand(2, 3, generator=torch.Generator().manual_seed(2)) + 0.3
+    case = make_case(
+        2, 3, 700, dtype=dtype, softcap=softcap, temperature=rows if temperature == "rows" else temperature
+    )
+    case.target[0, 1] = IGNORE
+    assert_as_good_as_eager(case)
+    assert_as_good_as_eager(case, entropy=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 31, 33, 255, 257, 2049])
+def test_lengths(vocab: int, dtype: torch.dtype) -> None:
+    kept = random_mask(3, vocab, share=0.7)
+    for mask in (None, kept, pack_mask(kept)):
+        assert_as_good_as_eager(make_case(3, vocab, dtype=dtype, mask=mask, softcap=10.0))
+
+
+def test_long_rows_are_cut_into_slices(host: CudaHost) -> None:
+    case = make_case(2, 40000)
+    assert_as_good_as_eager(case)
+    case.target[1] = IGNORE
+    case.logits[0, 35000] = 1e4
+    assert_as_good_as_eager(case)
+    rows = torch.randn(2, 40000)
+    rows[0, 39999] = torch.nan
+    rows[1] = -torch.inf
+    assert_as_good_as_eager(Case(rows, case.target, case.cotangents))
+
+
+@pytest.mark.parametrize("tile", [None, (66, 512), (7, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_linear(tile: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    linear.test_tiles(dtype, tile)
+
+
+def test_results_do_not_depend_on_the_order_of_warps(host: CudaHost) -> None:
+    logits = torch.randn(3, 1001)
+
+    def once(seed: int) -> list[torch.Tensor]:
+        host.set_seed(seed)
+        leaf = logits.clone().requires_grad_()
+        out = torch.ops.arcore.token_logprobs(
+            leaf, torch.tensor([5, 0, 1000]), None, None, 1.0, 0.0, -1, True
+        )
+        out[0].sum().backward()
+        return [*(x.detach() for x in out), leaf.grad]
+
+    first = once(0)
+    assert all(torch.equal(a, b) for seed in range(1, 6) for a, b in zip(first, once(seed), strict=True))
