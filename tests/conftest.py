@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
 from collections.abc import Iterator
 
 os.environ["MPLBACKEND"] = "Agg"
+# Deterministic cuBLAS, which PyTorch asks for under use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import hypothesis
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ImportError:  # a machine with a GPU has what the tests marked `cuda` need, not all of the extra [test]
+    hypothesis = None
+
+from tests.device_checks import reason_to_skip_cuda
+
 THREADS = int(os.environ.get("ARCORE_TEST_THREADS", "1"))
 
-hypothesis.settings.register_profile("arcore", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.load_profile("arcore")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("arcore", deadline=None, derandomize=True, max_examples=50)
+    hypothesis.settings.load_profile("arcore")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds per test; without pytest-timeout there is no limit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "slow: takes more than a few seconds; runs with --runslow (make test-all)",
-        "cuda: needs a CUDA device",
+        "cuda: needs a CUDA device and an extension built with CUDA",
         "plain_empty: runs without the NaN fill of uninitialised memory",
     ):
         config.addinivalue_line("markers", line)
@@ -34,12 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = pytest.mark.skip(reason="slow: runs with --runslow")
-    cuda = pytest.mark.skip(reason="no CUDA device")
+    no_cuda = reason_to_skip_cuda()
     for item in items:
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(slow)
-        if "cuda" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(cuda)
+        if "cuda" in item.keywords and no_cuda is not None:
+            item.add_marker(pytest.mark.skip(reason=no_cuda))
 
 
 @pytest.fixture(autouse=True)

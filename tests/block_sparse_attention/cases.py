@@ -98,12 +98,14 @@ def run(
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def assert_as_good_as_eager(inputs: Inputs, mask: IntervalMask, scale: float | None = None) -> None:
+def assert_as_good_as_eager(
+    inputs: Inputs, mask: IntervalMask, scale: float | None = None, function=block_sparse_attention
+) -> None:
     """|ours - float64| <= 2 * |eager PyTorch in the same precision - float64| + floor of the dtype."""
     dtype = inputs.q.dtype
     exact = run(reference_block_sparse_attention, inputs, mask, torch.float64, scale)
     eager = run(reference_block_sparse_attention, inputs, mask, dtype, scale)
-    ours = run(block_sparse_attention, inputs, mask, dtype, scale)
+    ours = run(function, inputs, mask, dtype, scale)
     for name, expected in exact.items():
         got = ours[name].double()
         assert got.shape == expected.shape, name

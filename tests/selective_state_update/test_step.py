@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from arcore.ops import (
     causal_conv1d_update,
@@ -15,85 +14,7 @@ from arcore.ops import (
     selective_state_update,
 )
 from tests.isa import ISAS, run_under
-
-
-@dataclass(frozen=True)
-class Step:
-    """Everything that one call takes, in order."""
-
-    state: Tensor
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    dt_bias: Tensor | None = None
-    dt_softplus: bool = True
-    state_batch_indices: Tensor | None = None
-    pad_slot_id: int = -1
-
-    def run(self, f=selective_state_update) -> tuple[Tensor, Tensor]:
-        """The output, and the state afterwards; the step keeps its own state."""
-        state = self.state.clone()
-        out = f(state, *(getattr(self, x.name) for x in fields(self) if x.name != "state"))
-        return out, state
-
-    def map(self, f) -> Step:
-        names = [x.name for x in fields(self) if isinstance(getattr(self, x.name), Tensor)]
-        return replace(self, **{n: f(n, getattr(self, n)) for n in names if n != "state_batch_indices"})
-
-
-def make_step(
-    batch: int = 3,
-    dim: int = 20,
-    d_state: int = 16,
-    heads: int | None = None,
-    groups: int = 1,
-    *,
-    skip: bool = True,
-    gate: bool = True,
-    bias: bool = True,
-    softplus: bool = True,
-    tied: bool = False,
-    seed: int = 0,
-) -> Step:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    h = () if heads is None else (heads,)
-    g = () if heads is None else (groups,)
-    a, dt, dt_bias = normal(*h, dim, d_state), normal(batch, *h, dim), normal(*h, dim)
-    if tied:
-        a = normal(*h, 1, 1).expand(*h, dim, d_state)
-        dt, dt_bias = normal(batch, *h, 1).expand(batch, *h, dim), normal(*h, 1).expand(*h, dim)
-    return Step(
-        state=normal(batch, *h, dim, d_state),
-        x=normal(batch, *h, dim),
-        dt=dt if softplus else dt.abs(),
-        A=-a.abs() if not tied else a.clamp(max=-0.1),
-        B=normal(batch, *g, d_state),
-        C=normal(batch, *g, d_state),
-        D=normal(*h, dim) if skip else None,
-        z=normal(batch, *h, dim) if gate else None,
-        dt_bias=dt_bias.abs() if bias else None,
-        dt_softplus=softplus,
-    )
-
-
-def check_against_reference(step: Step) -> None:
-    """Errors against float64 stay below 2e-6 of the largest value, plus the rounding of 16-bit results."""
-    storage = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-    exact = step.map(lambda _, t: t.double()).run(reference_selective_state_update)
-    for name, ours, expected in zip(("out", "state"), step.run(), exact, strict=True):
-        assert ours.shape == expected.shape
-        if ours.numel():
-            scale = expected.abs().max().item()
-            error = (ours.double() - expected).abs().max().item()
-            assert error <= (2e-6 + storage[ours.dtype]) * scale, f"{name}: {error:.2e} of {scale:.2e}"
+from tests.selective_state_update.cases import check_against_reference, make_step
 
 
 @pytest.mark.parametrize("d_state", [1, 2, 3, 8, 15, 16, 17, 33, 64, 128, 255, 256])
@@ -328,7 +249,7 @@ def test_the_op_itself_checks_too():
 
 SCRIPT = """
 import torch
-from tests.selective_state_update.test_step import check_against_reference, make_step
+from tests.selective_state_update.cases import check_against_reference, make_step
 print(torch.ops.arcore.cpu_isa())
 for dtype in (torch.float32, torch.bfloat16):
     check_against_reference(make_step(2, 37, 16).map(lambda _, t: t.to(dtype)))
