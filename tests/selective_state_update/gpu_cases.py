@@ -90,7 +90,7 @@ def check_layouts(device: str, small: bool) -> None:
             step = _there(make_step(heads=heads), device)
             expected = _run(step)
             checks.assert_equal(
-                _run(step.map(lambda n, t: layout(t) if n != "state" else t)), expected, "inputs"
+                _run(step.map(lambda n, t, f=layout: f(t) if n != "state" else t)), expected, "inputs"
             )
             strided = layout(step.state)
             assert strided.stride() != step.state.stride()
@@ -156,8 +156,8 @@ def check_determinism(device: str, small: bool) -> None:
 def check_batch_mates(device: str, small: bool) -> None:
     step = _there(make_step(5, 300, 64), device)
     together = _run(step)
+    shared = ("A", "D", "dt_bias")
     for i in range(5):
-        shared = ("A", "D", "dt_bias")
         alone = _run(step.map(lambda n, t, i=i: t if n in shared else t[i : i + 1]))
         checks.assert_equal([t[0] for t in alone], [t[i] for t in together], f"row {i}")
 

@@ -132,6 +132,7 @@ def ssd(
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes or devices do not fit, or `dt_limit` is no range.
+        NotImplementedError: the tensors are on a GPU.
 
     Reference: Mamba-2 (arXiv:2405.21060, sections 6 and 7). mamba_ssm's `mamba_chunk_scan_combined` computes the same;
     names follow `selective_scan`, and the size of chunks is not an argument, since it changes no result.
@@ -143,6 +144,11 @@ def ssd(
                 f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
                 "for float64 (gradcheck) call reference_ssd"
             )
+    if x.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{OP}: expected tensors on a CPU but got {x.device}; ssd has no CUDA kernels yet. Move its arguments to "
+            "the CPU, or call reference_ssd, which runs on any device one step at a time"
+        )
     out, last_state = torch.ops.arcore.ssd(*v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse)
     return (out, last_state) if return_last_state else out
 
