@@ -43,4 +43,16 @@ struct CpuKernels {
   void (*update)(const Args&, int64_t begin, int64_t end);
 };
 
+// ---- CUDA ----
+
+struct UpdateCuda {
+  Args args;         // rows is not used
+  const void* rows;  // [batch] int64 or int32, or null
+  bool narrow;       // rows is int32
+  int64_t state_rows;
+};
+
+// 0 or a cudaError_t.
+int launch_update_sm80(const UpdateCuda&, void* stream);
+
 }  // namespace arcore::selective_state_update
