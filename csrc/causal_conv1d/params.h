@@ -60,4 +60,36 @@ struct CpuKernels {
   void (*update)(const UpdateArgs&, int64_t begin, int64_t end);  // tasks: batch rows
 };
 
+// ---- CUDA ----
+
+// Sequence ids of the row, in scan order; ends holds per row the first and the last id that is not negative,
+// else -1.
+struct Ids {
+  const int32_t* data;  // or null
+  int64_t batch, time;  // strides; data points at the first step in scan order
+  int32_t* ends;        // [batch, 2]
+};
+
+struct ForwardCuda {
+  ForwardArgs args;  // in.masks is not used
+  Ids ids;
+  Sequence final_states;  // [batch, dim, width - 1]
+};
+
+struct BackwardCuda {
+  BackwardArgs args;
+  Ids ids;
+  const float* grad_final;  // [batch, dim, width - 1] contiguous, or null
+};
+
+struct UpdateCuda {
+  UpdateArgs args;
+  int64_t state_rows;
+};
+
+// 0 or a cudaError_t.
+int launch_forward_sm80(const ForwardCuda&, void* stream);
+int launch_backward_sm80(const BackwardCuda&, void* stream);
+int launch_update_sm80(const UpdateCuda&, void* stream);
+
 }  // namespace arcore::causal_conv1d

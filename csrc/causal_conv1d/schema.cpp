@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "causal_conv1d/checks.h"
 #include "causal_conv1d/params.h"
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
@@ -20,19 +21,8 @@ ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr const char* kOp = "causal_conv1d";
-constexpr const char* kBackwardOp = "causal_conv1d_backward";
-constexpr const char* kUpdateOp = "causal_conv1d_update";
 // Outputs below which a second thread costs more than it saves.
 constexpr double kOutputsPerThread = 2e5;
-
-Sequence view(const char* op, const char* name, const Tensor& t, bool reverse = false) {
-  return sequence_view(op, name, t, reverse);
-}
 
 // Which taps an output may use, and which of the last inputs the final state keeps, where a row holds several
 // sequences: a tap counts if the input it reads has the id of the output, and an output is real if its id is
@@ -69,48 +59,18 @@ struct Masks {
   }
 };
 
-// Owns what the raw pointers of Problem and Inputs point at.
-struct Call {
-  Problem problem{};
-  Inputs in{};
-  std::vector<Tensor> held;
+// A call with what only the CPU needs: masks that were read from seq_idx, and tasks.
+struct __attribute__((visibility("hidden"))) CpuCall : Call {
   std::optional<Masks> masks;
 
-  Call(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse) {
-    Problem& p = problem;
-    ARCORE_CHECK(x.dim() == 3, op, "expected x of shape (batch, dim, length) but got ", shape_of(x));
-    p.batch = x.size(0);
-    p.dim = x.size(1);
-    p.length = x.size(2);
-    p.silu = silu;
-    ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == p.dim && weight.size(1) >= 1, op,
-                 "expected weight of shape (dim=", p.dim, ", width) but got ", shape_of(weight));
-    p.width = weight.size(1);
-    in.x = view(op, "x", x, reverse);
-    storage_type(weight, op, "weight");
-    in.weight = hold(weight);
-    if (bias.has_value()) {
-      check_shape(op, "bias", *bias, {p.dim});
-      in.bias = hold(*bias);
-    }
-    if (initial_states.has_value()) {
-      check_shape(op, "initial_states", *initial_states, {p.batch, p.dim, p.width - 1});
-      in.history = hold(*initial_states);
-    }
-    if (seq_idx.has_value()) {
-      check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
-      ARCORE_CHECK(seq_idx->scalar_type() == ScalarType::Int, op, "expected seq_idx of dtype int32 but got ",
-                   torch::headeronly::toString(seq_idx->scalar_type()));
-      masks.emplace(*seq_idx, p, reverse);
-      in.masks = masks->taps.data();
-    }
+  CpuCall(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+          const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse)
+      : Call(op, x, weight, bias, seq_idx, initial_states, silu, reverse) {
+    if (!seq_idx.has_value()) return;
+    masks.emplace(*seq_idx, problem, reverse);
+    in.masks = masks->taps.data();
   }
 
-  const float* hold(const Tensor& t) {
-    held.push_back(as_floats(t));
-    return static_cast<const float*>(held.back().data_ptr());
-  }
   int64_t tasks() const {
     const int64_t lanes = cpu_kernels().lanes;
     return problem.batch * ((problem.dim + lanes - 1) / lanes);
@@ -120,7 +80,6 @@ struct Call {
                            static_cast<double>(problem.length),
                        kOutputsPerThread);
   }
-  bool empty() const { return problem.batch == 0 || problem.dim == 0; }
   // Whether the final state keeps its entry j, in scan order.
   bool keeps(int64_t batch, int64_t j) const {
     return !masks.has_value() || masks->final_keep[static_cast<size_t>(batch * (problem.width - 1) + j)] != 0;
@@ -140,7 +99,7 @@ void with_elements(const Sequence& s, const F& f) {
 }
 
 // The last width - 1 inputs, those before x included.
-void store_final(const Call& call, const Sequence& final_states) {
+void store_final(const CpuCall& call, const Sequence& final_states) {
   const Problem& p = call.problem;
   const int64_t before = p.width - 1;
   with_elements(call.in.x, [&](auto* x) {
@@ -165,7 +124,7 @@ void store_final(const Call& call, const Sequence& final_states) {
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
                                        bool silu, bool reverse) {
-  const Call call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const CpuCall call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
   Tensor out = torch::stable::empty_like(x);
   Tensor final_states = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
@@ -180,7 +139,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, co
 }
 
 // Adds the gradient of the final state to that of the inputs it was copied from.
-void add_final(const Call& call, const Tensor& grad_final, const Sequence& grad_x, float* grad_history) {
+void add_final(const CpuCall& call, const Tensor& grad_final, const Sequence& grad_x, float* grad_history) {
   const Problem& p = call.problem;
   const int64_t before = p.width - 1;
   const Tensor held = as_floats(grad_final);
@@ -209,7 +168,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
                        const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
                        bool reverse) {
-  const Call call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const CpuCall call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
   const auto floats = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(x, shape, ScalarType::Float);
@@ -242,69 +201,12 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
               : grad_history};
 }
 
-const int64_t* row_numbers(const char* name, const OptionalTensor& t, int64_t batch,
-                           std::vector<Tensor>* held) {
-  if (!t.has_value()) return nullptr;
-  check_shape(kUpdateOp, name, *t, {batch});
-  ARCORE_CHECK(t->scalar_type() == ScalarType::Int || t->scalar_type() == ScalarType::Long, kUpdateOp,
-               "expected ", name, " of dtype int32 or int64 but got ",
-               torch::headeronly::toString(t->scalar_type()));
-  held->push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Long)));
-  return static_cast<const int64_t*>(held->back().data_ptr());
-}
-
-// [batch, dim] or [batch, dim, steps].
-Sequence view_of_steps(const char* name, const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0,
-          storage_type(t, kUpdateOp, name)};
-}
-
 Tensor update_cpu(const Tensor& x, Tensor conv_state, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
-  ARCORE_CHECK(x.dim() == 2 || x.dim() == 3, kUpdateOp,
-               "expected x of shape (batch, dim) or (batch, dim, steps) but got ", shape_of(x));
-  UpdateArgs args{};
-  args.batch = x.size(0);
-  args.dim = x.size(1);
-  args.steps = x.dim() == 3 ? x.size(2) : 1;
-  args.silu = silu;
-  ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == args.dim && weight.size(1) >= 1, kUpdateOp,
-               "expected weight of shape (dim=", args.dim, ", width) but got ", shape_of(weight));
-  args.width = weight.size(1);
-  ARCORE_CHECK(
-      conv_state.dim() == 3 && conv_state.size(1) == args.dim && conv_state.size(2) >= args.width - 1,
-      kUpdateOp, "expected conv_state of shape (rows, dim=", args.dim,
-      ", at least width - 1 = ", args.width - 1, ") but got ", shape_of(conv_state));
-  args.state_length = conv_state.size(2);
-  ARCORE_CHECK(conv_state_indices.has_value() || conv_state.size(0) == args.batch, kUpdateOp,
-               "expected conv_state with one row per batch entry (", args.batch, ") but got ",
-               conv_state.size(0), "; give conv_state_indices to pick rows");
-  std::vector<Tensor> held;
-  held.reserve(4);
-  held.push_back(as_floats(weight));
-  args.weight = static_cast<const float*>(held.back().data_ptr());
-  if (bias.has_value()) {
-    check_shape(kUpdateOp, "bias", *bias, {args.dim});
-    held.push_back(as_floats(*bias));
-    args.bias = static_cast<const float*>(held.back().data_ptr());
-  }
-  args.write_at = row_numbers("cache_seqlens", cache_seqlens, args.batch, &held);
-  args.rows = row_numbers("conv_state_indices", conv_state_indices, args.batch, &held);
-  for (int64_t b = 0; b < args.batch; ++b) {
-    ARCORE_CHECK(args.rows == nullptr || args.rows[b] < conv_state.size(0), kUpdateOp,
-                 "expected conv_state_indices below the rows of conv_state (", conv_state.size(0),
-                 ") but got ", args.rows[b]);
-    ARCORE_CHECK(args.write_at == nullptr || args.write_at[b] >= 0, kUpdateOp,
-                 "expected cache_seqlens >= 0 but got ", args.write_at[b]);
-  }
-  Tensor out = torch::stable::empty_like(x);
-  args.x = view_of_steps("x", x);
-  args.out = view_of_steps("out", out);
-  args.state = view(kUpdateOp, "conv_state", conv_state);
-  if (out.numel() == 0) return out;
+  const UpdateCall call(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu);
   // Rows may share a state row, so they run in order, on one thread: a step is a few microseconds.
-  cpu_kernels().update(args, 0, args.batch);
-  return out;
+  if (call.out().numel() > 0) cpu_kernels().update(call.args, 0, call.args.batch);
+  return call.out();
 }
 
 }  // namespace

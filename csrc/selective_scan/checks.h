@@ -49,7 +49,7 @@ inline Coefficient coefficient(const char* op, const char* name, const Tensor& t
 }
 
 // Owns what the raw pointers of Problem and Inputs point at.
-struct Call {
+struct __attribute__((visibility("hidden"))) Call {
   Problem problem{};
   Inputs in{};
   ChunkList list;
