@@ -9,7 +9,7 @@ import torch
 
 from tests.causal_conv1d import test_kernel as kernel
 from tests.causal_conv1d import test_update as update
-from tests.causal_conv1d.cases import everything, make_case
+from tests.causal_conv1d.cases import ALONG_TIME, everything, make_case
 from tests.cuda_host.build import CudaHost, installed, unavailable
 
 reason = unavailable()
@@ -50,9 +50,7 @@ def test_the_executor_runs(host: CudaHost) -> None:
 def test_results_do_not_depend_on_the_order_of_warps(host: CudaHost, layout: str) -> None:
     case = make_case(2, 40, 70, initial=True)
     if layout == "channel_last":
-        case = case.map(
-            lambda name, t: kernel.LAYOUTS["channel_last"](t) if name in kernel.ALONG_TIME else t
-        )
+        case = case.map(lambda name, t: kernel.LAYOUTS["channel_last"](t) if name in ALONG_TIME else t)
     host.set_seed(0)
     first = everything(case)
     for seed in range(1, 5):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 @pytest.fixture
 def host() -> Iterator[CudaHost]:
-    with installed("selective_state_update", ["selective_state_update"]) as kernels:
+    with installed("selective_state_update") as kernels:
         yield kernels
 
 
