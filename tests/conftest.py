@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import sys
@@ -29,9 +28,9 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("arcore")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
-    if importlib.util.find_spec("pytest_timeout") is None:
+    if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds per test; without pytest-timeout there is no limit")
 
 

@@ -7,10 +7,15 @@ the op's CPU kernels and fail when the op's results are disturbed (`disturbed`).
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -112,7 +117,9 @@ def no_host_sync(device: str) -> Iterator[None]:
         yield
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -209,14 +216,34 @@ def far_apart(x: Tensor, small: bool, device: str) -> Tensor:
     return view.copy_(x)
 
 
+# Held by the one process that fills a GPU which several test processes share.
+_MEMORY_LOCK = Path(tempfile.gettempdir()) / f"arcore-device-memory-{os.getuid()}.lock"
+_held: list[IO[str]] = []
+
+
 def need_memory(size: int, device: str) -> None:
-    """Skips where less than `size` bytes and some room are free on the device; a CPU is never filled."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    else:
+    """Skips where less than `size` bytes and some room are free on the device; a CPU is never filled.
+
+    Processes that share a GPU wait here for each other; `run_check` lets the next one go on.
+    """
+    if device != "cuda":
         free = 1 << 30
+    else:
+        if not _held:
+            file = _MEMORY_LOCK.open("w")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _held.append(file)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
     if size > 0.9 * free:
         pytest.skip(f"needs {size / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free")
+
+
+def _let_go(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    while _held:
+        _held.pop().close()
 
 
 def disturbed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,7 +268,10 @@ def disturbed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_check(check: Check, device: str) -> None:
     """On a GPU in full size; elsewhere small, to test the check."""
-    check(device, device == "cpu")
+    try:
+        check(device, device == "cpu")
+    finally:
+        _let_go(device)
 
 
 def parameters(checks: Sequence[Check]) -> list[Any]:

@@ -1,0 +1,71 @@
+"""What a benchmark hands over: records, and reasons why a peer has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from timing import Ceilings, Run, Timing, time_calls, time_graph
+
+
+@dataclass
+class Report:
+    """Collects records in the form of bench/results/*.json (`extra_info` of a pytest-benchmark entry)."""
+
+    device: str
+    ceilings: Ceilings
+    save: Callable[[Report], None]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def skip(self, op: str, case: str, impl: str, direction: str, reason: str) -> None:
+        reason = reason.strip().splitlines()[0][:200] if reason.strip() else "no reason given"
+        self.skipped.append({"op": op, "case": case, "impl": impl, "direction": direction, "reason": reason})
+        print(f"skipped: {op} {case} {direction} {impl}: {reason}", flush=True)
+        self.save(self)
+
+    def add(
+        self, *, op: str, case: str, impl: str, direction: str, dtype: str, timing: Timing, **more: Any
+    ) -> None:
+        record = {
+            "op": op, "case": case, "impl": impl, "direction": direction, "dtype": dtype,
+            "seconds": timing.seconds, "low": timing.low, "high": timing.high, "rounds": timing.rounds,
+            "method": timing.method, **more,
+        }  # fmt: skip
+        self.records.append(record)
+        print(f"measured: {op} {case} {direction} {impl}: {timing.seconds * 1e3:.4f} ms", flush=True)
+        self.save(self)
+
+    def find(self, **wanted: Any) -> dict[str, Any] | None:
+        """The record with these values, if there is one."""
+        for record in self.records:
+            if all(record.get(key) == value for key, value in wanted.items()):
+                return record
+        return None
+
+    def measure(self, make_runs: Callable[[], list[Run]], *, graph: bool = False, **names: Any) -> None:
+        """Times what `make_runs` returns; it raises where the result is wrong or the peer cannot do the case.
+
+        `names` are the keys of the record; a callable value is computed from the seconds.
+        """
+        where = {key: names[key] for key in ("op", "case", "impl", "direction")}
+        try:
+            runs = make_runs()
+            timing = time_graph(runs, self.device) if graph else time_calls(runs, self.device)
+        except WrongResultError as error:
+            self.skip(**where, reason=f"wrong result, so no number: {error}")
+            return
+        except Exception as error:
+            self.skip(**where, reason=f"{type(error).__name__}: {error}")
+            return
+        extra = {key: value(timing.seconds) if callable(value) else value for key, value in names.items()}
+        self.add(timing=timing, **extra)
+
+
+class WrongResultError(Exception):
+    """A result is further from the float64 one than its precision explains."""

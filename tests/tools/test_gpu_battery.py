@@ -1,0 +1,163 @@
+"""bench/gpu.sh without a GPU: its stages, limits, counting and table; what a GPU shows is not claimed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def battery() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_battery", ROOT / "bench/gpu/battery.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_battery"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def junit(path: Path, *cases: str) -> Path:
+    path.write_text(f'<testsuites><testsuite hostname="here">{"".join(cases)}</testsuite></testsuites>')
+    return path
+
+
+PASSED = '<testcase name="good"><system-out>--- Captured ---\n3 of 10 draws differ\n</system-out></testcase>'
+FAILED = '<testcase name="bad"><failure message="AssertionError: off by 1&#10;more"/></testcase>'
+SKIPPED = '<testcase name="big"><skipped message="needs 9 GiB"/></testcase>'
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """The script from end to end for one op, on the CPU."""
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", str(tmp_path / "out"), "--dry-run", "--ops", "sample"],
+        cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    (file,) = (tmp_path / "out").glob("dry-run-*.json")
+    content = json.loads(file.read_text())
+    assert content["dry_run"] and content["machine_info"]["gpu"] is None
+    assert content["tests"]["sample"]["passed"] == 1
+    keys = {"op", "case", "impl", "direction", "dtype", "seconds"}
+    assert content["benchmarks"] and all(keys <= b["extra_info"].keys() for b in content["benchmarks"])
+    assert {b["extra_info"]["impl"] for b in content["benchmarks"]} == {"arcore", "torch"}
+    assert "DRY RUN" in run.stdout and "green sample: 1 passed" in run.stdout
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert len(run.stdout.split("DRY RUN")[1]) < 12_000
+
+
+def test_junit_is_counted(battery: ModuleType, tmp_path: Path) -> None:
+    ended = battery.Outcome(1, 2.0, "")
+    result = battery.counts(junit(tmp_path / "a.xml", PASSED, PASSED, FAILED, SKIPPED), ended)
+    assert (result["passed"], result["failed"], result["skipped"]) == (2, 1, 1)
+    assert result["failures"] == ["bad: AssertionError: off by 1"]
+    assert result["skips"] == ["big: needs 9 GiB"]
+    assert result["notes"] == ["3 of 10 draws differ"] * 2
+
+
+def test_what_is_red(battery: ModuleType, tmp_path: Path) -> None:
+    def red(*cases: str, code: int | None = 0) -> bool:
+        return battery.red(battery.counts(junit(tmp_path / "b.xml", *cases), battery.Outcome(code, 1.0, "")))
+
+    assert not red(PASSED) and not red(PASSED, SKIPPED)
+    assert red(PASSED, FAILED) and red(SKIPPED) and red()
+    assert red(PASSED, code=None)  # broken off: what came after it is unknown
+    assert battery.red(battery.counts(tmp_path / "none.xml", battery.Outcome(-11, 1.0, "")))
+
+
+def test_reports_are_merged_without_the_name_of_the_machine(battery: ModuleType, tmp_path: Path) -> None:
+    reports = [junit(tmp_path / "a.xml", PASSED), tmp_path / "missing.xml", junit(tmp_path / "c.xml", FAILED)]
+    battery.merge_reports(reports, tmp_path / "all.xml")
+    text = (tmp_path / "all.xml").read_text()
+    assert text.count("<testcase") == 2 and "hostname" not in text
+
+
+def test_a_hanging_process_is_ended_and_its_output_kept(battery: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(battery, "GRACE", 0.5)
+    stubborn = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "print('so far', flush=True); time.sleep(60)"
+    )
+    start = time.monotonic()
+    outcomes = battery.run_all(
+        {"hang": [sys.executable, "-c", stubborn], "quick": [sys.executable, "-c", "print('done')"]}, 2.0
+    )
+    assert time.monotonic() - start < 20
+    assert outcomes["hang"].code is None and outcomes["hang"].output == "so far\n"
+    assert outcomes["quick"].good and outcomes["quick"].output == "done\n"
+
+
+def test_no_number_for_an_op_with_red_tests(battery: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+    run = battery.Battery(tmp_path, ("sample", "speculative"), time.monotonic() + 100, dry=True)
+    ended = battery.Outcome(1, 1.0, "")
+    run.tests = {
+        "sample": battery.counts(junit(tmp_path / "a.xml", PASSED, FAILED), ended),
+        "speculative": battery.counts(junit(tmp_path / "b.xml", PASSED), ended),
+    }
+    asked = []
+    monkeypatch.setattr(
+        battery, "run_one", lambda command, *_: asked.append(command) or battery.Outcome(0, 1.0, "")
+    )
+    assert not battery.measure(run, 10.0)
+    assert asked[0][asked[0].index("--ops") + 1] == "speculative"
+    assert "sample: no number, its tests are red (1 passed, 1 failed, 0 skipped)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "verdict"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors\n", "clean"),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "clean"),
+        (99, "========= ERROR SUMMARY: 12 errors\n", "ERROR SUMMARY: 12 errors"),
+        (1, "AssertionError\n========= ERROR SUMMARY: 0 errors\n", "no error found, but exit code 1"),
+        (0, "no summary at all", "exit code 0"),
+        (None, "x: check_a passed\nx: check_b passed\n", "time was up after 2 checks"),
+    ],
+)
+def test_what_a_sanitizer_said(battery: ModuleType, code: int | None, output: str, verdict: str) -> None:
+    assert battery.sanitizer_verdict(battery.Outcome(code, 1.0, output)) == verdict
+
+
+def test_later_stages_keep_their_time(battery: ModuleType, tmp_path: Path) -> None:
+    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 250, dry=True)
+    later = battery.LEAST["tests"] + battery.LEAST["sanitizer"] + battery.LEAST["bench"]
+    assert run.limit("build") == pytest.approx(250 - later, abs=1)
+    run.deadline = time.monotonic() + 570
+    assert run.limit("machine") == battery.LIMITS["machine"]
+    assert sum(battery.LEAST.values()) < 570
+
+
+def test_a_stage_that_raises_stops_no_other(battery: ModuleType, tmp_path: Path) -> None:
+    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 500, dry=True)
+    assert not run.run("build", lambda seconds: 1 / 0)
+    assert run.run("tests", lambda seconds: True)
+    assert run.stages["build"]["good"] is False and run.stages["tests"]["good"] is True
+
+
+def test_ops_of_the_battery_are_those_with_checks(battery: ModuleType) -> None:
+    with_checks = {path.parent.name for path in ROOT.glob("tests/*/gpu_cases.py")}
+    assert with_checks == set(battery.OPS)
+    text = (ROOT / "bench/gpu/benchmark.py").read_text()
+    assert all(f'"{op}": ' in text for op in battery.OPS)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-2026-01-02.json"),
+        ("NVIDIA A100-SXM4-80GB", "a100-2026-01-02.json"),
+        (None, "no-gpu-2026-01-02.json"),
+    ],
+)
+def test_name_of_the_result(battery: ModuleType, tmp_path: Path, gpu: str | None, name: str) -> None:
+    run = battery.Battery(tmp_path, ("sample",), 0.0, dry=False, machine={"gpu": gpu})
+    assert battery.result_name(run, "2026-01-02") == name
