@@ -6,24 +6,10 @@
 // them.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
-#include <cute/tensor.hpp>
-#include <type_traits>
-
-#include "block_sparse_attention/launch_sm90.h"
-#include "block_sparse_attention/layouts_sm90.h"
-#include "block_sparse_attention/tile_loop_sm90.h"
-#include "common/sm90/device.h"
+#include "block_sparse_attention/tiles_sm90.cuh"
 
 namespace arcore::block_sparse_attention::sm90 {
 
-constexpr int kThreads = 128 * (1 + kConsumers);
-// 64 K registers: 128 * 40 + 256 * 232 = 384 * 168, what the block was started with.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kFirstTurnBarrier = 1;  // named barriers 1 and 2: the turns of consumers 0 and 1
 
 template <typename Element, int kDim>
@@ -39,41 +25,7 @@ struct SharedStorage {
   int32_t entry[kStages];  // the plan's entry of a key tile, guarded as k is
 };
 
-template <typename Element>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&word, &pair, 4);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&word, &pair, 4);
-  }
-  return word;
-}
-template <typename Element>
-__device__ __forceinline__ float to_float(uint16_t bits) {
-  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
-    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  } else {
-    return __half2float(__ushort_as_half(bits));
-  }
-}
-
 // ---- the producer: one thread ----
-
-// `rows` rows from `row` on; out-of-range rows and columns arrive as zeros and count as bytes.
-template <int kRows, int kDim, typename Element>
-__device__ __forceinline__ void copy_tile(const Operand& from, uint64_t& barrier, Element* to, int32_t row,
-                                          int32_t head, int32_t batch) {
-  constexpr int kBlock = block_columns(kDim);
-#pragma unroll
-  for (int b = 0; b < kDim / kBlock; ++b) {
-    cute::SM90_TMA_LOAD_4D::copy(
-        &from.map, &barrier, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-        to + b * kRows * kBlock, b * kBlock, row, head * from.head_step, batch * from.batch_step);
-  }
-}
 
 template <typename Element, int kDim>
 struct Producer {
@@ -117,32 +69,6 @@ struct Producer {
 };
 
 // ---- a consumer: one warpgroup ----
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// Issues C += A B (or C = A B); the caller waits.
-template <bool kZero, typename Product, typename A, typename B, typename C>
-__device__ __forceinline__ void issue(Product& product, const A& a, const B& b, C& c) {
-  constexpr bool kFromShared = std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Product::FrgTypeA>;
-  if constexpr (!kFromShared) cute::warpgroup_fence_operand(const_cast<A&>(a));
-  cute::warpgroup_fence_operand(c);
-  cute::warpgroup_arrive();
-  product.accumulate_ = kZero ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
-  CUTE_UNROLL
-  for (int step = 0; step < cute::size<2>(A{}.layout()); ++step) {
-    cute::gemm(product, a(cute::_, cute::_, step), b(cute::_, cute::_, step), c);
-    product.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-  cute::warpgroup_fence_operand(c);
-}
 
 // One row of the output from global memory, only allowed pairs multiplied: what the matrix products cannot
 // say, because there 0 * NaN reaches rows that do not see the NaN. Replaces the entries that are not finite.
@@ -214,30 +140,9 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const WorkIte
     const bool exists = r < problem.nq, sees = sum[half] != 0.0f;
     if (exists && lane % 4 == 0) lse[r] = row_lse(largest[half], sum[half], problem.scale);
     const float inverse = 1.0f / sum[half];
-    bool finite = true;
-#pragma unroll
-    for (int first = 0; first < kDim / 8; first += 4) {
-      uint32_t words[4] = {};
-#pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        const float low = output[4 * (first + g) + 2 * half], high = output[4 * (first + g) + 2 * half + 1];
-        finite &= isfinite(low) && isfinite(high);
-        words[g] = sees ? pack_pair<Element>(low * inverse, high * inverse) : 0;
-      }
-      transpose_words(words, lane % 4,
-                      [](uint32_t word, int mask) { return __shfl_xor_sync(0xffffffffu, word, mask); });
-      const int column = 8 * (first + lane % 4);
-      if (!exists || column >= problem.dim) continue;
-      uint16_t* to = base + r * out.row + column;
-      if (p.wide_stores) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 8; ++k)
-          to[k] = static_cast<uint16_t>(words[k / 2] >> (16 * (k % 2)));
-      }
-    }
-    poisoned[half] = __ballot_sync(0xffffffffu, exists && sees && !finite);
+    store_row<Element, kDim>(base + r * out.row, exists, p.wide_stores, problem.dim, half, lane,
+                             [&](int i) { return sees ? output[i] * inverse : 0.0f; });
+    poisoned[half] = __ballot_sync(0xffffffffu, exists && sees && !row_finite<kDim / 2>(output, half));
   }
   if ((poisoned[0] | poisoned[1]) == 0) return;
   __syncwarp();  // the stores above are read back by other lanes

@@ -26,8 +26,20 @@ struct ForwardParams {
   bool wide_stores;  // rows of `out` start at multiples of 16 bytes
 };
 
+struct BackwardParams {
+  Operand grad_out, q, k, v;  // boxes of 64 rows
+  BackwardCuda cuda;
+  Schedule by_query, by_key;
+  bool wide_grad_q, wide_grad_k, wide_grad_v;
+};
+
 int start_forward_d64(const ForwardParams& params, unsigned blocks, void* stream);
 int start_forward_d96(const ForwardParams& params, unsigned blocks, void* stream);
 int start_forward_d128(const ForwardParams& params, unsigned blocks, void* stream);
+
+// dK and dV, then dQ; cuda.delta is computed before.
+int start_backward_d64(const BackwardParams& params, int64_t multiprocessors, void* stream);
+int start_backward_d96(const BackwardParams& params, int64_t multiprocessors, void* stream);
+int start_backward_d128(const BackwardParams& params, int64_t multiprocessors, void* stream);
 
 }  // namespace arcore::block_sparse_attention::sm90

@@ -5,20 +5,29 @@
 #include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "block_sparse_attention/gradient_loop_sm90.h"
 #include "block_sparse_attention/tile_loop_sm90.h"
 
 namespace arcore::block_sparse_attention::sm90 {
 
 template <typename Element, int kDim>
-struct Shapes {
-  static constexpr int kBlock = block_columns(kDim), kStages = stages(kDim);
-
+struct Atoms {
+  static constexpr int kBlock = block_columns(kDim);
   // Blocks of [rows][kBlock], one per copy, swizzled within 8 rows.
   using RowAtom = std::conditional_t<kBlock == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
                                      cute::GMMA::Layout_K_SW64_Atom<Element>>;
   // The same bytes read as [columns][rows].
   using ColumnAtom = std::conditional_t<kBlock == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
                                         cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+};
+
+// Layouts in shared memory, matrix products and the accumulators of one thread: forward.
+template <typename Element, int kDim>
+struct Shapes : Atoms<Element, kDim> {
+  static constexpr int kStages = stages(kDim);
+  using RowAtom = typename Atoms<Element, kDim>::RowAtom;
+  using ColumnAtom = typename Atoms<Element, kDim>::ColumnAtom;
+
   using Queries = decltype(cute::tile_to_shape(
       RowAtom{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>, cute::Int<kConsumers>>{}));
   using Keys = decltype(cute::tile_to_shape(
@@ -36,11 +45,39 @@ struct Shapes {
                                  cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>, cute::Int<kTileK>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
-  // Accumulators of one thread.
   using Scores = decltype(cute::partition_fragment_C(
       ScoreProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kTileK>>{}));
   using Output = decltype(cute::partition_fragment_C(
       OutputProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>>{}));
+};
+
+// Backward, for either side: tiles of 64 x D that are read by rows and by columns.
+template <typename Element, int kDim>
+struct GradientShapes : Atoms<Element, kDim> {
+  static constexpr int kStages = gradient_stages(kDim);
+  using RowAtom = typename Atoms<Element, kDim>::RowAtom;
+  using ColumnAtom = typename Atoms<Element, kDim>::ColumnAtom;
+  using Own = decltype(cute::tile_to_shape(
+      RowAtom{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>, cute::Int<kConsumers>>{}));
+  using Other = decltype(cute::tile_to_shape(
+      RowAtom{}, cute::Shape<cute::Int<kOtherRows>, cute::Int<kDim>, cute::Int<kStages>>{}));
+  using OtherTransposed = decltype(cute::tile_to_shape(
+      ColumnAtom{}, cute::Shape<cute::Int<kDim>, cute::Int<kOtherRows>, cute::Int<kStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+  using PairProduct = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kConsumerRows>, cute::Int<kOtherRows>, cute::Int<kDim>>>()));
+  using GradientProduct = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>, cute::Int<kOtherRows>>, cute::GMMA::Major::K,
+          cute::GMMA::Major::MN>()));
+  using Pairs = decltype(cute::partition_fragment_C(
+      PairProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kOtherRows>>{}));
+  using Gradient = decltype(cute::partition_fragment_C(
+      GradientProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>>{}));
 };
 
 }  // namespace arcore::block_sparse_attention::sm90

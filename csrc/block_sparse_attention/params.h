@@ -101,11 +101,13 @@ int launch_backward_bf16_sm80(const BackwardCuda&, void* stream);
 int launch_backward_f16_sm80(const BackwardCuda&, void* stream);
 int launch_backward_fp32_sm80(const BackwardCuda&, void* stream);
 
-// The sm_90a forward, for Hopper only, with a plan for its own tiles. 0, a cudaError_t, or kUnsupportedSm90:
-// nothing was started because the kernel cannot do the call (README.md, "sm_90a").
+// sm_90a, for Hopper only; the forward takes a plan for tiles of its own. 0, a cudaError_t, or
+// kUnsupportedSm90: nothing was started because the kernel cannot do the call (README.md, "sm_90a").
 constexpr int kTileQSm90 = 128, kTileKSm90 = 128;
 constexpr int kUnsupportedSm90 = -1;
 int launch_forward_sm90(const ForwardArgs&, const TilePlan&, void* stream);
+// Both plans are those of the sm_80 backward.
+int launch_backward_sm90(const BackwardCuda&, void* stream);
 
 struct CpuKernels {
   // Floats of workspace that one (batch, kv head) pair needs.

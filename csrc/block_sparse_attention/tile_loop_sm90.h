@@ -118,19 +118,19 @@ ARCORE_HOST_DEVICE bool entry_full(int32_t entry) {
   return (entry & 1) != 0;
 }
 
-// The list of query tile `row`, and which tile is the `rank`-th longest; `grid` is plan_grid().
-struct PlanRow {
+// The list of query tile `row`, and which tile is the `rank`-th longest; `grid` is tile_grid().
+struct TileList {
   int32_t count;
   const int32_t* entries;
 };
 
-ARCORE_HOST_DEVICE const int32_t* plan_grid(const TilePlan& plan, int64_t batch, int64_t head) {
+ARCORE_HOST_DEVICE const int32_t* tile_grid(const TilePlan& plan, int64_t batch, int64_t head) {
   return plan.data + batch * plan.batch + head * plan.head;
 }
 ARCORE_HOST_DEVICE int32_t ranked_tile(const TilePlan& plan, const int32_t* grid, int64_t rank) {
   return grid[rank * (2 + plan.columns) + 1];
 }
-ARCORE_HOST_DEVICE PlanRow plan_row(const TilePlan& plan, const int32_t* grid, int64_t row) {
+ARCORE_HOST_DEVICE TileList tile_list(const TilePlan& plan, const int32_t* grid, int64_t row) {
   const int32_t* at = grid + row * (2 + plan.columns);
   return {at[0], at + 2};
 }
@@ -328,9 +328,9 @@ ARCORE_CONTROL_SM90 void produce_units(Machine& machine, const Problem& problem,
     WorkItem work;
     work.batch = static_cast<int32_t>(unit.pair / problem.heads);
     work.head = static_cast<int32_t>(unit.pair % problem.heads);
-    const int32_t* grid = plan_grid(plan, work.batch, work.head);
+    const int32_t* grid = tile_grid(plan, work.batch, work.head);
     work.tile = ranked_tile(plan, grid, unit.rank);
-    const PlanRow list = plan_row(plan, grid, work.tile);
+    const TileList list = tile_list(plan, grid, work.tile);
     work.count = list.count;
 
     int32_t entry = 0;

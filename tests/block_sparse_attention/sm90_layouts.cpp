@@ -40,85 +40,120 @@ int descriptor_reads(const cute::GmmaDescriptor& d, int block, int along, int ac
   return block == 64 ? address ^ (address >> 7 & 7) << 4 : address ^ (address >> 7 & 3) << 4;
 }
 
+// What the matrix unit reads through the descriptors of an operand, step by step of 16 along the inner
+// dimension of the product, against where(n, k). CuTe cannot know shared addresses on the CPU and starts them
+// at 0.
+template <int kBlock, typename Fragment, typename Along, typename Across, typename Where>
+void check_steps(const Fragment& fragment, const char* what, int dim, int columns, Along along_of,
+                 Across across_of, bool k_major, Where where) {
+  for (int step = 0; step < static_cast<int>(cute::size<2>(fragment)); ++step) {
+    const cute::GmmaDescriptor d = *fragment(_, _, step).data();
+    expect(d.bitfield.layout_type_ == (kBlock == 64 ? 1 : 2), "swizzle of a descriptor", dim, step, 0);
+    for (int n = 0; n < columns; ++n) {
+      for (int k = 0; k < 16; ++k) {
+        const int reads = descriptor_reads(d, kBlock, along_of(n, k), across_of(n, k), k_major);
+        expect(reads == where(n, 16 * step + k), what, dim, n, 16 * step + k);
+      }
+    }
+  }
+}
+
+// Registers of an accumulator, and of a left operand, of kColumns columns.
+template <int kColumns, typename Product>
+void check_accumulator(Product product, const char* what, int dim) {
+  auto places = cute::make_identity_tensor(cute::Shape<cute::Int<kConsumerRows>, cute::Int<kColumns>>{});
+  static_assert(decltype(cute::size(product))::value == 128);
+  for (int thread = 0; thread < 128; ++thread) {
+    auto mine = product.get_slice(thread).partition_C(places);
+    static_assert(decltype(cute::size(mine))::value == kColumns / 2);
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int row = fragment_row(thread) + 8 * fragment_half(i), column = fragment_column(thread, i);
+      expect(cute::get<0>(mine(i)) == row && cute::get<1>(mine(i)) == column, what, dim, thread, i);
+    }
+  }
+}
+template <int kColumns, typename Product>
+void check_left_operand(Product product, const char* what, int dim) {
+  auto places = cute::make_identity_tensor(cute::Shape<cute::Int<kConsumerRows>, cute::Int<kColumns>>{});
+  for (int thread = 0; thread < 128; ++thread) {
+    auto mine = product.get_slice(thread).partition_A(places);
+    static_assert(decltype(cute::size(mine))::value == kColumns / 2);
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int row = fragment_row(thread) + 8 * fragment_half(i), column = fragment_column(thread, i);
+      expect(cute::get<0>(mine(i)) == row && cute::get<1>(mine(i)) == column, what, dim, thread, i);
+    }
+  }
+}
+
+// Tiles of kRows x kDim in shared memory: by rows where the copy puts every element, by columns the same
+// bytes.
+template <int kRows, int kDim, int kTiles, typename Element, typename Layout>
+void check_tiles(Element* base, Layout layout, bool transposed, const char* what) {
+  constexpr int kBlock = block_columns(kDim);
+  auto tiles = cute::make_tensor(cute::make_smem_ptr(base), layout);
+  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int row = 0; row < kRows; ++row) {
+      for (int column = 0; column < kDim; ++column) {
+        Element& element = transposed ? tiles(column, row, tile) : tiles(row, column, tile);
+        const auto at =
+            static_cast<int>(reinterpret_cast<uintptr_t>(&element) - reinterpret_cast<uintptr_t>(base));
+        expect(at == tile * kRows * kDim * 2 + copied_to(kRows, kBlock, row, column), what, kDim, row,
+               column);
+      }
+    }
+  }
+}
+
 template <typename Element, int kDim>
 void check() {
   using S = Shapes<Element, kDim>;
-  constexpr int kBlock = S::kBlock, kStages = S::kStages;
+  using G = GradientShapes<Element, kDim>;
+  constexpr int kBlock = S::kBlock;
 
-  // Registers.
-  auto score_places = cute::make_identity_tensor(cute::Shape<cute::Int<kConsumerRows>, cute::Int<kTileK>>{});
-  auto output_places = cute::make_identity_tensor(cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>>{});
-  typename S::ScoreProduct score_product;
-  typename S::OutputProduct output_product;
-  static_assert(decltype(cute::size(score_product))::value == 128 &&
-                decltype(cute::size(output_product))::value == 128);
+  check_accumulator<kTileK>(typename S::ScoreProduct{}, "scores", kDim);
+  check_left_operand<kTileK>(typename S::OutputProduct{}, "weights", kDim);
+  check_accumulator<kDim>(typename S::OutputProduct{}, "output", kDim);
+  check_accumulator<kOtherRows>(typename G::PairProduct{}, "pairs", kDim);
+  check_left_operand<kOtherRows>(typename G::GradientProduct{}, "factors", kDim);
+  check_accumulator<kDim>(typename G::GradientProduct{}, "gradient", kDim);
   static_assert(decltype(cute::size(typename S::Scores{}))::value == kTileK / 2);
-  static_assert(decltype(cute::size(typename S::Output{}))::value == kDim / 2);
-  for (int thread = 0; thread < 128; ++thread) {
-    auto scores = score_product.get_slice(thread).partition_C(score_places);
-    auto weights = output_product.get_slice(thread).partition_A(score_places);
-    auto output = output_product.get_slice(thread).partition_C(output_places);
-    for (int i = 0; i < kTileK / 2; ++i) {
-      const int row = fragment_row(thread) + 8 * fragment_half(i), key = fragment_column(thread, i);
-      expect(cute::get<0>(scores(i)) == row && cute::get<1>(scores(i)) == key, "scores", kDim, thread, i);
-      expect(cute::get<0>(weights(i)) == row && cute::get<1>(weights(i)) == key, "weights", kDim, thread, i);
-    }
-    for (int i = 0; i < kDim / 2; ++i) {
-      const int row = fragment_row(thread) + 8 * fragment_half(i), column = fragment_column(thread, i);
-      expect(cute::get<0>(output(i)) == row && cute::get<1>(output(i)) == column, "output", kDim, thread, i);
-    }
-  }
+  static_assert(decltype(cute::size(typename G::Pairs{}))::value == kGradientRegisters);
 
-  // Shared memory: every element where the copy puts it, tiles one after the other.
-  std::vector<Element> memory(static_cast<size_t>(kTileK) * kDim * kStages + 1024);
-  const auto aligned = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024;
-  auto* base = reinterpret_cast<Element*>(aligned);
-  const auto byte_of = [&](Element& element) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(&element) - aligned);
-  };
-  auto queries = cute::make_tensor(cute::make_smem_ptr(base), typename S::Queries{});
-  auto keys = cute::make_tensor(cute::make_smem_ptr(base), typename S::Keys{});
-  auto values = cute::make_tensor(cute::make_smem_ptr(base), typename S::ValuesTransposed{});
-  for (int column = 0; column < kDim; ++column) {
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      for (int row = 0; row < kConsumerRows; ++row) {
-        const int at = consumer * kConsumerRows * kDim * 2 + copied_to(kConsumerRows, kBlock, row, column);
-        expect(byte_of(queries(row, column, consumer)) == at, "queries", kDim, row, column);
-      }
-    }
-    for (int stage = 0; stage < kStages; ++stage) {
-      for (int row = 0; row < kTileK; ++row) {
-        const int at = stage * kTileK * kDim * 2 + copied_to(kTileK, kBlock, row, column);
-        expect(byte_of(keys(row, column, stage)) == at, "keys", kDim, row, column);
-        expect(byte_of(values(column, row, stage)) == at, "values", kDim, row, column);
-      }
-    }
-  }
+  constexpr int kMost = S::kStages > G::kStages ? S::kStages : G::kStages;
+  std::vector<Element> memory(static_cast<size_t>(kTileK) * kDim * kMost + 1024);
+  auto* base = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
+  check_tiles<kConsumerRows, kDim, kConsumers>(base, typename S::Queries{}, false, "queries");
+  check_tiles<kTileK, kDim, S::kStages>(base, typename S::Keys{}, false, "keys");
+  check_tiles<kTileK, kDim, S::kStages>(base, typename S::ValuesTransposed{}, true, "values");
+  check_tiles<kConsumerRows, kDim, kConsumers>(base, typename G::Own{}, false, "own");
+  check_tiles<kOtherRows, kDim, G::kStages>(base, typename G::Other{}, false, "other");
+  check_tiles<kOtherRows, kDim, G::kStages>(base, typename G::OtherTransposed{}, true, "other transposed");
 
-  // Descriptors. CuTe cannot know shared addresses on the CPU and starts them at 0; a step of 16 along the
-  // product's inner dimension moves the start.
-  const auto check_steps = [&](auto fragment, const char* what, int columns, auto along_of, auto across_of,
-                               bool k_major, auto where) {
-    for (int step = 0; step < static_cast<int>(cute::size<2>(fragment)); ++step) {
-      const cute::GmmaDescriptor d = *fragment(_, _, step).data();
-      expect(d.bitfield.layout_type_ == (kBlock == 64 ? 1 : 2), "swizzle of a descriptor", kDim, step, 0);
-      for (int n = 0; n < columns; ++n) {
-        for (int k = 0; k < 16; ++k) {
-          const int reads = descriptor_reads(d, kBlock, along_of(n, k), across_of(n, k), k_major);
-          expect(reads == where(n, 16 * step + k), what, kDim, n, 16 * step + k);
-        }
-      }
-    }
+  const auto n_of = [](int n, int) { return n; };
+  const auto k_of = [](int, int k) { return k; };
+  const auto by_rows = [](int rows) {
+    return [rows](int n, int k) { return copied_to(rows, kBlock, n, k); };
   };
-  const auto first = [](int n, int) { return n; };
-  const auto second = [](int, int k) { return k; };
-  auto score_slice = score_product.get_slice(0);
-  check_steps(score_slice.partition_fragment_A(queries(_, _, 0)), "query descriptors", kConsumerRows, second,
-              first, true, [&](int n, int k) { return byte_of(queries(n, k, 0)); });
-  check_steps(score_slice.partition_fragment_B(keys(_, _, 0)), "key descriptors", kTileK, second, first, true,
-              [&](int n, int k) { return byte_of(keys(n, k, 0)); });
-  check_steps(output_product.get_slice(0).partition_fragment_B(values(_, _, 0)), "value descriptors", kDim,
-              first, second, false, [&](int n, int k) { return byte_of(values(n, k, 0)); });
+  const auto by_columns = [](int rows) {
+    return [rows](int n, int k) { return copied_to(rows, kBlock, k, n); };
+  };
+  auto tensor = [&](auto layout) { return cute::make_tensor(cute::make_smem_ptr(base), layout)(_, _, 0); };
+  auto scores = typename S::ScoreProduct{}.get_slice(0);
+  auto output = typename S::OutputProduct{}.get_slice(0);
+  auto pairs = typename G::PairProduct{}.get_slice(0);
+  auto gradient = typename G::GradientProduct{}.get_slice(0);
+  check_steps<kBlock>(scores.partition_fragment_A(tensor(typename S::Queries{})), "query descriptors", kDim,
+                      kConsumerRows, k_of, n_of, true, by_rows(kConsumerRows));
+  check_steps<kBlock>(scores.partition_fragment_B(tensor(typename S::Keys{})), "key descriptors", kDim,
+                      kTileK, k_of, n_of, true, by_rows(kTileK));
+  check_steps<kBlock>(output.partition_fragment_B(tensor(typename S::ValuesTransposed{})),
+                      "value descriptors", kDim, kDim, n_of, k_of, false, by_columns(kTileK));
+  check_steps<kBlock>(pairs.partition_fragment_A(tensor(typename G::Own{})), "own descriptors", kDim,
+                      kConsumerRows, k_of, n_of, true, by_rows(kConsumerRows));
+  check_steps<kBlock>(pairs.partition_fragment_B(tensor(typename G::Other{})), "other descriptors", kDim,
+                      kOtherRows, k_of, n_of, true, by_rows(kOtherRows));
+  check_steps<kBlock>(gradient.partition_fragment_B(tensor(typename G::OtherTransposed{})),
+                      "column descriptors", kDim, kDim, n_of, k_of, false, by_columns(kOtherRows));
 }
 
 template <typename Element>

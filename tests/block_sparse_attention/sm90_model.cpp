@@ -1,29 +1,12 @@
 // Runs the sm_90a forward on the CPU: the kernel's own order of events (produce_units, consume_units), masks,
-// softmax and register coordinates, with a model of the hardware around them. Copies and matrix products are
-// asynchronous: a copy spoils its target at once and arrives at a random later time, a product reads its
-// operands when it is waited for. The three sides of a block are fibers that switch at random, and every
-// misuse of a buffer or a register that the hardware would not notice is an error here.
-#include <ucontext.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <limits>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "block_sparse_attention/tile_loop_sm90.h"
+// softmax and register coordinates, with a model of the hardware around them. A product reads its operands
+// when it is waited for; every misuse of a buffer or a register that the hardware would not notice is an
+// error here.
+#include "sm90_model.h"
 
 namespace {
 
-using namespace arcore;
-using namespace arcore::block_sparse_attention;
-using namespace arcore::block_sparse_attention::sm90;
-
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+using namespace sm90_model;
 
 // Mistakes that the tests plant to see that the model notices them.
 enum Mistake {
@@ -37,153 +20,6 @@ enum Mistake {
   kEarlyRelease,    // consumer 0 releases a key buffer before its product is done
   kUnmaskedTile,    // partial tiles are taken for full ones
   kNoRepair,        // 0 * NaN stays
-};
-
-float round_to(bool half, float x) {
-  if (half) return static_cast<float>(static_cast<_Float16>(x));
-  if (std::isnan(x)) return x;
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  bits += 0x7fff + (bits >> 16 & 1);
-  bits &= 0xffff0000u;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-// ---- fibers that switch at random ----
-
-struct Failure {
-  std::string what;
-};
-
-class Fibers {
- public:
-  explicit Fibers(uint64_t seed) : random_(seed) {}
-
-  void add(std::function<void()> body) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->body = std::move(body);
-    fiber->stack.resize(1 << 18);
-    fibers_.push_back(std::move(fiber));
-  }
-  // Something that happens by itself at a random time.
-  void later(std::function<void()> event) { events_.push_back(std::move(event)); }
-
-  // Runs all fibers to their end; the message of the first failure, or empty.
-  std::string run() {
-    for (auto& f : fibers_) {
-      getcontext(&f->context);
-      f->context.uc_stack.ss_sp = f->stack.data();
-      f->context.uc_stack.ss_size = f->stack.size();
-      f->context.uc_link = &main_;
-      current_ = f.get();
-      const auto self = reinterpret_cast<uintptr_t>(this);
-      makecontext(&f->context, reinterpret_cast<void (*)()>(&Fibers::enter), 2, static_cast<unsigned>(self),
-                  static_cast<unsigned>(self >> 32));
-    }
-    while (failure_.empty()) {
-      std::vector<Fiber*> ready;
-      bool alive = false;
-      for (auto& f : fibers_) {
-        alive |= !f->done;
-        if (!f->done && (!f->until || f->until())) ready.push_back(f.get());
-      }
-      const size_t choices = ready.size() + events_.size();
-      if (choices == 0) {
-        if (alive) failure_ = "deadlock";
-        break;
-      }
-      const size_t choice = random_() % choices;
-      if (choice < ready.size()) {
-        current_ = ready[choice];
-        current_->until = nullptr;
-        swapcontext(&main_, &current_->context);
-      } else {
-        const size_t at = choice - ready.size();
-        const auto event = std::move(events_[at]);
-        events_.erase(events_.begin() + static_cast<std::ptrdiff_t>(at));
-        event();
-      }
-    }
-    return failure_;
-  }
-
-  void wait(std::function<bool()> until) {
-    current_->until = std::move(until);
-    swapcontext(&current_->context, &main_);
-  }
-  void maybe_switch() {
-    if (random_() % 2 == 0) wait(nullptr);
-  }
-  // The failing fiber never runs again.
-  void fail(const std::string& what) {
-    if (failure_.empty()) failure_ = what;
-    swapcontext(&current_->context, &main_);
-  }
-  // For events, which have no fiber to leave.
-  void fail_event(const std::string& what) {
-    if (failure_.empty()) failure_ = what;
-  }
-
- private:
-  struct Fiber {
-    std::function<void()> body;
-    std::function<bool()> until;
-    std::vector<char> stack;
-    ucontext_t context;
-    bool done = false;
-  };
-
-  static void enter(unsigned low, unsigned high) {
-    auto* self = reinterpret_cast<Fibers*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32);
-    Fiber* fiber = self->current_;
-    fiber->body();
-    fiber->done = true;
-  }
-
-  std::mt19937_64 random_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<std::function<void()>> events_;
-  ucontext_t main_;
-  Fiber* current_ = nullptr;
-  std::string failure_;
-};
-
-// ---- the block's shared state ----
-
-// An mbarrier: a phase ends when all arrivals and all announced bytes are in.
-struct Barrier {
-  int count, pending;
-  int64_t bytes = 0;
-  uint64_t phase = 0;
-
-  explicit Barrier(int arrivals) : count(arrivals), pending(arrivals) {}
-  void settle() {
-    if (pending != 0 || bytes != 0) return;
-    ++phase;
-    pending = count;
-  }
-  void arrive(int times = 1) {
-    for (int i = 0; i < times; ++i) {
-      --pending;
-      settle();
-    }
-  }
-  void arrive_expecting(int64_t more) {
-    bytes += more;
-    arrive();
-  }
-  void complete(int64_t copied) {
-    bytes -= copied;
-    settle();
-  }
-  bool passed(uint32_t parity) const { return phase % 2 != parity; }
-};
-
-struct Buffer {
-  std::vector<float> data;
-  uint64_t loads = 0;  // copies started
-  bool arrived = false;
 };
 
 struct Call {
@@ -230,31 +66,10 @@ struct Block {
   void wait(const Barrier& barrier, uint32_t parity) {
     fibers.wait([&barrier, parity] { return barrier.passed(parity); });
   }
-  // Starts a copy of 128 rows from `first` on; zeros beyond the tensor.
   void copy(Buffer& to, Barrier& full, const Tensor4& from, const CopyMap& map, int64_t batch, int64_t head,
             int64_t first) {
-    to.arrived = false;
-    const uint64_t load = ++to.loads;
-    to.data.assign(to.data.size(), kNaN);
     full.arrive_expecting(128 * kDim * 2);
-    fibers.later(
-        [this, &to, &full, data = static_cast<const float*>(from.data), &map, batch, head, first, load] {
-          if (to.loads != load) return fibers.fail_event("two copies into one buffer at once");
-          for (int64_t r = 0; r < 128; ++r) {
-            for (int64_t d = 0; d < kDim; ++d) {
-              const int64_t at[4] = {d, first + r, head * map.head_step, batch * map.batch_step};
-              bool inside = true;
-              uint64_t byte = static_cast<uint64_t>(2 * d);
-              for (int i = 0; i < 4; ++i) {
-                inside &= static_cast<uint64_t>(at[i]) < map.sizes[i];
-                if (i > 0) byte += static_cast<uint64_t>(at[i]) * map.strides[i - 1];
-              }
-              to.data[static_cast<size_t>(r * kDim + d)] = inside ? data[byte / 2] : 0.0f;
-            }
-          }
-          to.arrived = true;
-          full.complete(128 * kDim * 2);
-        });
+    start_copy(fibers, to, full, from, map, batch, head, first, 128, kDim);
   }
   void arrive_turn(int which) {
     turn_arrivals[which] += 128;

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +12,8 @@ from torch import Tensor
 
 from arcore.masks import IntervalMask, causal, full, next_scale, next_scale_markov, skip_causal
 from tests.block_sparse_attention.cases import random_mask
+from tests.block_sparse_attention.sm90 import build_model, plan_of, pointer
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path(__file__).with_name("sm90_model.cpp")
-TILE = 128
 MISTAKES = {
     "producer_skips_empty_keys": 1,
     "producer_skips_empty_values": 2,
@@ -36,42 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not
 
 @pytest.fixture(scope="module")
 def model() -> ctypes.CDLL:
-    digest = hashlib.sha256(MODEL.read_bytes())
-    for header in ("block_sparse_attention/tile_loop_sm90.h", "block_sparse_attention/params.h"):
-        digest.update((ROOT / "csrc" / header).read_bytes())
-    for header in ("stage_clock.h", "host_device.h", "dtype.h"):
-        digest.update((ROOT / "csrc" / "common" / header).read_bytes())
-    folder = ROOT / "build" / "sm90_model"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{digest.hexdigest()[:20]}.so"
-    if not library.exists():
-        part = folder / f"{library.stem}.{os.getpid()}"
-        flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-        subprocess.run(["g++", *flags, str(MODEL), "-o", str(part)], check=True)
-        part.replace(library)
-    return ctypes.CDLL(str(library))
-
-
-def plan_of(allowed: Tensor, nq: int, nk: int) -> Tensor:
-    """The tile plan of a dense mask [Bm, Hm, nq, nk], in the layout of interval_tile_plan."""
-    batch, heads = allowed.shape[:2]
-    rows, columns = -(-nq // TILE), -(-nk // TILE)
-    plan = torch.full((batch, heads, rows, 2 + columns), -7, dtype=torch.int32)
-    for b in range(batch):
-        for h in range(heads):
-            counts = []
-            for r in range(rows):
-                entries = []
-                for c in range(columns):
-                    tile = allowed[b, h, r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE]
-                    if tile.any():
-                        entries.append(c << 1 | int(tile.all()))
-                plan[b, h, r, 0] = len(entries)
-                plan[b, h, r, 2 : 2 + len(entries)] = torch.tensor(entries, dtype=torch.int32)
-                counts.append(len(entries))
-            longest = sorted(range(rows), key=lambda r: -counts[r])
-            plan[b, h, :, 1] = torch.tensor(longest, dtype=torch.int32)
-    return plan
+    return build_model("sm90_model.cpp")
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -126,13 +85,10 @@ class Case:
         key_batch = 1 if self.key_bounds is None else self.key_bounds.shape[0]
         shape = [batch, heads, self.k.shape[1], self.nq, self.nk, dim, self.bounds.shape[3] // 2]
         shape += [self.bounds.shape[0], self.bounds.shape[1], key_batch]
-        plan = plan_of(self.allowed, self.nq, self.nk)
+        plan = plan_of(self.allowed, 128, 128)
         out = torch.full_like(self.q, math.nan)
         lse = torch.full((batch, heads, self.nq), math.nan)
         message = ctypes.create_string_buffer(256)
-
-        def pointer(t: Tensor | None) -> ctypes.c_void_p:
-            return ctypes.c_void_p(None if t is None else t.data_ptr())
 
         model.arcore_model_forward_sm90(
             (ctypes.c_int64 * 10)(*shape),

@@ -1,8 +1,10 @@
-// Describes the tensors to the copy engine and starts the kernel of the head dim.
+// Describes the tensors to the copy engine and starts the kernels of the head dim.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "block_sparse_attention/bwd_sm80.cuh"
+#include "block_sparse_attention/gradient_loop_sm90.h"
 #include "block_sparse_attention/launch_sm90.h"
 
 namespace arcore::block_sparse_attention {
@@ -52,41 +54,53 @@ bool describe(Operand& operand, const Problem& problem, const Tensor4& t, int64_
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Both directions, beyond what describe() refuses. Rows and keys are counted in int32, up to the end of the
+// last tile.
+bool fits(const Problem& problem) {
+  constexpr int64_t kMaxLength = (int64_t{1} << 31) - 256;
+  return problem.dtype != StorageType::kFloat32 && problem.dim % 8 == 0 && problem.dim <= kMaxCudaHeadDim &&
+         problem.nk > 0 && problem.nk <= kMaxLength && problem.nq <= kMaxLength;
+}
+
+bool wide_rows(const Tensor4& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.row % 8 == 0 && t.head % 8 == 0 &&
+         t.batch % 8 == 0;
+}
+
+// Bytes of two operands of one head.
+int64_t pair_bytes(const Problem& problem, int64_t rows) {
+  return 2 * rows * problem.dim * 2;
+}
+
+int count_multiprocessors(int& count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 }  // namespace
 
 int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* stream) {
   const Problem& problem = args.problem;
   const int64_t pairs = problem.batch * problem.heads, units = pairs * plan.rows;
   if (units == 0) return 0;
-  // Weights are taken from the largest product of a row before scaling, so the scale is positive. Rows and
-  // keys are counted in int32, up to the end of the last tile.
-  constexpr int64_t kMaxLength = (int64_t{1} << 31) - kTileQ - kTileK;
-  const bool fits = problem.dtype != StorageType::kFloat32 && problem.dim % 8 == 0 &&
-                    problem.dim <= kMaxCudaHeadDim && problem.nk > 0 && problem.nk <= kMaxLength &&
-                    problem.nq <= kMaxLength && problem.scale > 0.0f && problem.scale < 1e30f;
-  if (!fits) return kUnsupportedSm90;
+  // Weights are taken from the largest product of a row before scaling, so the scale is positive.
+  if (!fits(problem) || !(problem.scale > 0.0f && problem.scale < 1e30f)) return kUnsupportedSm90;
   ForwardParams params{};
   if (!describe(params.q, problem, args.q, problem.heads, problem.nq, kConsumerRows) ||
       !describe(params.k, problem, args.k, problem.kv_heads, problem.nk, kTileK) ||
       !describe(params.v, problem, args.v, problem.kv_heads, problem.nk, kTileK))
     return kUnsupportedSm90;
+  const int64_t group = problem.heads / problem.kv_heads;
   params.args = args;
   params.plan = plan;
-  params.schedule = {
-      pairs, plan.rows,
-      section_pairs(2 * problem.nk * problem.dim * 2, problem.heads / problem.kv_heads, pairs)};
+  params.schedule = {pairs, plan.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
   params.scale_log2e = static_cast<float>(static_cast<double>(problem.scale) * 1.4426950408889634074);
-  params.wide_stores = reinterpret_cast<uintptr_t>(args.out.data) % 16 == 0 && args.out.row % 8 == 0 &&
-                       args.out.head % 8 == 0 && args.out.batch % 8 == 0;
-
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();
-    return static_cast<int>(error);
-  }
+  params.wide_stores = wide_rows(args.out);
+  int multiprocessors = 0;
+  if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
   switch (padded_dim(problem.dim)) {
     case 64:
@@ -95,6 +109,46 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
       return start_forward_d96(params, blocks, stream);
     default:
       return start_forward_d128(params, blocks, stream);
+  }
+}
+
+int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
+  const BackwardArgs& args = cuda.args;
+  const Problem& problem = args.problem;
+  if (problem.batch * problem.heads * problem.nq == 0) return 0;
+  if (!fits(problem)) return kUnsupportedSm90;
+  BackwardParams params{};
+  if (!describe(params.grad_out, problem, args.grad_out, problem.heads, problem.nq, kOtherRows) ||
+      !describe(params.q, problem, args.q, problem.heads, problem.nq, kOtherRows) ||
+      !describe(params.k, problem, args.k, problem.kv_heads, problem.nk, kOtherRows) ||
+      !describe(params.v, problem, args.v, problem.kv_heads, problem.nk, kOtherRows))
+    return kUnsupportedSm90;
+  const int64_t group = problem.heads / problem.kv_heads, pairs = problem.batch * problem.heads,
+                kv_pairs = problem.batch * problem.kv_heads;
+  params.cuda = cuda;
+  params.by_query = {pairs, cuda.by_query.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
+  params.by_key = {kv_pairs, cuda.by_key.rows,
+                   section_pairs(pair_bytes(problem, problem.nq) * group, 1, kv_pairs)};
+  params.wide_grad_q = wide_rows(args.grad_q);
+  params.wide_grad_k = wide_rows(args.grad_k);
+  params.wide_grad_v = wide_rows(args.grad_v);
+  int multiprocessors = 0;
+  if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
+
+  BackwardKernelArgs deltas{};
+  deltas.cuda = cuda;
+  const LaunchShape shape{(pairs * problem.nq + 3) / 4, 1, 1, 128, 0};
+  const int error = problem.dtype == StorageType::kBFloat16
+                        ? launch(row_deltas<bfloat16>, shape, stream, deltas)
+                        : launch(row_deltas<float16>, shape, stream, deltas);
+  if (error != 0) return error;
+  switch (padded_dim(problem.dim)) {
+    case 64:
+      return start_backward_d64(params, multiprocessors, stream);
+    case 96:
+      return start_backward_d96(params, multiprocessors, stream);
+    default:
+      return start_backward_d128(params, multiprocessors, stream);
   }
 }
 

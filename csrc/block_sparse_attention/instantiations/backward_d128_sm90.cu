@@ -1,0 +1,9 @@
+#include "block_sparse_attention/bwd_sm90.cuh"
+
+namespace arcore::block_sparse_attention::sm90 {
+
+int start_backward_d128(const BackwardParams& params, int64_t multiprocessors, void* stream) {
+  return start_backward<128>(params, multiprocessors, stream);
+}
+
+}  // namespace arcore::block_sparse_attention::sm90
