@@ -27,16 +27,28 @@ inline Sequence view(const char* op, const char* name, const Tensor& t, bool rev
   return sequence_view(op, name, t, reverse);
 }
 
-// Owns what the raw pointers of Problem and Inputs point at.
-struct __attribute__((visibility("hidden"))) Call {
+// [batch, dim] or [batch, dim, steps].
+inline Sequence view_of_steps(const char* name, const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0,
+          storage_type(t, kUpdateOp, name)};
+}
+
+// The arguments of a convolution; owns what the raw pointers of Inputs point at. Masks are left to the
+// caller.
+struct __attribute__((visibility("hidden"))) CheckedInputs {
   Problem problem{};
   Inputs in{};
   std::vector<Tensor> held;
 
-  Call(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse) {
+  CheckedInputs(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
+                bool reverse) {
     Problem& p = problem;
     ARCORE_CHECK(x.dim() == 3, op, "expected x of shape (batch, dim, length) but got ", shape_of(x));
+    check_device(op, "weight", weight, x);
+    for (const auto& [name, t] :
+         {std::pair{"bias", &bias}, {"seq_idx", &seq_idx}, {"initial_states", &initial_states}})
+      if (t->has_value()) check_device(op, name, **t, x);
     p.batch = x.size(0);
     p.dim = x.size(1);
     p.length = x.size(2);
@@ -44,9 +56,6 @@ struct __attribute__((visibility("hidden"))) Call {
     ARCORE_CHECK(weight.dim() == 2 && weight.size(0) == p.dim && weight.size(1) >= 1, op,
                  "expected weight of shape (dim=", p.dim, ", width) but got ", shape_of(weight));
     p.width = weight.size(1);
-    check_device(op, "weight", weight, x);
-    for (const auto& [name, t] : {std::pair{"bias", &bias}, {"initial_states", &initial_states}})
-      if (t->has_value()) check_device(op, name, **t, x);
     in.x = view(op, "x", x, reverse);
     storage_type(weight, op, "weight");
     in.weight = hold(weight);
@@ -62,7 +71,6 @@ struct __attribute__((visibility("hidden"))) Call {
       check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
       ARCORE_CHECK(seq_idx->scalar_type() == ScalarType::Int, op, "expected seq_idx of dtype int32 but got ",
                    torch::headeronly::toString(seq_idx->scalar_type()));
-      check_device(op, "seq_idx", *seq_idx, x);
     }
   }
 
@@ -73,33 +81,21 @@ struct __attribute__((visibility("hidden"))) Call {
   bool empty() const { return problem.batch == 0 || problem.dim == 0; }
 };
 
-inline const int64_t* row_numbers(const char* name, const OptionalTensor& t, int64_t batch,
-                                  std::vector<Tensor>* held) {
-  if (!t.has_value()) return nullptr;
-  check_shape(kUpdateOp, name, *t, {batch});
-  ARCORE_CHECK(t->scalar_type() == ScalarType::Int || t->scalar_type() == ScalarType::Long, kUpdateOp,
-               "expected ", name, " of dtype int32 or int64 but got ",
-               torch::headeronly::toString(t->scalar_type()));
-  held->push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Long)));
-  return static_cast<const int64_t*>(held->back().data_ptr());
-}
-
-// [batch, dim] or [batch, dim, steps].
-inline Sequence view_of_steps(const char* name, const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0,
-          storage_type(t, kUpdateOp, name)};
-}
-
-// A checked step; `held` keeps what the arguments point at, the output last.
-struct __attribute__((visibility("hidden"))) UpdateCall {
+// The arguments of an update; rows, write_at and out are left to the caller.
+struct __attribute__((visibility("hidden"))) CheckedUpdate {
   UpdateArgs args{};
-  int64_t state_rows;
   std::vector<Tensor> held;
 
-  UpdateCall(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
-             const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
+  CheckedUpdate(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+                const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
     ARCORE_CHECK(x.dim() == 2 || x.dim() == 3, kUpdateOp,
                  "expected x of shape (batch, dim) or (batch, dim, steps) but got ", shape_of(x));
+    check_device(kUpdateOp, "conv_state", conv_state, x);
+    check_device(kUpdateOp, "weight", weight, x);
+    for (const auto& [name, t] : {std::pair{"bias", &bias},
+                                  {"cache_seqlens", &cache_seqlens},
+                                  {"conv_state_indices", &conv_state_indices}})
+      if (t->has_value()) check_device(kUpdateOp, name, **t, x);
     args.batch = x.size(0);
     args.dim = x.size(1);
     args.steps = x.dim() == 3 ? x.size(2) : 1;
@@ -115,7 +111,7 @@ struct __attribute__((visibility("hidden"))) UpdateCall {
     ARCORE_CHECK(conv_state_indices.has_value() || conv_state.size(0) == args.batch, kUpdateOp,
                  "expected conv_state with one row per batch entry (", args.batch, ") but got ",
                  conv_state.size(0), "; give conv_state_indices to pick rows");
-    held.reserve(6);
+    held.reserve(4);
     held.push_back(as_floats(weight));
     args.weight = static_cast<const float*>(held.back().data_ptr());
     if (bias.has_value()) {
@@ -123,29 +119,17 @@ struct __attribute__((visibility("hidden"))) UpdateCall {
       held.push_back(as_floats(*bias));
       args.bias = static_cast<const float*>(held.back().data_ptr());
     }
-    args.write_at = row_numbers("cache_seqlens", cache_seqlens, args.batch, &held);
-    args.rows = row_numbers("conv_state_indices", conv_state_indices, args.batch, &held);
-    for (int64_t b = 0; x.is_cpu() && b < args.batch; ++b) {
-      ARCORE_CHECK(args.rows == nullptr || args.rows[b] < conv_state.size(0), kUpdateOp,
-                   "expected conv_state_indices below the rows of conv_state (", conv_state.size(0),
-                   ") but got ", args.rows[b]);
-      ARCORE_CHECK(args.write_at == nullptr || args.write_at[b] >= 0, kUpdateOp,
-                   "expected cache_seqlens >= 0 but got ", args.write_at[b]);
+    for (const auto& [name, t] :
+         {std::pair{"cache_seqlens", &cache_seqlens}, {"conv_state_indices", &conv_state_indices}}) {
+      if (!t->has_value()) continue;
+      check_shape(kUpdateOp, name, **t, {args.batch});
+      ARCORE_CHECK((*t)->scalar_type() == ScalarType::Int || (*t)->scalar_type() == ScalarType::Long,
+                   kUpdateOp, "expected ", name, " of dtype int32 or int64 but got ",
+                   torch::headeronly::toString((*t)->scalar_type()));
     }
-    state_rows = conv_state.size(0);
-    check_device(kUpdateOp, "conv_state", conv_state, x);
-    check_device(kUpdateOp, "weight", weight, x);
-    for (const auto& [name, t] : {std::pair{"bias", &bias},
-                                  {"cache_seqlens", &cache_seqlens},
-                                  {"conv_state_indices", &conv_state_indices}})
-      if (t->has_value()) check_device(kUpdateOp, name, **t, x);
-    held.push_back(torch::stable::empty_like(x));
     args.x = view_of_steps("x", x);
-    args.out = view_of_steps("out", out());
     args.state = view(kUpdateOp, "conv_state", conv_state);
   }
-
-  const Tensor& out() const { return held.back(); }
 };
 
 }  // namespace arcore::causal_conv1d

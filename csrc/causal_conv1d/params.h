@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/named_rows.h"
 #include "common/sequence.h"
 
 namespace arcore::causal_conv1d {
@@ -62,28 +63,32 @@ struct CpuKernels {
 
 // ---- CUDA ----
 
-// Sequence ids of the row, in scan order; ends holds per row the first and the last id that is not negative,
-// else -1.
-struct Ids {
-  const int32_t* data;  // or null
-  int64_t batch, time;  // strides; data points at the first step in scan order
-  int32_t* ends;        // [batch, 2]
+// Steps and channels of a block; a backward block writes partial sums for each of its runs of steps.
+constexpr int kCudaSteps = 64, kCudaChannels = 32;
+constexpr int64_t kMaxCudaWidth = 129;
+
+// Sequence ids in scan order: data points at the first step. data null: every row is one sequence.
+struct SequenceIds {
+  const int32_t* data;
+  int64_t batch, time;
 };
 
 struct ForwardCuda {
   ForwardArgs args;  // in.masks is not used
-  Ids ids;
-  Sequence final_states;  // [batch, dim, width - 1]
+  SequenceIds ids;
+  Sequence final_states;
 };
 
 struct BackwardCuda {
+  // partial_weight: [batch * runs, dim, width], partial_bias: [batch * runs, dim], runs of kCudaSteps steps.
   BackwardArgs args;
-  Ids ids;
-  const float* grad_final;  // [batch, dim, width - 1] contiguous, or null
+  SequenceIds ids;
+  const float* grad_final;  // [batch, dim, width - 1] contiguous or null
 };
 
 struct UpdateCuda {
-  UpdateArgs args;
+  UpdateArgs args;  // rows and write_at are not used
+  NamedRows rows, write_at;
   int64_t state_rows;
 };
 

@@ -10,9 +10,7 @@
 
 #include "causal_conv1d/checks.h"
 #include "causal_conv1d/params.h"
-#include "common/check.h"
 #include "common/cpu_dispatch.h"
-#include "common/sequence_view.h"
 #include "common/workspace.h"
 
 namespace arcore::causal_conv1d {
@@ -59,13 +57,13 @@ struct Masks {
   }
 };
 
-// A call with what only the CPU needs: masks that were read from seq_idx, and tasks.
-struct __attribute__((visibility("hidden"))) CpuCall : Call {
+// A checked call with its masks.
+struct Call : CheckedInputs {
   std::optional<Masks> masks;
 
-  CpuCall(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-          const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse)
-      : Call(op, x, weight, bias, seq_idx, initial_states, silu, reverse) {
+  Call(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse)
+      : CheckedInputs(op, x, weight, bias, seq_idx, initial_states, silu, reverse) {
     if (!seq_idx.has_value()) return;
     masks.emplace(*seq_idx, problem, reverse);
     in.masks = masks->taps.data();
@@ -99,7 +97,7 @@ void with_elements(const Sequence& s, const F& f) {
 }
 
 // The last width - 1 inputs, those before x included.
-void store_final(const CpuCall& call, const Sequence& final_states) {
+void store_final(const Call& call, const Sequence& final_states) {
   const Problem& p = call.problem;
   const int64_t before = p.width - 1;
   with_elements(call.in.x, [&](auto* x) {
@@ -124,7 +122,7 @@ void store_final(const CpuCall& call, const Sequence& final_states) {
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
                                        bool silu, bool reverse) {
-  const CpuCall call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const Call call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
   Tensor out = torch::stable::empty_like(x);
   Tensor final_states = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
@@ -139,7 +137,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, co
 }
 
 // Adds the gradient of the final state to that of the inputs it was copied from.
-void add_final(const CpuCall& call, const Tensor& grad_final, const Sequence& grad_x, float* grad_history) {
+void add_final(const Call& call, const Tensor& grad_final, const Sequence& grad_x, float* grad_history) {
   const Problem& p = call.problem;
   const int64_t before = p.width - 1;
   const Tensor held = as_floats(grad_final);
@@ -168,7 +166,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
                        const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
                        bool reverse) {
-  const CpuCall call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
+  const Call call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
   const auto floats = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(x, shape, ScalarType::Float);
@@ -201,12 +199,31 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
               : grad_history};
 }
 
+const int64_t* row_numbers(const OptionalTensor& t, std::vector<Tensor>* held) {
+  if (!t.has_value()) return nullptr;
+  held->push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Long)));
+  return static_cast<const int64_t*>(held->back().data_ptr());
+}
+
 Tensor update_cpu(const Tensor& x, Tensor conv_state, const Tensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
-  const UpdateCall call(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu);
+  CheckedUpdate call(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu);
+  UpdateArgs& args = call.args;
+  args.write_at = row_numbers(cache_seqlens, &call.held);
+  args.rows = row_numbers(conv_state_indices, &call.held);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    ARCORE_CHECK(args.rows == nullptr || args.rows[b] < conv_state.size(0), kUpdateOp,
+                 "expected conv_state_indices below the rows of conv_state (", conv_state.size(0),
+                 ") but got ", args.rows[b]);
+    ARCORE_CHECK(args.write_at == nullptr || args.write_at[b] >= 0, kUpdateOp,
+                 "expected cache_seqlens >= 0 but got ", args.write_at[b]);
+  }
+  Tensor out = torch::stable::empty_like(x);
+  args.out = view_of_steps("out", out);
+  if (out.numel() == 0) return out;
   // Rows may share a state row, so they run in order, on one thread: a step is a few microseconds.
-  if (call.out().numel() > 0) cpu_kernels().update(call.args, 0, call.args.batch);
-  return call.out();
+  cpu_kernels().update(args, 0, args.batch);
+  return out;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/cuda_call.h"
+#include "common/sum_first.h"
 #include "selective_scan/checks.h"
 #include "selective_scan/params.h"
 
@@ -85,14 +86,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& u, const Tensor& d
   cuda.args.states = save_states ? static_cast<float*>(states.data_ptr()) : nullptr;
   check_launch(kOp, launch_forward_sm80(cuda, scope.stream()));
   return {out, last_state, states};
-}
-
-// The sum over the first dimension in the shape and dtype of `like`.
-Tensor sum_first(const Tensor& partial, const Tensor& like) {
-  const int64_t first[] = {0};
-  const Tensor total = partial.size(0) == 1 ? torch::stable::view(partial, like.sizes())
-                                            : torch::stable::sum(partial, first, false);
-  return like.scalar_type() == ScalarType::Float ? total : torch::stable::to(total, like.scalar_type());
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -28,8 +28,7 @@ Tensor update_cuda(Tensor state, const Tensor& x, const Tensor& dt, const Tensor
   Tensor rows = out;  // keeps the indices until the kernel is queued
   if (state_batch_indices.has_value()) {
     rows = torch::stable::contiguous(*state_batch_indices);
-    cuda.rows = rows.data_ptr();
-    cuda.narrow = rows.scalar_type() == ScalarType::Int;
+    cuda.rows = {rows.data_ptr(), rows.scalar_type() == ScalarType::Int};
   }
   check_launch(kOp, launch_update_sm80(cuda, scope.stream()));
   return out;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/named_rows.h"
 
 namespace arcore::selective_state_update {
 
@@ -46,9 +47,8 @@ struct CpuKernels {
 // ---- CUDA ----
 
 struct UpdateCuda {
-  Args args;         // rows is not used
-  const void* rows;  // [batch] int64 or int32, or null
-  bool narrow;       // rows is int32
+  Args args;  // rows is not used
+  NamedRows rows;
   int64_t state_rows;
 };
 

@@ -3,6 +3,7 @@
 
 #include "common/sm80/device.h"
 #include "common/sm80/launch.h"
+#include "common/sm80/named_rows.cuh"
 #include "common/sm80/sequence.cuh"
 #include "selective_state_update/params.h"
 
@@ -68,13 +69,6 @@ ARCORE_DEVICE int64_t element_at(const View& v, int64_t batch, int64_t head, int
   return batch * v.batch + head * v.head + channel * v.last;
 }
 
-// Row of the state that a row of the batch names.
-ARCORE_DEVICE int64_t named_row(const UpdateCuda& cuda, int64_t batch) {
-  if (cuda.rows == nullptr) return batch;
-  if (cuda.narrow) return load_readonly(static_cast<const int32_t*>(cuda.rows) + batch);
-  return load_readonly(static_cast<const int64_t*>(cuda.rows) + batch);
-}
-
 // Brings the states of one channel one step on and returns this lane's part of sum_n C h.
 template <typename T, typename S>
 ARCORE_DEVICE float advance(const Args& a, int64_t batch, int64_t head, int64_t channel, int lane, T* state,
@@ -104,21 +98,18 @@ ARCORE_DEVICE float advance(const Args& a, int64_t batch, int64_t head, int64_t 
   return sum;
 }
 
-// Rows of the batch that name the same row of the state are updated one after the other, in their order, by
-// the block of the first of them; its followers find that they are not the first and return.
 template <typename T, typename S>
 ARCORE_LAUNCH_BOUNDS(kUpdateThreads, 8)
 ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
   const Args& a = cuda.args;
-  auto& next = *reinterpret_cast<uint32_t*>(shared_memory());
   const int64_t tiles = (a.dim + S::kChannels - 1) / S::kChannels;
   const int64_t head = block_x() / tiles % a.heads;
   const int thread = thread_index(), lane = thread % S::kLanes;
   const int64_t channel = block_x() % tiles * S::kChannels + thread / S::kLanes;
   const bool real = channel < a.dim;
   int64_t batch = block_x() / tiles / a.heads;
-  const int64_t row = named_row(cuda, batch);
-  if (cuda.rows != nullptr) {
+  const int64_t row = named_row(cuda.rows, batch);
+  if (cuda.rows.data != nullptr) {
     const bool inside = row >= 0 && row < cuda.state_rows;
     if (row == a.pad || !inside) {
       // An index that is neither padding nor a row cannot be refused without asking the device: it shows.
@@ -127,13 +118,9 @@ ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
                   row == a.pad ? 0.0f : bits_float(0x7fc00000u));
       return;
     }
-    bool earlier = false;
-    for (int64_t i = thread; i < batch; i += kUpdateThreads)
-      earlier |= named_row(cuda, i) == row;
-    if (sync_threads_or(earlier)) return;
+    if (named_before(cuda.rows, batch, row)) return;
   }
-  constexpr uint32_t kNone = 0xffffffffu;
-  for (;;) {
+  while (batch >= 0) {
     float sum = 0.0f, x = 0.0f;
     if (real) {
       float dt = load_any(a.dt.data, a.dt.dtype, element_at(a.dt, batch, head, channel));
@@ -155,31 +142,19 @@ ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
       }
       store_any(a.out.data, a.out.dtype, element_at(a.out, batch, head, channel), sum);
     }
-    if (cuda.rows == nullptr) return;
-    if (thread == 0) next = kNone;
-    sync_threads();
-    for (int64_t i = batch + 1 + thread; i < a.batch; i += kUpdateThreads)
-      if (named_row(cuda, i) == row) {
-        atomic_min(&next, static_cast<uint32_t>(i));
-        break;
-      }
-    sync_threads();
-    const uint32_t found = next;
-    if (found == kNone) return;
-    batch = found;
-    sync_threads();
+    batch = next_to_name(cuda.rows, batch, a.batch, row, reinterpret_cast<uint32_t*>(shared_memory()));
   }
 }
 
 template <typename T, typename S>
-int launch_shape(const UpdateCuda& cuda, Stream stream) {
+int launch_shape(const UpdateCuda& cuda, void* stream) {
   const Args& a = cuda.args;
   const int64_t tiles = (a.dim + S::kChannels - 1) / S::kChannels;
   return launch(update_rows<T, S>, {a.batch * a.heads * tiles, 1, 1, kUpdateThreads, 16}, stream, cuda);
 }
 
 template <typename T>
-int launch_update(const UpdateCuda& cuda, Stream stream) {
+int launch_update(const UpdateCuda& cuda, void* stream) {
   const int64_t states = cuda.args.states;
   if (states <= 4) return launch_shape<T, Shape<1, 4>>(cuda, stream);
   if (states <= 8) return launch_shape<T, Shape<2, 4>>(cuda, stream);
