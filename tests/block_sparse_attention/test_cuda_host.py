@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -322,3 +323,19 @@ def test_plan_with_key_bounds_batches_and_heads(host: CudaHost) -> None:
         q, k, v = tensors((2, 3, 3, 50, 70, 64), dtype)
         check_forward(q, k, v, mask)
         check_backward(q, k, v, mask)
+
+
+def test_plans_built_while_a_graph_is_captured_stay_in_the_graph(
+    host: CudaHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture records has not run: a mask must not keep it for plain calls."""
+    attention = importlib.import_module("arcore.ops.block_sparse_attention")
+    mask = masks.causal(130)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, second = attention._cuda_plans(mask), attention._cuda_plans(mask)
+    assert first[0] is not second[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = attention._cuda_plans(mask)
+    assert torch.equal(kept[0], first[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert attention._cuda_plans(mask)[0] is kept[0]

@@ -97,7 +97,9 @@ CUDA_TILES = ((128, 64, False), (64, 128, True))
 def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, Tensor]:
     """The tiles that the CUDA kernels visit, built on the device once per mask.
 
-    In a compiled graph they are part of the graph, where equal calls of all layers become one.
+    In a compiled graph they are part of the graph, where equal calls of all layers become one. While a CUDA graph is
+    captured nothing runs: plans built then exist from its first replay on, so they belong to the graph and not to the
+    mask.
     """
 
     def build() -> tuple[Tensor, Tensor]:
@@ -109,6 +111,8 @@ def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, Tensor]:
         return forward, backward
 
     if torch.compiler.is_compiling():
+        return build()
+    if torch.cuda.is_current_stream_capturing() and ("cuda_plans",) not in mask._cache:
         return build()
 
     def build_for_all_modes() -> tuple[Tensor, Tensor]:

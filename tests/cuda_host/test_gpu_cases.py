@@ -1,0 +1,46 @@
+"""The checks that a GPU has to pass (tests/<op>/gpu_cases.py), in small, with the sm_80 kernels run on the CPU.
+
+What only a GPU has, such as graphs and waiting for the device, is not checked here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda_host.build import ROOT, installed, unavailable
+
+reason = unavailable()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=reason or "")]
+
+OPS = sorted(
+    path.parent.name
+    for path in ROOT.glob("csrc/*/cuda.cpp")
+    if (ROOT / "tests" / path.parent.name / "gpu_cases.py").is_file()
+)
+
+
+@pytest.fixture
+def cuda_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules that look at the device to know a result's shape are told that of the kernels that run."""
+    scan = importlib.import_module("arcore.ops.selective_scan")
+    monkeypatch.setattr(scan, "CHUNK", scan.CUDA_CHUNK)
+
+
+def checks() -> list[Any]:
+    return [
+        pytest.param(op, check, id=f"{op}-{check.__name__.removeprefix('check_')}")
+        for op in OPS
+        for check in importlib.import_module(f"tests.{op}.gpu_cases").CHECKS
+    ]
+
+
+@pytest.mark.parametrize(("op", "check"), checks())
+def test_check(op: str, check: Any, cuda_shapes: None) -> None:
+    with installed(op) as host:
+        torch.manual_seed(0)
+        check("cpu", True)
+        assert host.statistics()["blocks"] > 0
