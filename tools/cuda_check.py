@@ -31,7 +31,7 @@ FLAGS = [
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 # ptxas gives way instead of failing: wgmma one at a time, register budgets ignored.
-GAVE_WAY = re.compile(r"wgmma.*serialized|setmaxnreg.*ignored")
+GAVE_WAY = re.compile(r"wgmma.*serialized|warpgroup.wait is injected|setmaxnreg.*ignored")
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 

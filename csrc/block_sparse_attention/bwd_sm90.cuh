@@ -265,15 +265,15 @@ struct GradientConsumer {
 
   // Products finish in the order of their issue.
   __device__ __forceinline__ void finish_first() {
-    cute::warpgroup_wait<1>();
+    wait_products<1>();
     cute::warpgroup_fence_operand(first);
   }
   __device__ __forceinline__ void finish_second() {
-    cute::warpgroup_wait<0>();
+    wait_products<0>();
     cute::warpgroup_fence_operand(second);
   }
   __device__ __forceinline__ void finish_all() {
-    cute::warpgroup_wait<0>();
+    wait_products<0>();
     cute::warpgroup_fence_operand(by_gradient);
     if constexpr (kByKey) cute::warpgroup_fence_operand(by_weight);
   }

@@ -234,11 +234,11 @@ struct Consumer {
   // Waits until at most kInFlight of the products issued last are unfinished.
   template <int kInFlight>
   __device__ __forceinline__ void finish_scores() {
-    cute::warpgroup_wait<kInFlight>();
+    wait_products<kInFlight>();
     cute::warpgroup_fence_operand(scores);
   }
   __device__ __forceinline__ void finish_output() {
-    cute::warpgroup_wait<0>();
+    wait_products<0>();
     cute::warpgroup_fence_operand(output);
   }
 

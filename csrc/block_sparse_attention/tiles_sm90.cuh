@@ -63,11 +63,20 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Waits until at most kInFlight of the products issued last are unfinished. The lanes come together first:
+// after a barrier or a mask they may not be.
+template <int kInFlight>
+__device__ __forceinline__ void wait_products() {
+  __syncwarp();
+  cute::warpgroup_wait<kInFlight>();
+}
+
 // Issues C += A B (or C = A B); the caller waits.
 template <bool kZero, typename Product, typename A, typename B, typename C>
 __device__ __forceinline__ void issue(Product& product, const A& a, const B& b, C& c) {
   constexpr bool kFromShared = std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Product::FrgTypeA>;
   if constexpr (!kFromShared) cute::warpgroup_fence_operand(const_cast<A&>(a));
+  __syncwarp();
   cute::warpgroup_fence_operand(c);
   cute::warpgroup_arrive();
   product.accumulate_ = kZero ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
