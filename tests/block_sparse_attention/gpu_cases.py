@@ -164,6 +164,18 @@ def check_compile(device: str, small: bool) -> None:
     checks.assert_compiles(step, *leaves, backend=checks.backend_for(small))
 
 
+def check_autocast(device: str, small: bool) -> None:
+    mask = masks.causal(70)
+    x = make_inputs(mask)
+    there = mask.to(device)
+    q, k, v = (checks.moved(t, device) for t in (x.q, x.k, x.v))
+    for dtype in DTYPES[1:]:
+        expected = block_sparse_attention(q.to(dtype), k.to(dtype), v.to(dtype), there, return_lse=True)
+        with torch.autocast(device, dtype=dtype):
+            got = block_sparse_attention(q, k.to(dtype), v, there, return_lse=True)
+        checks.assert_equal(got, expected, f"autocast to {dtype}")
+
+
 def check_graph(device: str, small: bool) -> None:
     """Forward and backward in a captured graph, replayed with other inputs, without waiting for the device."""
     mask = masks.next_scale((1, 2, 3, 4, 5) if small else VAR_256)
@@ -264,6 +276,7 @@ CHECKS = (
     check_nan_stays_in_its_row,
     check_opcheck,
     check_compile,
+    check_autocast,
     check_graph,
     check_first_use_in_a_graph,
     check_determinism,
