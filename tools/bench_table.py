@@ -152,7 +152,7 @@ def quote(rows: list[Row]) -> str:
 
 
 def op_table(results: Results, csrc: Path) -> str:
-    """README's table of ops and backends; a cell is filled only where the code exists."""
+    """README's table of ops and backends. No result of a GPU is committed yet, so that CUDA code is "never run"."""
     lines = [f"| op | direction | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
     cases: list[str] = []
     ops = (p for p in csrc.iterdir() if (p / "schema.cpp").is_file() and p.name != "common")
@@ -161,7 +161,8 @@ def op_table(results: Results, csrc: Path) -> str:
         for i, direction in enumerate(DIRECTIONS[: 1 + differentiable]):
             cells = []
             for backend, files in BACKENDS.items():
-                cell = "yes" if (folder / files[i]).is_file() else "not yet"
+                written = "never run" if backend.startswith("CUDA") else "yes"
+                cell = written if (folder / files[i]).is_file() else "not yet"
                 rows = headline(results, folder.name, direction)
                 if rows and backend == f"CPU {ISAS[results.isa]}":
                     cell = quote(rows)
@@ -174,7 +175,8 @@ def op_table(results: Results, csrc: Path) -> str:
         lines += [
             "",
             "Peak: the FMA peak of one core, measured in the same run. Multiples: of the fastest peer's speed in "
-            f"the same run. Cases, float32: {', '.join(cases)}.",
+            f"the same run. Cases, float32: {', '.join(cases)}. Never run: written and compiled, and tested on the CPU "
+            "in place of a GPU, but no GPU has run it.",
         ]
     return "\n".join(lines)
 
