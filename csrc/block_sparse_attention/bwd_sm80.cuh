@@ -344,13 +344,13 @@ inline BackwardKernelArgs backward_kernel_args(const BackwardCuda& cuda) {
 }
 
 template <typename T>
-int launch_row_deltas(const BackwardKernelArgs& args, Stream stream) {
+int launch_row_deltas(const BackwardKernelArgs& args, void* stream) {
   const Problem& p = args.cuda.args.problem;
   return launch(row_deltas<T>, {(p.batch * p.heads * p.nq + 3) / 4, 1, 1, 128, 0}, stream, args);
 }
 
 template <typename T, int kDim>
-int launch_backward(const BackwardKernelArgs& args, Stream stream) {
+int launch_backward(const BackwardKernelArgs& args, void* stream) {
   using Shape = BackwardShape<kDim>;
   const Problem& p = args.cuda.args.problem;
   int error = launch_row_deltas<T>(args, stream);
@@ -366,7 +366,7 @@ int launch_backward(const BackwardKernelArgs& args, Stream stream) {
 }
 
 template <typename T>
-int launch_backward_any_dim(const BackwardCuda& cuda, Stream stream) {
+int launch_backward_any_dim(const BackwardCuda& cuda, void* stream) {
   const BackwardKernelArgs args = backward_kernel_args(cuda);
   const int64_t dim = cuda.args.problem.dim;
   if (dim <= 64) return launch_backward<T, 64>(args, stream);

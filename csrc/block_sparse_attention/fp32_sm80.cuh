@@ -341,7 +341,7 @@ ARCORE_KERNEL backward_fp32_by_query(ARCORE_KERNEL_ARGS BackwardKernelArgs args)
 }
 
 template <int kDim>
-int launch_forward_fp32(const ForwardKernelArgs& args, Stream stream) {
+int launch_forward_fp32(const ForwardKernelArgs& args, void* stream) {
   using Shape = Fp32Shape<kDim>;
   const Problem& p = args.cuda.args.problem;
   const int64_t blocks = p.batch * p.heads * args.cuda.plan.rows * (kForwardTileQ / Shape::kTile);
@@ -350,7 +350,7 @@ int launch_forward_fp32(const ForwardKernelArgs& args, Stream stream) {
 }
 
 template <int kDim>
-int launch_backward_fp32(const BackwardKernelArgs& args, Stream stream) {
+int launch_backward_fp32(const BackwardKernelArgs& args, void* stream) {
   using Shape = Fp32Shape<kDim>;
   const Problem& p = args.cuda.args.problem;
   const int64_t shared = (4 * Shape::kRows + 2 * Shape::kScores) * 4;

@@ -261,7 +261,7 @@ ARCORE_KERNEL combine_splits(ARCORE_KERNEL_ARGS ForwardKernelArgs args) {
 }
 
 template <typename T, int kDim>
-int launch_forward(const ForwardKernelArgs& args, Stream stream) {
+int launch_forward(const ForwardKernelArgs& args, void* stream) {
   using Shape = ForwardShape<kDim>;
   const Problem& p = args.cuda.args.problem;
   const int64_t blocks = p.batch * p.heads * args.cuda.plan.rows;
@@ -289,7 +289,7 @@ inline ForwardKernelArgs forward_kernel_args(const ForwardCuda& cuda) {
 }
 
 template <typename T>
-int launch_forward_any_dim(const ForwardCuda& cuda, Stream stream) {
+int launch_forward_any_dim(const ForwardCuda& cuda, void* stream) {
   const ForwardKernelArgs args = forward_kernel_args(cuda);
   const int64_t dim = cuda.args.problem.dim;
   if (dim <= 64) return launch_forward<T, 64>(args, stream);

@@ -91,7 +91,7 @@ ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   }
 }
 
-inline int launch_plan(const PlanArgs& args, Stream stream) {
+inline int launch_plan(const PlanArgs& args, void* stream) {
   const int error =
       launch(plan_rows, {args.rows, args.heads, args.batch, kPlanThreads, kPlanColumns * 4}, stream, args);
   return error != 0 ? error : launch(order_rows, {1, args.heads, args.batch, kPlanThreads, 0}, stream, args);

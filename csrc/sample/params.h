@@ -97,4 +97,28 @@ struct CpuKernels {
   void (*select_least)(const Selection&, void* workspace, int64_t begin, int64_t end);
 };
 
+// ---- CUDA ----
+
+struct RunCuda {
+  Problem problem;
+  Draws draws;  // count 0: none
+  Outputs out;
+  // [rows, vocab] in global memory, or null: keys lie in shared memory. Log-probabilities need them
+  // afterwards.
+  int32_t* keys;
+  uint8_t* keep;  // [rows, vocab], Order::kJoint only
+};
+
+struct SelectCuda {
+  Selection selection;
+  int32_t* keys;  // [rows, length], or null: shared memory
+};
+
+// Rows of up to this many tokens lie in shared memory.
+constexpr int64_t kSharedTokens = 24576;
+
+// 0 or a cudaError_t.
+int launch_run_sm80(const RunCuda&, void* stream);
+int launch_select_sm80(const SelectCuda&, void* stream);
+
 }  // namespace arcore::sample

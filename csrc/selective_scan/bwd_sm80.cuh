@@ -343,7 +343,7 @@ ARCORE_KERNEL sum_slices(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
 
 template <typename S>
 struct LaunchBackward {
-  static int run(const BackwardCuda& cuda, Stream stream) {
+  static int run(const BackwardCuda& cuda, void* stream) {
     const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
     return launch(scan_backward<S>, {blocks, 1, 1, kScanThreads, BackwardLayout<S>::kBytes}, stream, cuda);
   }

@@ -122,7 +122,7 @@ ARCORE_KERNEL scan_forward(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
 
 template <typename S>
 struct LaunchForward {
-  static int run(const ForwardCuda& cuda, Stream stream) {
+  static int run(const ForwardCuda& cuda, void* stream) {
     const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
     return launch(scan_forward<S>, {blocks, 1, 1, kScanThreads, ForwardLayout<S>::kBytes}, stream, cuda);
   }

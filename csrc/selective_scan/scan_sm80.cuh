@@ -142,7 +142,7 @@ ARCORE_DEVICE float sum_four_steps(const float (&y)[4]) {
 
 // Picks the narrowest shape that holds the states.
 template <template <typename> class Launch, typename Args>
-int launch_for_state(const Args& args, int64_t state, Stream stream) {
+int launch_for_state(const Args& args, int64_t state, void* stream) {
   if (state <= 4) return Launch<Shape<4, 1>>::run(args, stream);
   if (state <= 8) return Launch<Shape<4, 2>>::run(args, stream);
   if (state <= 16) return Launch<Shape<4, 4>>::run(args, stream);

@@ -30,7 +30,7 @@ struct Outputs {
 void run_update(const char* op, UpdateCuda& cuda, const Tensor& like, void* stream) {
   const Problem& p = cuda.args.problem;
   if (p.rows == 0) return;
-  cuda.slices = p.columns > 2 * kCudaSlice ? (p.columns + kCudaSlice - 1) / kCudaSlice : 1;
+  cuda.slices = row_slices_sm80(p.columns);
   Tensor partial = like;
   if (cuda.slices > 1) {
     partial = torch::stable::new_empty(like, {p.rows * cuda.slices * kStateDoubles}, ScalarType::Double);

@@ -68,16 +68,14 @@ struct CpuKernels {
 
 // ---- CUDA ----
 
-// Columns that one block reads where rows are cut: a function of nothing, so that a row always gives the same
-// bits.
-constexpr int64_t kCudaSlice = 16384;
-
 struct UpdateCuda {
   UpdateArgs args;
   FinishArgs finish;  // logp null: the row is continued later
-  int64_t slices;     // per row
+  int64_t slices;     // per row: row_slices_sm80
   RowState* partial;  // [rows, slices] where slices > 1
 };
+
+int64_t row_slices_sm80(int64_t columns);
 
 // 0 or a cudaError_t.
 int launch_update_sm80(const UpdateCuda&, void* stream);

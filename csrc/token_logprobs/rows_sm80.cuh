@@ -76,8 +76,8 @@ ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
   if (!ignored) {
     const T* logits = static_cast<const T*>(args.logits.data) + offset_of(args.logits, row);
     const RowView view = row_view(p, row);
-    const int64_t begin = cuda.slices == 1 ? 0 : slice * kCudaSlice;
-    const int64_t end = cuda.slices == 1 || begin + kCudaSlice > p.columns ? p.columns : begin + kCudaSlice;
+    const int64_t begin = cuda.slices == 1 ? 0 : slice * kRowSlice;
+    const int64_t end = cuda.slices == 1 || begin + kRowSlice > p.columns ? p.columns : begin + kRowSlice;
     auto for_each = [&](const auto& f) {
       for_each_column(logits, begin, end, [&](int64_t column, float x) { f(view.y(column, x)); });
     };
@@ -188,7 +188,7 @@ ARCORE_KERNEL backward_rows(ARCORE_KERNEL_ARGS BackwardArgs args) {
 }
 
 template <typename T>
-int launch_update(const UpdateCuda& cuda, Stream stream) {
+int launch_update(const UpdateCuda& cuda, void* stream) {
   const int64_t rows = cuda.args.problem.rows;
   const int error =
       launch(update_rows<T>, {rows * cuda.slices, 1, 1, kRowThreads, kRowWarps * 8}, stream, cuda);
@@ -197,7 +197,7 @@ int launch_update(const UpdateCuda& cuda, Stream stream) {
 }
 
 template <typename T>
-int launch_backward(const BackwardArgs& args, Stream stream) {
+int launch_backward(const BackwardArgs& args, void* stream) {
   return launch(backward_rows<T>, {args.problem.rows, 1, 1, kRowThreads, kRowWarps * 8}, stream, args);
 }
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from arcore.ops import token_logprobs
 from tests.cuda_host.build import CudaHost, installed, unavailable
+from tests.token_logprobs import test_importance_ratio as ratio
 from tests.token_logprobs import test_linear as linear
 from tests.token_logprobs.cases import (
     IGNORE,
@@ -82,3 +84,17 @@ def test_results_do_not_depend_on_the_order_of_warps(host: CudaHost) -> None:
 
     first = once(0)
     assert all(torch.equal(a, b) for seed in range(1, 6) for a, b in zip(first, once(seed), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [100, 2049, 40000])
+def test_on_policy_ratio_is_one(vocab: int, dtype: torch.dtype) -> None:
+    """The log-probability that the sampler's kernel returns is that of the scoring kernel, bit for bit."""
+    logits = (2 * torch.randn(2, vocab)).to(dtype)
+    with installed("sample"):
+        for settings in ({}, {"top_k": 50, "min_p": 0.01, "temperature": 0.7}):
+            old = ratio.draw(logits, **settings)
+            new = token_logprobs(
+                logits, old.tokens, mask=old.kept, temperature=settings.get("temperature", 1.0)
+            )
+            ratio.assert_ratio_is_one(old.logprob, new.logp)

@@ -17,11 +17,10 @@ struct LaunchShape {
   int64_t shared_bytes;  // dynamic shared memory
 };
 
-using Stream = void*;  // a cudaStream_t
-
-// 0, or the cudaError_t of a launch that failed. A grid without blocks is no launch.
+// `stream` is a cudaStream_t. 0, or the cudaError_t of a launch that failed. A grid without blocks is no
+// launch.
 template <typename Args>
-int launch(void (*kernel)(Args), const LaunchShape& shape, [[maybe_unused]] Stream stream, const Args& args) {
+int launch(void (*kernel)(Args), const LaunchShape& shape, [[maybe_unused]] void* stream, const Args& args) {
   if (shape.x <= 0 || shape.y <= 0 || shape.z <= 0) return 0;
 #if defined(ARCORE_CUDA_HOST)
   return cuda_host::launch(kernel, shape.x, shape.y, shape.z, shape.threads, shape.shared_bytes, args);

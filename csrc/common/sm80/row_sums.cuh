@@ -9,6 +9,13 @@ namespace arcore {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 
+// Columns that one block reads where long rows are cut; a function of nothing, so that a row always gives the
+// same bits.
+constexpr int64_t kRowSlice = 16384;
+ARCORE_HOST_DEVICE int64_t row_slices(int64_t columns) {
+  return columns > 2 * kRowSlice ? (columns + kRowSlice - 1) / kRowSlice : 1;
+}
+
 // exp is 0 from here on; keeps -inf out of products with that 0.
 constexpr float kExpIsZero = -88.0f;
 
@@ -73,30 +80,46 @@ ARCORE_DEVICE RowState sum_row(const Each& for_each, float inverse_temperature, 
   return state;
 }
 
-// f(column, raw bits as float) for columns [begin, end) of a row, a thread's share of each block of
-// kRowThreads: 16 bytes at a time where the row lies on 16 bytes, else one number at a time. The split of
-// columns over threads depends on `begin`, `end` and T alone, not on the address.
+// f(column, value) for columns [begin, end) of a row, a thread's share: eight neighbours at a time, loaded as
+// 16 bytes where they lie on 16 bytes. Which thread has which column depends on `begin` and `end` alone, so
+// that the sums of a row do not depend on its type or its address.
 template <typename T, typename F>
 ARCORE_DEVICE void for_each_column(const T* row, int64_t begin, int64_t end, const F& f) {
-  constexpr int kPerLoad = 16 / static_cast<int>(sizeof(T));
+  constexpr int kTogether = 8, kLoads = kTogether * static_cast<int>(sizeof(T)) / 16;
   const bool aligned = (reinterpret_cast<uintptr_t>(row + begin) & 15) == 0;
-  const int64_t n = end - begin, whole = n / kPerLoad;
+  const int64_t n = end - begin, whole = n / kTogether;
   for (int64_t i = thread_index(); i < whole; i += kRowThreads) {
-    T values[kPerLoad];
+    const T* from = row + begin + i * kTogether;
+    T values[kTogether];
     if (aligned) {
-      const Vector16 v = load_readonly(reinterpret_cast<const Vector16*>(row + begin) + i);
-      memcpy(values, &v, 16);
+      ARCORE_UNROLL
+      for (int l = 0; l < kLoads; ++l) {
+        const Vector16 v = load_readonly(reinterpret_cast<const Vector16*>(from) + l);
+        memcpy(reinterpret_cast<char*>(values) + 16 * l, &v, 16);
+      }
     } else {
       ARCORE_UNROLL
-      for (int j = 0; j < kPerLoad; ++j)
-        values[j] = row[begin + i * kPerLoad + j];
+      for (int j = 0; j < kTogether; ++j)
+        values[j] = from[j];
     }
     ARCORE_UNROLL
-    for (int j = 0; j < kPerLoad; ++j)
-      f(begin + i * kPerLoad + j, to_float(values[j]));
+    for (int j = 0; j < kTogether; ++j)
+      f(begin + i * kTogether + j, to_float(values[j]));
   }
-  for (int64_t i = whole * kPerLoad + thread_index(); i < n; i += kRowThreads)
+  for (int64_t i = whole * kTogether + thread_index(); i < n; i += kRowThreads)
     f(begin + i, to_float(row[begin + i]));
+}
+
+// The same share of columns for numbers that are computed: f(column).
+template <typename F>
+ARCORE_DEVICE void for_each_own_column(int64_t begin, int64_t end, const F& f) {
+  constexpr int kTogether = 8;
+  const int64_t n = end - begin, whole = n / kTogether;
+  for (int64_t i = thread_index(); i < whole; i += kRowThreads)
+    for (int j = 0; j < kTogether; ++j)
+      f(begin + i * kTogether + j);
+  for (int64_t i = whole * kTogether + thread_index(); i < n; i += kRowThreads)
+    f(begin + i);
 }
 
 }  // namespace arcore

@@ -2,6 +2,10 @@
 
 namespace arcore::token_logprobs {
 
+int64_t row_slices_sm80(int64_t columns) {
+  return row_slices(columns);
+}
+
 int launch_update_sm80(const UpdateCuda& cuda, void* stream) {
   switch (cuda.args.problem.dtype) {
     case StorageType::kBFloat16:
