@@ -331,11 +331,11 @@ def test_plans_built_while_a_graph_is_captured_stay_in_the_graph(
     """What a capture records has not run: a mask must not keep it for plain calls."""
     attention = importlib.import_module("arcore.ops.block_sparse_attention")
     mask = masks.causal(130)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(attention, "capturing", lambda: True)
     first, second = attention._cuda_plans(mask), attention._cuda_plans(mask)
     assert first[0] is not second[0]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(attention, "capturing", lambda: False)
     kept = attention._cuda_plans(mask)
     assert torch.equal(kept[0], first[0])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(attention, "capturing", lambda: True)
     assert attention._cuda_plans(mask)[0] is kept[0]

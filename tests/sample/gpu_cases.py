@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arcore.ops import confidence_mask, filter_probs, reference_confidence_mask, sample
+from arcore.ops._constants import constant
 from tests import device_checks as checks
 from tests.sample.cases import FILTERS, adversarial_rows, random_call
 
@@ -244,6 +245,24 @@ def check_graph(device: str, small: bool) -> None:
             _step(*inputs)
 
 
+def check_constants(device: str, small: bool) -> None:
+    """Settings that are plain numbers are made once, and never taken from a capture that has not run."""
+    where = torch.empty(0, device=device).device
+    first = constant((0.9, 50.0), torch.float64, where)
+    assert first.tolist() == [0.9, 50.0]
+    if device != "cuda":
+        return
+    assert constant((0.9, 50.0), torch.float64, where) is first
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = constant((0.9, 50.0), torch.float64, where)
+        fresh = constant((0.7, 50.0), torch.float64, where)
+    assert kept is first
+    assert constant((0.7, 50.0), torch.float64, where).tolist() == [0.7, 50.0]
+    graph.replay()
+    assert fresh.tolist() == [0.7, 50.0]
+
+
 def check_determinism(device: str, small: bool) -> None:
     for shape in ((5, 300),) if small else ((680, 4096), (8, 128256)):
         logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -304,6 +323,7 @@ CHECKS = (
     check_opcheck,
     check_compile,
     check_graph,
+    check_constants,
     check_determinism,
     check_batch_mates,
     check_large_offsets,
@@ -315,6 +335,6 @@ SANITIZED = (
     check_layouts,
     check_bad_rows_stay_alone,
 )
-# Their failure cannot be brought about by wrong results: the op is called by its own name, or on nothing.
-NOT_DISTURBED = (check_opcheck, check_empty)
+# Their failure cannot be brought about by wrong results: the op is called by its own name, on nothing, or not at all.
+NOT_DISTURBED = (check_opcheck, check_empty, check_constants)
 FUNCTIONS = ("sample", "filter_probs", "confidence_mask")

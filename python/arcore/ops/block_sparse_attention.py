@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask
+from arcore.ops._constants import capturing
 from arcore.ops._registration import forbid_second_derivative
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,7 +113,7 @@ def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, Tensor]:
 
     if torch.compiler.is_compiling():
         return build()
-    if torch.cuda.is_current_stream_capturing() and ("cuda_plans",) not in mask._cache:
+    if capturing() and ("cuda_plans",) not in mask._cache:
         return build()
 
     def build_for_all_modes() -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arcore import _extension as _extension
 from arcore.ops import _sample_reference as rules
+from arcore.ops._constants import constant
 
 Order = Literal["hf", "vllm", "joint"]
 Mode = Literal["inverse_cdf", "gumbel", "greedy"]
@@ -617,12 +618,16 @@ def _settings(
         columns.append(value)
     columns += mix
     if not any(isinstance(c, Tensor) for c in columns):
-        return torch.tensor([[float(c) for c in columns]], dtype=torch.float64, device=device)
+        return constant(tuple(float(c) for c in columns), torch.float64, device).unsqueeze(0)
     full = []
     for name, column in zip((*OFF, *("weights",) * len(mix)), columns, strict=True):
         if name == "temperature" and isinstance(column, Tensor):
             column = column.float()  # as token_logprobs uses it
-        tensor = torch.as_tensor(column, dtype=torch.float64, device=device)
+        tensor = (
+            column.to(device, torch.float64)
+            if isinstance(column, Tensor)
+            else constant((float(column),), torch.float64, device).squeeze(0)
+        )
         full.append(_broadcast(op, name, tensor, lead).reshape(-1))
     return torch.stack(full, dim=1)
 
@@ -677,7 +682,7 @@ def _row_keys(
     for name, key in (("seed", seed), ("offset", 0 if offset is None else offset)):
         if isinstance(key, Tensor) and key.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} of dtype int64 but got {_name(key.dtype)}")
-        keys.append(key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=device))
+        keys.append(key if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device))
     for i, size in enumerate(reversed(lead)):
         varies = any(k.dim() > i and k.shape[-1 - i] == size for k in keys)
         if size > 1 and not varies:
@@ -712,7 +717,11 @@ def _prepare_confidence(
     if not isinstance(count, Tensor) and count < 0:
         raise ValueError(f"{op}: expected count >= 0 but got {count}")
     lead, length = confidence.shape[:-1], confidence.shape[-1]
-    counts = torch.as_tensor(count, device=confidence.device)
+    counts = (
+        count.to(confidence.device)
+        if isinstance(count, Tensor)
+        else torch.full((), count, dtype=torch.int64, device=confidence.device)
+    )
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: expected count of dtype int64 but got {_name(counts.dtype)}")
     if candidates is not None:

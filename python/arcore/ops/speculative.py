@@ -17,6 +17,7 @@ from torch import Tensor
 from arcore import _extension as _extension
 from arcore.masks import TreeMask
 from arcore.ops import _speculative_reference as rules
+from arcore.ops._constants import constant
 from arcore.ops._speculative_reference import Inputs, Relaxation
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -552,7 +553,7 @@ def _prepare(
             parents = parents.parents
             parents = parents[0] if parents.shape[0] == 1 else parents
         elif not isinstance(parents, Tensor):
-            parents = torch.tensor(list(parents), dtype=torch.int64, device=target_probs.device)
+            parents = constant(tuple(parents), torch.int64, target_probs.device)
         hangs = _integers(where, "parents", parents, (nodes,) if parents.dim() == 1 else (batch, nodes))
         hangs = hangs.expand(batch, nodes)
     counts = None if lengths is None else _integers(where, "lengths", lengths, (batch,))
