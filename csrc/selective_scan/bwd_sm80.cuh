@@ -10,14 +10,15 @@ namespace arcore::selective_scan {
 
 template <typename S>
 struct BackwardLayout {
-  static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kState;
+  static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kPitch;
   // Every fourth state of the chunk.
   static constexpr int kKept = kCudaChunk / 4 * kScanThreads * S::kStates;
   // Sums of dB and dC over the channels of a warp. Where 64 states are too many for a copy per warp, the
   // warps take turns.
   static constexpr bool kTurns = S::kState > 64;
-  static constexpr int kSums = (kTurns ? 1 : kScanWarps) * 2 * kCoefficient;
-  static constexpr int kBytes = (4 * kSteps + 2 * kCoefficient + kKept + kSums + kCudaChunk) * 4;
+  static constexpr int kOneSum = kCudaChunk * S::kState;
+  static constexpr int kSums = (kTurns ? 1 : kScanWarps) * 2 * kOneSum;
+  static constexpr int kBytes = (5 * kSteps + 2 * kCoefficient + kKept + kSums + kCudaChunk) * 4;
   static_assert(kBytes <= 163 * 1024, "more than sm_80 has");
 };
 
@@ -47,27 +48,32 @@ ARCORE_DEVICE int sum_over_channels(float (&v)[2 * S::kStates], int& base) {
   return count;
 }
 
-template <typename S>
+// kPlain: B and C vary in time and rows are whole; else all that is looked up.
+template <typename S, bool kPlain>
 ARCORE_LAUNCH_BOUNDS(kScanThreads, S::kStates > 4 ? 1 : 3)
 ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   using Layout = BackwardLayout<S>;
   constexpr int kStates = S::kStates;
   const BackwardArgs& a = cuda.args;
   const Problem& p = a.problem;
-  // [channel][step]: dt, then the gradient of delta; dt u, then that of u; u, then y; the gradient of y.
+  // [channel][step]: delta, dt, then the gradient of delta; z, dt u, then the gradient of u; u; the gradients
+  // of the output, then of y; what the gradient of z has beside y, then that gradient.
   float* dts = reinterpret_cast<float*>(shared_memory());
   float* inputs = dts + Layout::kSteps;
   float* us = inputs + Layout::kSteps;
   float* grads = us + Layout::kSteps;
-  float* Bs = grads + Layout::kSteps;
+  float* gates = grads + Layout::kSteps;
+  float* Bs = gates + Layout::kSteps;
   float* Cs = Bs + Layout::kCoefficient;
   float* kept = Cs + Layout::kCoefficient;  // [four steps][state of lane][thread]
   float* sums = kept + Layout::kKept;       // [warp][dB, dC][step][state]
   int32_t* marks = reinterpret_cast<int32_t*>(sums + Layout::kSums);
-  const bool marked = cuda.layout.marks != nullptr, packed = cuda.layout.packed;
+  const bool marked = !kPlain && cuda.layout.marks != nullptr, packed = cuda.layout.packed;
+  const bool vary_B = kPlain || a.in.B.groups != 0, vary_C = kPlain || a.in.C.groups != 0;
+  const bool gated = a.in.z.data != nullptr;
   const Owner<S> o = owner_of_thread<S>(cuda.layout);
   const int thread = thread_index(), warp = warp_index();
-  float* my_sums = sums + (Layout::kTurns ? 0 : warp * 2 * Layout::kCoefficient);
+  float* my_sums = sums + (Layout::kTurns ? 0 : warp * 2 * Layout::kOneSum);
 
   float A[kStates], B[kStates], C[kStates], carry[kStates], grad_A[kStates] = {}, grad_B[kStates] = {},
                                                             grad_C[kStates] = {};
@@ -80,57 +86,56 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   load_constant<S>(C, a.in.C, p, o);
   load_state<S>(carry, packed ? nullptr : a.grad_last_state, p, o, o.batch);
   const float skip = a.in.D != nullptr && o.real() ? a.in.D[o.own_channel()] : 0.0f;
+  const float bias = a.in.delta_bias != nullptr && o.real() ? a.in.delta_bias[o.own_channel()] : 0.0f;
+  const int first = o.lane * kStates;
   float grad_skip = 0.0f, grad_bias = 0.0f;
 
   const int64_t chunks = (p.length + kCudaChunk - 1) / kCudaChunk;
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t begin = chunk * kCudaChunk;
-    if (marked) {
-      stage_marks(marks, cuda.layout, p, o.batch, begin);
-      sync_threads();
-    }
-    auto live = [&](int channel, int t) {
-      return channel < o.channels && begin + t < p.length && !(marked && (marks[t] & kPadding));
-    };
-    for_each_input<S>(a.in.delta, [&](int channel, int t) {
-      float dt = 0.0f;
-      if (live(channel, t)) {
-        const int64_t c = o.channel0 + channel;
-        dt = load_any(a.in.delta.data, a.in.delta.dtype, sequence_at(a.in.delta, o.batch, c, begin + t));
-        if (a.in.delta_bias != nullptr) dt += a.in.delta_bias[c];
-        if (p.delta_softplus) dt = softplus(dt);
-      }
-      dts[channel * kScanPitch + t] = dt;
-    });
-    for_each_input<S>(a.in.u, [&](int channel, int t) {
-      us[channel * kScanPitch + t] =
-          live(channel, t) ? load_any(a.in.u.data, a.in.u.dtype,
-                                      sequence_at(a.in.u, o.batch, o.channel0 + channel, begin + t))
-                           : 0.0f;
-    });
-    for_each_input<S>(a.grad_out, [&](int channel, int t) {
-      float grad = 0.0f;
-      if (a.grad_out.data != nullptr && live(channel, t)) {
-        const int64_t c = o.channel0 + channel;
-        grad = load_any(a.grad_out.data, a.grad_out.dtype, sequence_at(a.grad_out, o.batch, c, begin + t));
-        if (a.in.z.data != nullptr) {
-          const float z = load_any(a.in.z.data, a.in.z.dtype, sequence_at(a.in.z, o.batch, c, begin + t));
-          grad *= z * sigmoid(z);
-        }
-      }
-      grads[channel * kScanPitch + t] = grad;
-    });
-    const int32_t* padding = marked ? marks : nullptr;
-    stage_coefficient<S>(Bs, a.in.B, p, padding, o.batch, o.channel0, begin);
-    stage_coefficient<S>(Cs, a.in.C, p, padding, o.batch, o.channel0, begin);
+    stage_inputs<S>(dts, a.in.delta, p, o, begin);
+    stage_inputs<S>(us, a.in.u, p, o, begin);
+    if (a.grad_out.data != nullptr) stage_inputs<S>(grads, a.grad_out, p, o, begin);
+    if (gated) stage_inputs<S>(inputs, a.in.z, p, o, begin);
+    if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
+    if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
+    if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
     sync_threads();
-    for (int i = thread; i < S::kChannels * kCudaChunk; i += kScanThreads) {
-      const int at = i / kCudaChunk * kScanPitch + i % kCudaChunk;
-      inputs[at] = dts[at] * us[at];
-    }
-    sync_threads();
-
     const int row0 = o.channel * kScanPitch;
+    if (marked) {
+      if (vary_B) clear_padding<S>(Bs, marks);
+      if (vary_C) clear_padding<S>(Cs, marks);
+    }
+    // The lanes of a channel share what has to be done once per step, four steps at a time.
+    for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
+      Float4 dt = load_four_steps(dts + row0 + t0), u = load_four_steps(us + row0 + t0), z{}, grad{}, gate{};
+      if (gated) z = load_four_steps(inputs + row0 + t0);
+      if (a.grad_out.data != nullptr) grad = load_four_steps(grads + row0 + t0);
+      ARCORE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const bool off = begin + t0 + k >= p.length || (marked && (marks[t0 + k] & kPadding) != 0);
+        const float x = dt.x[k] + bias;
+        dt.x[k] = off ? 0.0f : p.delta_softplus ? softplus(x) : x;
+        u.x[k] = off ? 0.0f : u.x[k];
+        grad.x[k] = off ? 0.0f : grad.x[k];
+        if (gated) {
+          const float v = off ? 0.0f : z.x[k], s = sigmoid(v), scaled = grad.x[k] * s;
+          gate.x[k] = scaled * (1.0f + v * (1.0f - s));
+          grad.x[k] = scaled * v;
+        }
+        z.x[k] = dt.x[k] * u.x[k];
+      }
+      store_four_steps(dts + row0 + t0, dt);
+      store_four_steps(us + row0 + t0, u);
+      store_four_steps(inputs + row0 + t0, z);
+      store_four_steps(grads + row0 + t0, grad);
+      if (gated) store_four_steps(gates + row0 + t0, gate);
+    }
+    if (marked)
+      sync_threads();
+    else
+      sync_warp();
+
     float h[kStates];
     if (begin == 0) {
       load_state<S>(h, packed ? nullptr : a.in.initial_state, p, o, o.batch);
@@ -150,16 +155,15 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
       ARCORE_UNROLL
       for (int s = 0; s < kStates; ++s)
         kept[(t0 / 4 * kStates + s) * kScanThreads + thread] = h[s];
+      const Float4 dt = load_four_steps(dts + row0 + t0), input = load_four_steps(inputs + row0 + t0);
       ARCORE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int t = t0 + j;
         restart(t);
-        const float dt = dts[row0 + t], input = inputs[row0 + t];
+        if (vary_B) load_step<S>(Bs + t * S::kPitch + first, B);
         ARCORE_UNROLL
-        for (int s = 0; s < kStates; ++s) {
-          const float b = a.in.B.groups == 0 ? B[s] : Bs[t * S::kState + o.lane * kStates + s];
-          h[s] = exp2_approx(dt * A[s]) * h[s] + input * b;
-        }
+        for (int s = 0; s < kStates; ++s)
+          h[s] = fused_multiply_add(exp2_approx(dt.x[j] * A[s]), h[s], input.x[j] * B[s]);
       }
     }
 
@@ -170,43 +174,43 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
       ARCORE_UNROLL
       for (int s = 0; s < kStates; ++s)
         h[s] = kept[(t0 / 4 * kStates + s) * kScanThreads + thread];
+      const Float4 dt = load_four_steps(dts + row0 + t0), input = load_four_steps(inputs + row0 + t0);
+      const Float4 grad = load_four_steps(grads + row0 + t0);
       ARCORE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int t = t0 + j;
         restart(t);
-        const float dt = dts[row0 + t], input = inputs[row0 + t];
         y[j] = 0.0f;
+        if (vary_B) load_step<S>(Bs + t * S::kPitch + first, B);
+        if (vary_C && gated) load_step<S>(Cs + t * S::kPitch + first, C);
         ARCORE_UNROLL
         for (int s = 0; s < kStates; ++s) {
-          const int n = t * S::kState + o.lane * kStates + s;
-          const float b = a.in.B.groups == 0 ? B[s] : Bs[n], c = a.in.C.groups == 0 ? C[s] : Cs[n];
-          decay[j][s] = exp2_approx(dt * A[s]);
+          decay[j][s] = exp2_approx(dt.x[j] * A[s]);
           decayed[j][s] = decay[j][s] * h[s];
-          h[s] = decayed[j][s] + input * b;
-          y[j] += c * h[s];
+          h[s] = fused_multiply_add(input.x[j], B[s], decayed[j][s]);
+          if (gated) y[j] = fused_multiply_add(C[s], h[s], y[j]);
         }
       }
       ARCORE_UNROLL
       for (int j = 3; j >= 0; --j) {
         const int t = t0 + j;
         if (marked && (marks[t] & kEnd)) load_state<S>(carry, a.grad_last_state, p, o, marks[t] >> 8);
-        const float dt = dts[row0 + t], input = inputs[row0 + t], grad = grads[row0 + t];
         by_B[j] = by_A[j] = 0.0f;
+        if (vary_B) load_step<S>(Bs + t * S::kPitch + first, B);
+        if (vary_C) load_step<S>(Cs + t * S::kPitch + first, C);
         float products[2 * kStates];
         ARCORE_UNROLL
         for (int s = 0; s < kStates; ++s) {
-          const int n = t * S::kState + o.lane * kStates + s;
-          const float b = a.in.B.groups == 0 ? B[s] : Bs[n], c = a.in.C.groups == 0 ? C[s] : Cs[n];
-          const float G = grad * c + carry[s];
-          const float after = decayed[j][s] + input * b;
-          products[s] = G * input;
-          products[kStates + s] = grad * after;
-          by_B[j] += G * b;
+          const float G = fused_multiply_add(grad.x[j], C[s], carry[s]);
+          const float after = fused_multiply_add(input.x[j], B[s], decayed[j][s]);
+          products[s] = G * input.x[j];
+          products[kStates + s] = grad.x[j] * after;
+          by_B[j] = fused_multiply_add(G, B[s], by_B[j]);
           const float through = G * decayed[j][s];
-          by_A[j] += through * A[s];
-          grad_A[s] += through * dt;
-          grad_B[s] += products[s];
-          grad_C[s] += products[kStates + s];
+          by_A[j] = fused_multiply_add(through, A[s], by_A[j]);
+          grad_A[s] = fused_multiply_add(through, dt.x[j], grad_A[s]);
+          if (!vary_B) grad_B[s] += products[s];
+          if (!vary_C) grad_C[s] += products[kStates + s];
           carry[s] = decay[j][s] * G;
         }
         if (marked && (marks[t] & kRestart)) {
@@ -222,7 +226,7 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
           for (int i = 0; i < 2 * kStates; ++i) {
             if (i >= count) continue;
             const int kind = (base + i) / kStates, n = o.lane * kStates + (base + i) % kStates;
-            float* at = my_sums + kind * Layout::kCoefficient + t * S::kState + n;
+            float* at = my_sums + kind * Layout::kOneSum + t * S::kState + n;
             *at = first ? products[i] : *at + products[i];
           }
         };
@@ -236,7 +240,7 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
           add(true);
         }
       }
-      const float sum_y = sum_four_steps<S>(y), sum_B = sum_four_steps<S>(by_B),
+      const float sum_y = gated ? sum_four_steps<S>(y) : 0.0f, sum_B = sum_four_steps<S>(by_B),
                   sum_A = sum_four_steps<S>(by_A);
       if (o.lane < 4) {
         const int at = row0 + t0 + o.lane;
@@ -251,7 +255,7 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
         if (passes) grad_dt = 0.0f;
         dts[at] = grad_dt;
         inputs[at] = skip * grad + dt * sum_B;
-        us[at] = sum_y + skip * u;
+        if (gated) gates[at] *= sum_y + skip * u;
         grad_skip += grad * u;
         grad_bias += grad_dt;
       }
@@ -259,56 +263,32 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
     }
     sync_threads();
 
-    for_each_input<S>(a.grad_delta, [&](int channel, int t) {
-      if (channel < o.channels && begin + t < p.length)
-        store_any(a.grad_delta.data, a.grad_delta.dtype,
-                  sequence_at(a.grad_delta, o.batch, o.channel0 + channel, begin + t),
-                  dts[channel * kScanPitch + t]);
-    });
-    for_each_input<S>(a.grad_u, [&](int channel, int t) {
-      if (channel < o.channels && begin + t < p.length)
-        store_any(a.grad_u.data, a.grad_u.dtype,
-                  sequence_at(a.grad_u, o.batch, o.channel0 + channel, begin + t),
-                  inputs[channel * kScanPitch + t]);
-    });
-    if (a.grad_z.data != nullptr) {
-      for_each_input<S>(a.grad_z, [&](int channel, int t) {
-        if (channel >= o.channels || begin + t >= p.length) return;
-        float grad = 0.0f;
-        if (a.grad_out.data != nullptr && live(channel, t)) {
-          const int64_t c = o.channel0 + channel;
-          const float z = load_any(a.in.z.data, a.in.z.dtype, sequence_at(a.in.z, o.batch, c, begin + t));
-          const float s = sigmoid(z);
-          grad = load_any(a.grad_out.data, a.grad_out.dtype, sequence_at(a.grad_out, o.batch, c, begin + t)) *
-                 us[channel * kScanPitch + t] * s * (1.0f + z * (1.0f - s));
-        }
-        store_any(a.grad_z.data, a.grad_z.dtype,
-                  sequence_at(a.grad_z, o.batch, o.channel0 + channel, begin + t), grad);
-      });
-    }
+    store_outputs<S>(a.grad_delta, dts, p, o, begin);
+    store_outputs<S>(a.grad_u, inputs, p, o, begin);
+    if (gated) store_outputs<S>(a.grad_z, gates, p, o, begin);
     const int64_t block = o.batch * cuda.layout.blocks + block_x() % cuda.layout.blocks;
     for (int i = thread; i < kCudaChunk * S::kState; i += kScanThreads) {
       const int t = i / S::kState, n = i % S::kState;
       if (begin + t >= p.length || n >= p.state) continue;
       const int64_t to = (block * p.length + begin + t) * p.state + n;
-      float total_B = sums[i], total_C = sums[Layout::kCoefficient + i];
+      float total_B = sums[i], total_C = sums[Layout::kOneSum + i];
       if constexpr (!Layout::kTurns) {
         ARCORE_UNROLL
         for (int w = 1; w < kScanWarps; ++w) {
-          total_B += sums[w * 2 * Layout::kCoefficient + i];
-          total_C += sums[(w * 2 + 1) * Layout::kCoefficient + i];
+          total_B += sums[w * 2 * Layout::kOneSum + i];
+          total_C += sums[(w * 2 + 1) * Layout::kOneSum + i];
         }
       }
-      if (a.in.B.groups != 0) a.partial_B[to] = total_B;
-      if (a.in.C.groups != 0) a.partial_C[to] = total_C;
+      if (vary_B) a.partial_B[to] = total_B;
+      if (vary_C) a.partial_C[to] = total_C;
     }
     sync_threads();
   }
 
   if (!packed) store_state<S>(a.grad_initial_state, carry, p, o, o.batch);
   store_state<S>(a.partial_A, grad_A, p, o, o.batch);
-  if (a.in.B.groups == 0) store_state<S>(a.partial_B, grad_B, p, o, o.batch);
-  if (a.in.C.groups == 0) store_state<S>(a.partial_C, grad_C, p, o, o.batch);
+  if (!vary_B) store_state<S>(a.partial_B, grad_B, p, o, o.batch);
+  if (!vary_C) store_state<S>(a.partial_C, grad_C, p, o, o.batch);
   // Lanes 0 to 3 of a channel hold the sums of their steps.
   if (o.lane >= 4) grad_skip = grad_bias = 0.0f;
   grad_skip += shuffle_xor(grad_skip, 1);
@@ -341,12 +321,22 @@ ARCORE_KERNEL sum_slices(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   store_any(to.data, to.dtype, batch * to.batch + group * to.channel + n * to.state + t * to.time, sum);
 }
 
-template <typename S>
-struct LaunchBackward {
-  static int run(const BackwardCuda& cuda, void* stream) {
-    const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
-    return launch(scan_backward<S>, {blocks, 1, 1, kScanThreads, BackwardLayout<S>::kBytes}, stream, cuda);
-  }
+template <bool kPlain>
+struct Backward {
+  template <typename S>
+  struct Launch {
+    static int run(const BackwardCuda& cuda, void* stream) {
+      const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
+      return launch(scan_backward<S, kPlain>, {blocks, 1, 1, kScanThreads, BackwardLayout<S>::kBytes}, stream,
+                    cuda);
+    }
+  };
 };
+
+// One file each, since each takes nvcc half a minute: up to 16 states, and more.
+int launch_backward_few_plain_sm80(const BackwardCuda&, void* stream);
+int launch_backward_few_any_sm80(const BackwardCuda&, void* stream);
+int launch_backward_many_plain_sm80(const BackwardCuda&, void* stream);
+int launch_backward_many_any_sm80(const BackwardCuda&, void* stream);
 
 }  // namespace arcore::selective_scan

@@ -9,17 +9,21 @@
 #include "common/sm80/device.h"
 #include "common/sm80/launch.h"
 #include "common/sm80/sequence.cuh"
+#include "common/sm80/sequence_window.cuh"
 #include "selective_scan/params.h"
 
 namespace arcore::selective_scan {
 
-constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32, kScanPitch = kCudaChunk + 1;
+// The pitch lets 16-byte reads of 8 channels at one step hit every bank once.
+constexpr int kScanThreads = 128, kScanWarps = kScanThreads / 32, kScanPitch = kCudaChunk + 4;
 constexpr float kScanLog2E = 1.4426950408889634f;
 
 template <int kLanesOfChannel, int kStatesOfLane>
 struct Shape {
   static constexpr int kLanes = kLanesOfChannel, kStates = kStatesOfLane, kState = kLanes * kStates;
   static constexpr int kChannels = kScanThreads / kLanes;
+  // Of B and C, [step][state]; padded against bank conflicts where shared memory allows it.
+  static constexpr int kPitch = kState > 128 ? kState : kState + 4;
 };
 
 // Which channels and which states a thread owns.
@@ -47,35 +51,64 @@ ARCORE_DEVICE Owner<S> owner_of_thread(const CudaLayout& layout) {
   return o;
 }
 
-// Runs f(channel, step) over the block's channels and the steps of a chunk, neighbours in memory to
-// neighbouring threads.
-template <typename S, typename F>
-ARCORE_DEVICE void for_each_input(const Sequence& like, const F& f) {
-  constexpr int kAll = S::kChannels * kCudaChunk;
-  if (time_is_inner(like)) {
-    for (int i = thread_index(); i < kAll; i += kScanThreads)
-      f(i / kCudaChunk, i % kCudaChunk);
+// A chunk of a tensor as [channel][step], zeros outside.
+template <typename S>
+ARCORE_DEVICE void stage_inputs(float* to, const Sequence& from, const Problem& p, const Owner<S>& o,
+                                int64_t begin) {
+  load_window<S::kChannels>(from, {o.batch, o.channel0, begin, p.length, o.channels, kCudaChunk, kScanPitch},
+                            to, [](int, int64_t) { return 0.0f; });
+}
+template <typename S>
+ARCORE_DEVICE void store_outputs(const Sequence& to, const float* from, const Problem& p, const Owner<S>& o,
+                                 int64_t begin) {
+  store_window<S::kChannels>(to, {o.batch, o.channel0, begin, p.length, o.channels, kCudaChunk, kScanPitch},
+                             from);
+}
+
+// B or C of a chunk as [step][state] floats, zeros outside.
+template <typename S>
+ARCORE_DEVICE void stage_coefficient(float* to, const Coefficient& m, const Problem& p, const Owner<S>& o,
+                                     int64_t begin) {
+  const int64_t bytes = m.dtype == StorageType::kFloat32 ? 4 : 2, group = o.channel0 / (p.dim / m.groups);
+  const Sequence rows{static_cast<char*>(m.data) + group * m.channel * bytes, m.batch, m.state, m.time,
+                      m.dtype};
+  load_window<S::kState, true>(
+      rows, {o.batch, 0, begin, p.length, static_cast<int>(p.state), kCudaChunk, S::kPitch}, to,
+      [](int, int64_t) { return 0.0f; });
+}
+
+// Zeros in the steps of B or C that are padding: with dt = 0 beside them they keep the state, whatever (even
+// NaN) lies there. Between barriers.
+template <typename S>
+ARCORE_DEVICE void clear_padding(float* coefficient, const int32_t* marks) {
+  for (int i = thread_index(); i < kCudaChunk * S::kState; i += kScanThreads)
+    if ((marks[i / S::kState] & kPadding) != 0)
+      store_shared(coefficient + i / S::kState * S::kPitch + i % S::kState, 0.0f);
+}
+
+// This lane's states of one step of B or C.
+template <typename S>
+ARCORE_DEVICE void load_step(const float* from, float (&to)[S::kStates]) {
+  if constexpr (S::kStates % 4 == 0) {
+    ARCORE_UNROLL
+    for (int s = 0; s < S::kStates; s += 4) {
+      const Float4 four = load_shared(reinterpret_cast<const Float4*>(from + s));
+      ARCORE_UNROLL
+      for (int k = 0; k < 4; ++k)
+        to[s + k] = four.x[k];
+    }
   } else {
-    for (int i = thread_index(); i < kAll; i += kScanThreads)
-      f(i % S::kChannels, i / S::kChannels);
+    ARCORE_UNROLL
+    for (int s = 0; s < S::kStates; ++s)
+      to[s] = load_shared(from + s);
   }
 }
 
-// B or C of a chunk as [step][state] floats; 0 behind the last state, behind the end and on padding.
-template <typename S>
-ARCORE_DEVICE void stage_coefficient(float* to, const Coefficient& m, const Problem& p, const int32_t* marks,
-                                     int64_t batch, int64_t channel, int64_t begin) {
-  if (m.groups == 0) return;
-  const int64_t base = batch * m.batch + channel / (p.dim / m.groups) * m.channel;
-  const bool state_is_inner = m.state <= (m.time < 0 ? -m.time : m.time);
-  for (int i = thread_index(); i < S::kState * kCudaChunk; i += kScanThreads) {
-    const int n = state_is_inner ? i % S::kState : i / kCudaChunk;
-    const int t = state_is_inner ? i / S::kState : i % kCudaChunk;
-    float value = 0.0f;
-    if (n < p.state && begin + t < p.length && (marks == nullptr || (marks[t] & kPadding) == 0))
-      value = load_any(m.data, m.dtype, base + n * m.state + (begin + t) * m.time);
-    to[t * S::kState + n] = value;
-  }
+ARCORE_DEVICE Float4 load_four_steps(const float* from) {
+  return load_shared(reinterpret_cast<const Float4*>(from));
+}
+ARCORE_DEVICE void store_four_steps(float* to, const Float4& four) {
+  store_shared(reinterpret_cast<Float4*>(to), four);
 }
 
 // A constant B or C of this thread's states.
@@ -140,12 +173,17 @@ ARCORE_DEVICE float sum_four_steps(const float (&y)[4]) {
   return (odd ? b : a) + shuffle_xor(odd ? a : b, 1);
 }
 
-// Picks the narrowest shape that holds the states.
+// Pick the narrowest shape that holds the states: few are up to kFewStates.
+constexpr int64_t kFewStates = 16;
+
 template <template <typename> class Launch, typename Args>
-int launch_for_state(const Args& args, int64_t state, void* stream) {
+int launch_for_few_states(const Args& args, int64_t state, void* stream) {
   if (state <= 4) return Launch<Shape<4, 1>>::run(args, stream);
   if (state <= 8) return Launch<Shape<4, 2>>::run(args, stream);
-  if (state <= 16) return Launch<Shape<4, 4>>::run(args, stream);
+  return Launch<Shape<4, 4>>::run(args, stream);
+}
+template <template <typename> class Launch, typename Args>
+int launch_for_many_states(const Args& args, int64_t state, void* stream) {
   if (state <= 32) return Launch<Shape<8, 4>>::run(args, stream);
   if (state <= 64) return Launch<Shape<16, 4>>::run(args, stream);
   if (state <= 128) return Launch<Shape<32, 4>>::run(args, stream);

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.cuda_host.build import CudaHost, installed, unavailable
-from tests.selective_scan.cases import Case, check_against_reference, everything, make_case
+from arcore.ops import selective_scan
+from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
+from tests.selective_scan.cases import Case, call, check_against_reference, everything, make_case
 
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
@@ -125,3 +128,102 @@ def test_results_do_not_depend_on_order_or_batch(host: CudaHost) -> None:
     for name in first:
         if name not in shared:
             assert torch.equal(first[name][1:2], alone[name]), name
+
+
+BULK = ("u", "delta", "z", "B", "C", "grad_out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_16_byte_accesses_give_the_same_bits(host: CudaHost, dtype: torch.dtype, reverse: bool) -> None:
+    # Rows of 72 steps lie on 16 bytes, and so do rows of 40 channels; a copy shifted by one does not.
+    case = make_case(2, 40, 72, 16, dtype=dtype, reverse=reverse)
+    wanted = everything(case)
+
+    def channel_last(name: str, t: torch.Tensor) -> torch.Tensor:
+        return t.mT.contiguous().mT if name in BULK else t
+
+    def shifted(name: str, t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t[..., :1], t], dim=-1)[..., 1:] if name in BULK else t
+
+    for layout in (channel_last, shifted, lambda _, t: guarded(t)):
+        for name, value in everything(case.map(layout)).items():
+            assert torch.equal(value, wanted[name]), name
+
+
+def test_mixed_dtypes(host: CudaHost) -> None:
+    halves = ("u", "C", "grad_out", "initial_state")
+    case = make_case(2, 20, 40, 16, initial=True)
+    check_against_reference(case.map(lambda name, t: t.bfloat16() if name in halves else t))
+
+
+def test_steps_so_long_that_the_state_is_forgotten(host: CudaHost) -> None:
+    case = make_case(1, 16, 40, 4, initial=True)
+    check_against_reference(case.map(lambda name, t: t + 200 if name == "delta" else t))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty_tensors(host: CudaHost, shape: tuple[int, int, int]) -> None:
+    check_against_reference(make_case(*shape, 3, initial=True))
+
+
+def test_zero_step_changes_nothing(host: CudaHost) -> None:
+    case = make_case(2, 20, 40, 16, initial=True, softplus=False, bias=False)
+    case = case.map(lambda name, t: torch.zeros_like(t) if name == "delta" else t)
+    assert torch.equal(call(selective_scan, case)[1], case.initial_state)
+
+
+def test_nan_stays_in_its_row_and_channel(host: CudaHost) -> None:
+    case = make_case(2, 20, 40, 16)
+    case.u[1, 7, 30] = float("nan")
+    out, last = call(selective_scan, case)
+    bad = torch.zeros(2, 20, 40, dtype=torch.bool)
+    bad[1, 7, 30:] = True
+    assert torch.equal(out.isnan(), bad)
+    assert last[1, 7].isnan().all()
+    assert last.isnan().sum() == 16
+
+
+def test_a_long_memory_keeps_its_accuracy(host: CudaHost) -> None:
+    # Decays close to 1 multiply the error of the exponential by the number of steps.
+    case = make_case(1, 4, 1500, 4)
+    check_against_reference(case.map(lambda name, t: t * 1e-3 if name == "A" else t))
+
+
+def test_boundaries_beyond_the_row_lead_nowhere(host: CudaHost) -> None:
+    # Their values lie on the device, and the host does not look at them.
+    case = make_case(dim=4, state=4, lengths=[10, 10]).map(lambda _, t: guarded(t))
+    for bounds in ([-7, 10, 10**9], [30, 5, 2]):
+        wrong = replace(case, cu_seqlens=torch.tensor(bounds, dtype=torch.int64))
+        assert call(selective_scan, wrong)[0].shape == (1, 4, 20)
+
+
+@pytest.mark.slow
+def test_random_cases(host: CudaHost) -> None:
+    chosen = random.Random(1)
+    for seed in range(60):
+        host.set_seed(seed)
+        lengths = [chosen.randrange(0, 80) for _ in range(chosen.randrange(1, 5))]
+        case = make_case(
+            chosen.randrange(1, 4),
+            chosen.choice([2, 6, 18, 36, 150]),
+            chosen.choice([1, 17, 64, 129]),
+            chosen.choice([1, 3, 8, 16, 20, 40]),
+            b=chosen.choice(["constant", "varying", "2"]),
+            c=chosen.choice(["constant", "varying", "2"]),
+            skip=chosen.random() < 0.5,
+            gate=chosen.random() < 0.5,
+            bias=chosen.random() < 0.5,
+            softplus=chosen.random() < 0.7,
+            initial=chosen.random() < 0.5,
+            lengths=lengths if chosen.random() < 0.3 else None,
+            reverse=chosen.random() < 0.5,
+            dtype=chosen.choice([torch.float32, torch.float32, torch.bfloat16]),
+            seed=seed,
+        )
+        flip = chosen.random() < 0.5
+        check_against_reference(
+            case.map(lambda name, t: t.mT.contiguous().mT if name in BULK and t.dim() > 2 else t)
+            if flip
+            else case
+        )

@@ -44,7 +44,7 @@ ARCORE_DEVICE float softplus(float x) {
   return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
 }
 ARCORE_DEVICE float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
+  return reciprocal_approx(1.0f + expf(-x));
 }
 
 }  // namespace arcore

@@ -1,5 +1,6 @@
 // Windows of [channel, time] data between global memory in any layout and float32 in shared memory, as
-// [channel][step] with `pitch` floats from one channel to the next.
+// [channel][step] with `pitch` floats from one channel to the next, or, transposed, [step][channel] with
+// `pitch` floats from one step to the next.
 #pragma once
 
 #include "common/sm80/sequence.cuh"
@@ -30,7 +31,7 @@ ARCORE_DEVICE Walk walk_of(const Sequence& s, const T* row, const Window& w) {
     const int64_t lowest = s.time == 1 ? first : first - (kVector - 1) * kBytes;
     return (lowest & 15) == 0 && (s.channel * kBytes & 15) == 0 ? Walk::kSteps : Walk::kElements;
   }
-  const bool whole = s.channel == 1 && w.channels == kChannels;
+  const bool whole = kChannels % kVector == 0 && s.channel == 1 && w.channels == kChannels;
   return whole && (first & 15) == 0 && (s.time * kBytes & 15) == 0 ? Walk::kChannels : Walk::kElements;
 }
 
@@ -69,7 +70,7 @@ ARCORE_DEVICE void reverse_order(float (&values)[kVector]) {
 
 // before(channel of the window, step) gives what lies at negative steps; behind the row and beyond the
 // channels are zeros. All threads of the block take part.
-template <typename T, int kChannels, typename Before>
+template <typename T, int kChannels, bool kTransposed, typename Before>
 ARCORE_DEVICE void load_window_as(const Sequence& s, const Window& w, float* shared, const Before& before) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T));
   const T* row = static_cast<const T*>(s.data) + w.batch * s.batch + w.channel * s.channel;
@@ -77,6 +78,7 @@ ARCORE_DEVICE void load_window_as(const Sequence& s, const Window& w, float* sha
     if (c >= w.channels || t >= w.length) return 0.0f;
     return t < 0 ? before(c, t) : to_float(load_readonly(row + c * s.channel + t * s.time));
   };
+  const auto place = [&](int c, int k) { return shared + (kTransposed ? k * w.pitch + c : c * w.pitch + k); };
   const Walk walk = walk_of<T, kChannels>(s, row, w);
   const int threads = block_threads();
   if (walk == Walk::kSteps) {
@@ -93,13 +95,19 @@ ARCORE_DEVICE void load_window_as(const Sequence& s, const Window& w, float* sha
         for (int k = 0; k < kVector; ++k)
           values[k] = element(c, t + k);
       }
-      ARCORE_UNROLL
-      for (int k = 0; k < kVector; k += 4)
-        store_shared(reinterpret_cast<Float4*>(shared + c * w.pitch + k0 + k),
-                     Float4{values[k], values[k + 1], values[k + 2], values[k + 3]});
+      if constexpr (kTransposed) {
+        ARCORE_UNROLL
+        for (int k = 0; k < kVector; ++k)
+          store_shared(place(c, k0 + k), values[k]);
+      } else {
+        ARCORE_UNROLL
+        for (int k = 0; k < kVector; k += 4)
+          store_shared(reinterpret_cast<Float4*>(place(c, k0 + k)),
+                       Float4{values[k], values[k + 1], values[k + 2], values[k + 3]});
+      }
     }
   } else if (walk == Walk::kChannels) {
-    constexpr int kPerStep = kChannels / kVector;
+    constexpr int kPerStep = kChannels < kVector ? 1 : kChannels / kVector;
     for (int i = thread_index(); i < w.count * kPerStep; i += threads) {
       const int k0 = i / kPerStep, c = i % kPerStep * kVector;
       const int64_t t = w.begin + k0;
@@ -113,14 +121,14 @@ ARCORE_DEVICE void load_window_as(const Sequence& s, const Window& w, float* sha
       }
       ARCORE_UNROLL
       for (int k = 0; k < kVector; ++k)
-        store_shared(shared + (c + k) * w.pitch + k0, values[k]);
+        store_shared(place(c + k, k0), values[k]);
     }
   } else {
     const bool steps_first = time_is_inner(s);
     for (int i = thread_index(); i < kChannels * w.count; i += threads) {
       const int c = steps_first ? i / w.count : i % kChannels;
       const int k = steps_first ? i % w.count : i / kChannels;
-      store_shared(shared + c * w.pitch + k, element(c, w.begin + k));
+      store_shared(place(c, k), element(c, w.begin + k));
     }
   }
 }
@@ -156,7 +164,7 @@ ARCORE_DEVICE void store_window_as(const Sequence& s, const Window& w, const flo
       }
     }
   } else if (walk == Walk::kChannels) {
-    constexpr int kPerStep = kChannels / kVector;
+    constexpr int kPerStep = kChannels < kVector ? 1 : kChannels / kVector;
     for (int i = thread_index(); i < w.count * kPerStep; i += threads) {
       const int k0 = i / kPerStep, c = i % kPerStep * kVector;
       if (w.begin + k0 >= w.length) continue;
@@ -178,15 +186,15 @@ ARCORE_DEVICE void store_window_as(const Sequence& s, const Window& w, const flo
   }
 }
 
-template <int kChannels, typename Before>
+template <int kChannels, bool kTransposed = false, typename Before>
 ARCORE_DEVICE void load_window(const Sequence& s, const Window& w, float* shared, const Before& before) {
   switch (s.dtype) {
     case StorageType::kBFloat16:
-      return load_window_as<bfloat16, kChannels>(s, w, shared, before);
+      return load_window_as<bfloat16, kChannels, kTransposed>(s, w, shared, before);
     case StorageType::kFloat16:
-      return load_window_as<float16, kChannels>(s, w, shared, before);
+      return load_window_as<float16, kChannels, kTransposed>(s, w, shared, before);
     default:
-      return load_window_as<float, kChannels>(s, w, shared, before);
+      return load_window_as<float, kChannels, kTransposed>(s, w, shared, before);
   }
 }
 template <int kChannels>

@@ -4,7 +4,12 @@ namespace arcore::selective_scan {
 
 int launch_backward_sm80(const BackwardCuda& cuda, void* stream) {
   const Problem& p = cuda.args.problem;
-  const int error = launch_for_state<LaunchBackward>(cuda, p.state, stream);
+  const bool few = p.state <= kFewStates;
+  const bool plain = cuda.layout.marks == nullptr && cuda.args.in.B.groups != 0 && cuda.args.in.C.groups != 0;
+  const auto run = plain ? few ? launch_backward_few_plain_sm80 : launch_backward_many_plain_sm80
+                   : few ? launch_backward_few_any_sm80
+                         : launch_backward_many_any_sm80;
+  const int error = run(cuda, stream);
   if (error != 0) return error;
   const int64_t groups_B = cuda.args.grad_B.data == nullptr ? 0 : cuda.args.grad_B.groups;
   const int64_t groups_C = cuda.args.grad_C.data == nullptr ? 0 : cuda.args.grad_C.groups;

@@ -18,7 +18,9 @@ int launch_carry_sm80(const CarryArgs& args, void* stream) {
 }
 
 int launch_forward_sm80(const ForwardCuda& cuda, void* stream) {
-  return launch_for_state<LaunchForward>(cuda, cuda.args.problem.state, stream);
+  const int64_t state = cuda.args.problem.state;
+  return state <= kFewStates ? launch_for_few_states<LaunchForward>(cuda, state, stream)
+                             : launch_forward_many_sm80(cuda, stream);
 }
 
 }  // namespace arcore::selective_scan
