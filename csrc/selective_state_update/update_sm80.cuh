@@ -99,7 +99,7 @@ ARCORE_DEVICE float advance(const Args& a, int64_t batch, int64_t head, int64_t 
 }
 
 template <typename T, typename S>
-ARCORE_LAUNCH_BOUNDS(kUpdateThreads, 8)
+ARCORE_LAUNCH_BOUNDS(kUpdateThreads, S::kStates > 4 ? 6 : 8)
 ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
   const Args& a = cuda.args;
   const int64_t tiles = (a.dim + S::kChannels - 1) / S::kChannels;
