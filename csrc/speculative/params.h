@@ -72,4 +72,17 @@ struct CpuKernels {
   void (*verify)(const Problem&, const Results&, void* scratch, int64_t begin, int64_t end);
 };
 
+// ---- CUDA ----
+
+struct VerifyCuda {
+  Problem problem;
+  Results results;
+  char* scratch;  // [batch, scratch_bytes], on 16 bytes
+  int64_t scratch_bytes;
+};
+
+int64_t scratch_bytes_sm80(const Problem&);
+// 0 or a cudaError_t.
+int launch_verify_sm80(const VerifyCuda&, void* stream);
+
 }  // namespace arcore::speculative

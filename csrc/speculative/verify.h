@@ -68,6 +68,7 @@ struct Proposals {
         token_stride(p.tokens.item),
         parent_stride(p.parents.item),
         nodes(p.lengths.data == nullptr ? p.nodes : p.lengths.data[b * p.lengths.batch]) {
+    nodes = nodes < 0 ? 0 : nodes > p.nodes ? p.nodes : nodes;
     if (parents != nullptr) return;
     int64_t length = 0;  // a chain ends where padding begins
     while (length < nodes && token(length) >= 0)
