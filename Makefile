@@ -20,6 +20,8 @@ PIP := $(PY) -m pip --quiet
 NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_config.py $(shell find csrc -type f ! -name '*.md' 2>/dev/null)
 CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
+FIND_NVCC := $(PY) -c 'import sys; sys.path.insert(0, "tools"); import cuda_config; sys.exit(cuda_config.find_nvcc() is None)'
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench readme docs cuda-check build clean distclean FORCE
 .DELETE_ON_ERROR:
@@ -35,8 +37,9 @@ demo: $(STAMPS)/build $(STAMPS)/train  ## train a small next-scale image model o
 test: $(STAMPS)/build $(STAMPS)/test  ## run the tests
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
-test-all: $(STAMPS)/build $(STAMPS)/test  ## run the tests, the slow ones too
+test-all: $(STAMPS)/build $(STAMPS)/test  ## run the tests, the slow ones too, and compile for GPUs where nvcc is
 	$(PY) -m pytest --runslow $(XDIST) $(PYTEST_ARGS)
+	@if $(FIND_NVCC); then $(MAKE) cuda-check; else echo "cuda-check: skipped, nvcc was not found"; fi
 
 lint: $(STAMPS)/dev  ## check style, types, layers and duplication
 	$(BIN)/ruff check .
@@ -46,6 +49,7 @@ lint: $(STAMPS)/dev  ## check style, types, layers and duplication
 	PYTHONPATH=python $(BIN)/lint-imports
 	$(PY) tools/check_dup.py
 	$(BIN)/codespell
+	@if $(FIND_NVCC); then $(PY) tools/cuda_check.py --quick; else echo "cuda-check: skipped, nvcc was not found"; fi
 
 format: $(STAMPS)/dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix-only .

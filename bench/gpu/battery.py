@@ -61,6 +61,9 @@ print(json.dumps(facts))
 """
 
 
+ATTENTION, SM90A = "block_sparse_attention", "block_sparse_attention_sm90a"
+
+
 @dataclass
 class Outcome:
     """A finished, failed or killed process."""
@@ -232,6 +235,10 @@ def test(battery: Battery, seconds: float) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder) / f"{name}.xml" for name in names}
         commands = {name: _pytest(battery, name, reports[name]) for name in names}
+        if battery.machine.get("sm_90a"):
+            # The same checks through the kernels that are off until they were seen to be right.
+            reports[SM90A] = Path(folder) / f"{SM90A}.xml"
+            commands[SM90A] = ["env", "ARCORE_SM90A=1", *_pytest(battery, ATTENTION, reports[SM90A])]
         cores = 1 if battery.dry else max(1, (os.cpu_count() or 1) // len(names))
         outcomes = run_all(commands, seconds, environment(cores))
         for name, outcome in outcomes.items():
@@ -357,7 +364,10 @@ def measure(battery: Battery, seconds: float) -> bool:
         target = Path(folder) / "bench.json"
         command = [sys.executable, "bench/gpu/benchmark.py", "--out", str(target), "--ops", ",".join(green)]
         command += ["--device", battery.device]
-        outcome = run_one(command, seconds, environment(1 if battery.dry else os.cpu_count() or 1))
+        variables = environment(1 if battery.dry else os.cpu_count() or 1)
+        if SM90A not in battery.tests or red(battery.tests[SM90A]):
+            variables["ARCORE_SM90A_HELD_BACK"] = "1"
+        outcome = run_one(command, seconds, variables)
         battery.log("bench.log", outcome.output)
         if target.is_file():
             battery.bench = json.loads(target.read_text())

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <tuple>
 
 #include "block_sparse_attention/checks.h"
@@ -61,6 +63,49 @@ int64_t splits_for(const Problem& p, const TilePlan& plan) {
   const int64_t blocks = p.batch * p.heads * plan.rows, room = 2 * multiprocessors();
   if (blocks * 2 > room || plan.columns < 8) return 1;
   return std::clamp<int64_t>(std::min(room / blocks, plan.columns / 4), 1, 64);
+}
+
+// The sm_90a kernels have not been seen on a GPU yet, so they are used only where ARCORE_SM90A=1 asks for
+// them.
+bool wants_sm90() {
+#if defined(ARCORE_CUDA_HOST)
+  return false;
+#else
+  const char* wish = std::getenv("ARCORE_SM90A");
+  if (wish == nullptr || std::strcmp(wish, "1") != 0) return false;
+#if defined(ARCORE_WITH_SM90)
+  return compute_capability() == 90;
+#else
+  fail("arcore::", kOp,
+       ": ARCORE_SM90A=1 but this build has no sm_90a kernels; unpack CuTe with tools/cutlass.py and "
+       "build with 9.0a in TORCH_CUDA_ARCH_LIST, or unset it");
+#endif
+#endif
+}
+
+// kUnsupportedSm90 where the sm_90a kernels are not wanted or cannot do the call.
+int launch_forward_on_sm90([[maybe_unused]] const ForwardCuda& cuda, [[maybe_unused]] const Tensor& bounds,
+                           [[maybe_unused]] const OptionalTensor& key_bounds, [[maybe_unused]] void* stream) {
+#if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
+  const Problem& p = cuda.args.problem;
+  if (cuda.splits == 1 && p.dtype != StorageType::kFloat32 && wants_sm90()) {
+    const Tensor plan = build_plan(bounds, key_bounds, p.nk, kTileQSm90, kTileKSm90, false);
+    const TilePlan tiles{static_cast<const int32_t*>(plan.data_ptr()), plan.size(0) == 1 ? 0 : plan.stride(0),
+                         plan.size(1) == 1 ? 0 : plan.stride(1), plan.size(2), plan.size(3) - 2};
+    return launch_forward_sm90(cuda.args, tiles, stream);
+  }
+#else
+  (void)wants_sm90();
+#endif
+  return kUnsupportedSm90;
+}
+
+int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_unused]] void* stream) {
+#if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
+  if (cuda.args.problem.dtype != StorageType::kFloat32 && wants_sm90())
+    return launch_backward_sm90(cuda, stream);
+#endif
+  return kUnsupportedSm90;
 }
 
 int launch_forward(const ForwardCuda& cuda, void* stream) {
@@ -119,7 +164,9 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
     cuda.partial_out = static_cast<float*>(partial.data_ptr());
     cuda.partial_lse = cuda.partial_out + rows * p.dim;
   }
-  check_launch(kOp, launch_forward(cuda, scope.stream()));
+  int error = launch_forward_on_sm90(cuda, bounds, key_bounds, scope.stream());
+  if (error == kUnsupportedSm90) error = launch_forward(cuda, scope.stream());
+  check_launch(kOp, error);
   if (out.stride(3) != 1) torch::stable::copy_(out, out_rows);
   return {out, lse};
 }
@@ -170,7 +217,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_out, const O
   cuda.args.grad_q = view(grad_q_rows);
   cuda.args.grad_k = view(grad_k_rows);
   cuda.args.grad_v = view(grad_v_rows);
-  check_launch(kBackwardOp, launch_backward(cuda, scope.stream()));
+  int error = launch_backward_on_sm90(cuda, scope.stream());
+  if (error == kUnsupportedSm90) error = launch_backward(cuda, scope.stream());
+  check_launch(kBackwardOp, error);
   if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);
   if (grad_k.stride(3) != 1) torch::stable::copy_(grad_k, grad_k_rows);
   if (grad_v.stride(3) != 1) torch::stable::copy_(grad_v, grad_v_rows);
