@@ -28,13 +28,9 @@ KEYS = ("op", "case", "impl", "direction")
 DIRECTIONS = ("forward", "backward")
 # What a cell of README's table quotes, in this order.
 QUOTED = {"forward": ("forward", "step"), "backward": ("backward", "forward+backward")}
-# Column of the op table -> what must exist in csrc/<op>/ for the forward and the backward.
-BACKENDS = {
-    "CPU AVX2": ("kernel_cpu.cpp", "kernel_cpu.cpp"),
-    "CPU AVX-512": ("kernel_cpu.cpp", "kernel_cpu.cpp"),
-    "CUDA sm_80": ("fwd_sm80.cuh", "bwd_sm80.cuh"),
-    "CUDA sm_90a": ("fwd_sm90.cuh", "bwd_sm90.cuh"),
-}
+# Columns of the op table: those of CPUs, and those of GPUs with the suffix of their kernels' files.
+CPU_BACKENDS = ("CPU AVX2", "CPU AVX-512")
+GPU_BACKENDS = {"CUDA sm_80": "sm80", "CUDA sm_90a": "sm90"}
 # Instruction sets by the name that the library reports.
 ISAS = {"default": "baseline x86-64", "avx2": "AVX2", "avx512": "AVX-512"}
 IMPLEMENTATIONS = {
@@ -151,33 +147,64 @@ def quote(rows: list[Row]) -> str:
     return f"yes, {peers[0].seconds / ours.seconds:.3g}x {label(peers[0].impl)}"
 
 
-def op_table(results: Results, csrc: Path) -> str:
-    """README's table of ops and backends. No result of a GPU is committed yet, so that CUDA code is "never run"."""
-    lines = [f"| op | direction | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
+def seen_on_gpus(folder: Path) -> dict[str, str]:
+    """The ops whose checks are green in the newest committed result of a GPU, and that GPU."""
+    found: tuple[str, dict[str, str]] = ("", {})
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "tests" not in content or content.get("dry_run", True):
+            continue
+        green = {
+            name: content["machine_info"]["gpu"]
+            for name, result in content["tests"].items()
+            if result["finished"] and result["passed"] and not result["failed"]
+        }
+        found = max(found, (content["datetime"], green), key=lambda x: x[0])
+    return found[1]
+
+
+def op_table(results: Results, csrc: Path, seen: dict[str, str] | None = None) -> str:
+    """README's table of ops and backends. A cell of a GPU is blank until a committed result fills it."""
+    seen = seen or {}
+    columns = [*CPU_BACKENDS, *GPU_BACKENDS]
+    lines = [f"| op | direction | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     cases: list[str] = []
+    written: dict[str, list[str]] = {backend: [] for backend in GPU_BACKENDS}
     ops = (p for p in csrc.iterdir() if (p / "schema.cpp").is_file() and p.name != "common")
     for folder in sorted(ops):
+        for backend, suffix in GPU_BACKENDS.items():
+            if any(folder.glob(f"*_{suffix}.cuh")):
+                written[backend].append(folder.name)
         differentiable = f'"{folder.name}_backward' in (folder / "schema.cpp").read_text()
         for i, direction in enumerate(DIRECTIONS[: 1 + differentiable]):
             cells = []
-            for backend, files in BACKENDS.items():
-                written = "never run" if backend.startswith("CUDA") else "yes"
-                cell = written if (folder / files[i]).is_file() else "not yet"
+            for backend in CPU_BACKENDS:
+                cell = "yes"
                 rows = headline(results, folder.name, direction)
                 if rows and backend == f"CPU {ISAS[results.isa]}":
                     cell = quote(rows)
                     if i == 0:
                         cases.append(f"{folder.name} {rows[0].case}")
                 cells.append(cell)
+            for suffix in GPU_BACKENDS.values():
+                name = folder.name if suffix == "sm80" else f"{folder.name}_sm90a"
+                cells.append(f"yes, on {seen[name]}" if name in seen else "")
             name = f"[`{folder.name}`](csrc/{folder.name}/README.md)" if i == 0 else ""
             lines.append(f"| {name} | {direction} | {' | '.join(cells)} |")
     if cases:
+        kernels = "; ".join(
+            f"{backend.split()[1]}: {', '.join(ops)}" for backend, ops in written.items() if ops
+        )
         lines += [
             "",
             "Peak: the FMA peak of one core, measured in the same run. Multiples: of the fastest peer's speed in "
-            f"the same run. Cases, float32: {', '.join(cases)}. Never run: written and compiled, and tested on the CPU "
-            "in place of a GPU, but no GPU has run it.",
+            f"the same run. Cases, float32: {', '.join(cases)}.",
         ]
+        if kernels:
+            lines[-1] += (
+                " Cells of GPUs are filled by committed results alone. Written, compiled, and tested on the CPU in "
+                f"place of a GPU are {kernels}."
+            )
     return "\n".join(lines)
 
 
@@ -321,7 +348,11 @@ def generated(root: Path) -> dict[Path, str]:
     results = load(newest(root / "bench/results"))
     readme = root / "README.md"
     return {
-        readme: replace_marked(readme.read_text(encoding="utf-8"), "ops", op_table(results, root / "csrc")),
+        readme: replace_marked(
+            readme.read_text(encoding="utf-8"),
+            "ops",
+            op_table(results, root / "csrc", seen_on_gpus(root / "bench/results")),
+        ),
         root / "docs/assets/bench.svg": figure(results),
     }
 

@@ -56,11 +56,37 @@ def test_table_has_numbers_where_measured_and_blanks_where_nothing_is(project: P
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     rows = [line for line in text.splitlines() if "ward |" in line]
     assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == [
-        "forward", "yes", "yes, 80% of peak", "never run", "not yet",
+        "forward", "yes", "yes, 80% of peak", "", "",
     ]  # fmt: skip
     assert [cell.strip() for cell in rows[1].split("|")[2:-1]] == [
-        "backward", "yes", "yes, 71% of peak", "not yet", "not yet",
+        "backward", "yes", "yes, 71% of peak", "", "",
     ]  # fmt: skip
+
+
+def test_cells_of_gpus_come_from_committed_green_results_alone(project: Path) -> None:
+    def result(passed: int, failed: int) -> dict[str, Any]:
+        return {"finished": True, "passed": passed, "failed": failed}
+
+    def commit(name: str, dry: bool, tests: dict[str, Any]) -> None:
+        content = {
+            "machine_info": {"gpu": "Some GPU"}, "datetime": f"2026-11-2{name[-1]}T01:00:00",
+            "benchmarks": [], "tests": tests, "dry_run": dry,
+        }  # fmt: skip
+        (project / f"bench/results/{name}.json").write_text(json.dumps(content))
+
+    def cells() -> list[str]:
+        assert bench_table.main([], root=project) == 0
+        row = next(line for line in (project / "README.md").read_text().splitlines() if "| forward |" in line)
+        return [cell.strip() for cell in row.split("|")[5:-1]]
+
+    op = "block_sparse_attention"
+    assert cells() == ["", ""]
+    commit("gpu-1", True, {op: result(9, 0)})
+    assert cells() == ["", ""]
+    commit("gpu-2", False, {op: result(9, 1)})
+    assert cells() == ["", ""]
+    commit("gpu-3", False, {op: result(9, 0), f"{op}_sm90a": result(8, 1)})
+    assert cells() == ["yes, on Some GPU", ""]
 
 
 def test_figure_is_xml_with_a_bar_per_measurement(project: Path) -> None:
@@ -99,7 +125,7 @@ def test_ops_without_a_peak_quote_the_fastest_peer(project: Path) -> None:
     write(project, [timed("slow", 0.9), timed("quick", 0.3), timed("arcore", 0.1), benchmark("arcore", 80.0)])
     assert bench_table.main([], root=project) == 0
     text = (project / "README.md").read_text()
-    assert "| [`sample`](csrc/sample/README.md) | forward | yes | yes, 3x quick | not yet | not yet |" in text
+    assert "| [`sample`](csrc/sample/README.md) | forward | yes | yes, 3x quick |  |  |" in text
     assert text.count("| backward |") == 1
     page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
     assert "| case, ms | arcore | quick | slow | fastest peer / arcore |" in page
