@@ -8,6 +8,9 @@
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#if defined(ARCORE_WITH_CUDA)
+#include "common/cuda_call.h"
+#endif
 #include "common/inverse_cdf.h"
 #include "common/params.h"
 #include "common/philox.h"
@@ -87,8 +90,7 @@ torch::stable::Tensor inverse_cdf_of(const torch::stable::Tensor& probs, const t
 #if defined(ARCORE_WITH_CUDA)
 int64_t probe_arch() {
   const int result = cuda_arch_probe();
-  ARCORE_CHECK(result > 0, "cuda_arch_probe", "no kernel of this build ran on the current GPU (CUDA error ",
-               -result, "); build with TORCH_CUDA_ARCH_LIST set to its compute capability");
+  check_launch("cuda_arch_probe", result > 0 ? 0 : -result);
   return result;
 }
 #endif
