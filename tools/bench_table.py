@@ -345,16 +345,24 @@ def _text(x: float, y: float, text: str, **style: str | int) -> str:
 
 def generated(root: Path) -> dict[Path, str]:
     """File -> content, of every file that this tool writes or has a part in."""
-    results = load(newest(root / "bench/results"))
+    results, seen = load(newest(root / "bench/results")), seen_on_gpus(root / "bench/results")
     readme = root / "README.md"
     return {
         readme: replace_marked(
-            readme.read_text(encoding="utf-8"),
-            "ops",
-            op_table(results, root / "csrc", seen_on_gpus(root / "bench/results")),
+            readme.read_text(encoding="utf-8"), "ops", op_table(results, root / "csrc", seen)
         ),
         root / "docs/assets/bench.svg": figure(results),
+        root / "python/arcore/_gpu_results.py": module_of(seen),
     }
+
+
+def module_of(seen: dict[str, str]) -> str:
+    """What the package itself knows of GPUs, for `arcore env`."""
+    entries = "".join(f'    "{op}": "{gpu}",\n' for op, gpu in sorted(seen.items()))
+    return (
+        '"""The ops whose kernels a GPU has run rightly, by committed results; written by tools/bench_table.py."""\n\n'
+        "SEEN: dict[str, str] = {" + ("\n" + entries if entries else "") + "}\n"
+    )
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from arcore import _C, _extension
+from arcore._gpu_results import SEEN
 from arcore._version import __version__
 
 # Optional packages by the extra that brings them: (distribution, module).
@@ -67,7 +68,9 @@ def _cuda_lines(built_archs: str) -> tuple[list[tuple[str, str]], list[str]]:
                 f"{torch.version.cuda.split('.')[0]} on PATH, then `ARCORE_CUDA=on pip install .` says what fails"
             )
         return lines, missing
-    lines.append(("CUDA kernels", f"built for {built_archs}"))
+    seen = ", ".join(f"{op} on {gpu}" for op, gpu in SEEN.items())
+    state = f"seen to be right: {seen}" if seen else "no result of a GPU is committed yet"
+    lines.append(("CUDA kernels", f"built for {built_archs}; {state}"))
     if not torch.cuda.is_available():
         lines.append(("GPU", "none visible to torch"))
         return lines, missing

@@ -27,7 +27,13 @@ def benchmark(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    for folder in ("bench/results", "csrc/block_sparse_attention", "csrc/common", "docs/assets"):
+    for folder in (
+        "bench/results",
+        "csrc/block_sparse_attention",
+        "csrc/common",
+        "docs/assets",
+        "python/arcore",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("schema.cpp", "kernel_cpu.cpp", "fwd_sm80.cuh"):
         (tmp_path / "csrc/block_sparse_attention" / file).touch()
@@ -87,6 +93,7 @@ def test_cells_of_gpus_come_from_committed_green_results_alone(project: Path) ->
     assert cells() == ["", ""]
     commit("gpu-3", False, {op: result(9, 0), f"{op}_sm90a": result(8, 1)})
     assert cells() == ["yes, on Some GPU", ""]
+    assert f'"{op}": "Some GPU"' in (project / "python/arcore/_gpu_results.py").read_text()
 
 
 def test_figure_is_xml_with_a_bar_per_measurement(project: Path) -> None:
