@@ -27,7 +27,7 @@ def tool(name: str) -> str:
     try:
         module = __import__(name)
     except ImportError:
-        sys.exit(f"arcore: {name} was not found; install it with `pip install {name}` and build again")
+        sys.exit(f"arcore: {name} was not found; run `pip install {name}`, then the same command again")
     return (
         str(Path(module.__path__[0]) / "data" / "bin" / name)
         if name == "cmake"

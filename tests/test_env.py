@@ -27,7 +27,8 @@ def test_report_names_versions_isa_and_threads():
 def test_report_says_how_to_get_what_is_missing(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
-    assert 'missing  scikit-learn: pip install "arcore[train]"' in env.report()
+    wanted = 'missing  scikit-learn: `pip install scikit-learn`, or in arcore\'s source folder `pip install ".[train]"`'
+    assert wanted in env.report()
 
 
 @pytest.mark.parametrize("built", ["", "8.0+PTX 9.0a"])

@@ -3,7 +3,8 @@
 pip builds in an isolated environment that cannot see the installed torch. Declaring torch as a build requirement
 would make pip download the newest one, gigabytes large and with another ABI than the one arcore will run with.
 This backend keeps pip's interpreter, appends the site-packages of the environment it belongs to, and requests only
-the build tools that are really missing. `ARCORE_ISOLATED=1` turns that off: pip then downloads every requirement.
+the build tools that are really missing. Without a torch, or without a C++ compiler, it stops with one sentence before
+pip downloads anything. `ARCORE_ISOLATED=1` turns that off: pip then downloads every requirement, torch too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sysconfig
 from pathlib import Path
 
 MINIMUM = {"torch": (2, 11), "setuptools": (77, 0)}
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def _version(name: str) -> tuple[int, ...] | None:
@@ -32,8 +34,12 @@ def _version(name: str) -> tuple[int, ...] | None:
     return tuple(numbers)
 
 
+def _isolated() -> bool:
+    return os.environ.get("ARCORE_ISOLATED") == "1"
+
+
 def _see_installed_packages() -> None:
-    if os.environ.get("ARCORE_ISOLATED") == "1":
+    if _isolated():
         return
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     # pip's isolation overrides sysconfig in no pip release known to us, but it hides the user site.
@@ -43,9 +49,38 @@ def _see_installed_packages() -> None:
             sys.path.append(folder)
 
 
+def _obstacle() -> str | None:
+    """What no build tool from PyPI could mend, and its way out, in one sentence."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(compiler.split()[0]) for compiler in ([named] if named else COMPILERS)):
+        what = f"the compiler CXX={named} was not found" if named else "no C++ compiler was found"
+        return f"{what}; install g++ >= 11 or clang++ >= 14, or name one with CXX=..."
+    if _isolated():
+        return None
+    torch, least = _version("torch"), ".".join(map(str, MINIMUM["torch"]))
+    if torch is None:
+        return (
+            f"torch>={least} must be installed before arcore is built, because arcore is compiled against it; "
+            "run `pip install torch`, then the same command again"
+        )
+    if torch < MINIMUM["torch"]:
+        return (
+            f"torch {importlib.metadata.version('torch')} is installed but arcore needs torch>={least}; "
+            f"run `pip install 'torch>={least}'`, then the same command again"
+        )
+    return None
+
+
+def _stop_at_obstacle() -> None:
+    obstacle = _obstacle()
+    if obstacle is not None:
+        sys.exit(f"arcore: {obstacle}")
+
+
 def _missing() -> list[str]:
     """The build requirements that the environment lacks, as pip requirement strings."""
     _see_installed_packages()
+    _stop_at_obstacle()
     wanted = []
     for name, minimum in MINIMUM.items():
         found = _version(name)
@@ -74,8 +109,18 @@ def get_requires_for_build_sdist(config_settings: dict | None = None) -> list[st
     return [] if found is not None and found >= MINIMUM["setuptools"] else ["setuptools>=77"]
 
 
-def _backend():
+def _backend(*, compiles: bool = True):
     _see_installed_packages()
+    if compiles:
+        _stop_at_obstacle()
+    found, least = _version("setuptools"), MINIMUM["setuptools"]
+    if found is None or found < least:
+        # Only under --no-build-isolation: otherwise pip has brought what get_requires_* asked for.
+        has = f"setuptools {importlib.metadata.version('setuptools')} is" if found else "no setuptools is"
+        sys.exit(
+            f"arcore: {has} installed but the build needs setuptools>={least[0]}; "
+            f"run `pip install 'setuptools>={least[0]}'`, or leave out --no-build-isolation"
+        )
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from setuptools import build_meta
 
@@ -103,4 +148,4 @@ def build_editable(
 
 
 def build_sdist(sdist_directory: str, config_settings: dict | None = None) -> str:
-    return _backend().build_sdist(sdist_directory, config_settings)
+    return _backend(compiles=False).build_sdist(sdist_directory, config_settings)

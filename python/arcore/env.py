@@ -13,6 +13,7 @@ import torch
 
 from arcore import _C, _extension
 from arcore._gpu_results import SEEN
+from arcore._optional import how_to_install
 from arcore._version import __version__
 
 # Optional packages by the extra that brings them: (distribution, module).
@@ -101,7 +102,7 @@ def report() -> str:
         found = [f"{name} {_version(name)}" for name, _ in packages if name not in absent]
         lines.append((f"extra [{extra}]", ", ".join(found) or "nothing installed"))
         if absent:
-            missing.append(f'{", ".join(absent)}: pip install "arcore[{extra}]"')
+            missing.append(f"{', '.join(absent)}: {how_to_install(extra, *absent)}")
     width = max(len(name) for name, _ in lines)
     text = [f"{name:<{width}}  {value}" for name, value in lines]
     text.append("")

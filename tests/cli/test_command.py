@@ -64,7 +64,9 @@ def test_interrupt_is_quiet(arcore, monkeypatch):
 
 def test_missing_package_names_the_extra(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert 'pip install "arcore[zoo]"' in fails("sample", "--checkpoint", "x")
+    message = fails("sample", "--checkpoint", "x")
+    assert "`pip install tyro`" in message
+    assert '`pip install ".[zoo]"`' in message
 
 
 def test_env_and_zoo_need_torch_alone():

