@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 # A process per core; a file's tests stay together, for what they prepare once.
 XDIST ?= -n auto --dist loadfile
 
@@ -23,16 +24,16 @@ CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.
 FIND_NVCC := $(PY) -c 'import sys; sys.path.insert(0, "tools"); import cuda_config; sys.exit(cuda_config.find_nvcc() is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench readme docs cuda-check build clean distclean FORCE
+.PHONY: help demo test test-wheel test-all lint format bench readme docs cuda-check build clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  PYTEST_ARGS=  MAX_JOBS=  ARCORE_CUDA=auto|on|off"
+	@echo "  Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  PYTEST_ARGS=  DEMO_ARGS=  MAX_JOBS=  ARCORE_CUDA=auto|on|off"
 
 demo: $(STAMPS)/build $(STAMPS)/train  ## train a small next-scale image model on handwritten digits, write out/demo/
-	$(PY) -m arcore demo
+	$(PY) -m arcore demo $(DEMO_ARGS)
 
 test: $(STAMPS)/build $(STAMPS)/test  ## run the tests
 	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
@@ -40,6 +41,14 @@ test: $(STAMPS)/build $(STAMPS)/test  ## run the tests
 test-all: $(STAMPS)/build $(STAMPS)/test  ## run the tests, the slow ones too, and compile for GPUs where nvcc is
 	$(PY) -m pytest --runslow $(XDIST) $(PYTEST_ARGS)
 	@if $(FIND_NVCC); then $(MAKE) cuda-check; else echo "cuda-check: skipped, nvcc was not found"; fi
+
+# As packagers run the tests: against an installed wheel, in an environment of its own, from the checkout.
+test-wheel: $(STAMPS)/torch $(STAMPS)/test  ## build a wheel into VENV and run the tests against it; give it a VENV of its own
+	@rm -rf $(VENV)/wheel
+	@$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/wheel .
+	@$(PIP) uninstall --yes arcore
+	@$(PIP) install --no-deps $(VENV)/wheel/*.whl
+	$(PY) -m pytest $(XDIST) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/dev  ## check style, types, layers and duplication
 	$(BIN)/ruff check .

@@ -94,7 +94,8 @@ def test_folder_without_permission(tmp_path: Path):
 
 def test_missing_package_names_the_extra():
     with pytest.raises(
-        ImportError, match=r"needs the package 'not_there_at_all'.*`pip install not_there_at_all`.*\"\.\[zoo\]\""
+        ImportError,
+        match=r"needs the package 'not_there_at_all'.*`pip install not_there_at_all`.*\"\.\[zoo\]\"",
     ) as error:
         require("not_there_at_all.part", extra="zoo")
     assert error.value.name == "not_there_at_all"

@@ -78,7 +78,9 @@ def test_without_a_compiler(versions, requires, monkeypatch, tmp_path):
 def test_old_setuptools(versions, setuptools, message):
     versions |= {"torch": "2.13.0", "setuptools": setuptools}
     for build in (build_backend.build_wheel, build_backend.build_editable, build_backend.build_sdist):
-        with pytest.raises(SystemExit, match=f"{message} but the build needs setuptools>=77; run `pip install"):
+        with pytest.raises(
+            SystemExit, match=f"{message} but the build needs setuptools>=77; run `pip install"
+        ):
             build("nowhere")
 
 

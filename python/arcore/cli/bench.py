@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     options = list(argv[1:] if op else argv)
     suite = _suite(BENCH, op)
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise ImportError(f"the benchmarks need pytest-benchmark: run {how_to_install('bench', 'pytest-benchmark')}")
+        raise ImportError(
+            f"the benchmarks need pytest-benchmark: run {how_to_install('bench', 'pytest-benchmark')}"
+        )
     # Threads of OpenMP and MKL are decided when torch is loaded, hence a new process.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(suite), *options]
