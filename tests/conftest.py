@@ -47,9 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = pytest.mark.skip(reason="slow: runs with --runslow")
     no_cuda = reason_to_skip_cuda()
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--runslow"):
+        # Marks, not keywords: those also hold the names of folders, such as that of a checkout.
+        if item.get_closest_marker("slow") is not None and not config.getoption("--runslow"):
             item.add_marker(slow)
-        if "cuda" in item.keywords and no_cuda is not None:
+        if item.get_closest_marker("cuda") is not None and no_cuda is not None:
             item.add_marker(pytest.mark.skip(reason=no_cuda))
 
 

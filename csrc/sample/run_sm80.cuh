@@ -147,9 +147,10 @@ struct RowOfBlock {
     for (int j = 0; j < kCount; ++j)
       for (int mask = 16; mask > 0; mask >>= 1)
         values[j] = f(values[j], shuffle_xor(values[j], mask));
+    const int warp = warp_index();
     if (lane_index() == 0) ARCORE_UNROLL
     for (int j = 0; j < kCount; ++j)
-      scratch.words[j][warp_index()] = values[j];
+      scratch.words[j][warp] = values[j];
     sync_threads();
     ARCORE_UNROLL
     for (int j = 0; j < kCount; ++j) {

@@ -90,7 +90,8 @@ class BlockTeam {
     }
     for (int mask = 16; mask > 0; mask >>= 1)
       sum += shuffle_xor(sum, mask);
-    if (lane_index() == 0) memcpy(&shared_.words[warp_index()], &sum, 8);
+    const int warp = warp_index();
+    if (lane_index() == 0) memcpy(&shared_.words[warp], &sum, 8);
     sync_threads();
     double total = 0.0;
     for (int w = 0; w < kVerifyWarps; ++w) {
@@ -187,7 +188,8 @@ class BlockTeam {
   ARCORE_DEVICE uint64_t combine(uint64_t value, const F& f) {
     for (int mask = 16; mask > 0; mask >>= 1)
       value = f(value, shuffle_xor(value, mask));
-    if (lane_index() == 0) shared_.words[warp_index()] = value;
+    const int warp = warp_index();
+    if (lane_index() == 0) shared_.words[warp] = value;
     sync_threads();
     uint64_t total = shared_.words[0];
     for (int w = 1; w < kVerifyWarps; ++w)
@@ -218,8 +220,9 @@ class BlockTeam {
   }
   ARCORE_DEVICE double keep_sums(uint64_t sum, bool good) {
     sum = warp_sum(sum);
+    const int warp = warp_index();
     sync_threads();  // `draw` may still read the sums before
-    if (lane_index() == 0) shared_.runs[warp_index()] = sum;
+    if (lane_index() == 0) shared_.runs[warp] = sum;
     const bool bad = sync_threads_or(!good);
     total_ = 0;
     for (int w = 0; w < kVerifyWarps; ++w)

@@ -192,7 +192,9 @@ inline int block_threads() {
 inline int lane_index() {
   return cuda_host::index().thread % 32;
 }
-inline int warp_index() {
+// A shuffle on the hardware, so the lanes meet here too.
+inline int warp_index(Where where = Where::current()) {
+  cuda_host::meet_warp("warp_index", nullptr, nullptr, [](const void* const*, void* const*) {}, where);
   return cuda_host::index().thread / 32;
 }
 inline int64_t block_x() {
@@ -227,6 +229,8 @@ inline void sync_group(int id, int threads, Where where = Where::current()) {
   if (id < 1 || id > 15) cuda_host::fail("a group barrier whose id is not 1 to 15", where);
   if (threads < 32 || threads % 32 != 0 || threads > block_threads())
     cuda_host::fail("a group barrier of a number of threads that is not whole warps of the block", where);
+  // bar.sync is an instruction of whole warps: lanes that come from different places hang.
+  cuda_host::meet_warp("sync_group", nullptr, nullptr, [](const void* const*, void* const*) {}, where);
   cuda_host::meet_block(id, threads, false, where);
 }
 inline void sync_warp(Where where = Where::current()) {

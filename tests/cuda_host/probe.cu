@@ -33,6 +33,8 @@ enum Mistake {
   kReadsUnwrittenLocal,
   kExitedLane,
   kIndexPastBuffer,
+  kWarpIndexOfOneLane,
+  kGroupBarrierOfHalfWarps,
 };
 
 // out[i] = in[n - 1 - i] in pieces of the block, twice through shared memory; n is a multiple of the block.
@@ -102,6 +104,15 @@ ARCORE_KERNEL misuse(ARCORE_KERNEL_ARGS Args args) {
       value = local[thread % 4];
       break;
     }
+    case kWarpIndexOfOneLane:
+      if (lane == 0) value = static_cast<float>(warp_index());
+      break;
+    case kGroupBarrierOfHalfWarps:
+      if (lane < 16)
+        sync_group(1, 128);
+      else
+        sync_group(1, 128);
+      break;
     case kExitedLane:
       if (lane == 31) return;
       value = shuffle_xor(value, 1);

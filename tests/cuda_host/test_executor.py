@@ -31,7 +31,9 @@ NONE = 0
     READS_UNWRITTEN_LOCAL,
     EXITED_LANE,
     INDEX_PAST_BUFFER,
-) = range(1, 17)
+    WARP_INDEX_OF_ONE_LANE,
+    GROUP_BARRIER_OF_HALF_WARPS,
+) = range(1, 19)
 REVERSE, MISUSE, PRODUCT = range(3)
 
 Probe = Callable[..., str]
@@ -120,6 +122,8 @@ def test_the_same_seed_gives_the_same_order(probe: Probe) -> None:
         (THREAD_MISSES_BARRIER, "wait for each other"),
         (MISALIGNED, "not a multiple of the size"),
         (EXITED_LANE, "wait for each other"),
+        (WARP_INDEX_OF_ONE_LANE, "warp_index at "),
+        (GROUP_BARRIER_OF_HALF_WARPS, "lanes of a warp are at different places"),
     ],
 )
 def test_misuse_is_an_error_that_names_the_place(probe: Probe, mistake: int, expected: str) -> None:

@@ -4,7 +4,8 @@
 //
 // Rules for kernels, which the executor enforces:
 //   - blocks have one dimension, a multiple of 32 threads; shared memory is dynamic (shared_memory());
-//   - shuffles, votes, sync_warp, ldmatrix and mma are executed by all 32 lanes of a warp together;
+//   - shuffles, votes, warp_index, sync_warp, sync_group, ldmatrix and mma are executed by all 32 lanes of a
+//     warp together;
 //   - block barriers are reached by all threads of the block, which have not returned before;
 //   - blocks do not wait for each other.
 #pragma once
@@ -57,7 +58,7 @@ ARCORE_DEVICE int block_threads() {
 ARCORE_DEVICE int lane_index() {
   return static_cast<int>(threadIdx.x & 31);
 }
-// The same number in all lanes, and the compiler knows.
+// The same number in all lanes, and the compiler knows. A shuffle: all 32 lanes execute it together.
 ARCORE_DEVICE int warp_index() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0);
 }

@@ -25,7 +25,8 @@ template <typename T, typename F>
 ARCORE_DEVICE T combine_block(T value, T* scratch, const F& f) {
   for (int mask = 16; mask > 0; mask >>= 1)
     value = f(value, shuffle_xor(value, mask));
-  if (lane_index() == 0) scratch[warp_index()] = value;
+  const int warp = warp_index();
+  if (lane_index() == 0) scratch[warp] = value;
   sync_threads();
   T total = scratch[0];
   for (int w = 1; w < kRowWarps; ++w)
