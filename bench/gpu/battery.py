@@ -125,7 +125,9 @@ class Battery:
 
 
 def environment(cores: int) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    # What was built in place comes first; without it, the installed package is measured.
+    built = [str(ROOT / "python")] if (ROOT / "python/arcore/_ops.so").is_file() else []
+    path = os.pathsep.join([*built, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     threads = str(max(1, cores))
     return {
         **os.environ,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,8 +102,15 @@ def test_closed_pipe_is_quiet():
 
 
 def test_bench_without_source_says_how_to_get_it(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr("arcore.cli.bench.BENCH", tmp_path / "bench")
+    monkeypatch.setattr("arcore.cli.bench.SOURCE", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert "not part of an installed package" in fails("bench")
+
+
+def test_bench_of_an_installed_package_runs_in_the_checkout(arcore, monkeypatch, tmp_path):
+    monkeypatch.setattr("arcore.cli.bench.SOURCE", tmp_path)
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert "did you mean 'sample'?" in arcore("bench", "smaple").err
 
 
 def test_bench_unknown_suite(fails):

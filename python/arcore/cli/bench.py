@@ -14,10 +14,10 @@ import arcore
 from arcore._optional import how_to_install
 from arcore.cli._parse import PlainParser
 
-BENCH = Path(arcore.__file__).resolve().parents[2] / "bench"
+SOURCE = Path(arcore.__file__).resolve().parents[2]
 DESCRIPTION = """\
 Run the pytest-benchmark suites on one thread, each op beside its peers.
-They are part of the source checkout and not of an installed package.
+They are part of the source checkout and not of an installed package: with that, call this in the checkout.
 
 Example: arcore bench block_sparse_attention -k forward"""
 
@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     op = argv[0] if argv and not argv[0].startswith("-") else None
     options = list(argv[1:] if op else argv)
-    suite = _suite(BENCH, op)
+    bench = _bench_folder()
+    suite = _suite(bench, op)
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError(
             f"the benchmarks need pytest-benchmark: run {how_to_install('bench', 'pytest-benchmark')}"
@@ -42,16 +43,21 @@ def main(argv: Sequence[str]) -> int:
     # Threads of OpenMP and MKL are decided when torch is loaded, hence a new process.
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(suite), *options]
-    return subprocess.run(command, cwd=BENCH.parent, env=os.environ | one_thread, check=False).returncode
+    return subprocess.run(command, cwd=bench.parent, env=os.environ | one_thread, check=False).returncode
+
+
+def _bench_folder() -> Path:
+    """The benchmarks of the checkout that this package runs from, or else of the one that we stand in."""
+    for source in (SOURCE, Path.cwd()):
+        if (source / "bench").is_dir() and (source / "csrc").is_dir():
+            return source / "bench"
+    raise FileNotFoundError(
+        "the benchmarks are not part of an installed package: get arcore's source and run `arcore bench` in its folder"
+    )
 
 
 def _suite(bench: Path, op: str | None) -> Path:
     """The folder to run."""
-    if not bench.is_dir():
-        raise FileNotFoundError(
-            "the benchmarks are not part of an installed package: get arcore's source, "
-            "install it with `pip install -e . --no-build-isolation`, and run `arcore bench` again"
-        )
     if op is None:
         return bench
     suites = sorted(path.parent.relative_to(bench).as_posix() for path in bench.rglob("bench_*.py"))
