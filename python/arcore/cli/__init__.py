@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "train a small next-scale image model on handwritten digits and show what it learnt",
     "train": "train a model of the zoo on your images or text",
     "sample": "draw images or text from a trained model",
+    "data": "look through a folder of images, videos or text, or a table, before training on it",
     "zoo": "list the systems and presets, or show one",
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",

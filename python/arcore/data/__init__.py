@@ -6,6 +6,8 @@ Nothing here downloads anything. A dataset of images yields `(image, label)` wit
 
 from __future__ import annotations
 
+from typing import Literal
+
 from arcore.data.digits import load_digits, load_moving_digits
 from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
@@ -38,7 +40,14 @@ __all__ = [
 
 
 def open_dataset(
-    source: str, *, image_size: int, channels: int, frames: int = 1, split: str = "train"
+    source: str,
+    *,
+    image_size: int,
+    channels: int,
+    frames: int = 1,
+    split: str = "train",
+    nested: Literal["outer", "inner"] | None = None,
+    skip_bad: bool = False,
 ) -> ImageDataset:
     """Open what `arcore train --data` names.
 
@@ -50,9 +59,10 @@ def open_dataset(
         channels: 1 (grey) or 3 (RGB).
         frames: of a video; 1 for images.
         split: `"train"`, `"test"` or `"all"`.
+        nested, skip_bad: of folders, see `ImageFolder`.
 
     Returns:
-        The dataset.
+        The dataset. Its `digest()` identifies the content.
 
     Raises:
         FileNotFoundError: `source` is neither of the names nor a folder.
@@ -76,4 +86,6 @@ def open_dataset(
         return load_digits(split, image_size=image_size)
     if source == "photos":
         return load_photos(split, image_size=image_size, channels=channels)
-    return ImageFolder(source, image_size=image_size, channels=channels, split=split)
+    return ImageFolder(
+        source, image_size=image_size, channels=channels, split=split, nested=nested, skip_bad=skip_bad
+    )

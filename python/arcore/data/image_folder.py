@@ -2,140 +2,325 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arcore._optional import require
+from arcore.data._checks import whole
+from arcore.data._pictures import Pictures
+from arcore.data._walk import Found, counted, some, walk
 from arcore.data.images import ImageDataset, check_split, held_out_mask
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 HELD_OUT_EVERY = 10
+# Folders up to this size are decoded when they are opened, and their digest covers every byte.
+SMALL_FOLDER = 2**28
+# Of larger folders the digest reads this much at the start, in the middle and at the end of each file.
+SAMPLE = 4096
+TRAIN_FOLDER = "train"
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 
 class ImageFolder(ImageDataset):
-    """Images in `root/<class name>/*.png` (or jpg, webp, bmp, tiff, gif, ppm, pgm).
+    """Images in `root/<class name>/*.png` (or jpg, webp, bmp, tiff, gif, ppm, pgm), or in ImageNet's layout.
+
+    ImageNet's layout is `root/train/<class name>/` with `root/val/<class name>/` (or valid, validation, test) beside
+    it: where `train` and one of these hold folders only, the second is the held-out part and the classes are those of
+    the first.
 
     Classes are numbered by their sorted folder names and images are taken in sorted order, so the dataset is the
-    same on every machine. Hidden files are skipped. Each image is scaled so that its shorter side equals
-    `image_size` (antialiased) and then centre-cropped; a camera's rotation mark is obeyed. The header of every
-    file is read at once, so a file that is no image is reported before training starts.
+    same on every machine. Links are followed. Each image is scaled so that its shorter side equals `image_size`
+    (antialiased) and then centre-cropped; a camera's rotation mark is obeyed; of several frames the first is taken.
+
+    Nothing is left out without a word: hidden entries, which are skipped, are counted in `notes`; what cannot be used
+    is an error that names the file, or with `skip_bad` a warning. Files are looked at when the folder is opened: up to
+    256 MB in all they are decoded; in larger folders headers are read, and the end of files of the formats that mark it
+    (JPEG, PNG, GIF, WebP). `check` decodes all of them.
+
+    Grey pictures of 16 bits are scaled, floats are taken where they stay within 0 and 1. Other floats, 32-bit and
+    signed integers are refused, as the files do not say what black and white are; `value_range` does.
 
     Args:
         root: the folder.
         image_size: side length in pixels of the square images that come out.
         channels: 1 (grey) or 3 (RGB). Transparent pixels become white.
-        split: `"all"`, `"train"`, or `"test"`: every tenth image of each class.
+        split: `"all"`, `"train"`, or `"test"`: the held-out folder, or else every tenth image of each class.
+        nested: what a class folder is that holds no images itself but several folders of images: None refuses it,
+            `"outer"` makes all images below it one class, `"inner"` makes each folder below a class of its own, named
+            like `outer/inner`.
+        skip_bad: leave out what cannot be used (damaged files, files that are no images, dangling links, class folders
+            without images) with one warning that counts and names it.
+        value_range: black and white of pictures deeper than 8 bits; values beyond are clipped.
+
+    Attributes:
+        files: paths of this split.
+        labels: int64 `[N]`, class number of each.
+        skipped: what `skip_bad` left out, as pairs of path and reason.
+        notes: sentences on what was not used and is no error.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
-        ValueError: no class folders, a class without images, or a file that is not a readable image (named).
+        ValueError: no class folders, a class without images, nested classes, or a file that cannot be used (named).
+        TypeError: `image_size` is no whole number.
         ImportError: Pillow is missing.
     """
 
-    def __init__(self, root: str | Path, *, image_size: int, channels: int = 3, split: str = "all") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        image_size: int,
+        channels: int = 3,
+        split: str = "all",
+        nested: Literal["outer", "inner"] | None = None,
+        skip_bad: bool = False,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         check_split(split)
-        if channels not in (1, 3):
+        if isinstance(channels, bool) or channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3 but got {channels}")
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel but got {image_size}")
-        self._pil = require("PIL.Image", extra="zoo")
-        self._upright = require("PIL.ImageOps", extra="zoo").exif_transpose
+        if nested not in (None, "outer", "inner"):
+            raise ValueError(f"nested must be 'outer', 'inner' or None but got {nested!r}")
+        size = whole("image_size", image_size, 1, "pixel")
         self.root = Path(root)
-        self.image_shape = (channels, image_size, image_size)
-        classes = _class_folders(self.root)
-        self.class_names = tuple(folder.name for folder in classes)
-        files: list[Path] = []
-        labels: list[int] = []
-        for label, folder in enumerate(classes):
-            members = _image_files(folder)
-            files += members
-            labels += [label] * len(members)
-        for path in files:
-            self._check_header(path)
-        self.labels = torch.tensor(labels)
-        if split != "all":
-            chosen = held_out_mask(self.labels, HELD_OUT_EVERY) == (split == "test")
-            files = [path for path, keep in zip(files, chosen.tolist(), strict=True) if keep]
-            self.labels = self.labels[chosen]
-        self.files = tuple(files)
+        self.image_shape = (channels, size, size)
+        self._pictures = Pictures(channels, value_range)
+        listing = _Listing(self.root, nested, skip_bad)
+        self.class_names = listing.class_names
+        self.skipped: list[tuple[Path, str]] = listing.skipped
+        self._everything = tuple(image.path for image in listing.images)
+        self._bytes = sum(path.stat().st_size for path in self._everything)
+        images = [image for image in listing.images if split == "all" or image.held_out == (split == "test")]
+        several: list[Path] = []
+        usable = []
+        checked = self._look(images, whole_files=self._bytes <= SMALL_FOLDER)
+        for image, found in zip(images, checked, strict=True):
+            if isinstance(found, ValueError):
+                if not skip_bad:
+                    raise found
+                self.skipped.append((image.path, str(found)))
+            else:
+                usable.append(image)
+                if found > 1:
+                    several.append(image.path)
+        self.files = tuple(image.path for image in usable)
+        self.labels = torch.tensor([image.label for image in usable], dtype=torch.int64)
+        if several:
+            listing.notes.append(
+                counted(several, "{} of which only the first frame is used", "file", "files")
+            )
+        self.notes: tuple[str, ...] = tuple(listing.notes)
+        if self.skipped:
+            shown = some(f"{path} ({reason})" for path, reason in self.skipped)
+            warnings.warn(
+                f"{len(self.skipped)} bad entries of {self.root} are left out: {shown}", stacklevel=2
+            )
+        if not self.files and split != "test":
+            raise ValueError(f"no usable images are left in {self.root}")
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         channels, size, _ = self.image_shape
-        path = self.files[index]
-        try:
-            with self._pil.open(path) as image:
-                picture = _flatten(self._pil, self._upright(image), "L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError, self._pil.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
-        scale = size / min(picture.size)
-        resized = picture.resize(
-            (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))),
-            self._pil.Resampling.LANCZOS,
-        )
-        left, top = (resized.width - size) // 2, (resized.height - size) // 2
-        square = resized.crop((left, top, left + size, top + size))
+        square = self._pictures.square(self._pictures.read(self.files[index]), size)
         pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(size, size, channels).permute(2, 0, 1)
         return pixels.to(torch.float32) / 127.5 - 1, int(self.labels[index])
 
-    def _check_header(self, path: Path) -> None:
-        try:
-            with self._pil.open(path):
-                pass
-        except (OSError, SyntaxError, ValueError, self._pil.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path} is not a readable image ({type(error).__name__}): mend it or move it away"
-            ) from error
+    def digest(self) -> str:
+        """Identifies the content of the whole folder, whatever the split, the size and the place on disk.
 
+        It covers names below `root`, sizes, and all bytes where the folder has up to 256 MB; of larger folders 4 kB
+        each at the start, in the middle and at the end of every file. Times and links do not count.
 
-def _flatten(pil: Any, image: Any, mode: str) -> Any:
-    """Convert to `mode`, with transparent pixels on white and 16-bit grey scaled to 8 bits."""
-    if image.mode.startswith("I"):
-        # convert("L") would clip 16-bit values at 255 instead of scaling them.
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = pil.new("RGBA", layered.size, "white")
-        image = pil.alpha_composite(white, layered)
-    return image.convert(mode)
-
-
-def _class_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"the data folder {root} {what}: expected a folder with one subfolder of images per class"
-        )
-    folders = sorted(
-        (path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        key=lambda path: path.name,
-    )
-    if not folders:
-        raise ValueError(
-            f"the data folder {root} has no class subfolders: put the images into {root}/<class name>/, "
-            "one subfolder per class (a single one is fine)"
-        )
-    return folders
-
-
-def _image_files(folder: Path) -> list[Path]:
-    members = sorted(
-        (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
-    for path in members:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(
-                f"{path} is not an image file (known endings: {', '.join(sorted(IMAGE_SUFFIXES))}): move it away"
+        Returns:
+            16 hexadecimal digits.
+        """
+        state = hashlib.blake2b(digest_size=8)
+        for path in self._everything:
+            size = path.stat().st_size
+            state.update(
+                f"{path.relative_to(self.root).as_posix()}\0{size}\0".encode(errors="surrogateescape")
             )
-    if not members:
-        raise ValueError(f"the class folder {folder} holds no images: add some or remove the folder")
-    return members
+            with path.open("rb") as file:
+                if self._bytes <= SMALL_FOLDER or size <= 3 * SAMPLE:
+                    state.update(file.read())
+                    continue
+                for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+                    file.seek(start)
+                    state.update(file.read(SAMPLE))
+        return state.hexdigest()
+
+    def check(self) -> list[tuple[Path, str]]:
+        """Decode every file of this split.
+
+        Returns:
+            Path and reason of each file that cannot be used; empty when all are fine.
+        """
+        images = [
+            _Image(path, int(label), False) for path, label in zip(self.files, self.labels, strict=True)
+        ]
+        found = self._look(images, whole_files=True)
+        return [
+            (image.path, str(result))
+            for image, result in zip(images, found, strict=True)
+            if isinstance(result, ValueError)
+        ]
+
+    def _look(self, images: Sequence[_Image], *, whole_files: bool) -> Iterable[int | ValueError]:
+        """The number of frames of each image, or what is wrong with it, in order."""
+
+        def look(image: _Image) -> int | ValueError:
+            try:
+                return self._pictures.check(image.path, whole=whole_files)
+            except ValueError as error:
+                return error
+
+        # Decoders work outside Python's lock.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(look, images))
+
+
+class _Image(NamedTuple):
+    path: Path
+    label: int
+    held_out: bool
+
+
+class _Listing:
+    """What lies in a folder of classes: images with label and split, before any of them is opened."""
+
+    def __init__(self, root: Path, nested: str | None, skip_bad: bool) -> None:
+        self.root, self.nested, self.skip_bad = root, nested, skip_bad
+        self.skipped: list[tuple[Path, str]] = []
+        self.notes: list[str] = []
+        self.images: list[_Image] = []
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"the data folder {root} {what}: expected a folder with one subfolder of images per class"
+            )
+        found = walk(root)
+        self._refuse_useless(found)
+        self.notes += found.notes()
+        parts = self._parts(found)
+        if parts is None:
+            classes = self._classes(root, found.files)
+            self.class_names = tuple(classes)
+            for label, files in enumerate(classes.values()):
+                held_out = held_out_mask(torch.zeros(len(files)), HELD_OUT_EVERY).tolist()
+                self.images += [_Image(path, label, held) for path, held in zip(files, held_out, strict=True)]
+                if len(files) < HELD_OUT_EVERY:
+                    self.notes.append(
+                        f"the class {self.class_names[label]} has {len(files)} images, too few to hold any out: "
+                        f"every {HELD_OUT_EVERY}th is"
+                    )
+            return
+        train, held = parts
+        classes = self._classes(root / train, found.files)
+        self.class_names = tuple(classes)
+        others = self._classes(root / held, found.files)
+        strange = [name for name in others if name not in classes]
+        if strange:
+            raise ValueError(
+                f"{root / held} has classes that {root / train} has not: {some(strange)}; both need the same names"
+            )
+        for held_out, group in ((False, classes), (True, others)):
+            for name, files in group.items():
+                label = self.class_names.index(name)
+                self.images += [_Image(path, label, held_out) for path in files]
+
+    def _refuse_useless(self, found: Found) -> None:
+        """Files that are no images and dangling links: an error, or left out."""
+        for path in found.dangling:
+            self._bad(path, "the target of the link does not exist")
+        usable = []
+        top_level = []
+        for path in found.files:
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                usable.append(path)
+            elif path.parent == self.root:
+                top_level.append(path)
+            else:
+                known = ", ".join(sorted(IMAGE_SUFFIXES))
+                self._bad(path, f"is not an image file (known endings: {known})")
+        if top_level:
+            self.notes.append(counted(top_level, "{} beside the class folders not read", "file", "files"))
+        found.files = usable
+
+    def _parts(self, found: Found) -> tuple[str, str] | None:
+        """Names of the folders for training and for what is held out, where the layout is ImageNet's."""
+        names = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        held = [name for name in HELD_OUT_FOLDERS if name in names]
+        if TRAIN_FOLDER not in names or not held:
+            return None
+        direct = {path.parent for path in found.files}
+        flat = [name for name in (TRAIN_FOLDER, *held) if names[name] in direct]
+        if flat:
+            raise ValueError(
+                f"the folders {TRAIN_FOLDER} and {', '.join(held)} of {self.root} look like parts of a data set, but "
+                f"{some(flat)} holds images without class folders: put them into {self.root / flat[0]}/<class name>/"
+            )
+        rest = sorted(name for name in names if name not in (TRAIN_FOLDER, held[0]) and name[0] != ".")
+        if rest:
+            self.notes.append(f"folders beside {TRAIN_FOLDER} and {held[0]} not read: {some(rest)}")
+        return TRAIN_FOLDER, held[0]
+
+    def _classes(self, root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+        """Files of each class, by class name in order."""
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+        if not folders:
+            raise ValueError(
+                f"the data folder {root} has no class subfolders: put the images into {root}/<class name>/, "
+                "one subfolder per class (a single one is fine)"
+            )
+        classes: dict[str, list[Path]] = {}
+        members: dict[str, list[Path]] = {name: [] for name in folders}
+        loose = []
+        for path in files:
+            if not path.is_relative_to(root):
+                continue
+            first, *rest = path.relative_to(root).parts
+            if rest:
+                members[first].append(path)
+            else:
+                loose.append(path)
+        for path in loose:
+            self._bad(path, f"is an image beside the class folders of {root}, not in one of them")
+        for name, paths in members.items():
+            if not paths:
+                self._bad(root / name, "holds no images: add some or remove the folder", "the class folder ")
+                continue
+            inner: dict[str, list[Path]] = {}
+            for path in paths:
+                inner.setdefault(path.relative_to(root / name).parts[0], []).append(path)
+            direct = any(path.parent == root / name for path in paths)
+            if direct or len(inner) == 1 or self.nested == "outer":
+                classes[name] = paths
+            elif self.nested == "inner":
+                classes.update({f"{name}/{part}": group for part, group in inner.items()})
+            else:
+                raise ValueError(
+                    f"the class folder {root / name} holds no images itself but {len(inner)} folders of images "
+                    f"({some(inner)}): expected one folder of images per class; say nested='outer' if {name} is the "
+                    "class, or nested='inner' if each of these folders is one"
+                )
+        return classes
+
+    def _bad(self, path: Path, reason: str, what: str = "") -> None:
+        if not self.skip_bad:
+            advice = "" if what else ": mend it or move it away"
+            raise ValueError(
+                f"{what}{path}{'' if reason.startswith(('is', 'holds')) else ':'} {reason}{advice}"
+            )
+        self.skipped.append((path, reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 
 import torch
@@ -24,6 +25,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def digest(self) -> str | None:
+        """Identifies the content, so that a run that goes on can tell whether its data are still the same.
+
+        Returns:
+            Hexadecimal digits that change when the data do, and not when they only move; None where that is unknown.
+        """
+        return None
 
 
 class InMemoryImages(ImageDataset):
@@ -56,6 +65,13 @@ class InMemoryImages(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """See `ImageDataset`; of all values, labels and class names."""
+        state = hashlib.blake2b(repr((self.class_names, tuple(self.images.shape))).encode(), digest_size=8)
+        for values in (self.images, self.labels):
+            state.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return state.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arcore.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(path)
+    return path
+
+
+def test_a_good_folder(tmp_path: Path, capsys):
+    write(tmp_path / "a" / "1.png")
+    write(tmp_path / "b" / "1.png")
+    assert main(["data", "check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 images in 2 classes" in out
+    assert "all of it can be read" in out
+
+
+def test_every_bad_file_is_named(tmp_path: Path, capsys):
+    write(tmp_path / "a" / "1.png")
+    for number in range(2, 5):
+        path = write(tmp_path / "a" / f"{number}.png")
+        path.write_bytes(path.read_bytes()[:40])
+    (tmp_path / "a" / "gone.png").symlink_to("/nowhere")
+    assert main(["data", "check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert all(f"{number}.png" in out for number in range(2, 5))
+    assert "gone.png: the target of the link does not exist" in out
+    assert "4 bad entries" in out
+
+
+def test_classes_in_classes(tmp_path: Path, capsys):
+    write(tmp_path / "a" / "b" / "1.png")
+    write(tmp_path / "a" / "c" / "1.png")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "say nested=" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path), "--nested", "inner"]) == 0
+    assert "a/b: 1" in capsys.readouterr().out
+
+
+def test_a_path_that_is_none(tmp_path: Path, capsys):
+    assert main(["data", "check", str(tmp_path / "gone")]) == 2
+    assert "gone does not exist: expected a folder or a file" in capsys.readouterr().err
