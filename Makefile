@@ -57,6 +57,7 @@ lint: $(STAMPS)/dev  ## check style, types, layers and duplication
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 	PYTHONPATH=python $(BIN)/lint-imports
 	$(PY) tools/check_dup.py
+	$(PY) tools/check_zoo.py
 	$(BIN)/codespell
 	@if $(FIND_NVCC); then $(PY) tools/cuda_check.py --quick; else echo "cuda-check: skipped, nvcc was not found"; fi
 

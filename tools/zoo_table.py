@@ -15,13 +15,13 @@ from pathlib import Path
 
 from marked import ROOT, replace_marked, update
 
-from arcore.models._registry import ModelInfo, list_systems, model_info
+from arcore.catalog import ModelInfo, list_systems, model_info
 
 
 def infos() -> list[ModelInfo]:
-    """Every system, grouped by family, tokenizers last."""
+    """Every system, grouped by topic."""
     every = [model_info(name) for name in list_systems()]
-    return sorted(every, key=lambda info: (info.family == "tokenizer", info.family, info.name))
+    return sorted(every, key=lambda info: (info.topic, info.name))
 
 
 def source(info: ModelInfo) -> str:
@@ -32,7 +32,7 @@ def source(info: ModelInfo) -> str:
 def table(link: str) -> str:
     """The table of all systems; `link` is a format for the address of a system, given its `info` and `source`."""
     lines = [
-        "| system | family | paper | presets | ops | what is checked |",
+        "| system | topic | paper | presets | ops | what is checked |",
         "|---|---|---|---|---|---|",
     ]
     for info in infos():
@@ -41,7 +41,7 @@ def table(link: str) -> str:
         presets = ", ".join(f"`{preset.name}` ({preset.size})" for preset in info.presets)
         ops = ", ".join(f"`{op}`" for op in info.ops) or "plain PyTorch"
         lines.append(
-            f"| [{info.title}]({address}) | {info.family} | {paper} | {presets} | {ops} | {info.check.claim} |"
+            f"| [{info.title}]({address}) | {info.topic} | {paper} | {presets} | {ops} | {info.claim} |"
         )
     return "\n".join(lines)
 
@@ -77,10 +77,10 @@ def page(info: ModelInfo) -> str:
         "| | |",
         "|---|---|",
         f"| paper | [{info.paper}]({info.url}) |",
-        f"| family | {info.family} |",
+        f"| topic | {info.topic} |",
         f"| source | `{source(info)}`, line {info.line} |",
         f"| ops | {', '.join(f'[`{op}`](../ops/{op}.md)' for op in info.ops) or 'plain PyTorch'} |",
-        f"| checked claim | {info.check.claim} (`{info.check.test}`) |",
+        f"| checked claim | {info.claim}; on {info.checked_on} |",
         "",
         "## Presets",
         "",

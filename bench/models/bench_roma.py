@@ -22,8 +22,8 @@ from measure import cpu_seconds, exp_seconds
 from torch import Tensor, nn
 
 from arcore.models import FourDirectionMixer
-from arcore.models.roma_classifier import column_order
 from arcore.nn import MambaMixer, PreNormBlock, SelectiveSSM, SwiGLU
+from arcore.zoo.representation.roma_classifier import column_order
 
 WIDTH, STATES = 768, 16
 LAYERS, BATCH, TOKENS = 2, 2, 128

@@ -11,7 +11,7 @@ def test_lists_every_preset_with_its_size(arcore):
     lines = {line.split()[0]: line for line in outcome.out.splitlines()[1:]}
     assert sorted(lines) == list_models()
     assert "310 M" in lines["var_d16"]
-    assert "next-scale" in lines["var_d16"]
+    assert "next_scale" in lines["var_d16"]
 
 
 def test_filter(arcore, fails):
@@ -24,8 +24,8 @@ def test_shows_a_system(arcore):
     out = arcore("zoo", "var").out
     info = model_info("var")
     assert "arXiv:2404.02905" in out
-    assert f"models/var.py:{info.line}" in out
-    assert info.check.test in out
+    assert f"zoo/next_scale/var.py:{info.line}" in out
+    assert info.claim in out
     assert "settings of" not in out
 
 

@@ -117,9 +117,12 @@ def test_layout_comments_docstrings_and_imports_do_not_count() -> None:
     assert check_dup.significant_lines(dressed) == check_dup.significant_lines(ALPHA)
 
 
-def test_private_files_are_not_systems(tmp_path: Path) -> None:
-    write(tmp_path, alpha=ALPHA, _alpha=ALPHA)
+def test_shared_files_and_folders_count(tmp_path: Path) -> None:
+    (tmp_path / "topic").mkdir()
+    write(tmp_path / "topic", alpha=ALPHA, _common=OTHER)
     assert check_dup.main([str(tmp_path)]) == 0
+    write(tmp_path, _common=ALPHA)
+    assert check_dup.main([str(tmp_path)]) == 1
 
 
 def test_missing_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

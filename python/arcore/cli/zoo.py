@@ -33,15 +33,15 @@ def _table(pattern: str) -> str:
     names = list_models(pattern)
     if not names:
         raise ValueError(f"no preset matches {pattern!r}: `arcore zoo` lists all of them")
-    rows = [("PRESET", "PARAMETERS", "FAMILY", "SUMMARY")]
+    rows = [("PRESET", "PARAMETERS", "TOPIC", "SUMMARY")]
     for name in names:
         info = model_info(name)
         preset = next(preset for preset in info.presets if preset.name == name)
-        rows.append((name, preset.size, info.family, preset.summary))
+        rows.append((name, preset.size, info.topic, preset.summary))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
-        f"{name:{widths[0]}}  {size:>{widths[1]}}  {family:{widths[2]}}  {summary}"
-        for name, size, family, summary in rows
+        f"{name:{widths[0]}}  {size:>{widths[1]}}  {topic:{widths[2]}}  {summary}"
+        for name, size, topic, summary in rows
     )
 
 
@@ -51,11 +51,11 @@ def _details(name: str) -> str:
         f"{info.title} ({info.name}): {info.summary}",
         "",
         f"  paper    {info.paper}  {info.url}",
-        f"  family   {info.family}",
+        f"  topic    {info.topic}",
         f"  ops      {', '.join(info.ops) or 'none of arcore.ops'}",
         f"  source   {os.path.relpath(info.path)}:{info.line}",
-        f"  claim    {info.check.claim}",
-        f"  check    pytest {info.check.test}",
+        f"  claim    {info.claim}",
+        f"  checked  on {info.checked_on}",
         "",
         "  presets",
     ]

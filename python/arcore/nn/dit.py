@@ -7,6 +7,7 @@ its own time. Leading tokens may be *passive*: context that passes the same weig
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import torch
@@ -260,3 +261,24 @@ def _norm(kind: Literal["layer", "rms"], dim: int) -> nn.Module:
     if kind == "rms":
         return RMSNorm(dim, eps=EPS)
     return nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
+
+
+OFFICIAL_NAMES = (
+    (r"^x_embedder\.", "embed."),
+    (r"^t_embedder\.mlp\.0\.", "time_embed.fc1."),
+    (r"^t_embedder\.mlp\.2\.", "time_embed.fc2."),
+    (r"^y_embedder\.embedding_table\.", "class_embed."),
+    (r"^final_layer\.norm_final\.", "head.norm."),
+    (r"^final_layer\.", "head."),
+    (r"\.adaLN_modulation\.1\.", ".modulation.linear."),
+)
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published names of DiT and of models that follow it, in ours."""
+    ours = {}
+    for key, value in state.items():
+        for pattern, name in OFFICIAL_NAMES:
+            key = re.sub(pattern, name, key)
+        ours[key] = value
+    return ours

@@ -176,7 +176,7 @@ def _tokenizer_for(
                 f"but the model needs {_shown(wanted)}"
             )
         return networks["tokenizer"]
-    fitting = [name for name in list_models(family="tokenizer") if _code_format(get_config(name)) == wanted]
+    fitting = [name for name in list_models(recipe="tokenizer") if _code_format(get_config(name)) == wanted]
     if not fitting:
         raise ValueError(
             f"no tokenizer preset fits {preset} ({_shown(wanted)}): train one and give it with --tokenizer"

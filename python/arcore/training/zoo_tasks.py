@@ -345,7 +345,7 @@ def task_for(preset: str) -> type[ZooTask]:
     Raises:
         ValueError: unknown preset, or nothing trains its family.
     """
-    family = model_info(preset).family
+    family = (model_info(preset).recipe or "").replace("_", "-")
     if family not in TASKS:
         raise ValueError(
             f"{preset} cannot be trained here: there is no task for its family {family!r}, "

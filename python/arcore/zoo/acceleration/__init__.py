@@ -1,0 +1,1 @@
+"""Fewer or cheaper passes for the same or nearly the same samples."""

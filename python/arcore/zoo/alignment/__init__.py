@@ -1,0 +1,1 @@
+"""Objectives that bend a model towards preferences and rewards."""

@@ -1,0 +1,1 @@
+"""Proteins, molecules and other sequences of life."""

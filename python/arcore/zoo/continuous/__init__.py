@@ -1,0 +1,1 @@
+"""Images as continuous tokens, drawn by diffusion or flows."""

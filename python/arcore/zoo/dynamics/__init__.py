@@ -1,0 +1,1 @@
+"""Videos, physics and motion, frame after frame."""

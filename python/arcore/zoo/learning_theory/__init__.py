@@ -1,0 +1,1 @@
+"""Closed forms of what networks learn, checked and drawn."""

@@ -1,0 +1,1 @@
+"""Text and images, or other pairs of senses, in one sequence."""

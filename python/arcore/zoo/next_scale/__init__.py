@@ -1,0 +1,1 @@
+"""Images token map by token map, coarse to fine."""

@@ -1,0 +1,1 @@
+"""Images token after token, in raster or another order."""

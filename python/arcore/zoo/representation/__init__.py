@@ -1,0 +1,1 @@
+"""Features that are pretrained and then used for something else."""

@@ -1,0 +1,1 @@
+"""Time series and tables that grow in time."""

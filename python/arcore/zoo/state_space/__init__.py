@@ -1,0 +1,1 @@
+"""Recurrences with a state of constant size."""

@@ -1,0 +1,345 @@
+"""Mamba: a language model of selective state spaces, without attention (Gu and Dao, arXiv:2312.00752).
+
+Each layer adds a mixer (`arcore.nn.MambaMixer`) of the normalised residual stream to the stream; there is no
+feed-forward network and no position embedding. The state of a layer is a matrix per row whose step sizes, inputs and
+outputs depend on the token, so the model can choose what to keep. Training scans whole sequences; generation carries
+the state along, whose size does not grow.
+
+Legend: B rows, L tokens, C width, V vocabulary, rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arcore.catalog import System, preset
+from arcore.nn import MambaMixer, RMSNorm, StateCache, linear
+from arcore.nn.checks import check_ids, dtype_name
+from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
+
+SYSTEM = System(
+    name="mamba",
+    title="Mamba",
+    paper="arXiv:2312.00752",
+    topic="state_space",
+    kind="model",
+    model="Mamba",
+    ops=("selective_scan",),
+    recipe="language",
+    summary="Language model on selective state spaces, with a state of constant size.",
+    claim="Selection copies marked tokens out of noise; the same model with time-invariant parameters does not.",
+    checked_on="synthetic data",
+)
+
+# Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
+# for any length, and are small enough that the allocator keeps them instead of asking the system for fresh pages.
+PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSpaceConfig:
+    """What Mamba and Mamba-2 have in common.
+
+    Attributes:
+        d_model: width C.
+        n_layer: layers.
+        vocab_size: tokens that mean something.
+        pad_vocab_size_multiple: embedding and logits have `vocab_size` rounded up to a multiple of this.
+        d_state: states per channel.
+        d_conv: taps of the convolution.
+        expand: inner channels over C.
+        bias: biases in the projections in and out.
+        conv_bias: biases in the convolution.
+        norm_eps: of the norms.
+        residual_in_fp32: keep the residual stream in float32 when the weights are of lower precision.
+        tie_embeddings: the last linear layer is the embedding.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    d_model: int
+    n_layer: int
+    vocab_size: int = 50277
+    pad_vocab_size_multiple: int = 8
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    bias: bool = False
+    conv_bias: bool = True
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(StateSpaceConfig):
+    """Settings of `Mamba`. The defaults are those of the published models.
+
+    Attributes:
+        dt_rank: rank of the step sizes; ceil(C / 16) when None.
+        others: those of `StateSpaceConfig`.
+    """
+
+    dt_rank: int | None = None
+
+
+class MambaLayer(nn.Module):
+    """Norm and mixer of one layer."""
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+
+
+class Mamba(nn.Module):
+    """The language model. A `TokenModel` (`arcore.nn.protocols`).
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size: int = config.vocab_size
+        multiple = config.pad_vocab_size_multiple
+        rows = -(-config.vocab_size // multiple) * multiple
+        self.embedding = nn.Embedding(rows, config.d_model, _weight=torch.empty(rows, config.d_model))
+        self.layers: Any = nn.ModuleList(
+            MambaLayer(RMSNorm(config.d_model, eps=config.norm_eps), self.make_mixer())
+            for _ in range(config.n_layer)
+        )
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
+        self._init_weights()
+
+    def make_mixer(self) -> nn.Module:
+        """The mixer of one layer."""
+        config: MambaConfig = self.config
+        return MambaMixer(
+            config.d_model,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+            dt_rank=config.dt_rank,
+            bias=config.bias,
+            conv_bias=config.conv_bias,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        if self.embedding.weight.is_meta:
+            return
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith(("in_proj.bias", "out_proj.bias")):
+                parameter.zero_()
+            elif name.endswith("out_proj.weight"):
+                # The variance of the residual stream stays the same for any depth.
+                parameter.div_(self.config.n_layer**0.5)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at each position.
+
+        Args:
+            ids: int64 `[B, L]`.
+            mask: bool `[B, L]`, False at padding, which no token sees; what comes out there means nothing.
+            seq_idx: int32 `[B, L]`, which of several sequences packed into a row each token belongs to; they do not
+                see each other. Negative means padding.
+            cu_seqlens: int32 or int64 `[S + 1]`, the same for a single row (B = 1): starts of S sequences, and L.
+
+        Returns:
+            float32 `[B, L, V]`, V rounded up as the config says.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: a shape is wrong, an id out of range, or both `seq_idx` and `cu_seqlens` are given.
+        """
+        x = self._embed(ids, 2)
+        packed = self._packing(ids, mask, seq_idx, cu_seqlens)
+        for layer in self.layers:
+            x = x + layer.mixer(layer.norm(x), seq_idx=packed)
+        return self._logits(x)
+
+    def make_cache(self, batch: int, max_length: int | None = None) -> StateCache:
+        """An empty cache for `batch` rows; it has room for any length."""
+        mixer: Any = self.layers[0].mixer
+        weight = self.embedding.weight
+        return StateCache(
+            num_layers=len(self.layers),
+            batch=batch,
+            conv_shape=mixer.conv_shape,
+            state_shape=mixer.state_shape,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: StateCache, mask: Tensor | None = None) -> Tensor:
+        """Read several tokens per row; arguments, result and errors are those of `TokenModel` and `forward`."""
+        x = self._embed(ids, 2)
+        if x.shape[1] == 0:
+            raise ValueError("expected at least one token per row but got none")
+        packed = None
+        if mask is not None and not mask.all():
+            packed = self._packing(ids, mask, None, None)
+            if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+                raise ValueError(
+                    "expected padding only before the tokens of a row, not after or between them"
+                )
+            if cache.length:
+                raise ValueError("expected padding only in the first tokens that a cache receives")
+        size = max(64, PREFILL_TOKENS // max(len(ids), 1))
+        for start in range(0, ids.shape[1], size):
+            piece = slice(start, start + size)
+            last = x[:, piece]
+            ids_of = None if packed is None else packed[:, piece]
+            for i, layer in enumerate(self.layers):
+                last = last + layer.mixer(layer.norm(last), seq_idx=ids_of, cache=cache, layer=i)
+        cache.length += ids.shape[1]
+        return self._logits(last[:, -1])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: StateCache) -> Tensor:
+        """Read one token per row; arguments and result are those of `TokenModel`."""
+        x = self._embed(ids, 1)
+        for i, layer in enumerate(self.layers):
+            x = x + layer.mixer.step(layer.norm(x), cache, i)
+        cache.length += 1
+        return self._logits(x)
+
+    def _embed(self, ids: Tensor, axes: int) -> Tensor:
+        if ids.dim() != axes:
+            shape = "[B, L]" if axes == 2 else "[B]"
+            raise ValueError(f"expected token ids of shape {shape} but got {tuple(ids.shape)}")
+        check_ids("token ids", ids, self.embedding.num_embeddings)
+        x: Tensor = self.embedding(ids)
+        return x.float() if self.config.residual_in_fp32 else x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return linear(self.norm_f(x), weight).float()
+
+    @staticmethod
+    def _packing(
+        ids: Tensor, mask: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor | None:
+        """The sequence of each token as int32, negative at padding; None when every row is one sequence."""
+        if seq_idx is not None and cu_seqlens is not None:
+            raise ValueError("expected seq_idx or cu_seqlens, not both")
+        if cu_seqlens is not None:
+            if len(ids) != 1 or cu_seqlens.dim() != 1:
+                raise ValueError(
+                    f"expected cu_seqlens of shape [S + 1] with one row of ids but got {tuple(cu_seqlens.shape)} with "
+                    f"{len(ids)} rows; use seq_idx for several"
+                )
+            bounds = cu_seqlens.tolist()
+            if not bounds or bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, ids.shape[1]):
+                raise ValueError(f"expected cu_seqlens to rise from 0 to {ids.shape[1]} but got {bounds}")
+            places = torch.arange(ids.shape[1], device=ids.device)
+            seq_idx = torch.bucketize(places, cu_seqlens[1:-1], right=True, out_int32=True).unsqueeze(0)
+        for name, given in (("mask", mask), ("seq_idx", seq_idx)):
+            if given is not None and given.shape != ids.shape:
+                raise ValueError(f"expected {name} of shape {tuple(ids.shape)} but got {tuple(given.shape)}")
+        if mask is None:
+            return seq_idx
+        if mask.dtype != torch.bool:
+            raise TypeError(f"expected mask of dtype bool but got {dtype_name(mask.dtype)}")
+        ones = torch.zeros_like(ids, dtype=torch.int32) if seq_idx is None else seq_idx
+        return ones.masked_fill(~mask, -1)
+
+    @classmethod
+    def official_config(cls, content: Mapping[str, Any]) -> Any:
+        """The config of published weights, from the config.json beside them, of the authors' code or transformers.
+
+        Raises:
+            ValueError: it is of another kind of model, or asks for what this one cannot do.
+        """
+        if "d_model" in content:
+            ssm = original_layers(content, "Mamba1")
+            known = {"d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"}
+            fields = original_config(content) | {name: ssm.pop(name) for name in known & ssm.keys()}
+            if fields.get("dt_rank") == "auto":
+                fields["dt_rank"] = None
+            no_more(ssm)
+        else:
+            fields = transformers_config(content, "mamba")
+            rank = content.get("time_step_rank", "auto")
+            fields |= {"d_state": content.get("state_size", 16), "dt_rank": None if rank == "auto" else rank}
+            inner = content.get("intermediate_size", fields["expand"] * fields["d_model"])
+            if inner != fields["expand"] * fields["d_model"]:
+                raise ValueError(f"intermediate_size={inner} is not expand * hidden_size")
+        return MambaConfig(**fields)
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a published checkpoint under our names; a tied last layer is the embedding once more.
+
+        Raises:
+            ValueError: the config ties the two but they differ.
+        """
+        ours = {
+            key.removeprefix("backbone.").replace("embeddings.weight", "embedding.weight"): value
+            for key, value in state.items()
+        }
+        if self.lm_head is None and "embedding.weight" in ours:
+            head = ours.pop("lm_head.weight", None)
+            if head is not None and not torch.equal(head, ours["embedding.weight"]):
+                raise ValueError(
+                    "lm_head.weight is not the embedding, but the config ties them; set tie_embeddings=False"
+                )
+        return ours
+
+
+@preset
+def mamba_tiny() -> MambaConfig:
+    """Bytes as tokens; trains on a CPU in minutes."""
+    return MambaConfig(d_model=128, n_layer=4, vocab_size=256)
+
+
+@preset
+def mamba_130m() -> MambaConfig:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-130m."""
+    return MambaConfig(d_model=768, n_layer=24)
+
+
+@preset
+def mamba_370m() -> MambaConfig:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-370m."""
+    return MambaConfig(d_model=1024, n_layer=48)
+
+
+@preset
+def mamba_790m() -> MambaConfig:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-790m."""
+    return MambaConfig(d_model=1536, n_layer=48)
+
+
+@preset
+def mamba_1_4b() -> MambaConfig:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-1.4b."""
+    return MambaConfig(d_model=2048, n_layer=48)
+
+
+@preset
+def mamba_2_8b() -> MambaConfig:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-2.8b."""
+    return MambaConfig(d_model=2560, n_layer=64)

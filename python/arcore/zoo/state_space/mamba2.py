@@ -1,0 +1,151 @@
+"""Mamba-2: Mamba with heads that share a scalar decay (Dao and Gu, arXiv:2405.21060).
+
+The restriction makes the scan a structured matrix product: attention with decaying weights instead of a softmax. Around
+the mixer (`arcore.nn.Mamba2Mixer`) the network is that of `Mamba`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from arcore.catalog import System, preset
+from arcore.nn import Mamba2Mixer
+from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
+from arcore.zoo.state_space.mamba import Mamba, StateSpaceConfig
+
+SYSTEM = System(
+    name="mamba2",
+    title="Mamba-2",
+    paper="arXiv:2405.21060",
+    topic="state_space",
+    kind="model",
+    model="Mamba2",
+    builds_on=("mamba",),
+    ops=("ssd",),
+    recipe="language",
+    summary="Mamba with one decay per head, whose scan is also attention without a softmax.",
+    claim="The recurrence is attention whose weights are C B^T times products of decays, without a softmax.",
+    checked_on="published layout, random weights",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(StateSpaceConfig):
+    """Settings of `Mamba2`. The defaults are those of the published models.
+
+    Attributes:
+        head_dim: channels of a head.
+        n_groups: groups of heads that share input and output matrices.
+        dt_limit: step sizes are clamped to this range.
+        others: those of `StateSpaceConfig`.
+    """
+
+    pad_vocab_size_multiple: int = 16
+    d_state: int = 128
+    head_dim: int = 64
+    n_groups: int = 1
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+
+class Mamba2(Mamba):
+    """The language model. A `TokenModel` (`arcore.nn.protocols`).
+
+    Args:
+        config: settings.
+    """
+
+    def make_mixer(self) -> nn.Module:
+        """The mixer of one layer."""
+        config: Mamba2Config = self.config
+        return Mamba2Mixer(
+            config.d_model,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+            head_dim=config.head_dim,
+            num_groups=config.n_groups,
+            bias=config.bias,
+            conv_bias=config.conv_bias,
+            dt_limit=config.dt_limit,
+            norm_eps=config.norm_eps,
+        )
+
+    @classmethod
+    def official_config(cls, content: Mapping[str, Any]) -> Mamba2Config:
+        """See `Mamba.official_config`."""
+        if "d_model" in content:
+            ssm = original_layers(content, "Mamba2")
+            fields = original_config(content)
+            names = {"headdim": "head_dim", "ngroups": "n_groups"} | {
+                name: name for name in ("d_state", "d_conv", "expand", "dt_limit", "bias", "conv_bias")
+            }
+            ssm.pop("chunk_size", None)  # changes speed, not results
+            fields |= {ours: ssm.pop(theirs) for theirs, ours in names.items() if theirs in ssm}
+            no_more(ssm)
+        else:
+            fields = transformers_config(content, "mamba2")
+            inner, heads, size = (
+                fields["expand"] * fields["d_model"],
+                content["num_heads"],
+                content["head_dim"],
+            )
+            if heads * size != inner:
+                raise ValueError(
+                    f"num_heads={heads} times head_dim={size} is not expand * hidden_size = {inner}"
+                )
+            fields |= {
+                "d_state": content["state_size"],
+                "head_dim": size,
+                "n_groups": content["n_groups"],
+                "dt_limit": tuple(map(_number, content.get("time_step_limit", (0.0, math.inf)))),
+            }
+        if "dt_limit" in fields:
+            low, high = fields["dt_limit"]
+            fields["dt_limit"] = (float(low), float(high))
+        return Mamba2Config(**fields)
+
+
+def _number(value: Any) -> float:
+    """JSON has no infinity; transformers writes `{"__float__": "Infinity"}`."""
+    return float(value["__float__"] if isinstance(value, dict) else value)
+
+
+@preset
+def mamba2_tiny() -> Mamba2Config:
+    """Bytes as tokens; trains on a CPU in minutes."""
+    return Mamba2Config(d_model=128, n_layer=4, vocab_size=256, d_state=32, head_dim=32, n_groups=2)
+
+
+@preset
+def mamba2_130m() -> Mamba2Config:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-130m."""
+    return Mamba2Config(d_model=768, n_layer=24)
+
+
+@preset
+def mamba2_370m() -> Mamba2Config:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-370m."""
+    return Mamba2Config(d_model=1024, n_layer=48)
+
+
+@preset
+def mamba2_780m() -> Mamba2Config:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-780m."""
+    return Mamba2Config(d_model=1536, n_layer=48)
+
+
+@preset
+def mamba2_1_3b() -> Mamba2Config:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-1.3b."""
+    return Mamba2Config(d_model=2048, n_layer=48)
+
+
+@preset
+def mamba2_2_7b() -> Mamba2Config:
+    """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-2.7b."""
+    return Mamba2Config(d_model=2560, n_layer=64)

@@ -1,0 +1,1 @@
+"""Procedures with a guarantee: tests, estimators, private data."""

@@ -1,0 +1,305 @@
+"""RoMA's classifier: backward and column-wise scans, published names and arithmetic, and its start from pretraining."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import arcore
+from arcore.data import load_photos
+from arcore.models import (
+    FourDirectionMixer,
+    RoMA,
+    RoMAClassifier,
+    RoMAClassifierConfig,
+    RoMAConfig,
+    load_weights,
+)
+from arcore.nn import sincos_positions
+from arcore.zoo.representation.roma_classifier import column_order
+
+pytest.importorskip("sklearn")
+
+SMALL = {
+    "embed_dim": 24,
+    "depth": 6,
+    "num_classes": 5,
+    "image_size": 24,
+    "patch_size": 4,
+    "d_state": 4,
+    "drop_path": 0.0,
+}
+PRETRAINED = {
+    "embed_dim": 24,
+    "depth": 6,
+    "decoder_dim": 64,
+    "image_size": 24,
+    "patch_size": 4,
+    "cluster": 2,
+    "block": 3,
+    "d_state": 4,
+}
+SUFFIXES = ("", "_b", "_c", "_c_b")
+
+
+def shake(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+
+
+def textbook_scan(u: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """Convolution and scan of `[B, L, D]` forwards, token by token."""
+    taps = w["conv1d.weight"][:, 0]
+    early = F.pad(u, (0, 0, 3, 0))
+    u = F.silu(sum(early[:, k : k + u.shape[1]] * taps[:, k] for k in range(4)) + w["conv1d.bias"])
+    a = -w["A_log"].exp()
+    rank, states = w["dt_proj.weight"].shape[1], a.shape[1]
+    low, b, c = (u @ w["x_proj.weight"].T).split([rank, states, states], -1)
+    delta = F.softplus(low @ w["dt_proj.weight"].T + w["dt_proj.bias"])
+    state, out = torch.zeros(len(u), *a.shape, dtype=u.dtype), []
+    for t in range(u.shape[1]):
+        step = delta[:, t, :, None]
+        state = (step * a).exp() * state + step * b[:, t, None] * u[:, t, :, None]
+        out.append((state * c[:, t, None]).sum(-1) + w["D"] * u[:, t])
+    return torch.stack(out, 1) * F.silu(z)
+
+
+def textbook_mixer(x: Tensor, w: dict[str, Tensor], directions: list[dict[str, Tensor]]) -> Tensor:
+    """Four scans of copies: as they are, flipped, and both with the grid of patches transposed."""
+    side = math.isqrt(x.shape[1] - 1)
+    middle = side * side // 2
+
+    def transposed(x: Tensor) -> Tensor:
+        patches = torch.cat([x[:, :middle], x[:, middle + 1 :]], 1).unflatten(1, (side, side))
+        patches = patches.transpose(1, 2).flatten(1, 2)
+        return torch.cat([patches[:, :middle], x[:, middle : middle + 1], patches[:, middle:]], 1)
+
+    u, z = (x @ w["in_proj.weight"].T).chunk(2, -1)
+    rows = textbook_scan(u, z, directions[0])
+    rows = rows + textbook_scan(u.flip(1), z.flip(1), directions[1]).flip(1)
+    u, z = transposed(u), transposed(z)
+    columns = textbook_scan(u, z, directions[2])
+    columns = columns + textbook_scan(u.flip(1), z.flip(1), directions[3]).flip(1)
+    return (rows + transposed(columns)) / 4 @ w["out_proj.weight"].T
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_claim_backward_scans_equal_flipped_copies(side: int):
+    mixer = FourDirectionMixer(32, d_state=8)
+    shake(mixer)
+    x = torch.randn(2, side * side + 1, 32, requires_grad=True)
+    weight = torch.randn_like(x)
+    out = mixer(x, column_order(side))
+    (out * weight).sum().backward()
+    double = {name: value.detach().double().requires_grad_() for name, value in mixer.named_parameters()}
+    directions = [
+        {name.split(".", 2)[2]: value for name, value in double.items() if f"directions.{k}." in name}
+        for k in range(4)
+    ]
+    y = x.detach().double().requires_grad_()
+    expected = textbook_mixer(y, double, directions)
+    (expected * weight).sum().backward()
+    assert expected.std() > 0.05
+    torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())
+    for name, ours, theirs in [
+        ("x", x.grad, y.grad),
+        *((name, value.grad, double[name].grad) for name, value in mixer.named_parameters()),
+    ]:
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-5 * scale, msg=name)
+    # Directions have weights of their own, so mixing them up would show.
+    swapped = textbook_mixer(y, double, directions[::-1])
+    assert (swapped - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 14])
+def test_column_order_is_its_own_inverse(side: int):
+    order = column_order(side)
+    assert torch.equal(order[order], torch.arange(side * side + 1))
+    middle = side * side // 2
+    assert order[middle] == middle
+    tokens = torch.arange(side * side).view(side, side)
+    with_class = torch.cat([tokens.flatten()[:middle], torch.tensor([-1]), tokens.flatten()[middle:]])
+    along_columns = [token for token in with_class[order].tolist() if token != -1]
+    assert along_columns == tokens.T.flatten().tolist()
+
+
+def official_shapes(config: RoMAClassifierConfig) -> dict[str, tuple[int, ...]]:
+    c, states, hidden, rank = (
+        config.embed_dim,
+        config.d_state,
+        config.embed_dim * 8 // 3,
+        math.ceil(config.embed_dim / 16),
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, c),
+        "pos_embed": (1, config.side**2 + 1, c),
+        "patch_embed.proj.weight": (c, config.in_channels, config.patch_size, config.patch_size),
+        "patch_embed.proj.bias": (c,),
+        "norm_f.weight": (c,),
+        "norm_f.bias": (c,),
+        "head.weight": (config.num_classes, c),
+        "head.bias": (config.num_classes,),
+    }
+    for i in range(config.depth):
+        layer = {"mixer.in_proj.weight": (2 * c, c), "mixer.out_proj.weight": (c, c)}
+        for s in SUFFIXES:
+            layer |= {
+                f"mixer.A{s}_log": (c, states),
+                f"mixer.D{s}": (c,),
+                f"mixer.conv1d{s}.weight": (c, 1, 4),
+                f"mixer.conv1d{s}.bias": (c,),
+                f"mixer.x_proj{s}.weight": (rank + 2 * states, c),
+                f"mixer.dt_proj{s}.weight": (c, rank),
+                f"mixer.dt_proj{s}.bias": (c,),
+            }
+        for k, shape in (("1", (hidden, c)), ("2", (hidden, c)), ("3", (c, hidden))):
+            layer |= {f"mlp.w{k}.weight": shape, f"mlp.w{k}.bias": shape[:1]}
+        layer |= {f"norm{k}.{part}": (c,) for k in (1, 2) for part in ("weight", "bias")}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024])
+def test_published_sizes(width: int):
+    [name] = [
+        name
+        for name in arcore.list_models("roma_classifier_*_pz16")
+        if arcore.models.get_config(name).embed_dim == width
+    ]
+    with torch.device("meta"):
+        model = arcore.create_model(name)
+    assert model.pos_embed.shape[1] == 197
+    shapes = official_shapes(model.config)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    renamed = model.from_official(state)
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    if width == 768:
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(85, abs=0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("global_pool", [False, True])
+@pytest.mark.parametrize("probe", [False, True])
+def test_published_checkpoint_gives_published_arithmetic(tmp_path: Path, global_pool: bool, probe: bool):
+    config = RoMAClassifierConfig(**SMALL, global_pool=global_pool, probe=probe)
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in official_shapes(config).items()}
+    stored = dict(weights)
+    if probe:
+        stored |= {f"head.1.{part}": stored.pop(f"head.{part}") for part in ("weight", "bias")}
+        stored |= {"head.0.running_mean": torch.randn(24), "head.0.running_var": torch.rand(24) + 0.5}
+        stored["head.0.num_batches_tracked"] = torch.tensor(7)
+    args = argparse.Namespace(model="arm_base_pz16")
+    torch.save({"model": stored, "epoch": 3, "args": args}, tmp_path / "checkpoint-3.pth")
+    model = RoMAClassifier(config).eval()
+    load_weights(model, tmp_path / "checkpoint-3.pth")
+    images = load_photos("test", image_size=24).images[::100]
+
+    w = {name: value.double() for name, value in weights.items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (24,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    x = F.conv2d(images.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=4)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([x[:, :18], w["cls_token"].expand(len(x), -1, -1), x[:, 18:]], 1) + w["pos_embed"]
+    for i in range(6):
+        mixer = {k.split("mixer.")[1]: v for k, v in w.items() if k.startswith(f"layers.{i}.mixer.")}
+        names = ("conv1d{}.weight", "conv1d{}.bias", "x_proj{}.weight", "dt_proj{}.weight", "dt_proj{}.bias")
+        directions = [
+            {name.format(""): mixer[name.format(s)] for name in (*names, "A{}_log", "D{}")} for s in SUFFIXES
+        ]
+        x = x + textbook_mixer(norm(x, f"layers.{i}.norm1"), mixer, directions)
+        h, mlp = norm(x, f"layers.{i}.norm2"), f"layers.{i}.mlp"
+        gate, value = (F.linear(h, w[f"{mlp}.w{k}.weight"], w[f"{mlp}.w{k}.bias"]) for k in (1, 2))
+        x = x + F.linear(F.silu(gate) * value, w[f"{mlp}.w3.weight"], w[f"{mlp}.w3.bias"])
+    x = norm(x, "norm_f")
+    x = (x[:, :18].mean(1) + x[:, 19:].mean(1)) / 2 if global_pool else x[:, 18]
+    if probe:
+        x = (x - stored["head.0.running_mean"]) / (stored["head.0.running_var"].double() + 1e-6).sqrt()
+    expected = F.linear(x, w["head.weight"], w["head.bias"])
+    torch.testing.assert_close(
+        model(images), expected.float(), rtol=0, atol=3e-5 * expected.abs().max().item()
+    )
+
+
+@torch.no_grad()
+def test_a_classifier_starts_from_a_pretrained_encoder():
+    pretrained, model = RoMA(RoMAConfig(**PRETRAINED)), RoMAClassifier(RoMAClassifierConfig(**SMALL))
+    shake(pretrained)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.start_from(pretrained)
+    source, state = pretrained.state_dict(), model.state_dict()
+    for name, value in source.items():
+        if (
+            name.startswith("layers.")
+            and ".mixer." in name
+            and "in_proj" not in name
+            and "out_proj" not in name
+        ):
+            for k in range(4):
+                assert torch.equal(state[name.replace("mixer.", f"mixer.directions.{k}.")], value), name
+        elif name.startswith(("layers.", "patch_embed.")):
+            assert torch.equal(state[name], value), name
+    for name in ("cls_token", "norm_f.weight", "head.weight", "head.bias"):
+        assert torch.equal(state[name], before[name])
+    table = sincos_positions(6, 24)
+    assert torch.equal(model.pos_embed[:, :18], table[:, :18])
+    assert not model.pos_embed[:, 18].any()
+    assert torch.equal(model.pos_embed[:, 19:], table[:, 18:])
+    # Another image size: positions are interpolated, so corners stay near corners.
+    larger = RoMAClassifier(RoMAClassifierConfig(**SMALL | {"image_size": 48}))
+    larger.start_from(pretrained)
+    assert larger.pos_embed.shape == (1, 145, 24)
+    nearest = (larger.pos_embed[0, 0] - table[0]).square().sum(-1).argmin()
+    assert nearest == 0
+    nearest = (larger.pos_embed[0, -1] - table[0]).square().sum(-1).argmin()
+    assert nearest == 35
+    with pytest.raises(ValueError, match="pretrained model with embed_dim=32 but got 24"):
+        RoMAClassifier(RoMAClassifierConfig(**SMALL | {"embed_dim": 32})).start_from(pretrained)
+
+
+@torch.no_grad()
+def test_every_patch_reaches_the_class():
+    model = RoMAClassifier(RoMAClassifierConfig(**SMALL | {"depth": 1})).eval()
+    shake(model)
+    images = load_photos("test", image_size=24).images[:1]
+    logits = model(images)
+    for top in range(0, 24, 4):
+        for left in range(0, 24, 4):
+            other = images.clone()
+            other[:, :, top : top + 4, left : left + 4] += 1
+            assert not torch.equal(model(other), logits), (top, left)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 0}, "num_classes to be at least 1 but got 0"),
+        ({"image_size": 26}, "image_size to be a multiple of patch_size=4 but got 26"),
+        ({"drop_path": 1.5}, "0 <= rate < 1"),
+    ],
+)
+def test_bad_configs(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        RoMAClassifier(RoMAClassifierConfig(**SMALL | change))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind", "message"),
+    [
+        ((2, 3, 24, 20), torch.float32, ValueError, r"images of shape \('B', 3, 24, 24\)"),
+        ((3, 24, 24), torch.float32, ValueError, r"got \(3, 24, 24\)"),
+        ((2, 3, 24, 24), torch.uint8, TypeError, "floating dtype but got uint8; scale them"),
+    ],
+)
+def test_bad_arguments(shape: tuple, dtype: torch.dtype, kind: type[Exception], message: str):
+    with pytest.raises(kind, match=message):
+        RoMAClassifier(RoMAClassifierConfig(**SMALL))(torch.zeros(shape, dtype=dtype))
