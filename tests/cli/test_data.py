@@ -49,3 +49,18 @@ def test_classes_in_classes(tmp_path: Path, capsys):
 def test_a_path_that_is_none(tmp_path: Path, capsys):
     assert main(["data", "check", str(tmp_path / "gone")]) == 2
     assert "gone does not exist: expected a folder or a file" in capsys.readouterr().err
+
+
+def test_text(tmp_path: Path, capsys):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "198 characters to train on, 22 held out" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    assert main(["data", "check", str(tmp_path)]) == 1
+    assert "b.txt: is not UTF-8 text" in capsys.readouterr().out
+
+
+def test_neither(tmp_path: Path, capsys):
+    (tmp_path / "a.doc").write_text("words")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "say --kind" in capsys.readouterr().err

@@ -59,8 +59,30 @@ def _images(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
     return [*lines, *images.notes, f"digest {images.digest()}"], bad
 
 
-KINDS: dict[str, Callable[[Path, str | None], tuple[list[str], list[str]]]] = {"images": _images}
+def _text(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        text = load_text(path, skip_bad=True)
+    lines = [f"{len(text.train)} characters to train on, {len(text.test)} held out"]
+    return [*lines, *text.notes, f"digest {text.digest}"], [
+        f"{file}: {reason}" for file, reason in text.skipped
+    ]
+
+
+KINDS: dict[str, Callable[[Path, str | None], tuple[list[str], list[str]]]] = {
+    "images": _images,
+    "text": _text,
+}
+_SUFFIXES = {"images": IMAGE_SUFFIXES, "text": TEXT_SUFFIXES}
 
 
 def _kind(path: Path) -> str:
-    return "images"
+    """By the endings of most files."""
+    files = walk(path).files if path.is_dir() else [path]
+    counts = {
+        kind: sum(file.suffix.lower() in suffixes for file in files) for kind, suffixes in _SUFFIXES.items()
+    }
+    kind = max(counts, key=lambda name: counts[name])
+    if not counts[kind]:
+        raise ValueError(f"{path} holds no images and no text that are known by their endings: say --kind")
+    return kind
