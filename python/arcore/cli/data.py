@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arcore.cli._parse import PlainParser
-from arcore.data.image_folder import ImageFolder
+from arcore.data import load_text
+from arcore.data._walk import walk
+from arcore.data.image_folder import IMAGE_SUFFIXES, ImageFolder
+from arcore.data.text import TEXT_SUFFIXES
 
 DESCRIPTION = """\
 Look through data before training on them: every file is read to its end, and what cannot be used is named.
