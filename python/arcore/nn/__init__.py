@@ -5,6 +5,7 @@ from arcore.nn.attention import CrossAttention, SelfAttention
 from arcore.nn.blocks import PostNormBlock, PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
+from arcore.nn.decoder import DecoderLayer, GatedMLP, GroupedAttention, attend, pairs_to_halves
 from arcore.nn.diffusion_head import DiffusionHead
 from arcore.nn.dit import DiTAttention, DiTBlock, DiTHead, TimestepEmbedding, init_dit, modulate
 from arcore.nn.embed import (
@@ -20,6 +21,8 @@ from arcore.nn.norm import GatedRMSNorm, RMSNorm
 from arcore.nn.patches import PatchEmbed
 from arcore.nn.protocols import (
     BlockModel,
+    DraftableModel,
+    Extended,
     FrameModel,
     MaskedModel,
     ScaleModel,
@@ -27,13 +30,16 @@ from arcore.nn.protocols import (
     TokenModel,
 )
 from arcore.nn.rope import Rope, axis_base, rope_table
+from arcore.nn.rotary import Angles, RotaryTable, signed_angles
 from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
 from arcore.nn.state import StateCache, StateSnapshot
+from arcore.nn.token_cache import TokenCache, TokenSnapshot
 
 __all__ = [
     "MLP",
     "AdaLNBlock",
     "AdaLNHead",
+    "Angles",
     "BlockModel",
     "Cache",
     "CausalConv1d",
@@ -42,13 +48,18 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "CrossAttention",
+    "DecoderLayer",
     "DiTAttention",
     "DiTBlock",
     "DiTHead",
     "DiffusionHead",
+    "DraftableModel",
     "DropPath",
+    "Extended",
     "FrameModel",
+    "GatedMLP",
     "GatedRMSNorm",
+    "GroupedAttention",
     "KVCache",
     "KVSnapshot",
     "LevelEmbedding",
@@ -62,6 +73,7 @@ __all__ = [
     "PreNormBlock",
     "RMSNorm",
     "Rope",
+    "RotaryTable",
     "ScaleModel",
     "ScaleTokenizer",
     "SelectiveSSM",
@@ -70,14 +82,19 @@ __all__ = [
     "StateSnapshot",
     "SwiGLU",
     "TimestepEmbedding",
+    "TokenCache",
     "TokenModel",
+    "TokenSnapshot",
+    "attend",
     "axis_base",
     "init_dit",
     "init_mamba_encoder",
     "linear",
     "modulate",
     "modulated_norm",
+    "pairs_to_halves",
     "rope_table",
+    "signed_angles",
     "sincos_positions",
     "sincos_sequence",
 ]

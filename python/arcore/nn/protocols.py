@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -275,4 +275,34 @@ class TokenModel(Protocol):
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """`prefill` of one token per row: int64 `[B]` to float32 `[B, V]`."""
+        ...
+
+
+class Extended(NamedTuple):
+    """What a model says about drafted tokens.
+
+    Attributes:
+        logits: float32 `[B, N, V]`, of the token after each draft.
+        hidden: `[B, N, C]`, what the logits are computed from; for draft heads.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+@runtime_checkable
+class DraftableModel(TokenModel, Protocol):
+    """A `TokenModel` that reads several drafted tokens at once and keeps those that are accepted."""
+
+    def extend(self, ids: Tensor, cache: Any, parents: Sequence[int] | None = None) -> Extended:
+        """Read drafts behind what the cache holds, without counting them in.
+
+        Afterwards `cache.commit` counts in the first of them, or `cache.keep` those on a path.
+
+        Args:
+            ids: int64 `[B, N]`.
+            cache: from `make_cache(B, ...)`.
+            parents: draft i follows draft `parents[i] < i`, or the text for -1; None for a chain, in which each
+                follows the one before.
+        """
         ...

@@ -1,0 +1,158 @@
+"""The layer of Llama's kind: grouped-query attention with rotary positions, and a gated feed-forward network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arcore.masks import IntervalMask, TreeMask
+from arcore.nn.linear import Linear
+from arcore.nn.norm import RMSNorm
+from arcore.nn.rotary import Angles
+from arcore.nn.token_cache import TokenCache
+from arcore.ops import block_sparse_attention
+
+Mask = IntervalMask | TreeMask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention under either kind of mask; shapes are those of `arcore.ops.block_sparse_attention`."""
+    if isinstance(mask, IntervalMask):
+        return block_sparse_attention(q, k, v, mask)
+    allowed = mask.to_bool()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class GroupedAttention(nn.Module):
+    """Causal self-attention in which several query heads share a key head (GQA, arXiv:2305.13245).
+
+    Queries, keys and values come from one product, in this order of rows.
+
+    Args:
+        dim: width C.
+        num_heads: query heads H.
+        num_kv_heads: key heads; H must be a multiple.
+        head_dim: width D of a head, a multiple of 8, at most 256.
+        qkv_bias: biases of queries, keys and values.
+        out_bias: bias of the projection out.
+
+    Raises:
+        ValueError: heads do not fit together, or the op does not take their width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                "arcore.nn.GroupedAttention: expected num_heads to be a multiple of num_kv_heads but got "
+                f"{num_heads} and {num_kv_heads}"
+            )
+        if head_dim % 8 or not 8 <= head_dim <= 256:
+            raise ValueError(
+                f"arcore.nn.GroupedAttention: expected head_dim to be a multiple of 8 from 8 to 256 but got {head_dim}"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
+        self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
+
+    def forward(
+        self, x: Tensor, angles: Angles, mask: Mask, cache: TokenCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `[B, N, C]`.
+            angles: of the N tokens.
+            mask: N queries; N keys, or with a cache `cache.length + N`.
+            cache: earlier keys and values; those of x are staged in it.
+            layer: which layer of the cache is ours.
+
+        Returns:
+            `[B, N, C]`.
+        """
+        batch, length, _ = x.shape
+        turned = self.num_heads + self.num_kv_heads
+        qkv = self.qkv(x).view(batch, length, turned + self.num_kv_heads, self.head_dim)
+        qk = angles.turn(qkv[:, :, :turned])
+        # Transposed views: the op takes any strides, so no copy is made here or of its output.
+        q = qk[:, :, : self.num_heads].transpose(1, 2)
+        k = qk[:, :, self.num_heads :].transpose(1, 2)
+        v = qkv[:, :, turned:].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.stage(layer, k, v)
+        out = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
+        mixed: Tensor = self.out(out)
+        return mixed
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate x) * up x)` (SwiGLU, arXiv:2002.05202), gate and up from one product.
+
+    Args:
+        dim: width C.
+        hidden_dim: width of the hidden layer.
+        bias: biases of all three.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden_dim, bias=bias)
+        self.down = Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to `[..., C]`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """`x += attention(norm1(x)); x += mlp(norm2(x))` with RMS norms.
+
+    Args:
+        dim: width C.
+        attention: mixes tokens.
+        mlp: acts on each token.
+        norm_eps: of the norms.
+        norm1: whether there is a norm before the attention; drafters' first layers have none.
+    """
+
+    def __init__(
+        self, dim: int, *, attention: nn.Module, mlp: nn.Module, norm_eps: float = 1e-5, norm1: bool = True
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps=norm_eps) if norm1 else nn.Identity()
+        self.attention = attention
+        self.norm2 = RMSNorm(dim, eps=norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """`[B, N, C]` to `[B, N, C]`; the other arguments go to the attention."""
+        x = x + self.attention(self.norm1(x), *args)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of a query or key projection, from rotary pairs (2i, 2i + 1) to pairs (i, i + D / 2).
+
+    Files of llama.cpp and Llama's own code store them the first way. Scores do not change when queries and keys are
+    permuted alike.
+
+    Args:
+        weight: `[H * D, ...]`, weight or bias.
+        num_heads: heads H of it.
+    """
+    heads = weight.unflatten(0, (num_heads, -1, 2))
+    return heads.transpose(1, 2).reshape(weight.shape)

