@@ -12,7 +12,9 @@ LAYERS, BATCH, HEADS, DIM = 2, 3, 2, 4
 
 
 def make(max_length: int = 12, **kwargs: object) -> TokenCache:
-    return TokenCache(num_layers=LAYERS, batch=BATCH, num_heads=HEADS, max_length=max_length, head_dim=DIM, **kwargs)
+    return TokenCache(
+        num_layers=LAYERS, batch=BATCH, num_heads=HEADS, max_length=max_length, head_dim=DIM, **kwargs
+    )
 
 
 def tokens(count: int) -> Tensor:

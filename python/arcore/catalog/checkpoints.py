@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from arcore._files import atomic_folder
 from arcore._optional import require
 from arcore.catalog.discovery import Entry, catalog
+from arcore.catalog.gguf import GGUF
 from arcore.catalog.lookup import find, load, model_class
 
 CONFIG = "config.json"
 INDEX = ".index.json"
+GGUF_SUFFIX = ".gguf"
 PUBLISHED = (
     "model.safetensors",
     f"model.safetensors{INDEX}",
@@ -190,6 +192,8 @@ def config_beside(entry: Entry, path: str | os.PathLike[str]) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"the weights {path} do not exist")
     official_config = getattr(model_class(entry), "official_config", None)
+    if path.suffix == GGUF_SUFFIX and official_config is not None:
+        return official_config(GGUF(path).config())
     if (folder / CONFIG).is_file() and official_config is not None:
         content = _read_json(folder / CONFIG)
         if "modules" not in content:
@@ -262,6 +266,8 @@ def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
             # Nothing but files of this folder: an index must not point elsewhere.
             state |= _read_state(path.parent / Path(name).name, official_entry)
         return state
+    if path.suffix == GGUF_SUFFIX:
+        return GGUF(path).state()
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", extra="zoo")
         try:

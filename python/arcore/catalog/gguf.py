@@ -91,7 +91,9 @@ class GGUF:
             raise FileNotFoundError(f"the weights {self.path} do not exist")
         size = self.path.stat().st_size
         if size < 24:
-            raise ValueError(f"the weights {self.path} are damaged or truncated: {size} bytes are no GGUF file")
+            raise ValueError(
+                f"the weights {self.path} are damaged or truncated: {size} bytes are no GGUF file"
+            )
         with self.path.open("rb") as file:
             # A private mapping may be written to, so that torch takes it without a warning; nothing does.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -127,7 +129,11 @@ class GGUF:
             if kind == "Q8_0":
                 values = blocks[:, 2:].contiguous().view(torch.int8).float() * scale
             else:
-                low = _typed(blocks[:, 2:4].contiguous(), torch.float16).float() if kind == "Q4_1" else -8 * scale
+                low = (
+                    _typed(blocks[:, 2:4].contiguous(), torch.float16).float()
+                    if kind == "Q4_1"
+                    else -8 * scale
+                )
                 packed = blocks[:, size - 16 :]
                 # The low halves of the bytes are the first 16 values of a block.
                 quants = torch.cat([packed & 15, packed >> 4], dim=1).float()
@@ -188,13 +194,17 @@ class GGUF:
         def get(name: str, default: Any = None) -> Any:
             found = self.metadata.get(f"{first}.{name}", default)
             if found is None:
-                raise ValueError(f"the weights {self.path} are damaged: their metadata have no {first}.{name}")
+                raise ValueError(
+                    f"the weights {self.path} are damaged: their metadata have no {first}.{name}"
+                )
             return found
 
         heads = get("attention.head_count")
         width = get("embedding_length")
         if "rope_freqs.weight" in self.tensors or get("rope.scaling.type", "none") != "none":
-            raise ValueError(f"the weights {self.path} ask for stretched rotary rates, which are read from no GGUF file")
+            raise ValueError(
+                f"the weights {self.path} ask for stretched rotary rates, which are read from no GGUF file"
+            )
         return {
             "model_type": first,
             "hidden_size": width,
@@ -227,7 +237,9 @@ class GGUF:
         self._at = 4
         version = self._scalar("I")
         if version not in VERSIONS:
-            raise ValueError(f"the weights {self.path} are GGUF of version {version}; versions 2 and 3 can be read")
+            raise ValueError(
+                f"the weights {self.path} are GGUF of version {version}; versions 2 and 3 can be read"
+            )
         num_tensors, num_entries = self._scalar("Q"), self._scalar("Q")
         self.metadata: dict[str, Any] = {}
         for _ in range(num_entries):
@@ -251,10 +263,12 @@ class GGUF:
             info = TensorInfo(name, shape, storage, base + offset)
             if not shape or shape[-1] % storage.values:
                 raise ValueError(
-                    f"the weights {self.path} are damaged: {name} of shape {shape} is no number of {storage.name} blocks"
+                    f"the weights {self.path} are damaged: {name} of shape {shape} is not whole {storage.name} blocks"
                 )
             if info.start + info.nbytes > len(self._view):
-                raise ValueError(f"the weights {self.path} are damaged or truncated: {name} ends behind the file")
+                raise ValueError(
+                    f"the weights {self.path} are damaged or truncated: {name} ends behind the file"
+                )
             self.tensors[name] = info
 
     def _scalar(self, code: str) -> Any:

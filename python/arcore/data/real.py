@@ -1,4 +1,4 @@
-"""Weights and data sets that Python packages ship. Nothing is downloaded; a missing package is named with its command."""
+"""Weights that Python packages ship. Nothing is downloaded; a missing package is named with its command."""
 
 from __future__ import annotations
 
@@ -101,12 +101,16 @@ def gguf_tokenizer(file: GGUF) -> BPETokenizer:
         raise ValueError(f"the tokenizer in {file.path} is damaged ({error})") from error
     split = library.pre_tokenizers.ByteLevel(add_prefix_space=bool(meta.get("add_space_prefix", False)))
     if meta["pre"] == "smollm":
-        split = library.pre_tokenizers.Sequence([library.pre_tokenizers.Digits(individual_digits=True), split])
+        split = library.pre_tokenizers.Sequence(
+            [library.pre_tokenizers.Digits(individual_digits=True), split]
+        )
     inner.pre_tokenizer = split
     inner.decoder = library.decoders.ByteLevel()
     # Types of llama.cpp: 3 is a control token, 4 one that a user added.
     for wanted, special in ((3, True), (4, False)):
-        added = [token for token, kind in zip(tokens, meta.get("token_type", []), strict=False) if kind == wanted]
+        added = [
+            token for token, kind in zip(tokens, meta.get("token_type", []), strict=False) if kind == wanted
+        ]
         make = inner.add_special_tokens if special else inner.add_tokens
         make([library.AddedToken(token, special=special, normalized=False) for token in added])
     return BPETokenizer(inner)

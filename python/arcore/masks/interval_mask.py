@@ -87,6 +87,22 @@ class IntervalMask(Value):
                 keys = keys.to(device)
             self._freeze(bounds=rows.to(device), key_bounds=keys, nk=nk, labels=labels)
 
+    @classmethod
+    def trusted(cls, bounds: Tensor, nk: int, key_bounds: Tensor | None = None) -> IntervalMask:
+        """A mask from bounds that are known to be in normal form: nothing is checked or copied.
+
+        For loops that make a mask at each step, and for graphs that `torch.compile` traces, in which values cannot be
+        looked at. Wrong bounds give undefined results.
+
+        Args:
+            bounds: int32 ``[Bm, Hm, Nq, 2 * num_intervals]``, contiguous, in normal form.
+            nk: number of keys.
+            key_bounds: int32 ``[Bm, Nk, 2]``, contiguous, in normal form, or None.
+        """
+        mask = object.__new__(cls)
+        mask._freeze(bounds=bounds, key_bounds=key_bounds, nk=nk, labels=None)
+        return mask
+
     @property
     def nq(self) -> int:
         """Number of query rows."""

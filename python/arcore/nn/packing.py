@@ -92,7 +92,7 @@ def causal_packing(sequence: Tensor, window: int | None = None) -> Packing:
     positions = (count - 1 - (count - real.long()).gather(1, start)).clamp(min=0)
     low = start
     if window is not None:
-        if bool((positions != index - start)[real].any()):
+        if not torch.compiler.is_compiling() and bool((positions != index - start)[real].any()):
             raise ValueError("expected no padding between the tokens of a sequence with a sliding window")
         low = torch.maximum(start, index - (window - 1))
     bounds = torch.stack([low, index + 1], -1).where(real.unsqueeze(-1), 0).unsqueeze(1)

@@ -28,8 +28,8 @@ class Angles(NamedTuple):
 
     def turn(self, x: Tensor) -> Tensor:
         """Turn queries or keys `[B, N, H, D]`; computed in float32, returned in the dtype of x."""
-        swapped = x.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x * self.cos, swapped, self.sin).to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.addcmul(x * self.cos, torch.cat([second, first], -1), self.sin).to(x.dtype)
 
 
 def signed_angles(angles: Tensor) -> Angles:

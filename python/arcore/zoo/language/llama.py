@@ -307,10 +307,16 @@ class Llama(nn.Module):
         else:
             positions = torch.tensor(lengths).unsqueeze(1) + torch.arange(new)
             angles = self.rotary.at(positions.to(device))
-        stop = torch.tensor(lengths, device="cpu").unsqueeze(1) + torch.arange(1, new + 1, device="cpu")
-        start = torch.zeros_like(stop) if self.config.window is None else stop - self.config.window
-        bounds = torch.stack([start.clamp(min=0), stop], -1).unsqueeze(1)
-        return IntervalMask(bounds, max(lengths) + new).to(device), angles
+        if len(lengths) == 1:
+            # Numbers of Python only: a compiled graph cannot look at values.
+            stop = torch.arange(lengths[0] + 1, lengths[0] + new + 1, dtype=torch.int32, device=device)[None]
+        else:
+            stop = torch.tensor(lengths, dtype=torch.int32).unsqueeze(1) + torch.arange(1, new + 1)
+        start = torch.zeros_like(stop)
+        if self.config.window is not None:
+            start = (stop - self.config.window).clamp(min=0)
+        bounds = torch.stack([start, stop], -1).unsqueeze(1).to(device, torch.int32)
+        return IntervalMask.trusted(bounds, max(lengths) + new), angles
 
     def _run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
         for i, layer in enumerate(self.layers):
