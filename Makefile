@@ -24,7 +24,7 @@ CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.
 FIND_NVCC := $(PY) -c 'import sys; sys.path.insert(0, "tools"); import cuda_config; sys.exit(cuda_config.find_nvcc() is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wheel test-all lint format bench readme docs cuda-check build clean distclean FORCE
+.PHONY: help claims demo test test-wheel test-all lint format bench readme docs cuda-check build clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -68,6 +68,9 @@ format: $(STAMPS)/dev  ## rewrite the sources in the project's style
 
 bench: $(STAMPS)/build $(STAMPS)/bench  ## run the benchmarks on one thread
 	$(PY) -m pytest bench $(PYTEST_ARGS)
+
+claims: $(STAMPS)/build $(STAMPS)/train  ## check every paper's claim in full, write bench/results/claims.json
+	$(PY) -m arcore check --all --json bench/results/claims.json
 
 readme: $(STAMPS)/build $(STAMPS)/dev  ## generate README's tables and figure anew
 	$(PY) tools/bench_table.py

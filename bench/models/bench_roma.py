@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from arcore.models import FourDirectionMixer
 from arcore.nn import MambaMixer, PreNormBlock, SelectiveSSM, SwiGLU
-from arcore.zoo.representation.roma_classifier import column_order
+from arcore.zoo.representation.roma_classifier.model import column_order
 
 WIDTH, STATES = 768, 16
 LAYERS, BATCH, TOKENS = 2, 2, 128

@@ -25,7 +25,8 @@ EXTRAS = {
 ISAS = ("default", "avx2", "avx512")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the processor calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -49,7 +50,7 @@ def _cpu_lines() -> list[tuple[str, str]]:
     above = [isa for isa in ISAS if ISAS.index(isa) > ISAS.index(supported)]
     untested = f"; {', '.join(above)} compiled but never run here: this CPU lacks it" if above else ""
     return [
-        ("CPU", _cpu_model()),
+        ("CPU", cpu_model()),
         ("CPU kernels", f"{used} in use ({reason}); built: {', '.join(ISAS)}{untested}"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
     ]

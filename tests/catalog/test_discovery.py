@@ -46,7 +46,7 @@ def toy_b():
     """The base."""
 
 
-def helper(): ...
+def claim(*, quick): ...
 '''
 
 
@@ -69,7 +69,7 @@ def test_a_file_is_read_and_not_run(zoo: Path):
     assert list(entry.presets) == ["toy_tiny", "toy_b"]
     assert entry.presets["toy_tiny"].summary == "The smallest."
     assert set(entry.classes) == {"ToyConfig", "Toy"}
-    assert set(entry.functions) == {"helper"}
+    assert set(entry.functions) == {"claim"}
     assert entry.source.module == "arcore.zoo.language.toy"
     assert path.read_text().splitlines()[entry.source.line - 1] == "class Toy: ..."
     assert path.read_text().splitlines()[entry.place.line - 1] == "SYSTEM = System("
@@ -123,7 +123,8 @@ def test_a_folder_is_one_system(zoo: Path):
         ("def toy_tiny", "def tiny", r"toy.py:28: the preset 'tiny' must be named toy_\.\.\."),
         ('    """The base."""', "    return 1", "toy.py:33: the preset 'toy_b' has no docstring"),
         ("def toy_b", "def toy_tiny", "toy.py:33: the preset toy_tiny is there twice"),
-        ('name="toy",', '"toy",', "toy.py:5: .*"),
+        ('name="toy",', '"toy",', "toy.py:5: "),
+        ("def claim", "def climb", "toy.py:5: there is no `def claim"),
     ],
 )
 def test_wrong_declarations(zoo: Path, old: str, new: str, message: str):

@@ -218,6 +218,8 @@ def _check_entry(entry: Entry, topic: str, taken: dict[str, str]) -> Iterator[st
         yield f"{at}: a system of kind 'model' names its class with model="
     elif entry.presets:
         yield f"{at}: the system has presets but names no class with model="
+    if "claim" not in entry.functions:
+        yield f"{at}: there is no `def claim(*, quick: bool) -> Claim`, which checks the paper's claim"
     package = ZOO.parent
     for op in system.ops:
         if not (package / "ops" / f"{op}.py").is_file():

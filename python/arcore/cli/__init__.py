@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model of the zoo on your images or text",
     "sample": "draw images or text from a trained model",
     "data": "look through a folder of images, videos or text, or a table, before training on it",
+    "check": "ask systems of the zoo to prove their papers' claims",
     "zoo": "list the systems and presets, or show one",
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",

@@ -22,12 +22,12 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, option: str = "--out") -> None:
     """Make sure that a file can be written.
 
     Raises:
         OSError: it cannot; the message says why.
     """
     if path.is_dir():
-        raise OSError(f"{path} is a folder but --out must name a file")
+        raise OSError(f"{path} is a folder but {option} must name a file")
     check_folder(path.parent)

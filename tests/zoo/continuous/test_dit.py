@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arcore
-from arcore import masks
 from arcore.decoding import generate_blocks
 from arcore.models import DiT
 from arcore.schedules import DDPM
@@ -27,19 +26,6 @@ def batch(model: DiT, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, *model.block_shape, generator=generator)
     return x, torch.randint(1000, (rows,), generator=generator), torch.arange(rows)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("learn_sigma", [False, True])
-def test_claim_initial_blocks_are_identities(learn_sigma):
-    model = arcore.create_model("dit_tiny", learn_sigma=learn_sigma)
-    x, t, labels = batch(model)
-    out = model(x, t, labels)
-    assert out.shape == (2, 2 if learn_sigma else 1, 8, 8)
-    assert not out.any()
-    hidden, cond = torch.randn(2, 16, 96), torch.randn(2, 1, 96)
-    for block in model.blocks:
-        assert torch.equal(block(hidden, cond, masks.full(16, 16)), hidden)
 
 
 def official(model: DiT, state: dict[str, Tensor], x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

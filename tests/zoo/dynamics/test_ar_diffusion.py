@@ -12,7 +12,7 @@ from torch import Tensor
 
 import arcore
 from arcore.models import ARDiffusion
-from arcore.schedules import add_noise, fopp_marginals
+from arcore.schedules import add_noise
 
 from ..conftest import shaken
 
@@ -30,34 +30,6 @@ def batch(model: ARDiffusion, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     clean, eps = (torch.randn(shape, generator=generator) for _ in range(2))
     t = model.training_times(rows, generator=generator)
     return add_noise(model.schedule, clean, eps, t), t, torch.arange(rows)
-
-
-def test_claim_training_times_are_balanced():
-    """Rows never fall. At the paper's 16 frames (200 steps) no frame is kept from any time; a draw that is uniform over
-    all non-decreasing rows keeps the first frame from late times altogether. What the model draws follows that law."""
-    frames, steps = 16, 200
-    least = float(steps * fopp_marginals(frames, steps).min())
-    assert least >= 1 / frames
-    assert least == pytest.approx(0.0628, abs=1e-4)
-    paths = torch.tensor(
-        [
-            [
-                math.comb(t + f, f) * math.comb(steps - 1 - t + frames - 1 - f, frames - 1 - f)
-                for t in range(steps)
-            ]
-            for f in range(frames)
-        ],
-        dtype=torch.float64,
-    )
-    assert float(steps * (paths / paths.sum(dim=1, keepdim=True)).min()) == pytest.approx(3.6e-22, rel=0.02)
-
-    model = make(num_steps=200)
-    rows = 20000
-    times = model.training_times(rows, generator=torch.Generator().manual_seed(0))
-    assert (times.diff(dim=1) >= 0).all()
-    law = fopp_marginals(8, 200).unflatten(1, (10, 20)).sum(dim=2)  # in tenths of the time
-    drawn = torch.stack([torch.bincount(frame // 20, minlength=10) for frame in times.T]) / rows
-    assert ((drawn - law).abs() <= 5 * (law / rows).sqrt()).all()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 import arcore
 from arcore.decoding import generate_frames
-from arcore.models import DiffusionForcing, DiffusionForcingConfig
-from arcore.objectives import diffusion_loss
-from arcore.schedules import DDIM, add_noise, grouped_levels, pyramid_levels
+from arcore.models import DiffusionForcing
+from arcore.schedules import DDIM, grouped_levels, pyramid_levels
 
 from ..conftest import shaken
 
@@ -196,50 +194,6 @@ def test_finished_frames_are_shown_with_a_little_noise_that_is_not_there():
     assert (asked[0][0][:, :3] - alpha * context).std().item() == pytest.approx(sigma, rel=0.05)
     with pytest.raises(ValueError, match="context_time from -1 to 999"):
         generate_frames(model, labels, context_time=1000, **options)
-
-
-def turning(rows: int, generator: torch.Generator | None = None) -> Tensor:
-    """Points on a circle that turn by one radian per frame, of deviation 1."""
-    angle = 2 * math.pi * torch.rand(rows, 1, generator=generator) + torch.arange(4)
-    return torch.stack([angle.cos(), angle.sin()], dim=2) * 2**0.5
-
-
-def trained(independent: bool) -> DiffusionForcing:
-    """On turning points, with a time of its own for every frame or one for all."""
-    torch.manual_seed(0)
-    model = DiffusionForcing(
-        DiffusionForcingConfig(depth=1, embed_dim=64, num_heads=2, hidden_dim=128, frames=4)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        clean = turning(64)
-        t = model.training_times(64)
-        if not independent:
-            t = t[:, :1].expand(-1, 4)
-        eps = torch.randn_like(clean)
-        output = model(add_noise(model.schedule, clean, eps, t), t, torch.zeros(64, dtype=torch.int64))
-        loss = diffusion_loss(output, clean, eps, t, model.schedule, prediction="x0")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def test_claim_independent_times_teach_to_continue():
-    """The last frame from nothing but noise, given clean ones before it: where they turn tells where it is."""
-    generator = torch.Generator().manual_seed(3)
-    clean = turning(512, generator)
-    noisy = clean.clone()
-    noisy[:, -1] = torch.randn(512, 2, generator=generator)
-    t = torch.tensor([0, 0, 0, 999]).expand(512, -1)
-    errors = []
-    for independent in (True, False):
-        model = trained(independent)
-        with torch.no_grad():
-            out = model(noisy, t, torch.zeros(512, dtype=torch.int64))
-        errors.append((out[:, -1] - clean[:, -1]).square().mean().item())
-    assert errors[0] <= 0.06
-    assert errors[0] <= 0.3 * errors[1]
 
 
 class Released(nn.Module):

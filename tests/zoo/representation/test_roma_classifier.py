@@ -14,7 +14,6 @@ from torch import Tensor
 import arcore
 from arcore.data import load_photos
 from arcore.models import (
-    FourDirectionMixer,
     RoMA,
     RoMAClassifier,
     RoMAClassifierConfig,
@@ -22,7 +21,8 @@ from arcore.models import (
     load_weights,
 )
 from arcore.nn import sincos_positions
-from arcore.zoo.representation.roma_classifier import column_order
+from arcore.zoo.representation.roma_classifier.claim import textbook_mixer
+from arcore.zoo.representation.roma_classifier.model import column_order
 
 pytest.importorskip("sklearn")
 
@@ -52,71 +52,6 @@ def shake(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-
-
-def textbook_scan(u: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
-    """Convolution and scan of `[B, L, D]` forwards, token by token."""
-    taps = w["conv1d.weight"][:, 0]
-    early = F.pad(u, (0, 0, 3, 0))
-    u = F.silu(sum(early[:, k : k + u.shape[1]] * taps[:, k] for k in range(4)) + w["conv1d.bias"])
-    a = -w["A_log"].exp()
-    rank, states = w["dt_proj.weight"].shape[1], a.shape[1]
-    low, b, c = (u @ w["x_proj.weight"].T).split([rank, states, states], -1)
-    delta = F.softplus(low @ w["dt_proj.weight"].T + w["dt_proj.bias"])
-    state, out = torch.zeros(len(u), *a.shape, dtype=u.dtype), []
-    for t in range(u.shape[1]):
-        step = delta[:, t, :, None]
-        state = (step * a).exp() * state + step * b[:, t, None] * u[:, t, :, None]
-        out.append((state * c[:, t, None]).sum(-1) + w["D"] * u[:, t])
-    return torch.stack(out, 1) * F.silu(z)
-
-
-def textbook_mixer(x: Tensor, w: dict[str, Tensor], directions: list[dict[str, Tensor]]) -> Tensor:
-    """Four scans of copies: as they are, flipped, and both with the grid of patches transposed."""
-    side = math.isqrt(x.shape[1] - 1)
-    middle = side * side // 2
-
-    def transposed(x: Tensor) -> Tensor:
-        patches = torch.cat([x[:, :middle], x[:, middle + 1 :]], 1).unflatten(1, (side, side))
-        patches = patches.transpose(1, 2).flatten(1, 2)
-        return torch.cat([patches[:, :middle], x[:, middle : middle + 1], patches[:, middle:]], 1)
-
-    u, z = (x @ w["in_proj.weight"].T).chunk(2, -1)
-    rows = textbook_scan(u, z, directions[0])
-    rows = rows + textbook_scan(u.flip(1), z.flip(1), directions[1]).flip(1)
-    u, z = transposed(u), transposed(z)
-    columns = textbook_scan(u, z, directions[2])
-    columns = columns + textbook_scan(u.flip(1), z.flip(1), directions[3]).flip(1)
-    return (rows + transposed(columns)) / 4 @ w["out_proj.weight"].T
-
-
-@pytest.mark.parametrize("side", [4, 5])
-def test_claim_backward_scans_equal_flipped_copies(side: int):
-    mixer = FourDirectionMixer(32, d_state=8)
-    shake(mixer)
-    x = torch.randn(2, side * side + 1, 32, requires_grad=True)
-    weight = torch.randn_like(x)
-    out = mixer(x, column_order(side))
-    (out * weight).sum().backward()
-    double = {name: value.detach().double().requires_grad_() for name, value in mixer.named_parameters()}
-    directions = [
-        {name.split(".", 2)[2]: value for name, value in double.items() if f"directions.{k}." in name}
-        for k in range(4)
-    ]
-    y = x.detach().double().requires_grad_()
-    expected = textbook_mixer(y, double, directions)
-    (expected * weight).sum().backward()
-    assert expected.std() > 0.05
-    torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-5 * expected.abs().max().item())
-    for name, ours, theirs in [
-        ("x", x.grad, y.grad),
-        *((name, value.grad, double[name].grad) for name, value in mixer.named_parameters()),
-    ]:
-        scale = theirs.abs().max().item()
-        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-5 * scale, msg=name)
-    # Directions have weights of their own, so mixing them up would show.
-    swapped = textbook_mixer(y, double, directions[::-1])
-    assert (swapped - expected).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 14])

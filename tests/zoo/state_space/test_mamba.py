@@ -72,7 +72,7 @@ def write_published(folder: Path, model: Mamba) -> None:
 
 
 @torch.no_grad()
-def test_claim_constant_state_continues_any_text():
+def test_a_constant_state_continues_any_text():
     """Each prefix length, down to one token, and chunks shorter than the convolution."""
     model, ids = small(), torch.randint(93, (2, 40))
     whole = model(ids)
@@ -278,7 +278,7 @@ def test_a_long_prompt_is_read_in_pieces_with_the_same_result(monkeypatch: pytes
     lengths = []
     mixer: Any = model.layers[0].mixer
     mixer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    monkeypatch.setattr("arcore.zoo.state_space.mamba.PREFILL_TOKENS", 192)
+    monkeypatch.setattr("arcore.zoo.state_space.mamba.model.PREFILL_TOKENS", 192)
     cache = model.make_cache(3)
     assert (model.prefill(ids, cache, mask) - whole).abs().max() <= 1e-5
     assert lengths == [64, 64, 22]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import arcore
 from arcore.decoding import generate
 from arcore.models import Mamba2, Mamba2Config
-from arcore.nn import Mamba2Mixer
 
 pytest.importorskip("safetensors")
 
@@ -33,47 +30,6 @@ def shaken(model: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
-
-
-def masked_attention(mixer: Mamba2Mixer, x: Tensor) -> Tensor:
-    """The mixer as attention: weights (C_t . B_s) exp(A sum of dt in (s, t]) on the values dt_s u_s."""
-    gate, xbc, dt = mixer.in_proj(x).split([mixer.inner, mixer.conv_shape[1], mixer.heads], dim=-1)
-    taps = mixer.conv1d.weight
-    padded = torch.nn.functional.pad(xbc.transpose(1, 2), (taps.shape[2] - 1, 0))
-    xbc = torch.nn.functional.conv1d(padded, taps, mixer.conv1d.bias, groups=len(taps)).transpose(1, 2)
-    xbc = xbc * xbc.sigmoid()
-    u, b, c = xbc.split([mixer.inner, *[mixer.groups * mixer.d_state] * 2], dim=-1)
-    u = u.unflatten(-1, (mixer.heads, -1))  # [B, L, H, P]
-    b, c = (
-        m.unflatten(-1, (mixer.groups, -1)).repeat_interleave(mixer.heads // mixer.groups, 2) for m in (b, c)
-    )
-    dt = (1 + (dt + mixer.dt_bias).exp()).log().clamp(*mixer.dt_limit)  # [B, L, H]
-    total = (-mixer.A_log.exp() * dt).cumsum(1)
-    decay = (total.unsqueeze(2) - total.unsqueeze(1)).exp()  # [B, L, L, H]
-    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-    weights = torch.einsum("bthn,bshn->btsh", c, b) * decay.masked_fill(~causal[..., None], 0.0)
-    y = torch.einsum("btsh,bshp->bthp", weights, dt[..., None] * u) + mixer.D[:, None] * u
-    y = y.flatten(2) * gate * gate.sigmoid()
-    split = y.unflatten(-1, (mixer.groups, -1))
-    normed = (split / (split.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
-    return mixer.out_proj(normed * mixer.norm.weight)
-
-
-@pytest.mark.parametrize("dt_limit", [(0.0, math.inf), (0.02, 0.3)])
-@torch.no_grad()
-def test_claim_recurrence_is_masked_attention(dt_limit: tuple[float, float]):
-    """Several lengths, against the quadratic form; and single steps, against both."""
-    mixer = Mamba2Mixer(48, d_state=16, head_dim=16, num_groups=2, dt_limit=dt_limit)
-    mixer = shaken(mixer)
-    config = Mamba2Config(**SMALL, dt_limit=dt_limit)
-    for length in (1, 2, 7, 8, 9, 16, 37):
-        x = torch.randn(2, length, 48)
-        expected = masked_attention(mixer, x)
-        assert expected.std() > 0.1
-        assert (mixer(x) - expected).abs().max() <= 1e-5
-        cache = Mamba2(config).make_cache(2)
-        steps = [mixer.step(x[:, t], cache) for t in range(length)]
-        assert (torch.stack(steps, 1) - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore.tokenizers import MultiScaleVQ, MultiScaleVQConfig
-from arcore.zoo.tokenizers.multi_scale_vq import msvq_tiny
+from arcore.zoo.tokenizers.multi_scale_vq.model import msvq_tiny
 
 SMALL = MultiScaleVQConfig(
     in_channels=2,

@@ -9,13 +9,14 @@ Legend: B rows, c channels and H side of the latent image, p patch side, N = (H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from arcore import masks
 from arcore.catalog import System, preset
+from arcore.catalog.claims import Claim, at_least, equals, shaken
 from arcore.nn import (
     ClassEmbedding,
     DiTBlock,
@@ -212,3 +213,27 @@ def dit_l_2() -> DiTConfig:
 def dit_xl_2() -> DiTConfig:
     """ImageNet, 256 pixels, extra large, 2x2 patches; weights: DiT-XL-2-256x256.pt. 512 pixels: image_size=64."""
     return DiTConfig(depth=28, embed_dim=1152, num_heads=16)
+
+
+@torch.no_grad()
+def claim(*, quick: bool) -> Claim:
+    """What fresh blocks add to their input, and what the whole network predicts."""
+    added, predicted, later = 0.0, 0.0, 0.0
+    for learn_sigma in (False, True):
+        for depth in (4,) if quick else (4, 12, 28):
+            model = DiT(replace(dit_tiny(), learn_sigma=learn_sigma, depth=depth))
+            x, t, labels = torch.randn(2, *model.block_shape), torch.randint(1000, (2,)), torch.arange(2)
+            predicted = max(predicted, model(x, t, labels).abs().max().item())
+            hidden, cond = torch.randn(2, 16, 96), torch.randn(2, 1, 96)
+            for block in model.blocks:
+                out = block(hidden, cond, masks.full(16, 16))
+                added = max(added, (out - hidden).abs().max().item())
+            later = shaken(model)(x, t, labels).abs().max().item()
+    return Claim(
+        (
+            equals("largest value that a fresh block adds", added, 0.0),
+            equals("largest value that a fresh network predicts", predicted, 0.0),
+            # The comparison can fail: other weights predict something.
+            at_least("the same after the weights were moved", later, 0.1),
+        )
+    )

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arcore import masks
 from arcore.catalog import System, preset
+from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, ClassEmbedding, DiffusionHead, DiTAttention
 from arcore.nn.adaln import EPS
 from arcore.nn.checks import check_floating, check_ids, check_image_sizes
 from arcore.nn.patches import patchify, unpatchify
-from arcore.schedules import Prediction, VPSchedule
+from arcore.objectives import diffusion_head_loss
+from arcore.schedules import DDIM, Prediction, VPSchedule
 
 SYSTEM = System(
     name="mar",
@@ -322,3 +325,61 @@ def mar_l() -> MARConfig:
 def mar_h() -> MARConfig:
     """ImageNet, 256 pixels, huge; weights: mar_huge/checkpoint-last.pth."""
     return MARConfig(depth=20, embed_dim=1280, num_heads=16, head_width=1536, head_depth=12)
+
+
+def claim(*, quick: bool) -> Claim:
+    """Four conditions, each with two modes in the plane: the mean lies between the modes, where there is no data."""
+    generator = torch.Generator().manual_seed(0)
+    conditions = torch.eye(4)
+    centres = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.5, 1.5], [-1.5, 1.5]])
+    count = 1000 if quick else 4000
+
+    def draw(kinds: Tensor) -> Tensor:
+        side = torch.randint(2, (len(kinds), 1), generator=generator) * 2 - 1
+        return side * centres[kinds] + 0.1 * torch.randn(len(kinds), 2, generator=generator)
+
+    schedule = VPSchedule("cosine")
+    head = DiffusionHead(2, 4, 64, 3, schedule=schedule)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    for _ in steps(count, "training"):
+        kinds = torch.randint(4, (128,), generator=generator)
+        loss, _ = diffusion_head_loss(head, draw(kinds), conditions[kinds], repeats=2, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    times, solver = schedule.grid(50, "linspace"), DDIM(schedule, "v", eta=1.0)
+    distances, regression, shown = [], [], []
+    for kind in range(4):
+        kinds = torch.full((500,), kind)
+        data, noise = draw(kinds), torch.randn(50, 500, 2, generator=generator)
+        samples = head.sample(conditions[kinds], noise, solver=solver, times=times)
+        distances.append(_energy_distance(samples, data))
+        # The best that a head trained by mean squared error can do: the mean of the data.
+        mean = draw(kinds).mean(0)
+        regression.append(_energy_distance(mean.expand(500, 2), data))
+        shown.append((data, samples, mean))
+
+    def picture(figure: Any) -> None:
+        for place, (data, samples, mean) in enumerate(shown):
+            axes = figure.add_subplot(1, 4, place + 1, aspect="equal")
+            axes.scatter(*data.T.tolist(), s=2, color="0.75", label="data")
+            axes.scatter(*samples.T.tolist(), s=2, label="diffusion head")
+            axes.scatter(*mean.tolist(), marker="x", color="C3", label="best regression")
+            axes.set(xlim=(-3, 3), ylim=(-3, 3), title=f"condition {place}")
+        axes.legend(fontsize=7, loc="lower right")
+
+    return Claim(
+        (
+            at_most("energy distance of the head's samples to data, worst condition", max(distances), 0.05),
+            at_least("that of the best regression, best condition", min(regression), 0.5),
+        ),
+        draw=picture,
+        size=(12.0, 3.2),
+    )
+
+
+def _energy_distance(a: Tensor, b: Tensor) -> float:
+    within = [torch.cdist(one, one).sum() / (len(one) * (len(one) - 1)) for one in (a, b)]
+    return float(2 * torch.cdist(a, b).mean() - within[0] - within[1])

@@ -14,6 +14,7 @@ Left out: the d36 model of the paper (512 pixels), whose blocks share one modula
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from arcore import masks
 from arcore.catalog import System, preset
+from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, AdaLNBlock, AdaLNHead, ClassEmbedding, KVCache, LevelEmbedding, SelfAttention
 from arcore.nn.checks import check_floating, check_patch_nums
@@ -294,3 +296,41 @@ def var_d24() -> VARConfig:
 def var_d30() -> VARConfig:
     """ImageNet, 256 pixels, depth 30; weights: var_d30.pth."""
     return _published(30)
+
+
+@torch.no_grad()
+def claim(*, quick: bool) -> Claim:
+    """The logits of each scale from one masked pass, and from the cache; in full at the scales of 256 pixels too."""
+    rows = []
+    sizes = (
+        [(1, 2, 3, 4, 6)]
+        if quick
+        else [(1, 2, 3, 4, 6), VARConfig(depth=1, embed_dim=1, num_heads=1).patch_nums]
+    )
+    for patch_nums in sizes:
+        config = VARConfig(
+            depth=4,
+            embed_dim=64,
+            num_heads=4,
+            num_classes=5,
+            vocab_size=24,
+            z_channels=8,
+            patch_nums=patch_nums,
+        )
+        model = shaken(VAR(config)).eval()
+        starts = model.scale_starts
+        inputs, labels = torch.randn(3, starts[-1] - 1, 8), torch.tensor([0, 4, 5])
+        whole = model(inputs, labels)
+        cache, errors = model.make_cache(3), []
+        for k, (start, stop) in enumerate(itertools.pairwise(starts)):
+            part = model.scale_logits(k, None if k == 0 else inputs[:, start - 1 : stop - 1], labels, cache)
+            errors.append((part - whole[:, start:stop]).abs().max().item())
+        rows.append(
+            at_most(
+                f"{len(patch_nums)} scales: one pass against steps, largest difference", max(errors), 1e-5
+            )
+        )
+    # The comparison can fail: another mask changes the logits by more than the tolerance.
+    model.mask = masks.next_scale_markov(model.patch_nums)
+    rows.append(at_least("the same under another mask", (model(inputs, labels) - whole).abs().max(), 0.1))
+    return Claim(tuple(rows))

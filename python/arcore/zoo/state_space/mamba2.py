@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from arcore.catalog import System, preset
+from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Mamba2Mixer
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
-from arcore.zoo.state_space.mamba import Mamba, StateSpaceConfig
+from arcore.zoo.state_space.mamba.model import Mamba, StateSpaceConfig
 
 SYSTEM = System(
     name="mamba2",
@@ -149,3 +152,63 @@ def mamba2_1_3b() -> Mamba2Config:
 def mamba2_2_7b() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-2.7b."""
     return Mamba2Config(d_model=2560, n_layer=64)
+
+
+@torch.no_grad()
+def claim(*, quick: bool) -> Claim:
+    """Several lengths, with and without limits on the step sizes, against the quadratic form; and single steps."""
+    passes, single, size = 0.0, 0.0, math.inf
+    for limits in ((0.0, math.inf), (0.02, 0.3)):
+        mixer = shaken(Mamba2Mixer(48, d_state=16, head_dim=16, num_groups=2, dt_limit=limits)).eval()
+        config = Mamba2Config(
+            d_model=48, n_layer=1, vocab_size=61, d_state=16, head_dim=16, n_groups=2, dt_limit=limits
+        )
+        model = Mamba2(config)
+        for length in (1, 2, 7, 8, 9, 16, 37) if quick else (*range(1, 70), 130, 257):
+            x = torch.randn(2, length, 48)
+            expected = masked_attention(mixer, x)
+            size = min(size, expected.std().item())
+            passes = max(passes, (mixer(x) - expected).abs().max().item())
+            cache = model.make_cache(2)
+            by_steps = torch.stack([mixer.step(x[:, t], cache) for t in range(length)], 1)
+            single = max(single, (by_steps - expected).abs().max().item())
+    return Claim(
+        (
+            at_most("one pass against attention, largest difference", passes, 1e-5),
+            at_most("single steps against attention, largest difference", single, 1e-5),
+            at_least("standard deviation of the outputs, smallest", size, 0.1),
+        )
+    )
+
+
+def masked_attention(mixer: Mamba2Mixer, x: Tensor) -> Tensor:
+    """The mixer as attention: weights (C_t . B_s) exp(A sum of dt in (s, t]) on the values dt_s u_s.
+
+    Args:
+        mixer: its weights.
+        x: `[B, L, C]`.
+
+    Returns:
+        `[B, L, C]`, what `mixer(x)` is up to rounding.
+    """
+    gate, xbc, dt = mixer.in_proj(x).split([mixer.inner, mixer.conv_shape[1], mixer.heads], dim=-1)
+    taps = mixer.conv1d.weight
+    padded = F.pad(xbc.transpose(1, 2), (taps.shape[2] - 1, 0))
+    xbc = F.conv1d(padded, taps, mixer.conv1d.bias, groups=len(taps)).transpose(1, 2)
+    xbc = xbc * xbc.sigmoid()
+    u, b, c = xbc.split([mixer.inner, *[mixer.groups * mixer.d_state] * 2], dim=-1)
+    u = u.unflatten(-1, (mixer.heads, -1))  # [B, L, H, P]
+    b, c = (
+        m.unflatten(-1, (mixer.groups, -1)).repeat_interleave(mixer.heads // mixer.groups, 2) for m in (b, c)
+    )
+    dt = (1 + (dt + mixer.dt_bias).exp()).log().clamp(*mixer.dt_limit)  # [B, L, H]
+    total = (-mixer.A_log.exp() * dt).cumsum(1)
+    decay = (total.unsqueeze(2) - total.unsqueeze(1)).exp()  # [B, L, L, H]
+    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    weights = torch.einsum("bthn,bshn->btsh", c, b) * decay.masked_fill(~causal[..., None], 0.0)
+    y = torch.einsum("btsh,bshp->bthp", weights, dt[..., None] * u) + mixer.D[:, None] * u
+    y = y.flatten(2) * gate * gate.sigmoid()
+    split = y.unflatten(-1, (mixer.groups, -1))
+    normed = (split / (split.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
+    return out

@@ -1,12 +1,4 @@
-"""Mamba: a language model of selective state spaces, without attention (Gu and Dao, arXiv:2312.00752).
-
-Each layer adds a mixer (`arcore.nn.MambaMixer`) of the normalised residual stream to the stream; there is no
-feed-forward network and no position embedding. The state of a layer is a matrix per row whose step sizes, inputs and
-outputs depend on the token, so the model can choose what to keep. Training scans whole sequences; generation carries
-the state along, whose size does not grow.
-
-Legend: B rows, L tokens, C width, V vocabulary, rounded up.
-"""
+"""Mamba: settings, network, presets."""
 
 from __future__ import annotations
 
@@ -17,24 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import System, preset
+from arcore.catalog import preset
 from arcore.nn import MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
-
-SYSTEM = System(
-    name="mamba",
-    title="Mamba",
-    paper="arXiv:2312.00752",
-    topic="state_space",
-    kind="model",
-    model="Mamba",
-    ops=("selective_scan",),
-    recipe="language",
-    summary="Language model on selective state spaces, with a state of constant size.",
-    claim="Selection copies marked tokens out of noise; the same model with time-invariant parameters does not.",
-    checked_on="synthetic data",
-)
 
 # Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
 # for any length, and are small enough that the allocator keeps them instead of asking the system for fresh pages.

@@ -1,0 +1,57 @@
+"""RoMA's claim: clusters of an image are learnt from the ones before them, and from nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
+from arcore.data import adaptive_rotation, load_digits
+from arcore.objectives import next_cluster_loss, next_cluster_targets
+from arcore.zoo.representation.roma.model import RoMA, roma_tiny
+
+
+def claim(*, quick: bool) -> Claim:
+    """A training on mosaics of real digits, held-out ones predicted; and where the gradient of a cluster comes from."""
+    model = RoMA(roma_tiny())
+    _train(model, load_digits("train", image_size=48).images, count=50 if quick else 400)
+    test = load_digits("test", image_size=48).images[:: 5 if quick else 1]
+    of_the_mean = next_cluster_targets(test, patch_size=4).square().mean().item()
+    model.eval()
+    with torch.no_grad():
+        error = next_cluster_loss(model(test), test, patch_size=4).patches.item()
+    test = test[:2].clone().requires_grad_()
+    model(test)[:, 3 * 16 : 4 * 16].square().sum().backward()
+    grad = test.grad
+    assert grad is not None
+    reached = [
+        bool(square.any()) for square in _clusters(grad, model.config.cluster * model.config.patch_size)
+    ]
+    return Claim(
+        (
+            at_most("held-out error, relative to predicting each patch's mean", error / of_the_mean, 0.9),
+            at_least("earlier clusters that the fifth cluster's prediction reads", sum(reached[:4]), 4),
+            equals("later clusters that it reads", sum(reached[4:]), 0),
+        )
+    )
+
+
+def _train(model: RoMA, images: Tensor, *, count: int, batch_size: int = 16, lr: float = 5e-3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    for step in steps(count, "training"):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 10) * (1 - step / count)
+        batch = images[torch.randint(len(images), (batch_size,), generator=generator)]
+        seen = adaptive_rotation(batch, 4, generator=generator)
+        loss = next_cluster_loss(model(seen.images, seen.windows), batch, patch_size=4).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+
+
+def _clusters(images: Tensor, side: int) -> list[Tensor]:
+    """The squares of `[B, c, H, W]` in raster order."""
+    squares = images.unfold(2, side, side).unfold(3, side, side)  # [B, c, rows, columns, side, side]
+    return list(squares.flatten(2, 3).unbind(2))
