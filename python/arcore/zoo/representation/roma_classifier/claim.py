@@ -13,7 +13,7 @@ from arcore.zoo.representation.roma_classifier.model import FourDirectionMixer, 
 
 
 def claim(*, quick: bool) -> Claim:
-    """Even and odd grids: outputs and all gradients against float64 scans of copies, relative to their largest value."""
+    """Even and odd grids: outputs and gradients against float64 scans of copies, relative to the largest value."""
     outputs, gradients, size, swapped = 0.0, 0.0, math.inf, math.inf
     for side in (4, 5) if quick else (4, 5, 8, 13):
         mixer = shaken(FourDirectionMixer(32, d_state=8))
