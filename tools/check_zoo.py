@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     if not folder.is_dir():
         print(f"check_zoo: no such folder: {folder}", file=sys.stderr)
         return 2
-    entries, problems = discovery().read(folder)
+    reader = discovery()
+    entries, problems = reader.read(folder)
+    problems += reader.without_claim(entries)
     for problem in problems:
         print(f"check_zoo: {problem}", file=sys.stderr)
     print(f"check_zoo: {len(entries)} systems, {len(problems)} problems")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from arcore.catalog import catalog
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, run_claim, shown, steps
+from arcore.catalog.lookup import Found
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,12 @@ def test_a_claim_that_raises_or_returns_something_else(monkeypatch: pytest.Monke
     assert outcome.error == f"RuntimeError: two lines (test_claims.py:{line})"
     assert "expected claim() to return a Claim but got True" in run(monkeypatch, lambda *, quick: True).error
     assert run(monkeypatch, lambda *, quick: Claim((at_most("x", 2, 1),))).error is None
+
+
+def test_a_system_without_a_claim(monkeypatch: pytest.MonkeyPatch):
+    entry = dataclasses.replace(catalog()["var"], functions={})
+    monkeypatch.setattr("arcore.catalog.claims.find", lambda name: Found(entry, None))
+    assert run_claim("var").error == "there is no claim() in var.py"
 
 
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch):

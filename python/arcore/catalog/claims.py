@@ -150,6 +150,8 @@ def run_claim(name: str, *, quick: bool = False, listener: Listener | None = Non
         ValueError: unknown name.
     """
     entry = find(name).entry
+    if "claim" not in entry.functions:
+        return Outcome(entry.system.name, quick, None, f"there is no claim() in {entry.place.path.name}", 0.0)
     start = time.perf_counter()
     found, error = None, None
     with _fixed_conditions(), _told(listener):

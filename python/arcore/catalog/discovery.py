@@ -130,6 +130,15 @@ def read(zoo: Path) -> tuple[dict[str, Entry], list[str]]:
     return dict(sorted(entries.items())), problems
 
 
+def without_claim(entries: Mapping[str, Entry]) -> list[str]:
+    """Which systems do not say how their claim is checked; they can be used, but `make lint` fails."""
+    return [
+        f"{_at(entry.place)}: there is no `def claim(*, quick: bool) -> Claim`, which checks the paper's claim"
+        for entry in entries.values()
+        if "claim" not in entry.functions
+    ]
+
+
 def _read_file(path: Path, zoo: Path, found: _Found, system: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -218,8 +227,6 @@ def _check_entry(entry: Entry, topic: str, taken: dict[str, str]) -> Iterator[st
         yield f"{at}: a system of kind 'model' names its class with model="
     elif entry.presets:
         yield f"{at}: the system has presets but names no class with model="
-    if "claim" not in entry.functions:
-        yield f"{at}: there is no `def claim(*, quick: bool) -> Claim`, which checks the paper's claim"
     package = ZOO.parent
     for op in system.ops:
         if not (package / "ops" / f"{op}.py").is_file():

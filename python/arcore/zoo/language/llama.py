@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arcore._optional import require
 from arcore.catalog import System, preset
+from arcore.catalog.claims import Claim, at_most, equals, steps
 from arcore.masks import IntervalMask, TreeMask
 from arcore.nn import (
     Angles,
@@ -553,4 +555,52 @@ def mistral_7b() -> LlamaConfig:
         vocab_size=32000,
         max_length=32768,
         window=4096,
+    )
+
+
+@torch.no_grad()
+def claim(*, quick: bool) -> Claim:
+    """Logits and greedy text beside transformers' on the same random weights: Llama, Qwen2, and Mistral's window."""
+    transformers = require("transformers", extra="test")
+    from arcore.decoding import generate
+
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 97,
+        "max_position_embeddings": 128,
+    }
+    logits, tokens = 0.0, 0
+    kinds = [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Qwen2", {}),
+        ("Mistral", {"sliding_window": 9}),
+    ]
+    for index in steps(len(kinds), "comparing"):
+        kind, settings = kinds[index]
+        config = getattr(transformers, f"{kind}Config")(**sizes | settings)
+        peer = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        for parameter in peer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        ours = Llama(Llama.official_config(config.to_dict())).eval()
+        ours.load_state_dict(ours.from_official(peer.state_dict()))
+        ids = torch.randint(0, 97, (2, 40 if quick else 120))
+        expected = peer(ids).logits
+        logits = max(logits, ((ours(ids) - expected).abs().max() / expected.abs().max()).item())
+        prompt = ids[:, :12]
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        count = 20 if quick else 100
+        text = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
+        tokens += int(
+            (generate(ours, prompt, max_new_tokens=count, temperature=0.0).ids != text[:, 12:]).sum()
+        )
+    return Claim(
+        (
+            at_most("logits, largest difference relative to the largest logit", logits, 1e-5),
+            equals("greedy tokens that differ", tokens, 0),
+        )
     )
