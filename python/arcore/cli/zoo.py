@@ -6,8 +6,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from arcore.catalog import list_models, model_info
 from arcore.cli._parse import PlainParser
-from arcore.models import list_models, model_info
 
 DESCRIPTION = """\
 List the systems of the zoo with their presets, or show one of them: paper, source file, ops,

@@ -4,106 +4,154 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from arcore.training.checks import number
+
+Schedule = Literal["cosine", "constant", "wsd"]
+Logger = Literal["csv", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one training run.
 
-    The learning rate rises linearly over `warmup` steps and then falls along a half cosine to `lr * final_lr` at the
-    last step.
-
     Attributes:
         steps: optimiser steps.
+        epochs: passes over the training data, instead of a number of steps.
         batch_size: images or pieces of text per device and micro-batch; one step sees
             `batch_size * accumulate * devices` of them.
-        context: tokens of a piece of text; means nothing for images.
-        accumulate: micro-batches whose gradients are added up before each optimiser step.
+        accumulate: micro-batches whose gradients are added up before each optimiser step; raises the batch without
+            raising the memory.
         lr: peak learning rate of AdamW.
+        schedule: course of the learning rate after the warm-up: `"cosine"` falls along a half cosine, `"constant"`
+            stays, `"wsd"` stays and falls linearly over the last fifth of the steps.
         warmup: steps of linear warm-up.
-        final_lr: learning rate at the last step as a fraction of the peak.
+        final_lr: learning rate at the last step as a fraction of the peak; means nothing for `"constant"`.
         weight_decay: decoupled weight decay of matrices (vectors are not decayed).
-        betas: AdamW's averaging constants.
+        betas: AdamW's two averaging constants, each in [0, 1).
         clip: largest gradient norm; 0 switches clipping off.
+        ema: decay of the moving average of the weights that is saved beside them, e.g. 0.999; 0 keeps none.
         seed: decides initial weights, data order and all random draws.
         precision: `"32-true"`, `"bf16-mixed"`, or another name that Lightning knows.
         checkpoint_every: steps between checkpoints and held-out evaluations; 0: only at the end.
-        accelerator: `"auto"`, `"cpu"` or `"gpu"`.
-        devices: devices per node: a number, or `"auto"` for all.
-        num_nodes: machines.
-        strategy: `"auto"`, `"ddp"`, `"fsdp"`, or another name that Lightning knows.
-        workers: processes that read images; 0 reads them in the training process.
+        keep_last: checkpoints that stay, the newest ones.
+        keep_best: keep the checkpoint with the least held-out loss too, in the folder `best` of the run.
+        patience: stop after this many held-out evaluations without a new least loss; 0 never stops early.
+        accelerator: where to compute: `"auto"`, `"cpu"` or `"gpu"`.
+        devices: devices per node: a number, or `"auto"` for all (one on a CPU).
+        num_nodes: machines; start the same command on each, or use SLURM or torchrun.
+        strategy: how devices share the work: `"auto"`, `"ddp"`, `"fsdp"` (sharded weights, GPUs only), or another name
+            that Lightning knows.
+        oversubscribe: allow more processes on a CPU than it has cores.
+        workers: processes that read data; 0 reads them in the training process.
+        logger: where the figures go beside metrics.csv: `"csv"` nowhere, `"tensorboard"` or `"wandb"`.
 
     Raises:
+        TypeError: a value is of the wrong kind (named).
         ValueError: a number is out of range (named).
     """
 
     steps: int = 1000
+    epochs: float | None = None
     batch_size: int = 64
-    context: int = 256
     accumulate: int = 1
     lr: float = 1e-3
+    schedule: Schedule = "cosine"
     warmup: int = 50
     final_lr: float = 0.05
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 2.0
+    ema: float = 0.0
     seed: int = 0
     precision: str = "32-true"
     checkpoint_every: int = 500
+    keep_last: int = 1
+    keep_best: bool = False
+    patience: int = 0
     accelerator: str = "auto"
     devices: str = "auto"
     num_nodes: int = 1
     strategy: str = "auto"
+    oversubscribe: bool = False
     workers: int = 0
+    logger: Logger = "csv"
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("context", 1),
-            ("accumulate", 1),
-            ("num_nodes", 1),
-            ("warmup", 0),
-            ("clip", 0),
-            ("seed", 0),
-            ("checkpoint_every", 0),
-            ("workers", 0),
-            ("weight_decay", 0),
-        ):
-            value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least} but got {value}")
-        if not 0 < self.lr < math.inf:
+        for name in ("steps", "batch_size", "accumulate", "num_nodes", "keep_last"):
+            number(name, getattr(self, name), whole=True, least=1)
+        for name in ("warmup", "seed", "checkpoint_every", "patience", "workers"):
+            number(name, getattr(self, name), whole=True, least=0)
+        for name in ("clip", "weight_decay"):
+            number(name, getattr(self, name), whole=False, least=0)
+        number("final_lr", self.final_lr, whole=False, least=0, most=1)
+        number("ema", self.ema, whole=False, least=0)
+        if not self.ema < 1:
+            raise ValueError(f"ema must be below 1 but got {self.ema}")
+        number("lr", self.lr, whole=False, least=0)
+        if self.lr == 0:
             raise ValueError(f"lr must be a positive number but got {self.lr}")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr must lie between 0 and 1 but got {self.final_lr}")
-        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) >= 1):
-            raise ValueError(f"devices must be 'auto' or a number of devices but got {self.devices!r}")
+        if self.epochs is not None:
+            number("epochs", self.epochs, whole=False, least=0)
+            if self.epochs == 0:
+                raise ValueError("epochs must be above 0 but got 0")
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers such as (0.9, 0.95) but got {self.betas!r}")
+        for beta in self.betas:
+            number("betas", beta, whole=False, least=0)
+            if not beta < 1:
+                raise ValueError(f"betas must lie in [0, 1) but got {tuple(self.betas)}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, kind in (("schedule", Schedule), ("logger", Logger)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {choices} but got {getattr(self, name)!r}")
+        for name in ("keep_best", "oversubscribe"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False but got {getattr(self, name)!r}")
+        for name in ("precision", "accelerator", "strategy"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a name but got {getattr(self, name)!r}")
+        devices = self.devices
+        if isinstance(devices, int) and not isinstance(devices, bool):
+            devices = str(devices)
+        if not isinstance(devices, str):
+            raise TypeError(f"devices must be 'auto' or a number of devices but got {devices!r}")
+        if devices != "auto" and not (devices.isdecimal() and int(devices) >= 1):
+            raise ValueError(f"devices must be 'auto' or a number of devices but got {devices!r}")
+        object.__setattr__(self, "devices", devices)
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of 0-based `step` as a fraction of the peak."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
-        progress = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+        last = self.steps - 1
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "wsd":
+            falls_from = max(self.warmup, self.steps - max(1, self.steps // 5) - 1)
+            progress = min(1.0, max(0.0, (step - falls_from) / max(1, last - falls_from)))
+            return 1 - (1 - self.final_lr) * progress
+        progress = min(1.0, (step - self.warmup) / max(1, last - self.warmup))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # A run may continue with other values of these; all others decide its result.
 FREE_ON_RESUME = frozenset(
-    {"steps", "checkpoint_every", "accelerator", "devices", "num_nodes", "strategy", "workers"}
+    {
+        "steps",
+        "epochs",
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "patience",
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "oversubscribe",
+        "workers",
+        "logger",
+    }
 )
-
-
-# What each family of the zoo is trained with unless told otherwise.
-DEFAULTS = {
-    "tokenizer": TrainConfig(steps=1000, batch_size=64, lr=3e-3),
-    "next-scale": TrainConfig(steps=1000, batch_size=64, lr=1e-3),
-    "next-cluster": TrainConfig(steps=1000, batch_size=32, lr=3e-3),
-    "diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
-    "block-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
-    "frame-diffusion": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
-    "masked-autoregressive": TrainConfig(steps=2000, batch_size=64, lr=2e-3, weight_decay=0.0),
-    "classifier": TrainConfig(steps=500, batch_size=32, lr=1e-3),
-    "language": TrainConfig(steps=1000, batch_size=8, lr=4e-3, weight_decay=0.1, clip=1.0),
-}

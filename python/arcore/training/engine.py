@@ -7,7 +7,12 @@ the seed and the absolute step (`stream.py`), so weights and optimiser state are
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
+import os
+import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +25,19 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
-from arcore.training import checkpoint
+from arcore._optional import require
+from arcore.training import checkpoint, state
+from arcore.training.config import TrainConfig
+from arcore.training.guard import Guard
 from arcore.training.history import History
+from arcore.training.keeping import Average, Keeper
 from arcore.training.progress import Progress
+from arcore.training.ranks import is_first
+from arcore.training.run_folder import run_folder
 from arcore.training.task import Task
+
+# Lightning's short names of precisions.
+_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,15 @@ class FitResult:
         checkpoint: folder of the last checkpoint.
         history: one row per logged step: `step`, `split` (`"train"` or `"test"`) and the task's figures.
         rank: which process of a run on several devices this is.
+        steps: optimiser steps that this call did; 0 where the run was finished before.
+        stopped_early: `patience` ended the run.
     """
 
     checkpoint: Path
     history: list[dict[str, Any]]
     rank: int = 0
+    steps: int = 0
+    stopped_early: bool = False
 
 
 def fit(
@@ -56,7 +74,7 @@ def fit(
     Args:
         task: model, loss and settings.
         train: training data; items are pairs of what `task.loss` takes.
-        out: run folder; receives `step-*/` checkpoints (the newest stays) and `metrics.csv`.
+        out: run folder; receives `run.json`, `step-*/` checkpoints and `metrics.csv`.
         test: held-out data, evaluated whenever a checkpoint is written.
         resume: checkpoint or run folder to continue from. The finished run has the same weights as one that was
             never interrupted, provided that device type, number of threads and number of devices are the same.
@@ -68,33 +86,106 @@ def fit(
 
     Raises:
         FileNotFoundError: `resume` holds no checkpoint.
-        ValueError: the checkpoint is damaged or belongs to another model.
+        TypeError: task or data are none.
+        ValueError: the checkpoint is damaged or belongs to another model, the task has state that no checkpoint can
+            hold, another process writes into the folder, or the settings ask for what is not there.
+        arcore.training.guard.Diverged: loss or gradient are no longer finite; a RuntimeError.
         OSError: `out` cannot be written.
     """
-    config = task.config
+    if not isinstance(task, Task):
+        raise TypeError(f"task must be an arcore.training.Task but got {type(task).__name__}")
+    for name, data in (("train", train), ("test", test)):
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) and (name, data) != ("test", None):
+            raise TypeError(f"{name} must be a dataset with a length and items but got {type(data).__name__}")
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out must be the path of a folder but got {type(out).__name__}")
     out = Path(out)
+    _settle(task, len(train), evaluates=test is not None)  # type: ignore[arg-type]
+    checkpoint.check_holdable(task)
+    config = task.config
     source = None
+    figures: dict[str, Any] = {}
     if resume is not None:
         source = checkpoint.find(resume)
-        task.start_step = checkpoint.read_meta(source)["step"]
-    history = History(out / "metrics.csv", start_step=task.start_step)
+        meta = checkpoint.read_meta(source)
+        task.start_step, figures = meta["step"], meta.get("figures", {})
+    history = History(out / "metrics.csv", start_step=task.start_step, state=figures)
     if source is not None and task.start_step >= config.steps:
-        for name, module in task.modules_to_save().items():
-            module.load_state_dict(checkpoint.read_weights_of(source, name, module))
+        state.load(task, checkpoint.read_task(source, task))
         return FitResult(source, history.rows)
-    callbacks: list[pl.Callback] = [history, checkpoint.Checkpoints(out)]
+    keeper = Keeper(out, history)
+    average = Average(config.ema) if config.ema else None
+    callbacks: list[pl.Callback] = [Guard(out), *([average] if average else []), history, keeper]
     if show_progress:
         callbacks.append(Progress(title))
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        trainer = _trainer(task, out, callbacks, evaluate=test is not None)
+    facts = {"task": type(task).__name__, "training": dataclasses.asdict(config)}
+    with run_folder(out, facts), _quiet(), _random_state():
+        trainer = _trainer(task, out, callbacks, checkpoint.FolderCheckpointIO(task, history, average))
+        if show_progress:
+            _say_what_was_replaced(config, trainer)
         task.train_data, task.test_data = train, test
-        trainer.fit(task, ckpt_path=source)
-    return FitResult(checkpoint.find(out), history.rows, trainer.global_rank)
+        if average is not None:
+            average.start(task, source)
+        try:
+            trainer.fit(task, ckpt_path=source)
+        except MisconfigurationException as error:
+            raise ValueError(f"the training engine refuses this: {error}") from error
+    last = checkpoint.find(out)
+    return FitResult(
+        last, history.rows, trainer.global_rank, task.step - task.start_step, keeper.stopped_early
+    )
 
 
-def _trainer(task: Task, out: Path, callbacks: list[pl.Callback], *, evaluate: bool) -> pl.Trainer:
+def _settle(task: Task, items: int, *, evaluates: bool) -> None:
+    """Replace settings that go by the data or the machine by what they mean, and refuse what makes no sense here."""
     config = task.config
-    left = config.steps - task.start_step
+    devices = _devices(config)
+    if config.epochs is not None:
+        batch = config.batch_size * config.accumulate * devices * config.num_nodes
+        task.config = config = dataclasses.replace(
+            config, steps=max(1, math.ceil(config.epochs * items / batch))
+        )
+    if (config.keep_best or config.patience) and not evaluates:
+        raise ValueError("keep_best and patience go by held-out data, and there are none")
+    if "spawn" in config.strategy or "fork" in config.strategy:
+        raise ValueError(
+            f"the strategy {config.strategy!r} would start processes that cannot take over a run: use 'ddp'"
+        )
+    if _on_cpu(config) and not config.oversubscribe:
+        cores = _cores()
+        for name, count in (("devices", devices), ("workers", config.workers)):
+            if count > cores:
+                raise ValueError(
+                    f"{name}={count} would start {count} processes on the {cores} core{'s' if cores > 1 else ''} of "
+                    f"this CPU: choose at most {cores}, or say that you mean it with oversubscribe (--oversubscribe)"
+                )
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    if config.accelerator == "cpu":
+        return True
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return config.accelerator == "auto" and not there
+
+
+def _devices(config: TrainConfig) -> int:
+    if config.devices != "auto":
+        return int(config.devices)
+    return 1 if _on_cpu(config) else max(1, torch.cuda.device_count())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _trainer(
+    task: Task, out: Path, callbacks: list[pl.Callback], files: checkpoint.FolderCheckpointIO
+) -> pl.Trainer:
+    config = task.config
     precision: Any = config.precision
     try:
         return pl.Trainer(
@@ -103,26 +194,57 @@ def _trainer(task: Task, out: Path, callbacks: list[pl.Callback], *, evaluate: b
             num_nodes=config.num_nodes,
             strategy=config.strategy,
             precision=precision,
-            max_steps=left,
+            max_steps=config.steps - task.start_step,
             max_epochs=-1,
             accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=config.clip or None,
-            check_val_every_n_epoch=None,
-            # A run shorter than the interval is evaluated at its end.
-            val_check_interval=min(config.checkpoint_every or left, left) * config.accumulate,
-            num_sanity_val_steps=0,
-            limit_val_batches=1.0 if evaluate else 0,
+            # Evaluation belongs to the checkpoints, see keeping.py.
+            limit_val_batches=0,
             callbacks=callbacks,
-            plugins=[checkpoint.FolderCheckpointIO(task)],
-            logger=False,
+            plugins=[files],
+            logger=_logger(config, out),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=out,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"the training engine refuses these settings: {error}") from error
+
+
+def _logger(config: TrainConfig, out: Path) -> Any:
+    if config.logger == "csv":
+        return False
+    from pytorch_lightning import loggers
+
+    require(config.logger, extra=config.logger)
+    if config.logger == "tensorboard":
+        return loggers.TensorBoardLogger(save_dir=out, name="", version="tensorboard")
+    return loggers.WandbLogger(project="arcore", name=out.name, save_dir=out)
+
+
+def _say_what_was_replaced(config: TrainConfig, trainer: pl.Trainer) -> None:
+    asked = _PRECISIONS.get(config.precision, config.precision)
+    if str(trainer.precision) != asked and is_first():
+        print(
+            f"precision {config.precision} is not to be had on this device: {trainer.precision} is used instead",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Leave the caller's random numbers alone; each step seeds its own."""
+    before = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    state_of_numpy = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            if numpy is not None:
+                numpy.random.set_state(state_of_numpy)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -19,7 +20,7 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class StreamSampler(Sampler[list[int]]):
+class StreamSampler(Sampler[list[Any]]):
     """Batches cut from an endless stream of shuffled epochs.
 
     Epochs follow each other without a gap, so every batch is full. Batch `b` of rank `r` is piece `b * world_size + r`
@@ -34,6 +35,7 @@ class StreamSampler(Sampler[list[int]]):
         seed: decides the order.
         rank: this process.
         world_size: number of processes.
+        places: yield pairs of an item and its place in the stream, for datasets whose items depend on it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class StreamSampler(Sampler[list[int]]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        places: bool = False,
     ) -> None:
         if num_images < 1:
             raise ValueError("the dataset holds no images")
@@ -56,16 +59,21 @@ class StreamSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.places = places
         self._epoch = -1
         self._order: list[int] = []
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for batch in range(self.start, self.stop):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self._item_at(position) for position in range(first, first + self.batch_size)]
+            stretch = range(first, first + self.batch_size)
+            if self.places:
+                yield [(self._item_at(position), position) for position in stretch]
+            else:
+                yield [self._item_at(position) for position in stretch]
 
     def _item_at(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_images)

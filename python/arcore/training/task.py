@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
+from arcore.training import state
 from arcore.training.config import TrainConfig
 from arcore.training.stream import StreamSampler, derive_seed
 
@@ -25,6 +29,9 @@ class Task(pl.LightningModule):
         sampler_type: decides which items of the dataset a batch holds.
         config: settings of the run.
         start_step: optimiser steps that were done before this process took over.
+        run_facts: further entries of config.json, from whoever starts the run.
+        grad_norm: norm of the last gradient before clipping.
+        last_loss: of the last micro-batch.
     """
 
     saved: tuple[str, ...]
@@ -34,6 +41,9 @@ class Task(pl.LightningModule):
         super().__init__()
         self.config = config
         self.start_step = 0
+        self.run_facts: dict[str, Any] = {}
+        self.grad_norm: Any = 0.0
+        self.last_loss = torch.zeros(())
         self.train_data: Any = None
         self.test_data: Any = None
 
@@ -66,8 +76,20 @@ class Task(pl.LightningModule):
         """Optimiser steps done since the very beginning of the run."""
         return self.start_step + int(self.global_step)
 
+    def evaluated(self) -> None:
+        """Called in evaluation mode when the held-out data have been evaluated."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As for any module; tensors with elements that share memory are loaded too."""
+        if strict and not assign:
+            return state.load(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
         loss, figures = self.loss(*batch)
+        self.last_loss = loss.detach()
         return {"loss": loss, "figures": {"loss": loss.detach(), **figures}}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -76,7 +98,11 @@ class Task(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro_batch = self.start_step * self.config.accumulate + batch_idx
-        torch.manual_seed(derive_seed(self.config.seed, "draws", micro_batch, self.global_rank))
+        seed = derive_seed(self.config.seed, "draws", micro_batch, self.global_rank)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
         factor = self.config.lr_factor(self.step)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.config.lr * factor
@@ -94,6 +120,7 @@ class Task(pl.LightningModule):
             seed=self.config.seed,
             rank=self.global_rank,
             world_size=self.trainer.world_size,
+            places=getattr(self.train_data, "placed", False),
         )
         return DataLoader(
             self.train_data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,6 +106,38 @@ class MultiScaleVQConfig:
     def image_size(self) -> int:
         """Side of the image in pixels."""
         return self.patch_nums[-1] * 2 ** (len(self.channel_mult) - 1)
+
+    def for_images(self, image_size: int, channels: int) -> dict[str, Any]:
+        """Fields that make a tokenizer like this one for images of another size.
+
+        As many halvings as here, or more until the latent has at most twice this one's side, or fewer until it has at
+        least 4; a size that the halvings do not divide is rounded down. Scales in between are those of
+        `PATCH_NUMS_256`.
+
+        Args:
+            image_size: pixels per side.
+            channels: of an image.
+
+        Raises:
+            ValueError: the images are too small.
+        """
+        if image_size < 2:
+            raise ValueError(f"expected images of at least 2 x 2 pixels but got {image_size} x {image_size}")
+        halvings = len(self.channel_mult) - 1
+        while halvings and image_size >> halvings < 4:
+            halvings -= 1
+        while image_size >> halvings > 2 * self.patch_nums[-1]:
+            halvings += 1
+        side = image_size >> halvings
+        scales = sorted(
+            {*self.patch_nums, *PATCH_NUMS_256} if side > self.patch_nums[-1] else self.patch_nums
+        )
+        mult = self.channel_mult[: halvings + 1]
+        return {
+            "in_channels": channels,
+            "channel_mult": mult + mult[-1:] * (halvings + 1 - len(mult)),
+            "patch_nums": (*(scale for scale in scales if scale < side), side),
+        }
 
 
 class Phi(nn.Conv2d):

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from arcore.data import load_digits
 from arcore.models import load_checkpoint
-from arcore.training import checkpoint
-from arcore.training.runs import train
-from arcore.training.zoo_tasks import NextScaleTask
+from arcore.recipes.next_scale import NextScaleTask
+from arcore.training import checkpoint, train
 
 SETTINGS = {"steps": 6, "batch_size": 8, "checkpoint_every": 3, "accelerator": "cpu"}
 
@@ -91,16 +90,15 @@ def test_resume_is_exact(preset, tmp_path, tokenizer, model, monkeypatch):
 
 
 def test_a_run_trains_the_tokenizer_that_fits_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "arcore.training.runs.DEFAULTS", dict.fromkeys(("tokenizer", "next-scale"), _tiny_config())
-    )
-    result = run("var_tiny", tmp_path, settings={"steps": 2, "seed": 5})
+    monkeypatch.setattr("arcore.recipes.tokenizer.Tokenizer.defaults", _tiny_config())
+    options = {"settings": {"steps": 2, "seed": 5, "batch_size": 4, "accelerator": "cpu"}}
+    result = run("var_tiny", tmp_path, **options)
     first = checkpoint.find(tmp_path / "tokenizer")
     assert checkpoint.read_meta(first)["training"]["seed"] == 5
     assert same(weights(result.checkpoint, "tokenizer"), weights(first, "tokenizer"))
 
     shutil.rmtree(result.checkpoint)
-    again = run("var_tiny", tmp_path, resume=tmp_path, settings={"steps": 2, "seed": 5})
+    again = run("var_tiny", tmp_path, resume=tmp_path, settings={})
     assert again.checkpoint.name == "step-00000002"
 
 
@@ -111,7 +109,7 @@ def _tiny_config():
 
 
 def test_accumulated_batches_equal_a_large_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("arcore.training.start.create_model", _without_class_dropout)
+    monkeypatch.setattr("arcore.recipes._recipe.create_model", _without_class_dropout)
     results = [
         run(
             "var_tiny",
@@ -200,7 +198,7 @@ class TestRefusals:
             run("var_tiny", tmp_path, resume=tokenizer)
 
     def test_other_data_on_resume(self, tokenizer, tmp_path):
-        with pytest.raises(ValueError, match="uses the data 'digits', not 'photos'"):
+        with pytest.raises(ValueError, match="classes in 'photos' are no longer those of the run"):
             run("msvq_tiny", tmp_path, resume=tokenizer, data="photos")
 
     def test_nothing_to_resume(self, tmp_path):
@@ -218,12 +216,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="vocab_size=4096"):
             run("var_d16", tmp_path, tokenizer=model)
 
-    def test_no_task_for_the_family(self, monkeypatch):
-        from arcore.training import zoo_tasks
+    def test_a_system_without_a_recipe(self, monkeypatch):
+        from arcore.recipes import _recipe
 
-        monkeypatch.delitem(zoo_tasks.TASKS, "next-scale")
-        with pytest.raises(ValueError, match="no task for its family 'next-scale'"):
-            zoo_tasks.task_for("var_tiny")
+        monkeypatch.setattr(_recipe, "recipe_module", lambda entry: "arcore.recipes.no_such_protocol")
+        with pytest.raises(
+            ValueError, match=r"neither trained nor sampled here: arcore\.recipes\.no_such_protocol"
+        ):
+            _recipe.recipe_for("var_tiny")
 
     def test_precision_that_nobody_knows(self, tmp_path):
         with pytest.raises(ValueError, match="nonsense"):

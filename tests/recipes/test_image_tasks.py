@@ -10,9 +10,10 @@ import torch
 from arcore.data import load_digits
 from arcore.models import RoMAClassifier, create_model, load_checkpoint
 from arcore.objectives import next_cluster_loss
-from arcore.training import TrainConfig
-from arcore.training.runs import train
-from arcore.training.zoo_tasks import ClassifierTask, NextClusterTask
+from arcore.recipes.classifier import RECIPE as CLASSIFIER
+from arcore.recipes.classifier import ClassifierTask
+from arcore.recipes.next_cluster import NextClusterTask
+from arcore.training import TrainConfig, train
 
 SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
 
@@ -80,13 +81,13 @@ def test_classifier_loss_is_cross_entropy():
         logits = model(images).log_softmax(-1)
     torch.testing.assert_close(loss, -logits[torch.arange(4), labels].mean())
     torch.testing.assert_close(figures["accuracy"], (logits.argmax(-1) == labels).float().mean())
-    assert ClassifierTask.overrides(load_digits("test")) == {"num_classes": 10}
+    assert CLASSIFIER.overrides(load_digits("test")) == {"num_classes": 10}
 
 
 def test_what_does_not_start_from_what(encoder, tmp_path):
-    with pytest.raises(ValueError, match="roma_tiny does not start from a pretrained encoder"):
+    with pytest.raises(ValueError, match="the options of roma_tiny have no 'pretrained'"):
         run("roma_tiny", tmp_path / "a", pretrained=encoder)
-    with pytest.raises(ValueError, match="reads pixels and no codes: leave the tokenizer out"):
+    with pytest.raises(ValueError, match="the options of roma_tiny have no 'tokenizer'"):
         run("roma_tiny", tmp_path / "b", tokenizer=encoder)
     tokenizer = run("msvq_tiny", tmp_path / "c").checkpoint
     with pytest.raises(ValueError, match="holds no pretrained encoder such as roma_tiny but tokenizer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,49 @@ from arcore._files import atomic_path
 from arcore._optional import require
 
 SMALLEST_CELL = 64
+TENSORS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a model drew.
+
+    Attributes:
+        images: `[N, C, H, W]`, or videos `[N, F, C, H, W]`, in [-1, 1] where C is 1 or 3; else latents.
+        what: for the sentence that says what was written.
+        columns: per row; None: about square.
+    """
+
+    images: Tensor
+    what: str
+    columns: int | None = None
+
+    def save(self, path: Path) -> list[str]:
+        """Write a picture, or the numbers where they are asked for or there is no picture of them.
+
+        Returns:
+            Sentences about what was written.
+        """
+        channels = self.images.shape[-3]
+        if channels not in (1, 3):
+            target = path.with_suffix(TENSORS)
+            self._save_numbers(target, "latents")
+            return [
+                f"{target}: {self.what}, as latents of {channels} channels {tuple(self.images.shape)}: they become "
+                "pictures with the decoder that the model was made for, which arcore does not have"
+            ]
+        if path.suffix.lower() == TENSORS:
+            self._save_numbers(path, "images")
+        elif self.images.dim() == 5:
+            save_animation(self.images, path, self.columns)
+        else:
+            save_picture(grid(self.images, self.columns), path)
+        return [f"{path}: {self.what}"]
+
+    def _save_numbers(self, path: Path, name: str) -> None:
+        save_file = require("safetensors.torch", extra="zoo").save_file
+        with atomic_path(path) as temporary:
+            save_file({name: self.images.contiguous()}, temporary)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -76,8 +120,10 @@ def image_format(path: Path) -> str:
     Raises:
         ValueError: unknown ending.
     """
+    if path.suffix.lower() == TENSORS:
+        return "numbers"
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
     try:
         return formats[path.suffix.lower()]
     except KeyError:
-        raise ValueError(f"{path} must end in one of {', '.join(formats)}") from None
+        raise ValueError(f"{path} must end in one of {', '.join([*formats, TENSORS])}") from None

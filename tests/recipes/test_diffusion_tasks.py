@@ -8,14 +8,11 @@ import torch
 from arcore.data import load_digits, load_moving_digits
 from arcore.models import create_model, load_checkpoint
 from arcore.objectives import fused_snr_weights, min_snr_weights
-from arcore.training import TrainConfig
-from arcore.training.runs import train
-from arcore.training.zoo_tasks import (
-    BlockDiffusionTask,
-    DiffusionTask,
-    FrameDiffusionTask,
-    MaskedAutoregressiveTask,
-)
+from arcore.recipes.block_diffusion import BlockDiffusionTask
+from arcore.recipes.diffusion import DiffusionTask
+from arcore.recipes.frame_diffusion import FrameDiffusionTask
+from arcore.recipes.masked_autoregressive import MaskedAutoregressiveTask
+from arcore.training import TrainConfig, train
 
 SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
 
@@ -119,7 +116,7 @@ def test_block_size_and_resume(tmp_path):
         "acdit_tiny",
         tmp_path / "run",
         settings=SETTINGS | {"steps": 2, "warmup": 0, "final_lr": 1.0},
-        model_settings={"block_size": 1},
+        block_size=1,
     )
     assert load_checkpoint(first.checkpoint)[0]["model"].num_blocks == 16
     with pytest.raises(ValueError, match="block_size=1, which cannot become 4 on resume"):
@@ -128,14 +125,14 @@ def test_block_size_and_resume(tmp_path):
             tmp_path / "run",
             resume=tmp_path / "run",
             settings={"steps": 4},
-            model_settings={"block_size": 4},
+            block_size=4,
         )
     resumed = run("acdit_tiny", tmp_path / "run", resume=tmp_path / "run", settings={"steps": 4})
     whole = run(
         "acdit_tiny",
         tmp_path / "whole",
         settings=SETTINGS | {"warmup": 0, "final_lr": 1.0},
-        model_settings={"block_size": 1},
+        block_size=1,
     )
     one, other = (load_checkpoint(out.checkpoint)[0]["model"].state_dict() for out in (resumed, whole))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -156,5 +153,7 @@ def test_models_of_an_encoder_cannot_be_trained_on_pixels(tmp_path):
 
 
 def test_other_models_have_no_block_size(tmp_path):
+    with pytest.raises(ValueError, match="the options of dit_tiny have no 'block_size'"):
+        run("dit_tiny", tmp_path / "run", block_size=4)
     with pytest.raises(ValueError, match="dit_tiny has no setting 'block_size'"):
         run("dit_tiny", tmp_path / "run", model_settings={"block_size": 4})

@@ -1,0 +1,268 @@
+"""What the recipes for labelled images and videos share."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from arcore.catalog import get_config
+from arcore.data import ImageDataset, open_dataset
+from arcore.data.identity import Identity, identity, place, sizes_of
+from arcore.recipes._pictures import Pictures, image_format
+from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
+from arcore.training.augment import Augmented
+from arcore.training.checkpoint import read_meta
+from arcore.training.checks import number
+
+# A folder's own size is taken up to here; larger pictures are scaled to what the preset was made for.
+LARGEST_INFERRED = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Data of labelled images.
+
+    Attributes:
+        data: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with a subfolder
+            of images per class. Default: digits, moving_digits for models of videos.
+        held_out: folder of the same classes to evaluate on; all of `data` is then trained on. Default: a part of
+            `data`.
+        image_size: pixels per side. Default: that of the images in the folder, where all are squares of one size up to
+            128; else the preset's.
+        channels: 1 (grey) or 3 (colour). Default: 3 for a folder with colour in it, else the preset's.
+        nested: what a class folder is that holds folders of images: outer makes all below it one class, inner makes
+            each folder below a class. Default: refused.
+        skip_bad: leave out files that cannot be used, with a warning that names them.
+        flip: mirror half of the training images.
+        crop: shift training images by up to this many pixels; edges are mirrored.
+    """
+
+    data: str | None = None
+    held_out: str | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    nested: Literal["outer", "inner"] | None = None
+    skip_bad: bool = False
+    flip: bool = False
+    crop: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            number("image_size", self.image_size, whole=True, least=1)
+        if self.channels is not None and self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour) but got {self.channels}")
+        number("crop", self.crop, whole=True, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """Pictures of a class.
+
+    Attributes:
+        label: class to draw, its name, or its number from 0.
+        num: how many.
+        out: file, all in a grid: .png, .jpg, .webp or .gif (in which videos move); .safetensors keeps the numbers.
+        columns: pictures per row. Default: about square.
+        seed: decides all random draws.
+        cfg: weight of the class in classifier-free guidance.
+    """
+
+    label: str | None = field(default=None, metadata={"flag": "class", "metavar": "NAME|NUMBER"})
+    num: int = field(default=16, metadata={"aliases": ("-n",)})
+    out: Path = Path("samples.png")
+    columns: int | None = None
+    seed: int = 0
+    cfg: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name, flag in (("num", "-n"), ("columns", "--columns")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1 but got {value}")
+
+
+class ImageRecipe(Recipe):
+    """A recipe that reads labelled images or videos.
+
+    Attributes:
+        task: the loss.
+    """
+
+    options: ClassVar[type] = ImageOptions
+    task: ClassVar[type[ZooTask]]
+
+    def prepare(self, start: Start, options: Any) -> Work:
+        networks = dict(start.networks) or self.readers(start, options)
+        reader: Any = networks.get("tokenizer", networks.get(self.trained))
+        sizes: dict[str, Any] = {}
+        if reader is None:
+            sizes = _sizes(start, options)
+            shape: Any = get_config(start.preset, **{**sizes, **start.changes})
+        else:
+            shape = reader.config
+        data = options.data or ("moving_digits" if getattr(shape, "frames", 1) > 1 else "digits")
+        train, test = open_images(data, shape, options)
+        found = _same_data(start, data, train, test)
+        if self.trained not in networks:
+            networks[self.trained] = self.build(start, options, networks, {**sizes, **self.overrides(train)})
+        facts = {
+            "preset": start.preset,
+            "data": place(data),
+            "held_out": place(options.held_out),
+            "content": found.digest,
+            "items": found.items,
+            "class_names": list(train.class_names),
+        }
+        task = self.task(start.config, networks, facts | self.facts(options))
+        if options.flip or options.crop:
+            train = Augmented(train, flip=options.flip, crop=options.crop, seed=start.config.seed)
+        return Work(task, train, test)
+
+    def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
+        """Networks that stand between the images and a new model."""
+        return {}
+
+    def build(
+        self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
+    ) -> nn.Module:
+        """A new network."""
+        return start.fresh(**overrides)
+
+    def overrides(self, data: ImageDataset) -> dict[str, Any]:
+        """Fields of the model's config that the data decide."""
+        return {"num_classes": len(data.class_names)}
+
+    def facts(self, options: Any) -> dict[str, Any]:
+        """Further entries of config.json."""
+        return {}
+
+
+class PictureRecipe(ImageRecipe):
+    """An image recipe whose models draw."""
+
+    sampling: ClassVar[type | None] = PictureOptions
+
+    def finish(self, checkpoint: Path, out: Path) -> list[str]:
+        facts = read_meta(checkpoint)
+        frames = facts["modules"][self.trained]["config"].get("frames", 1)
+        what, name = ("videos", "samples.gif") if frames > 1 else ("images", "samples.png")
+        label = str(facts["class_names"][0])
+        words = ["arcore", "sample", str(out), "--class", label, "-n", "16", "--out", str(out / name)]
+        return [f"draw {what}: {shlex.join(words)}"]
+
+    def check_sampling(self, options: Any) -> None:
+        if options.label is None:
+            raise ValueError("this is a model of images: say what to draw with --class NAME|NUMBER")
+        image_format(options.out)
+
+    def sample(
+        self,
+        networks: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        options: Any,
+        show: Callable[[str], None],
+    ) -> Pictures:
+        model: Any = networks[self.trained]
+        names = facts.get("class_names") or [str(number) for number in range(max(1, model.null_class))]
+        label = _class_number(options.label, list(names))
+        labels = torch.full((options.num,), label, device=next(model.parameters()).device)
+        images = self.draw(networks, labels, options).cpu()
+        what = f"{options.num} x class {names[label]}, seed {options.seed}"
+        return Pictures(images, what, options.columns)
+
+    @abstractmethod
+    def draw(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
+        """Images `[N, C, H, W]`, or videos `[N, F, C, H, W]`, of these classes."""
+
+
+def open_images(data: str, config: Any, options: Any) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and held-out images in the shape that a network takes.
+
+    Raises:
+        ValueError: the model takes no pictures, or the held-out folder has other classes.
+    """
+    shape: dict[str, Any] = {"image_size": config.image_size, "channels": config.in_channels}
+    shape |= {"frames": getattr(config, "frames", 1), "nested": options.nested, "skip_bad": options.skip_bad}
+    held_out = options.held_out
+    if held_out is None:
+        test = open_dataset(data, split="test", **shape)
+        train = open_dataset(data, split="train", **shape)
+        return train, test if len(test) else None
+    train = open_dataset(data, split="all", **shape)
+    test = open_dataset(held_out, split="all", **shape)
+    if test.class_names != train.class_names:
+        raise ValueError(
+            f"the held-out images in {held_out} are of the classes {', '.join(test.class_names)} but those in {data} "
+            f"of {', '.join(train.class_names)}: expected the same"
+        )
+    return train, test
+
+
+def _sizes(start: Start, options: ImageOptions) -> dict[str, Any]:
+    """Fields of the preset's config that fit it to the images; says what was found and what was chosen."""
+    config: Any = get_config(start.preset, **start.changes)
+    before = (config.image_size, config.in_channels)
+    size, channels = options.image_size or before[0], options.channels or before[1]
+    found = ""
+    if options.data and Path(options.data).is_dir() and channels in (1, 3):
+        sides, colour = sizes_of(options.data, options.nested, options.skip_bad)
+        one = next(iter(sides)) if len(sides) == 1 else None
+        kind = "colour" if colour else "grey"
+        found = f"{options.data}: {kind} images, {'all' if one else 'not all'} squares of one size"
+        if one:
+            found = f"{options.data}: {kind} images of {one} x {one} pixels"
+            if options.image_size is None and one <= LARGEST_INFERRED:
+                size = one
+        if options.channels is None and colour:
+            channels = 3
+    changes: dict[str, Any] = {}
+    if (size, channels) != before:
+        fit = getattr(config, "for_images", None)
+        changes = fit(size, channels) if fit else {"image_size": size, "in_channels": channels}
+        size = get_config(start.preset, **{**start.changes, **changes}).image_size
+    if found or changes:
+        chosen = (
+            f"{start.preset} is built for {size} x {size} pixels, {'colour' if channels == 3 else 'grey'}"
+        )
+        start.say(f"{found}; {chosen}" if found else chosen)
+    return changes
+
+
+def _same_data(start: Start, data: str, train: ImageDataset, test: ImageDataset | None) -> Identity:
+    """Which data these are; on resume those of the run.
+
+    Raises:
+        ValueError: they are others.
+    """
+    found = identity(train, test)
+    if not start.facts:
+        return found
+    if list(train.class_names) != start.facts.get("class_names", list(train.class_names)):
+        raise ValueError(f"the classes in {data!r} are no longer those of the run in {start.source}")
+    before = start.facts.get("content")
+    if before not in (None, found.digest):
+        raise ValueError(
+            f"the run in {start.source} uses the data {start.facts.get('data')!r} with "
+            f"{start.facts.get('items')} items, and {place(data)!r} with {found.items} is not the same: what was "
+            "trained on could become held out; restore the data, or start a new run in another folder"
+        )
+    return found
+
+
+def _class_number(wanted: str, names: list[str]) -> int:
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    close = difflib.get_close_matches(wanted, names, n=1)
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    hint = f"did you mean {close[0]!r}?" if close else f"the model knows {shown}"
+    raise ValueError(f"there is no class {wanted!r}: {hint}")

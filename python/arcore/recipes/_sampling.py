@@ -1,0 +1,88 @@
+"""Drawing from a checkpoint, or from published weights, by the recipe of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arcore.catalog import load_checkpoint
+from arcore.recipes._recipe import Recipe, recipe_for
+from arcore.training import checkpoint
+
+
+def recipe_of_checkpoint(path: str | Path) -> Recipe:
+    """The recipe of the model in a run folder or checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or holds a tokenizer only.
+    """
+    folder = checkpoint.find(path)
+    modules = checkpoint.read_config(folder)["modules"]
+    if "model" not in modules:
+        held = "a tokenizer only" if "tokenizer" in modules else "no model"
+        raise ValueError(f"{path} holds {held}; what is drawn comes from a model such as var_tiny")
+    return recipe_for(modules["model"]["system"])
+
+
+def sample(
+    recipe: Recipe,
+    options: Any,
+    *,
+    checkpoint_folder: Path | None = None,
+    preset: str | None = None,
+    weights: Path | None = None,
+    averaged: bool = False,
+    device: str = "cpu",
+    show: Callable[[str], None] = lambda _: None,
+) -> Any:
+    """What a model draws.
+
+    Args:
+        recipe: of the model.
+        options: of the type `recipe.sampling`.
+        checkpoint_folder: run folder or checkpoint; or else
+        preset: a preset, and
+        weights: its published weights.
+        averaged: take the moving average of the weights that a run with `ema` saved.
+        device: where to compute.
+        show: receives text while it grows.
+
+    Returns:
+        What `recipe.sample` returns.
+
+    Raises:
+        ValueError: unfit options or weights.
+        FileNotFoundError: no such file.
+    """
+    recipe.check_sampling(options)
+    place = _device(device)
+    if checkpoint_folder is not None:
+        folder = checkpoint.find(checkpoint_folder)
+        networks, facts = load_checkpoint(folder)
+        facts["folder"] = str(folder)
+        if averaged:
+            checkpoint.load_average(folder, networks)
+    else:
+        assert preset is not None
+        assert weights is not None
+        if not weights.exists():
+            raise FileNotFoundError(f"the weights {weights} do not exist")
+        networks, facts = recipe.published(preset, weights, options)
+    networks = {name: network.to(place).eval() for name, network in networks.items()}
+    return recipe.sample(networks, facts, options, show)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1, ...")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no GPU; use --device cpu")
+    return device

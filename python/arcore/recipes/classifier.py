@@ -1,0 +1,71 @@
+"""Classifying images, from nothing or from a pretrained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from arcore.catalog import load_checkpoint
+from arcore.recipes._images import ImageOptions, ImageRecipe
+from arcore.recipes._recipe import Start, ZooTask
+from arcore.training import checkpoint
+from arcore.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(ImageOptions):
+    """Data and start of a classifier.
+
+    Attributes:
+        pretrained: run folder or checkpoint of a pretrained encoder to start from. Default: random weights.
+    """
+
+    pretrained: Path | None = None
+
+
+class ClassifierTask(ZooTask):
+    """Cross entropy of the classes."""
+
+    model: Any
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(images)
+        return cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
+
+
+class Classifier(ImageRecipe):
+    """Images to classes. A model that can start from an encoder has `start_from(encoder)`."""
+
+    defaults: ClassVar[TrainConfig] = TrainConfig(steps=500, batch_size=32, lr=1e-3)
+    options: ClassVar[type] = ClassifierOptions
+    task: ClassVar[type[ZooTask]] = ClassifierTask
+
+    def build(
+        self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
+    ) -> nn.Module:
+        model = start.fresh(**overrides)
+        if options.pretrained is None:
+            return model
+        begin: Any = getattr(model, "start_from", None)
+        if begin is None:
+            raise ValueError(f"{start.preset} does not start from a pretrained encoder: leave that out")
+        pretrained, _ = load_checkpoint(checkpoint.find(options.pretrained))
+        if "model" not in pretrained:
+            raise ValueError(
+                f"{options.pretrained} holds no pretrained encoder such as roma_tiny but {', '.join(pretrained)}"
+            )
+        try:
+            begin(pretrained["model"])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the encoder in {options.pretrained} does not fit {start.preset}: {error}"
+            ) from error
+        return model
+
+
+RECIPE = Classifier()

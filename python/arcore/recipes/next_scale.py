@@ -1,0 +1,212 @@
+"""Next-scale prediction: a model on the codes of a frozen multi-scale tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from arcore.catalog import create_model, get_config, list_models, load_checkpoint
+from arcore.catalog.lookup import find, load
+from arcore.decoding import generate_next_scale
+from arcore.objectives import next_scale_loss
+from arcore.recipes._images import ImageOptions, PictureOptions, PictureRecipe
+from arcore.recipes._recipe import Start, ZooTask, recipe_for
+from arcore.training import checkpoint
+from arcore.training.checks import number
+from arcore.training.config import TrainConfig
+
+TOKENIZER_FOLDER = "tokenizer"
+# What model and tokenizer must agree on, and what of it follows the size of the images.
+CODES = ("vocab_size", "z_channels")
+SCALES = "patch_nums"
+# A tokenizer that is trained on the way takes these from its model's run.
+SHARED = ("seed", "accelerator", "devices", "num_nodes", "strategy", "oversubscribe", "workers", "logger")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextScaleOptions(ImageOptions):
+    """Data and tokenizer of a next-scale model.
+
+    Attributes:
+        tokenizer: run folder or checkpoint of a trained tokenizer. Default: the preset that fits is trained first, into
+            OUT/tokenizer.
+        tokenizer_steps: steps of a tokenizer that is trained first. Default: its recipe's.
+    """
+
+    tokenizer: Path | None = None
+    tokenizer_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer_steps is not None:
+            number("tokenizer_steps", self.tokenizer_steps, whole=True, least=1)
+            if self.tokenizer is not None:
+                raise ValueError(
+                    "tokenizer_steps means nothing with a trained tokenizer: leave one of them out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextScaleSampling(PictureOptions):
+    """Pictures of a class, drawn code by code.
+
+    Attributes:
+        cfg: strength of classifier-free guidance at the finest scale; 0 turns it off.
+        temperature: above 1 draws more varied codes, below 1 likelier ones.
+        top_k: keep the K likeliest codes of each draw. Default: all.
+        top_p: keep the smallest set of codes with this much probability, 0 to 1. Default: all.
+        tokenizer: weights of the tokenizer, for a model with published weights.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    tokenizer: Path | None = None
+
+
+class NextScaleTask(ZooTask):
+    """Cross entropy of all codes of all scales in one pass."""
+
+    model: Any
+    tokenizer: Any
+
+    def __init__(
+        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(config, networks, facts)
+        self.tokenizer.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> NextScaleTask:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Codes are the same whatever the precision of the model's own arithmetic.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            indices = self.tokenizer.encode(images)
+            inputs = self.tokenizer.scale_inputs(indices)
+        logits = self.model(inputs, labels)
+        loss = next_scale_loss(logits, indices)
+        hits = logits.argmax(-1) == torch.cat(list(indices), dim=1)
+        return loss, {"accuracy": hits.float().mean()}
+
+
+class NextScale(PictureRecipe):
+    """Codes scale by scale."""
+
+    defaults: ClassVar[TrainConfig] = TrainConfig(steps=1000, batch_size=64, lr=1e-3)
+    options: ClassVar[type] = NextScaleOptions
+    sampling: ClassVar[type | None] = NextScaleSampling
+    task: ClassVar[type[ZooTask]] = NextScaleTask
+    movable: ClassVar[tuple[str, ...]] = ("data", "held_out", "tokenizer")
+
+    def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
+        wanted = get_config(start.preset, **start.changes)
+        if options.tokenizer is not None:
+            folder = checkpoint.find(options.tokenizer)
+            networks, _ = load_checkpoint(folder)
+            if "tokenizer" not in networks:
+                raise ValueError(f"{options.tokenizer} holds no tokenizer but {', '.join(networks)}")
+            _check_codes(networks["tokenizer"].config, wanted, start.preset, options.tokenizer)
+            return {"tokenizer": networks["tokenizer"]}
+        return {"tokenizer": _train_tokenizer(start, options, wanted)}
+
+    def build(
+        self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
+    ) -> nn.Module:
+        codes: Any = networks["tokenizer"].config
+        return start.fresh(**{SCALES: getattr(codes, SCALES), **overrides})
+
+    def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if options.tokenizer is None:
+            raise ValueError(
+                f"{preset} draws codes: give the weights of their tokenizer too, with --tokenizer FILE"
+            )
+        name = _fitting_tokenizer(preset, get_config(preset))
+        networks = {
+            "tokenizer": create_model(name, weights=options.tokenizer),
+            "model": create_model(preset, weights=weights),
+        }
+        return networks, {}
+
+    def draw(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
+        return generate_next_scale(
+            networks["model"],
+            networks["tokenizer"],
+            labels,
+            cfg_scale=options.cfg,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        ).images
+
+
+def _train_tokenizer(start: Start, options: NextScaleOptions, wanted: Any) -> nn.Module:
+    from arcore.recipes._run import train
+
+    name = _fitting_tokenizer(start.preset, wanted)
+    out = start.out / TOKENIZER_FOLDER
+    settings = {field: getattr(start.config, field) for field in SHARED}
+    if options.tokenizer_steps is not None:
+        settings["steps"] = options.tokenizer_steps
+    steps = settings.get("steps", recipe_for(name).defaults.steps)
+    begun = checkpoint.begun(out)
+    start.say(
+        f"{start.preset} reads images as codes: {'going on with' if begun else 'training'} the tokenizer {name} "
+        f"first, {steps} steps, into {out}"
+    )
+    data = {field.name: getattr(options, field.name) for field in dataclasses.fields(ImageOptions)}
+    result = train(
+        name,
+        out=out,
+        resume=out if begun else None,
+        settings={"steps": steps} if begun else settings,
+        show_progress=start.show_progress,
+        **({} if begun else data),
+    )
+    return load_checkpoint(result.checkpoint)[0]["tokenizer"]
+
+
+def _fitting_tokenizer(preset: str, wanted: Any) -> str:
+    """The tokenizer preset that a model was made for."""
+    name = load(find(preset).entry.presets[preset], preset).preset.tokenizer
+    if name is None or _codes(get_config(name)) != _codes(wanted):
+        fitting = [name for name in list_models() if _is_tokenizer(name, wanted)]
+        if not fitting:
+            shown = ", ".join(f"{field}={value}" for field, value in _codes(wanted).items())
+            raise ValueError(
+                f"no tokenizer preset fits {preset} ({shown}): train one and give it with --tokenizer"
+            )
+        name = fitting[0]
+    return name
+
+
+def _is_tokenizer(name: str, wanted: Any) -> bool:
+    config = get_config(name)
+    return recipe_for(name).trained == "tokenizer" and _codes(config) == _codes(wanted)
+
+
+def _codes(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in CODES}
+
+
+def _check_codes(found: Any, wanted: Any, preset: str, path: Path) -> None:
+    if _codes(found) != _codes(wanted):
+        there, here = (
+            ", ".join(f"{name}={value}" for name, value in _codes(config).items())
+            for config in (found, wanted)
+        )
+        raise ValueError(
+            f"the tokenizer in {path} does not fit {preset}: it has {there} but the model needs {here}"
+        )
+
+
+RECIPE = NextScale()
