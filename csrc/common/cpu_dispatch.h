@@ -10,6 +10,7 @@ enum class CpuIsa { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best instruction set that this CPU and its operating system support.
 inline CpuIsa best_cpu_isa() {
+#if defined(__x86_64__)
   // gcc's builtin also checks that the operating system saves the wide registers.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -17,6 +18,7 @@ inline CpuIsa best_cpu_isa() {
     return CpuIsa::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return CpuIsa::kAvx2;
+#endif
   return CpuIsa::kDefault;
 }
 
@@ -49,8 +51,17 @@ inline const char* cpu_isa_name(CpuIsa isa) {
 
 }  // namespace arcore
 
-// Declares `const Type& name()` of the three compiled variants and defines `name()` that returns the chosen
-// one.
+// Declares `const Type& name()` of the compiled variants (CMakeLists.txt has the same list) and defines
+// `name()` that returns the chosen one.
+#if !defined(__x86_64__)
+#define ARCORE_DISPATCH_CPU(Type, name) \
+  namespace DEFAULT {                   \
+  const Type& name();                   \
+  }                                     \
+  inline const Type& name() {           \
+    return DEFAULT::name();             \
+  }
+#else
 #define ARCORE_DISPATCH_CPU(Type, name) \
   namespace DEFAULT {                   \
   const Type& name();                   \
@@ -71,3 +82,4 @@ inline const char* cpu_isa_name(CpuIsa isa) {
         return DEFAULT::name();         \
     }                                   \
   }
+#endif

@@ -12,8 +12,9 @@ constexpr int64_t kSliceChannels = 128;
 // A slice's partial sums of dB and dC take 2 * state floats per step, whatever the number of its channels.
 constexpr int64_t kChannelsPerState = 8;
 
-// States that the backward handles at once: their two sums over channels fill one vector.
-constexpr int kBlock = kLanes / 2;
+// States that the backward handles at once, in quads: their two sums over channels fill one vector, or two of
+// four lanes.
+constexpr int kBlock = kLanes < 8 ? 4 : kLanes / 2;
 // States that the forward keeps in registers.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kForwardBlock = 16;
@@ -475,7 +476,8 @@ void scan_back(const BackTile& k) {
     const Vec step = load(k.dt + t * kLanes), input = load(k.dtu + t * kLanes), g = load(k.gy + t * kLanes);
     Vec gb = load(k.gb + t * kLanes), ga = load(k.ga + t * kLanes);
     Vec y = kNeedY ? load(k.y + t * kLanes) : Vec(0.0f);
-    Vec quads[2 * kQuads];
+    constexpr int kQuadsOfVector = kLanes / 4;
+    Vec quads[2 * kBlock / kLanes][kQuadsOfVector];
 #pragma GCC unroll 2
     for (int q = 0; q < kQuads; ++q) {
       Vec for_c[4], for_b[4];
@@ -498,12 +500,15 @@ void scan_back(const BackTile& k) {
         if (!kVaryB) store(k.grad_b + n * kLanes, load(k.grad_b + n * kLanes) + for_b[j]);
         if (!kVaryC) store(k.grad_c + n * kLanes, load(k.grad_c + n * kLanes) + for_c[j]);
       }
-      quads[q] = kVaryC ? sum_quad(for_c[0], for_c[1], for_c[2], for_c[3]) : Vec(0.0f);
-      quads[kQuads + q] = kVaryB ? sum_quad(for_b[0], for_b[1], for_b[2], for_b[3]) : Vec(0.0f);
+      quads[q / kQuadsOfVector][q % kQuadsOfVector] =
+          kVaryC ? sum_quad(for_c[0], for_c[1], for_c[2], for_c[3]) : Vec(0.0f);
+      quads[(kQuads + q) / kQuadsOfVector][(kQuads + q) % kQuadsOfVector] =
+          kVaryB ? sum_quad(for_b[0], for_b[1], for_b[2], for_b[3]) : Vec(0.0f);
     }
     if (kVaryB || kVaryC) {
       float* sums = k.sums + t * k.sums_stride;
-      store(sums, load(sums) + sum_groups(quads));
+      for (int v = 0; v < 2 * kBlock / kLanes; ++v)
+        store(sums + v * kLanes, load(sums + v * kLanes) + sum_groups(quads[v]));
     }
     store(k.gb + t * kLanes, gb);
     store(k.ga + t * kLanes, ga);
