@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
             / f"cmake-{sys.implementation.cache_tag}-torch{torch.__version__}-cuda{cuda.version or 'off'}"
         )
         print(
-            f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, ISAs default avx2 avx512, jobs {jobs}",
+            f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, jobs {jobs}",
             flush=True,
         )
         cute = cutlass.include_folder()

@@ -38,6 +38,26 @@ inline CpuIsa cpu_isa() {
   return chosen;
 }
 
+// The names of what was built, weakest first.
+inline const char* cpu_isas_built() {
+#if defined(__x86_64__)
+  return "default avx2 avx512";
+#else
+  return "default";
+#endif
+}
+
+// How wide the vectors of the variant "default" are, in words.
+inline const char* cpu_default_isa() {
+#if defined(__x86_64__)
+  return "baseline x86-64, no vectors";
+#elif defined(__aarch64__)
+  return "NEON";
+#else
+  return "portable, no vectors";
+#endif
+}
+
 inline const char* cpu_isa_name(CpuIsa isa) {
   switch (isa) {
     case CpuIsa::kAvx512:

@@ -28,6 +28,12 @@ namespace {
 std::string isa_in_use() {
   return cpu_isa_name(cpu_isa());
 }
+std::string isas_built() {
+  return cpu_isas_built();
+}
+std::string default_isa() {
+  return cpu_default_isa();
+}
 std::string isa_supported() {
   return cpu_isa_name(best_cpu_isa());
 }
@@ -101,6 +107,8 @@ int64_t probe_arch() {
 STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_supported() -> str");
+  m.def("cpu_isas_built() -> str");
+  m.def("cpu_default_isa() -> str");
   m.def("run_fma(int iterations) -> float");
   m.def("run_exp(int count) -> float");
   m.def("random_bits(Tensor seed, Tensor position, int stream, int index) -> Tensor");
@@ -113,6 +121,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
 STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&arcore::machine::isa_in_use));
   m.impl("cpu_isa_supported", TORCH_BOX(&arcore::machine::isa_supported));
+  m.impl("cpu_isas_built", TORCH_BOX(&arcore::machine::isas_built));
+  m.impl("cpu_default_isa", TORCH_BOX(&arcore::machine::default_isa));
   m.impl("run_fma", TORCH_BOX(&arcore::machine::run_fma));
   m.impl("run_exp", TORCH_BOX(&arcore::machine::run_exp));
 #if defined(ARCORE_WITH_CUDA)

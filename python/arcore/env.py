@@ -22,7 +22,6 @@ EXTRAS = {
     "plot": (("matplotlib", "matplotlib"),),
     "train": (("pytorch-lightning", "pytorch_lightning"), ("rich", "rich"), ("scikit-learn", "sklearn")),
 }
-ISAS = ("default", "avx2", "avx512")
 
 
 def cpu_model() -> str:
@@ -47,11 +46,13 @@ def _cpu_lines() -> list[tuple[str, str]]:
     used, supported = torch.ops.arcore.cpu_isa(), torch.ops.arcore.cpu_isa_supported()
     forced = os.environ.get("ATEN_CPU_CAPABILITY")
     reason = f"ATEN_CPU_CAPABILITY={forced}" if forced else "the best this CPU runs"
-    above = [isa for isa in ISAS if ISAS.index(isa) > ISAS.index(supported)]
+    built = torch.ops.arcore.cpu_isas_built().split()
+    above = built[built.index(supported) + 1 :]
     untested = f"; {', '.join(above)} compiled but never run here: this CPU lacks it" if above else ""
     return [
         ("CPU", cpu_model()),
-        ("CPU kernels", f"{used} in use ({reason}); built: {', '.join(ISAS)}{untested}"),
+        ("CPU kernels", f"{used} in use ({reason}); built: {', '.join(built)}{untested}"),
+        ("  default is", f"{torch.ops.arcore.cpu_default_isa()} ({platform.machine()})"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
     ]
 
