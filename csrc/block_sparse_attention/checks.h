@@ -19,8 +19,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "block_sparse_attention";
 constexpr const char* kBackwardOp = "block_sparse_attention_backward";
+constexpr const char* kTangentOp = "block_sparse_attention_jvp";
 constexpr const char* kPlanOp = "interval_tile_plan";
-constexpr int64_t kMaxHeadDim = 256;
+
+// What an op takes beside q, k, v and the row bounds.
+struct MaskTensors {
+  const Tensor& bounds;
+  const OptionalTensor& key_bounds;
+  const OptionalTensor& tree_words;
+  const OptionalTensor& tree_prefix;
+};
 
 // Kernels read rows of D contiguous elements.
 inline Tensor with_contiguous_rows(const Tensor& t) {
@@ -31,8 +39,19 @@ inline Tensor4 view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+inline KeyBias check_bias(const char* op, const char* name, const Tensor& t, const Tensor& q, int64_t nk) {
+  ARCORE_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 3 &&
+                   (t.size(0) == 1 || t.size(0) == q.size(0)) && (t.size(1) == 1 || t.size(1) == q.size(1)) &&
+                   t.size(2) == nk && t.is_contiguous(),
+               op, "expected ", name, " float32 of shape [1 or ", q.size(0), ", 1 or ", q.size(1), ", ", nk,
+               "], contiguous, but got ", torch::headeronly::toString(t.scalar_type()), " ", shape_of(t));
+  check_device(op, name, t, q);
+  return {static_cast<const float*>(t.data_ptr()), t.size(0) == 1 ? 0 : t.stride(0),
+          t.size(1) == 1 ? 0 : t.stride(1)};
+}
+
 inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const Tensor& bounds, const OptionalTensor& key_bounds, double scale) {
+                             const MaskTensors& mask, const OptionalTensor& key_bias, double scale) {
   ARCORE_CHECK(q.dim() == 4, op, "expected q of shape [B, H, Nq, D] but got ", shape_of(q));
   Problem p{};
   p.batch = q.size(0);
@@ -43,15 +62,15 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
                p.batch, ", Hkv, Nk, ", p.dim, ") but got ", shape_of(k));
   p.kv_heads = k.size(1);
   p.nk = k.size(2);
-  ARCORE_CHECK(v.dim() == 4 && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.nk &&
-                   v.size(3) == p.dim,
-               op, "expected v of k's shape ", shape_of(k), " but got ", shape_of(v));
+  ARCORE_CHECK(v.dim() == 4 && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.nk, op,
+               "expected v of shape (", p.batch, ", ", p.kv_heads, ", ", p.nk, ", Dv), to fit k, but got ",
+               shape_of(v));
+  p.v_dim = v.size(3);
   ARCORE_CHECK(p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0, op,
                "expected the heads of q to be a multiple of those of k but got H=", p.heads,
                " and Hkv=", p.kv_heads);
-  ARCORE_CHECK(p.dim % 8 == 0 && p.dim >= 8 && p.dim <= kMaxHeadDim, op,
-               "expected head_dim to be a multiple of 8 from 8 to ", kMaxHeadDim, " but got ", p.dim,
-               "; pad it");
+  ARCORE_CHECK(p.dim >= 1 && p.v_dim >= 1, op, "expected a head_dim of at least 1 but got q ", shape_of(q),
+               " and v ", shape_of(v));
   p.dtype = storage_type(q, op, "q");
   ARCORE_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
                "expected q, k and v of one dtype but got ", torch::headeronly::toString(q.scalar_type()),
@@ -59,6 +78,7 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
                torch::headeronly::toString(v.scalar_type()));
   p.scale = static_cast<float>(scale);
 
+  const Tensor& bounds = mask.bounds;
   ARCORE_CHECK(bounds.scalar_type() == ScalarType::Int, op, "expected bounds of dtype int32 but got ",
                torch::headeronly::toString(bounds.scalar_type()));
   ARCORE_CHECK(bounds.dim() == 4 && (bounds.size(3) == 2 || bounds.size(3) == 4) && bounds.size(2) == p.nq &&
@@ -74,8 +94,8 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
   p.mask.bounds = static_cast<const int32_t*>(bounds.data_ptr());
   p.mask.batch = bounds.size(0) == 1 ? 0 : bounds.stride(0);
   p.mask.head = bounds.size(1) == 1 ? 0 : bounds.stride(1);
-  if (key_bounds.has_value()) {
-    const Tensor& kb = *key_bounds;
+  if (mask.key_bounds.has_value()) {
+    const Tensor& kb = *mask.key_bounds;
     ARCORE_CHECK(kb.scalar_type() == ScalarType::Int, op, "expected key_bounds of dtype int32 but got ",
                  torch::headeronly::toString(kb.scalar_type()));
     ARCORE_CHECK(
@@ -86,7 +106,40 @@ inline Problem check_problem(const char* op, const Tensor& q, const Tensor& k, c
     p.mask.key_bounds = static_cast<const int32_t*>(kb.data_ptr());
     p.mask.key_batch = kb.size(0) == 1 ? 0 : kb.stride(0);
   }
+  ARCORE_CHECK(mask.tree_words.has_value() == mask.tree_prefix.has_value(), op,
+               "expected tree_words and tree_prefix together but got one of them; pass both or none");
+  if (mask.tree_words.has_value()) {
+    const Tensor &words = *mask.tree_words, &prefix = *mask.tree_prefix;
+    ARCORE_CHECK(words.scalar_type() == ScalarType::Long && words.dim() == 3 &&
+                     (words.size(0) == 1 || words.size(0) == p.batch) && words.size(1) == p.nq &&
+                     words.size(2) >= 1 && words.is_contiguous(),
+                 op, "expected tree_words int64 of shape [1 or ", p.batch, ", ", p.nq,
+                 ", words], contiguous, but got ", torch::headeronly::toString(words.scalar_type()), " ",
+                 shape_of(words));
+    ARCORE_CHECK(prefix.scalar_type() == ScalarType::Int && prefix.dim() == 1 &&
+                     (prefix.size(0) == 1 || prefix.size(0) == p.batch) && prefix.is_contiguous(),
+                 op, "expected tree_prefix int32 of shape [1 or ", p.batch, "], contiguous, but got ",
+                 torch::headeronly::toString(prefix.scalar_type()), " ", shape_of(prefix));
+    check_device(op, "tree_words", words, q);
+    check_device(op, "tree_prefix", prefix, q);
+    p.mask.words = static_cast<const int64_t*>(words.data_ptr());
+    p.mask.words_batch = words.size(0) == 1 ? 0 : words.stride(0);
+    p.mask.words_per_row = words.size(2);
+    p.mask.prefix = static_cast<const int32_t*>(prefix.data_ptr());
+    p.mask.prefix_batch = prefix.size(0) == 1 ? 0 : 1;
+  }
+  if (key_bias.has_value()) p.bias = check_bias(op, "key_bias", *key_bias, q, p.nk);
   return p;
+}
+
+// [B, H, Nq, dim] in the dtype and on the device of q.
+inline void check_rows_of(const char* op, const char* name, const Tensor& t, const Tensor& q, int64_t dim) {
+  ARCORE_CHECK(t.dim() == 4 && t.scalar_type() == q.scalar_type() && t.size(0) == q.size(0) &&
+                   t.size(1) == q.size(1) && t.size(2) == q.size(2) && t.size(3) == dim,
+               op, "expected ", name, " of shape (", q.size(0), ", ", q.size(1), ", ", q.size(2), ", ", dim,
+               ") and dtype ", torch::headeronly::toString(q.scalar_type()), " but got ", shape_of(t),
+               " and ", torch::headeronly::toString(t.scalar_type()));
+  check_device(op, name, t, q);
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
@@ -96,9 +149,12 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   ARCORE_CHECK(same, op, "expected ", name, " of shape ", shape_of(like), " and dtype ",
                torch::headeronly::toString(like.scalar_type()), " but got ", shape_of(t), " and ",
                torch::headeronly::toString(t.scalar_type()));
+  check_device(op, name, t, like);
 }
 
-inline const float* check_rows(const char* op, const char* name, const Tensor& t, const Problem& p) {
+inline const float* check_rows(const char* op, const char* name, const Tensor& t, const Tensor& q,
+                               const Problem& p) {
+  check_device(op, name, t, q);
   ARCORE_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == p.batch &&
                    t.size(1) == p.heads && t.size(2) == p.nq,
                op, "expected ", name, " float32 of shape (", p.batch, ", ", p.heads, ", ", p.nq, ") but got ",

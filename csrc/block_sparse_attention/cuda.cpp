@@ -51,7 +51,16 @@ Tensor plan_or_build(const OptionalTensor& plan, const Tensor& bounds, const Opt
                     by_key ? kBackwardTileK : kForwardTileK, by_key);
 }
 
-void check_head_dim(const char* op, const Problem& p) {
+void check_supported(const char* op, const Problem& p, const Tensor& q, const Tensor& v) {
+  ARCORE_CHECK(p.mask.words == nullptr, op,
+               "expected no tree_words on CUDA, whose kernels read row bounds only; move the tensors to the "
+               "CPU, or use reference_block_sparse_attention");
+  ARCORE_CHECK(p.bias.data == nullptr, op,
+               "expected no key_bias on CUDA; move the tensors to the CPU, or use "
+               "reference_block_sparse_attention");
+  ARCORE_CHECK(p.dim == p.v_dim && p.dim % 8 == 0, op,
+               "expected q and v of one head_dim, a multiple of 8, on CUDA but got q ", shape_of(q),
+               " and v ", shape_of(v), "; pad them with zeros as arcore.ops.block_sparse_attention does");
   ARCORE_CHECK(p.dim <= kMaxCudaHeadDim, op, "expected head_dim <= ", kMaxCudaHeadDim,
                " on CUDA (64, 72, 80, 96 and 128 have kernels of their own, others are padded) but got ",
                p.dim, "; move the tensors to the CPU or split the heads");
@@ -137,11 +146,14 @@ Tensor writable(const Tensor& t) {
 
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const Tensor& bounds, const OptionalTensor& key_bounds, double scale,
-                                        const OptionalTensor& plan_by_query, const OptionalTensor&) {
+                                        const OptionalTensor& plan_by_query, const OptionalTensor&,
+                                        const OptionalTensor& tree_words, const OptionalTensor& tree_prefix,
+                                        const OptionalTensor& key_bias) {
   ForwardCuda cuda{};
-  cuda.args.problem = check_problem(kOp, q, k, v, bounds, key_bounds, scale);
+  cuda.args.problem =
+      check_problem(kOp, q, k, v, {bounds, key_bounds, tree_words, tree_prefix}, key_bias, scale);
   const Problem& p = cuda.args.problem;
-  check_head_dim(kOp, p);
+  check_supported(kOp, p, q, v);
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
@@ -171,36 +183,37 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                                 const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& out, const Tensor& lse, const Tensor& bounds,
-                                                 const OptionalTensor& key_bounds, double scale,
-                                                 const OptionalTensor& plan_by_query,
-                                                 const OptionalTensor& plan_by_key) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& bounds, const OptionalTensor& key_bounds,
+    double scale, const OptionalTensor& plan_by_query, const OptionalTensor& plan_by_key,
+    const OptionalTensor& tree_words, const OptionalTensor& tree_prefix, const OptionalTensor& key_bias) {
   BackwardCuda cuda{};
-  cuda.args.problem = check_problem(kBackwardOp, q, k, v, bounds, key_bounds, scale);
+  cuda.args.problem =
+      check_problem(kBackwardOp, q, k, v, {bounds, key_bounds, tree_words, tree_prefix}, key_bias, scale);
   const Problem& p = cuda.args.problem;
-  check_head_dim(kBackwardOp, p);
+  check_supported(kBackwardOp, p, q, v);
   check_like(kBackwardOp, "grad_out", grad_out, q);
   check_like(kBackwardOp, "out", out, q);
   const CudaScope scope(q);
   Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k),
          grad_v = torch::stable::empty_like(v);
+  const Tensor no_bias = torch::stable::new_empty(q, {0}, ScalarType::Float);
   if (grad_q.numel() == 0 || grad_k.numel() == 0) {
     torch::stable::zero_(grad_q);
     torch::stable::zero_(grad_k);
     torch::stable::zero_(grad_v);
-    return {grad_q, grad_k, grad_v};
+    return {grad_q, grad_k, grad_v, no_bias};
   }
   const Tensor grad_out_rows = with_contiguous_rows(grad_out), out_rows = with_contiguous_rows(out);
   const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
                v_rows = with_contiguous_rows(v);
   const Tensor lse_rows = torch::stable::contiguous(lse);
   Tensor grad_lse_rows = lse_rows;
-  cuda.args.lse = check_rows(kBackwardOp, "lse", lse_rows, p);
+  cuda.args.lse = check_rows(kBackwardOp, "lse", lse_rows, q, p);
   if (grad_lse.has_value()) {
     grad_lse_rows = torch::stable::contiguous(*grad_lse);
-    cuda.args.grad_lse = check_rows(kBackwardOp, "grad_lse", grad_lse_rows, p);
+    cuda.args.grad_lse = check_rows(kBackwardOp, "grad_lse", grad_lse_rows, q, p);
   }
   Tensor grad_q_rows = writable(grad_q), grad_k_rows = writable(grad_k), grad_v_rows = writable(grad_v);
   const Tensor by_query = plan_or_build(plan_by_query, bounds, key_bounds, p, false);
@@ -223,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_out, const O
   if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);
   if (grad_k.stride(3) != 1) torch::stable::copy_(grad_k, grad_k_rows);
   if (grad_v.stride(3) != 1) torch::stable::copy_(grad_v, grad_v_rows);
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, no_bias};
 }
 
 }  // namespace

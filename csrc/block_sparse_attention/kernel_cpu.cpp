@@ -1,10 +1,10 @@
-// CPU forward and backward; compiled once per instruction set. The algorithm, the tile sizes and the numerics
-// are described in README.md beside this file.
-#include <cstdlib>
+// CPU forward, backward and forward-mode derivative; compiled once per instruction set. The algorithm, the
+// tile sizes and the numerics are described in README.md beside this file.
 #include <limits>
 #include <type_traits>
 
 #include "block_sparse_attention/params.h"
+#include "block_sparse_attention/tile_mask_cpu.h"
 #include "common/matmul_panel.h"
 #include "common/vec.h"
 
@@ -14,27 +14,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Query rows and keys of one tile: its packed keys and values stay in the second-level cache while the row
-// groups of the query tile pass over them. The backward also keeps two tiles of logits there.
-constexpr int kTileQ = 96;
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kForwardTileK = 512;
-#else
-constexpr int kForwardTileK = 256;
-#endif
-constexpr int kTileK = 256;
-static_assert(kTileQ % kMaxRows == 0 && kTileK % kPanel == 0 && kForwardTileK % kPanel == 0);
-// One cache line more than a power of two, so that the rows of a tile do not compete for the same cache sets.
-constexpr int kForwardTileStride = kForwardTileK + 16;
-constexpr int kTileStride = kTileK + 16;
-
 // Parallel work units that the backward wants at least; fixed, so that results do not depend on the thread
 // count.
 constexpr int64_t kBackwardUnits = 16;
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Visits 0, n-1, 1, n-2, ...: equal shares of consecutive tasks get equal work when work grows with the
 // index.
@@ -42,16 +24,10 @@ int64_t fold(int64_t i, int64_t n) {
   return i % 2 == 0 ? i / 2 : n - 1 - i / 2;
 }
 
+// Hands out parts of a thread's scratch, each on a cache line of its own.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(
-            std::aligned_alloc(64, static_cast<size_t>(round_up(floats, 16)) * sizeof(float)))),
-        next_(data_) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  bool ok() const { return data_ != nullptr; }
+  explicit Scratch(float* memory) : next_(memory) {}
   float* take(int64_t floats) {
     float* taken = next_;
     next_ += round_up(floats, 16);
@@ -59,7 +35,6 @@ class Scratch {
   }
 
  private:
-  float* data_;
   float* next_;
 };
 
@@ -132,185 +107,6 @@ float zero_if_finite(const float* x, int64_t n) {
   return rest;
 }
 
-struct Span {
-  int64_t lo = 0, hi = 0;
-  bool empty() const { return lo >= hi; }
-  bool covers(int64_t begin, int64_t end) const { return lo <= begin && hi >= end; }
-};
-
-Span intersect(Span a, Span b) {
-  const Span s{max_of(a.lo, b.lo), min_of(a.hi, b.hi)};
-  return s.empty() ? Span{} : s;
-}
-Span hull(Span a, Span b) {
-  if (a.empty()) return b;
-  if (b.empty()) return a;
-  return {min_of(a.lo, b.lo), max_of(a.hi, b.hi)};
-}
-
-// The key ranges of one query row: disjoint, ascending.
-struct RowSpans {
-  Span first, second;
-};
-
-RowSpans row_spans(const Problem& p, int64_t b, int64_t h, int64_t row) {
-  const MaskBounds& m = p.mask;
-  const int32_t* bounds = m.bounds + b * m.batch + h * m.head + row * 2 * m.intervals;
-  const Span keys{0, p.nk};
-  RowSpans spans{intersect({bounds[0], bounds[1]}, keys), {}};
-  if (m.intervals == 2) {
-    Span other = intersect({bounds[2], bounds[3]}, keys);
-    if (spans.first.empty() || (!other.empty() && other.lo < spans.first.lo)) {
-      const Span swapped = spans.first;
-      spans.first = other;
-      other = swapped;
-    }
-    if (!other.empty() && other.lo <= spans.first.hi)
-      spans.first.hi = max_of(spans.first.hi, other.hi);
-    else
-      spans.second = other;
-  }
-  return spans;
-}
-
-// What one query tile and one key tile have in common. Key positions are relative to the key tile.
-struct TileMask {
-  const Problem* problem;
-  int64_t batch;
-  int64_t q0, k0;
-  int rows, keys;
-  RowSpans spans[kTileQ];
-  int groups;
-  int group_begin[kTileQ + 1];  // rows [group_begin[g], group_begin[g + 1]) are computed together
-  Span group_spans[kTileQ][2];  // hulls of the group's first and second spans
-  // Set by enter_key_tile:
-  Span columns[kTileQ];  // keys that some row of the group may see
-  Span any;              // hull of all groups
-  bool use_key_bounds;   // some (row, key) of the tile is ruled out by the per-key query ranges
-
-  int group_rows(int g) const { return group_begin[g + 1] - group_begin[g]; }
-
-  void enter_query_tile(const Problem& p, int64_t b, int64_t h, int64_t row) {
-    problem = &p;
-    batch = b;
-    q0 = row;
-    rows = static_cast<int>(min_of<int64_t>(kTileQ, p.nq - row));
-    for (int r = 0; r < rows; ++r)
-      spans[r] = row_spans(p, b, h, q0 + r);
-    // A group ends after kMaxRows rows, or before a row at which the spans jump to a new level (a scale, a
-    // block, a document) and stay there: one group for both levels would compute the keys of both for all its
-    // rows.
-    groups = 0;
-    group_begin[0] = 0;
-    for (int r = 1; r <= rows; ++r) {
-      const bool level_begins = r < rows && jumps(r) && (r + 1 == rows || !jumps(r + 1));
-      if (r < rows && r - group_begin[groups] < kMaxRows && !level_begins) continue;
-      Span first, second;
-      for (int i = group_begin[groups]; i < r; ++i) {
-        first = hull(first, spans[i].first);
-        second = hull(second, spans[i].second);
-      }
-      group_spans[groups][0] = first;
-      group_spans[groups][1] = second;
-      group_begin[++groups] = r;
-    }
-  }
-
-  static bool far(Span a, Span b) {
-    return a.lo - b.lo > kLanes || b.lo - a.lo > kLanes || a.hi - b.hi > kLanes || b.hi - a.hi > kLanes;
-  }
-  bool jumps(int r) const {
-    return far(spans[r - 1].first, spans[r].first) || far(spans[r - 1].second, spans[r].second);
-  }
-
-  const int32_t* key_ranges() const {
-    return problem->mask.key_bounds + batch * problem->mask.key_batch + 2 * k0;
-  }
-
-  // False if the two tiles share no allowed pair (or none that a row group can reach).
-  bool enter_key_tile(int64_t key, int64_t tile) {
-    k0 = key;
-    keys = static_cast<int>(min_of<int64_t>(tile, problem->nk - key));
-    any = {};
-    Span visible{k0, k0 + keys};
-    bool reachable = false;
-    for (int g = 0; g < groups && !reachable; ++g)
-      reachable =
-          !intersect(group_spans[g][0], visible).empty() || !intersect(group_spans[g][1], visible).empty();
-    if (!reachable) return false;
-    use_key_bounds = false;
-    if (problem->mask.key_bounds != nullptr) {
-      const int32_t* ranges = key_ranges();
-      Span seen;
-      for (int j = 0; j < keys; ++j) {
-        const Span queries{ranges[2 * j], ranges[2 * j + 1]};
-        if (!intersect(queries, {q0, q0 + rows}).empty()) seen = hull(seen, {k0 + j, k0 + j + 1});
-        use_key_bounds |= !queries.covers(q0, q0 + rows);
-      }
-      visible = intersect(visible, seen);
-    }
-    for (int g = 0; g < groups; ++g) {
-      const Span s = hull(intersect(group_spans[g][0], visible), intersect(group_spans[g][1], visible));
-      columns[g] = s.empty() ? Span{} : Span{s.lo - k0, s.hi - k0};
-      any = hull(any, columns[g]);
-    }
-    return !any.empty();
-  }
-
-  // The group's columns widened to whole vectors: what is computed of a row of logits.
-  Span computed(int g) const {
-    if (columns[g].empty()) return {};
-    return {columns[g].lo / kLanes * kLanes, round_up(columns[g].hi, kLanes)};
-  }
-
-  bool row_is_full(int r, Span cols) const {
-    return !use_key_bounds && (spans[r].first.covers(k0 + cols.lo, k0 + cols.hi) ||
-                               spans[r].second.covers(k0 + cols.lo, k0 + cols.hi));
-  }
-
-  bool allowed(int r, int64_t column) const {
-    const int64_t key = k0 + column;
-    const bool in_spans = (key >= spans[r].first.lo && key < spans[r].first.hi) ||
-                          (key >= spans[r].second.lo && key < spans[r].second.hi);
-    if (!in_spans || !use_key_bounds) return in_spans;
-    const int32_t* range = key_ranges() + 2 * column;
-    return range[0] <= q0 + r && q0 + r < range[1];
-  }
-
-  // x[column] = value on every column of [cols.lo, cols.hi) that row r may not see; cols holds whole vectors.
-  void fill_forbidden(int r, Span cols, float* x, float value) const {
-    const Span here{k0 + cols.lo, k0 + cols.hi};
-    const Span first = intersect(spans[r].first, here), second = intersect(spans[r].second, here);
-    if (first.empty() || second.empty()) {
-      fill_outside(hull(first, second), cols, x, value);
-    } else {
-      // The gap between the two, then what lies outside of both.
-      for (int64_t j = first.hi; j < second.lo; ++j)
-        x[j - k0] = value;
-      fill_outside(hull(first, second), cols, x, value);
-    }
-    if (use_key_bounds) {
-      const int32_t* ranges = key_ranges();
-      const int64_t row = q0 + r, end = min_of<int64_t>(cols.hi, keys);
-      for (int64_t j = cols.lo; j < end; ++j) {
-        const bool seen = ranges[2 * j] <= row && row < ranges[2 * j + 1];
-        x[j] = seen ? x[j] : value;
-      }
-    }
-  }
-
- private:
-  // Vector by vector: a scalar store just before a vector load of the same line would stall it.
-  void fill_outside(Span keep, Span cols, float* x, float value) const {
-    const int64_t lo = keep.empty() ? cols.hi : keep.lo - k0, hi = keep.empty() ? cols.hi : keep.hi - k0;
-    int64_t j = cols.lo;
-    for (; j < lo; j += kLanes)
-      store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
-    for (j = max_of(j, hi / kLanes * kLanes); j < cols.hi; j += kLanes)
-      store(x + j, keep_lanes(load(x + j), lo - j, hi - j, Vec(value)));
-  }
-};
-
 // Whether each pair has one query tile only. Then nobody shares its packed keys, and each key tile is packed
 // just before it is used, into scratch that stays in cache, instead of once into the workspace.
 bool packs_by_tile(const Problem& p) {
@@ -322,7 +118,7 @@ struct ForwardLayout {
   int64_t keys_t, values, flags, floats;
   ColumnPanels value_panels;
 
-  ForwardLayout(const Problem& p, int64_t keys) : value_panels{keys, p.dim} {
+  ForwardLayout(const Problem& p, int64_t keys) : value_panels{keys, p.v_dim} {
     keys_t = 0;
     values = keys_t + round_up(keys, kPanel) * p.dim;
     flags = values + round_up(value_panels.floats(), 16);
@@ -338,6 +134,28 @@ int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
   return packs_by_tile(p) ? 0 : pairs * divide_up(p.nk, kForwardTileK);
 }
 
+// Floats of a panel of rows, in the kernel that reads both keys and values.
+int64_t row_buffer(const Problem& p) {
+  return kPanel * max_of(p.dim, p.v_dim);
+}
+
+// Copies the bias of keys [k0, k0 + keys) to a place where whole vectors may be read; nullptr if there is
+// none.
+const float* tile_bias(const KeyBias& bias, int64_t b, int64_t h, int64_t k0, int64_t keys, float* buffer) {
+  if (bias.data == nullptr) return nullptr;
+  const float* source = bias.data + b * bias.batch + h * bias.head + k0;
+  for (int64_t j = 0; j < keys; ++j)
+    buffer[j] = source[j];
+  for (int64_t j = keys; j < round_up(keys, kLanes); ++j)
+    buffer[j] = 0.0f;
+  return buffer;
+}
+
+void add_bias(const float* bias, Span cols, float* x) {
+  for (int64_t j = cols.lo; j < cols.hi; j += kLanes)
+    store(x + j, load(x + j) + load(bias + j));
+}
+
 // Packs the keys and values [k0, k0 + keys) so that they begin at row `at` of the layout. Returns NaN if a
 // value is not finite, else 0.
 float pack_forward_tile(const ForwardArgs& args, const ForwardLayout& layout, int64_t b, int64_t h,
@@ -348,27 +166,32 @@ float pack_forward_tile(const ForwardArgs& args, const ForwardLayout& layout, in
     const int64_t count = min_of<int64_t>(kPanel, keys - j);
     pack_transposed(float_rows(p.dtype, args.k, b, h, k0 + j, count, p.dim, buffer), count, p.dim,
                     base + layout.keys_t + (at + j) * p.dim);
-    const FloatRows values = float_rows(p.dtype, args.v, b, h, k0 + j, count, p.dim, buffer);
+    const FloatRows values = float_rows(p.dtype, args.v, b, h, k0 + j, count, p.v_dim, buffer);
     for (int64_t i = 0; i < count; ++i) {
-      flag += zero_if_finite(values.row(i), p.dim);
+      flag += zero_if_finite(values.row(i), p.v_dim);
       pack_row(values.row(i), layout.value_panels, at + j + i, base + layout.values);
     }
   }
   return flag;
 }
 
-void forward_pack(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
+int64_t forward_scratch(const Problem& p) {
+  const bool by_tile = packs_by_tile(p);
+  const ForwardLayout layout(p, by_tile ? min_of<int64_t>(p.nk, kForwardTileK) : 0);
+  return kTileQ * (p.dim + layout.value_panels.padded_dim() + 2) + kMaxRows * kForwardTileStride +
+         kForwardTileK + (by_tile ? layout.floats : 0) + row_buffer(p) + 8 * 16;
+}
+
+void forward_pack(const ForwardArgs& args, const Wave& wave, float* scratch, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const ForwardLayout layout(p);
   const int64_t tiles = divide_up(p.nk, kForwardTileK);
-  Scratch scratch(kPanel * p.dim);
-  float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / tiles, tile = task % tiles, k0 = tile * kForwardTileK;
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
     const int64_t keys = min_of<int64_t>(kForwardTileK, p.nk - k0);
-    base[layout.flags + tile] = pack_forward_tile(args, layout, b, h, k0, keys, k0, base, buffer);
+    base[layout.flags + tile] = pack_forward_tile(args, layout, b, h, k0, keys, k0, base, scratch);
   }
 }
 
@@ -433,22 +256,22 @@ void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, co
     }
 }
 
-void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
+void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const bool by_tile = packs_by_tile(p);
   const ForwardLayout layout(p, by_tile ? min_of<int64_t>(p.nk, kForwardTileK) : p.nk);
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const ColumnPanels& vp = layout.value_panels;
   const int64_t out_stride = vp.padded_dim();
-  Scratch scratch(kTileQ * (p.dim + out_stride + 2) + kMaxRows * kForwardTileStride +
-                  (by_tile ? layout.floats + kPanel * p.dim : 0) + 96);
+  Scratch scratch(memory);
   float* q = scratch.take(kTileQ * p.dim);
   float* s = scratch.take(kMaxRows * kForwardTileStride);
   float* out = scratch.take(kTileQ * out_stride);
   float* row_max = scratch.take(kTileQ);
   float* row_sum = scratch.take(kTileQ);
+  float* bias_buffer = scratch.take(kForwardTileK);
+  float* buffer = scratch.take(row_buffer(p));
   float* packed = by_tile ? scratch.take(layout.floats) : nullptr;
-  float* buffer = by_tile ? scratch.take(kPanel * p.dim) : nullptr;
   TileMask mask;
 
   for (int64_t task = begin; task < end; ++task) {
@@ -474,6 +297,7 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
       const float flag = by_tile ? pack_forward_tile(args, layout, b, hk, k0, mask.keys, 0, base, buffer)
                                  : base[layout.flags + k0 / kForwardTileK];
       const bool careful = flag != 0.0f;
+      const float* bias = tile_bias(p.bias, b, h, k0, mask.keys, bias_buffer);
       for (int g = 0; g < mask.groups; ++g) {
         const Span cols = mask.computed(g), seen = mask.columns[g];
         if (cols.empty()) continue;
@@ -486,6 +310,7 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
         }
         for (int r = 0; r < rows; ++r) {
           float* logits = s + r * kForwardTileStride;
+          if (bias != nullptr) add_bias(bias, cols, logits);
           if (!mask.row_is_full(row + r, cols)) mask.fill_forbidden(row + r, cols, logits, -kInfinity);
           online_softmax(logits, cols, row_max + row + r, row_sum + row + r, out + (row + r) * out_stride,
                          out_stride);
@@ -506,7 +331,7 @@ void forward(const ForwardArgs& args, const Wave& wave, int64_t begin, int64_t e
     for (int r = 0; r < mask.rows; ++r) {
       const bool empty = row_sum[r] == 0.0f;
       scale_row(out + r * out_stride, out_stride, empty ? 0.0f : 1.0f / row_sum[r]);
-      write_row(p.dtype, args.out, b, h, mask.q0 + r, out + r * out_stride, p.dim);
+      write_row(p.dtype, args.out, b, h, mask.q0 + r, out + r * out_stride, p.v_dim);
       lse[r] = empty ? -kInfinity : row_max[r] + __builtin_logf(row_sum[r]);
     }
   }
@@ -518,9 +343,10 @@ struct BackwardLayout {
   // Relative to a query head:
   int64_t q_rows, q, do_rows, grads, delta, query_flags, partial, touched, query_floats;
   int64_t group, chunks, tiles_q, tiles_k;
-  ColumnPanels key_panels, query_panels;
+  ColumnPanels key_panels, query_panels, grad_panels;
 
-  explicit BackwardLayout(const Problem& p) : key_panels{p.nk, p.dim}, query_panels{p.nq, p.dim} {
+  explicit BackwardLayout(const Problem& p)
+      : key_panels{p.nk, p.dim}, query_panels{p.nq, p.dim}, grad_panels{p.nq, p.v_dim} {
     group = p.heads / p.kv_heads;
     tiles_q = divide_up(p.nq, kTileQ);
     tiles_k = divide_up(p.nk, kTileK);
@@ -528,16 +354,16 @@ struct BackwardLayout {
     const int64_t nk = round_up(p.nk, kPanel);
     keys_t = 0;
     values_t = keys_t + nk * p.dim;
-    keys = values_t + nk * p.dim;
+    keys = values_t + nk * p.v_dim;
     key_flags = keys + round_up(key_panels.floats(), 16);
     query_head = key_flags + round_up(tiles_k, 16);
 
-    const int64_t rows = round_up(p.nq * p.dim, 16), panels = round_up(query_panels.floats(), 16);
+    const int64_t panels = round_up(query_panels.floats(), 16);
     q_rows = 0;
-    q = q_rows + rows;
+    q = q_rows + round_up(p.nq * p.dim, 16);
     do_rows = q + panels;
-    grads = do_rows + rows;
-    delta = grads + panels;
+    grads = do_rows + round_up(p.nq * p.v_dim, 16);
+    delta = grads + round_up(grad_panels.floats(), 16);
     query_flags = delta + round_up(p.nq, 16);
     partial = query_flags + round_up(tiles_q, 16);
     touched = partial + chunks * panels;
@@ -569,8 +395,8 @@ void pack_key_tile(const BackwardArgs& args, const BackwardLayout& layout, int64
   float flag = 0.0f;
   for (int64_t k0 = tile * kTileK; k0 < k1; k0 += kPanel) {
     const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
-    pack_transposed(float_rows(p.dtype, args.v, b, h, k0, count, p.dim, buffer), count, p.dim,
-                    base + layout.values_t + k0 * p.dim);
+    pack_transposed(float_rows(p.dtype, args.v, b, h, k0, count, p.v_dim, buffer), count, p.v_dim,
+                    base + layout.values_t + k0 * p.v_dim);
     const FloatRows keys = float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer);
     pack_transposed(keys, count, p.dim, base + layout.keys_t + k0 * p.dim);
     for (int64_t i = 0; i < count; ++i) {
@@ -588,49 +414,43 @@ void pack_query_tile(const BackwardArgs& args, const BackwardLayout& layout, int
   float flag = 0.0f;
   for (int64_t i = tile * kTileQ; i < q1; ++i) {
     float* q = head + layout.q_rows + i * p.dim;
-    float* grad = head + layout.do_rows + i * p.dim;
+    float* grad = head + layout.do_rows + i * p.v_dim;
     scaled_copy(float_rows(p.dtype, args.q, b, h, i, 1, p.dim, buffer).data, q, p.dim, p.scale);
-    scaled_copy(float_rows(p.dtype, args.grad_out, b, h, i, 1, p.dim, buffer).data, grad, p.dim, 1.0f);
-    const float* row = float_rows(p.dtype, args.out, b, h, i, 1, p.dim, buffer).data;
-    Vec sum(0.0f), check(0.0f);
+    scaled_copy(float_rows(p.dtype, args.grad_out, b, h, i, 1, p.v_dim, buffer).data, grad, p.v_dim, 1.0f);
+    const float* row = float_rows(p.dtype, args.out, b, h, i, 1, p.v_dim, buffer).data;
+    Vec sum(0.0f);
     int64_t d = 0;
-    for (; d + kLanes <= p.dim; d += kLanes) {
+    for (; d + kLanes <= p.v_dim; d += kLanes)
       sum = fma(load(grad + d), load(row + d), sum);
-      check = fma(load(grad + d), Vec(0.0f), fma(load(q + d), Vec(0.0f), check));
-    }
     float delta = reduce_add(sum);
-    flag += reduce_add(check);
-    for (; d < p.dim; ++d) {
+    for (; d < p.v_dim; ++d)
       delta += grad[d] * row[d];
-      flag += grad[d] * 0.0f + q[d] * 0.0f;
-    }
+    flag += zero_if_finite(q, p.dim) + zero_if_finite(grad, p.v_dim);
     const int64_t at = (b * p.heads + h) * p.nq + i;
     head[layout.delta + i] = args.grad_lse == nullptr ? delta : delta - args.grad_lse[at];
     pack_row(q, layout.query_panels, i, head + layout.q);
-    pack_row(grad, layout.query_panels, i, head + layout.grads);
+    pack_row(grad, layout.grad_panels, i, head + layout.grads);
   }
   head[layout.query_flags + tile] = flag;
 }
 
-void backward_pack(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
+void backward_pack(const BackwardArgs& args, const Wave& wave, float* scratch, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const BackwardLayout layout(p);
   const int64_t per_pair = layout.tiles_k + layout.group * layout.tiles_q;
-  Scratch scratch(kPanel * p.dim);
-  float* buffer = scratch.take(kPanel * p.dim);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / per_pair;
     const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
     int64_t rest = task % per_pair;
     if (rest < layout.tiles_k) {
-      pack_key_tile(args, layout, b, hk, rest, base, buffer);
+      pack_key_tile(args, layout, b, hk, rest, base, scratch);
       continue;
     }
     rest -= layout.tiles_k;
     const int64_t g = rest / layout.tiles_q;
     pack_query_tile(args, layout, b, hk * layout.group + g, rest % layout.tiles_q, layout.head(base, g),
-                    buffer);
+                    scratch);
   }
 }
 
@@ -638,14 +458,47 @@ int64_t backward_tasks(const Problem& p, int64_t pairs) {
   return pairs * BackwardLayout(p).chunks;
 }
 
-// P and dS of one row from its logits (in s) and dP (in ds).
-void row_gradients(float* s, float* ds, Span cols, float lse, float delta) {
-  const Vec shift(lse), mean(delta);
-  for (int64_t j = cols.lo; j < cols.hi; j += kLanes) {
-    const Vec weight = exp(load(s + j) - shift);
-    store(s + j, weight);
-    store(ds + j, weight * (load(ds + j) - mean));
+// P and dS of row r from its logits (in s) and dP (in ds); both are 0 where the row may not see.
+//
+// dS = P (dP - delta) with delta = sum of P dP - grad_lse, which equals <grad_out, out> - grad_lse. Where the
+// row sees nothing outside of this tile the sum is formed here, and where a key has all the weight its dP is
+// the sum: then dS is 0 as it should be, not the difference of two roundings.
+void row_gradients(const TileMask& mask, int r, Span cols, float lse, float delta, float grad_lse, float* s,
+                   float* ds) {
+  const Vec shift(lse == -kInfinity ? 0.0f : lse);
+  const bool cut = !mask.row_is_full(r, cols), alone = mask.row_ends_here(r);
+  Vec mean(delta);
+  float top;
+  if (cut || alone) {
+    for (int64_t j = cols.lo; j < cols.hi; j += kLanes)
+      store(s + j, exp(load(s + j) - shift));
+    if (cut) {
+      mask.fill_forbidden(r, cols, s, 0.0f);
+      mask.fill_forbidden(r, cols, ds, 0.0f);
+    }
+    Vec sum(0.0f), most(0.0f);
+    for (int64_t j = cols.lo; j < cols.hi; j += kLanes) {
+      sum = fma(load(s + j), load(ds + j), sum);
+      most = max(most, load(s + j));
+    }
+    if (alone) mean = Vec(reduce_add(sum) - grad_lse);
+    top = reduce_max(most);
+  } else {
+    Vec most(0.0f);
+    for (int64_t j = cols.lo; j < cols.hi; j += kLanes) {
+      const Vec weight = exp(load(s + j) - shift);
+      store(s + j, weight);
+      most = max(most, weight);
+    }
+    top = reduce_max(most);
   }
+  if (top >= 1.0f && !alone)
+    for (int64_t j = cols.lo; j < cols.hi; ++j)
+      if (s[j] >= 1.0f) mean = Vec(ds[j] - grad_lse);
+  for (int64_t j = cols.lo; j < cols.hi; j += kLanes)
+    store(ds + j, load(s + j) * (load(ds + j) - mean));
+  // 0 * (0 - mean) is NaN where the mean is.
+  if (cut) mask.fill_forbidden(r, cols, ds, 0.0f);
 }
 
 void fill_columns(float* x, int64_t begin, int64_t end, float value) {
@@ -665,21 +518,30 @@ void careful_multiply_add_transposed(const TileMask& mask, const float* w, const
     }
 }
 
+// What backward_tile reads and adds to for one query head; rows of grad_* are padded to whole vectors.
+struct BackwardHead {
+  const float* packed;    // of the query head
+  const float* lse;       // [Nq]
+  const float* grad_lse;  // [Nq] or null
+  const float* bias;      // of the key tile, or null
+  float* grad_bias;       // of the key tile, or null
+  float* grad_q;          // of the query tile
+};
+
 void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMask& mask, const float* base,
-                   const float* head, const float* lse, float* s, float* ds, float* grad_k, float* grad_v,
-                   float* grad_q) {
-  const int64_t stride = layout.key_panels.padded_dim();
+                   const BackwardHead& head, float* s, float* ds, float* grad_k, float* grad_v) {
+  const int64_t stride = layout.key_panels.padded_dim(), v_stride = layout.grad_panels.padded_dim();
   for (int64_t panel = mask.any.lo / kPanel * kPanel; panel < mask.any.hi; panel += kPanel)
     for (int g = 0; g < mask.groups; ++g) {
       const Span part = intersect(mask.computed(g), {panel, panel + kPanel});
       if (part.empty()) continue;
       const int rows = mask.group_rows(g), vectors = static_cast<int>((part.hi - part.lo) / kLanes);
-      const int64_t row = mask.group_begin[g], at = (mask.q0 + row) * p.dim, to = row * kTileStride + part.lo;
-      const int64_t packed = (mask.k0 + panel) * p.dim + (part.lo - panel);
-      multiply(rows, vectors, head + layout.q_rows + at, p.dim, base + layout.keys_t + packed, s + to,
-               kTileStride, p.dim);
-      multiply(rows, vectors, head + layout.do_rows + at, p.dim, base + layout.values_t + packed, ds + to,
-               kTileStride, p.dim);
+      const int64_t begin = mask.group_begin[g], row = mask.q0 + begin, to = begin * kTileStride + part.lo;
+      const int64_t key = mask.k0 + panel, within = part.lo - panel;
+      multiply(rows, vectors, head.packed + layout.q_rows + row * p.dim, p.dim,
+               base + layout.keys_t + key * p.dim + within, s + to, kTileStride, p.dim);
+      multiply(rows, vectors, head.packed + layout.do_rows + row * p.v_dim, p.v_dim,
+               base + layout.values_t + key * p.v_dim + within, ds + to, kTileStride, p.v_dim);
     }
 
   const Span all{mask.any.lo / kLanes * kLanes, round_up(mask.any.hi, kLanes)};
@@ -693,23 +555,25 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
         fill_columns(grads, all.lo, all.hi, 0.0f);
         continue;
       }
-      row_gradients(weights, grads, cols, lse[mask.q0 + r], head[layout.delta + mask.q0 + r]);
-      if (!mask.row_is_full(r, cols)) {
-        mask.fill_forbidden(r, cols, weights, 0.0f);
-        mask.fill_forbidden(r, cols, grads, 0.0f);
-      }
+      if (head.bias != nullptr) add_bias(head.bias, cols, weights);
+      const int64_t row = mask.q0 + r;
+      row_gradients(mask, r, cols, head.lse[row], head.packed[layout.delta + row],
+                    head.grad_lse == nullptr ? 0.0f : head.grad_lse[row], weights, grads);
       // The transposed products below read whole row ranges.
       fill_columns(weights, all.lo, cols.lo, 0.0f);
       fill_columns(weights, cols.hi, all.hi, 0.0f);
       fill_columns(grads, all.lo, cols.lo, 0.0f);
       fill_columns(grads, cols.hi, all.hi, 0.0f);
+      if (head.grad_bias != nullptr)
+        for (int64_t j = cols.lo; j < cols.hi; j += kLanes)
+          store(head.grad_bias + j, load(head.grad_bias + j) + load(grads + j));
     }
   }
 
-  const ColumnPanels& qp = layout.query_panels;
-  if (head[layout.query_flags + mask.q0 / kTileQ] != 0.0f) {
-    careful_multiply_add_transposed(mask, s, head + layout.grads, qp, grad_v, stride);
-    careful_multiply_add_transposed(mask, ds, head + layout.q, qp, grad_k, stride);
+  const ColumnPanels &qp = layout.query_panels, &gp = layout.grad_panels;
+  if (head.packed[layout.query_flags + mask.q0 / kTileQ] != 0.0f) {
+    careful_multiply_add_transposed(mask, s, head.packed + layout.grads, gp, grad_v, v_stride);
+    careful_multiply_add_transposed(mask, ds, head.packed + layout.q, qp, grad_k, stride);
   } else {
     for (int64_t j = mask.any.lo; j < mask.any.hi; j += kMaxRows) {
       const int64_t end = min_of<int64_t>(j + kMaxRows, mask.any.hi);
@@ -721,13 +585,16 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
       }
       if (row0 >= row1) continue;
       const int keys = static_cast<int>(end - j);
-      for (int64_t panel = 0; panel < qp.count(); ++panel) {
-        const int64_t x = qp.offset(panel, mask.q0 + row0), w = row0 * kTileStride + j,
-                      to = j * stride + panel * kPanel;
-        multiply_add_transposed(keys, qp.vectors(panel), s + w, kTileStride, head + layout.grads + x,
-                                grad_v + to, stride, row1 - row0);
-        multiply_add_transposed(keys, qp.vectors(panel), ds + w, kTileStride, head + layout.q + x,
-                                grad_k + to, stride, row1 - row0);
+      const int64_t w = row0 * kTileStride + j;
+      for (int64_t panel = 0; panel < max_of(qp.count(), gp.count()); ++panel) {
+        if (panel < gp.count())
+          multiply_add_transposed(keys, gp.vectors(panel), s + w, kTileStride,
+                                  head.packed + layout.grads + gp.offset(panel, mask.q0 + row0),
+                                  grad_v + j * v_stride + panel * kPanel, v_stride, row1 - row0);
+        if (panel < qp.count())
+          multiply_add_transposed(keys, qp.vectors(panel), ds + w, kTileStride,
+                                  head.packed + layout.q + qp.offset(panel, mask.q0 + row0),
+                                  grad_k + j * stride + panel * kPanel, stride, row1 - row0);
       }
     }
   }
@@ -741,23 +608,32 @@ void backward_tile(const Problem& p, const BackwardLayout& layout, const TileMas
       const int row = mask.group_begin[g];
       if (careful)
         careful_multiply_add(mask, row, mask.group_rows(g), cols, ds + row * kTileStride, kTileStride,
-                             base + layout.keys, kp, mask.k0, grad_q + row * stride, stride);
+                             base + layout.keys, kp, mask.k0, head.grad_q + row * stride, stride);
       else
         multiply_add(mask.group_rows(g), kp.vectors(panel), ds + row * kTileStride + cols.lo, kTileStride,
                      base + layout.keys + kp.offset(panel, mask.k0 + cols.lo),
-                     grad_q + row * stride + panel * kPanel, stride, cols.hi - cols.lo);
+                     head.grad_q + row * stride + panel * kPanel, stride, cols.hi - cols.lo);
     }
 }
 
-void backward(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
+int64_t backward_scratch(const Problem& p) {
+  const BackwardLayout layout(p);
+  const int64_t tile = 2 * kTileQ * kTileStride + 2 * kTileK +
+                       kTileK * (layout.key_panels.padded_dim() + layout.grad_panels.padded_dim());
+  return max_of(tile, row_buffer(p)) + 6 * 16;
+}
+
+void backward(const BackwardArgs& args, const Wave& wave, float* memory, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const BackwardLayout layout(p);
-  const int64_t stride = layout.key_panels.padded_dim();
-  Scratch scratch(2 * kTileQ * kTileStride + 2 * kTileK * stride + 64);
+  const int64_t stride = layout.key_panels.padded_dim(), v_stride = layout.grad_panels.padded_dim();
+  Scratch scratch(memory);
   float* s = scratch.take(kTileQ * kTileStride);
   float* ds = scratch.take(kTileQ * kTileStride);
   float* grad_k = scratch.take(kTileK * stride);
-  float* grad_v = scratch.take(kTileK * stride);
+  float* grad_v = scratch.take(kTileK * v_stride);
+  float* bias_buffer = scratch.take(kTileK);
+  float* grad_bias = scratch.take(kTileK);
   TileMask mask;
 
   for (int64_t task = begin; task < end; ++task) {
@@ -774,24 +650,33 @@ void backward(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t
     for (int64_t k0 = tile0 * kTileK; k0 < min_of(p.nk, tile1 * kTileK); k0 += kTileK) {
       const int64_t keys = min_of<int64_t>(kTileK, p.nk - k0);
       fill_columns(grad_k, 0, keys * stride, 0.0f);
-      fill_columns(grad_v, 0, keys * stride, 0.0f);
+      fill_columns(grad_v, 0, keys * v_stride, 0.0f);
       for (int64_t g = 0; g < layout.group; ++g) {
-        float* head = layout.head(base, g);
-        const int64_t h = hk * layout.group + g;
-        float* touched = layout.touched_of(head, chunk);
+        float* packed = layout.head(base, g);
+        const int64_t h = hk * layout.group + g, first = (b * p.heads + h) * p.nq;
+        BackwardHead head{packed,
+                          args.lse + first,
+                          args.grad_lse == nullptr ? nullptr : args.grad_lse + first,
+                          tile_bias(p.bias, b, h, k0, keys, bias_buffer),
+                          args.grad_bias == nullptr ? nullptr : grad_bias,
+                          nullptr};
+        if (head.grad_bias != nullptr) fill_columns(grad_bias, 0, kTileK, 0.0f);
+        float* touched = layout.touched_of(packed, chunk);
         for (int64_t t = 0; t < layout.tiles_q; ++t) {
           mask.enter_query_tile(p, b, h, t * kTileQ);
           if (!mask.enter_key_tile(k0, kTileK)) continue;
-          float* grad_q = layout.partial_of(head, chunk) + mask.q0 * stride;
-          if (touched[t] == 0.0f) fill_columns(grad_q, 0, mask.rows * stride, 0.0f);
+          head.grad_q = layout.partial_of(packed, chunk) + mask.q0 * stride;
+          if (touched[t] == 0.0f) fill_columns(head.grad_q, 0, mask.rows * stride, 0.0f);
           touched[t] = 1.0f;
-          backward_tile(p, layout, mask, base, head, args.lse + (b * p.heads + h) * p.nq, s, ds, grad_k,
-                        grad_v, grad_q);
+          backward_tile(p, layout, mask, base, head, s, ds, grad_k, grad_v);
         }
+        if (head.grad_bias != nullptr)
+          for (int64_t j = 0; j < keys; ++j)
+            args.grad_bias[(b * p.heads + h) * p.nk + k0 + j] = grad_bias[j];
       }
       for (int64_t j = 0; j < keys; ++j) {
         write_row(p.dtype, args.grad_k, b, hk, k0 + j, grad_k + j * stride, p.dim);
-        write_row(p.dtype, args.grad_v, b, hk, k0 + j, grad_v + j * stride, p.dim);
+        write_row(p.dtype, args.grad_v, b, hk, k0 + j, grad_v + j * v_stride, p.v_dim);
       }
     }
   }
@@ -802,12 +687,10 @@ int64_t backward_reduce_tasks(const Problem& p, int64_t pairs) {
   return pairs * layout.group * layout.tiles_q;
 }
 
-void backward_reduce(const BackwardArgs& args, const Wave& wave, int64_t begin, int64_t end) {
+void backward_reduce(const BackwardArgs& args, const Wave& wave, float* row, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   const BackwardLayout layout(p);
   const int64_t stride = layout.query_panels.padded_dim();
-  Scratch scratch(stride);
-  float* row = scratch.take(stride);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tile = task % layout.tiles_q, g = task / layout.tiles_q % layout.group;
     const int64_t pair = task / (layout.tiles_q * layout.group);
@@ -828,14 +711,212 @@ void backward_reduce(const BackwardArgs& args, const Wave& wave, int64_t begin, 
   }
 }
 
+// Packed keys and values of one (batch, kv head) pair, and their tangents.
+struct TangentLayout {
+  int64_t keys_t, values, tangent_keys_t, tangent_values, flags, floats;
+  ColumnPanels value_panels;
+
+  explicit TangentLayout(const Problem& p) : value_panels{p.nk, p.v_dim} {
+    const int64_t keys = round_up(p.nk, kPanel) * p.dim, panels = round_up(value_panels.floats(), 16);
+    keys_t = 0;
+    tangent_keys_t = keys;
+    values = tangent_keys_t + keys;
+    tangent_values = values + panels;
+    flags = tangent_values + panels;
+    floats = flags + round_up(divide_up(p.nk, kTileK), 16);
+  }
+};
+
+int64_t tangent_workspace(const Problem& p) {
+  return TangentLayout(p).floats;
+}
+int64_t tangent_scratch(const Problem& p) {
+  const int64_t out = kTileQ * (round_up(p.v_dim, kLanes) + p.v_dim);
+  return 2 * kTileQ * p.dim + out + 2 * kMaxRows * kTileStride + 3 * kTileQ + 2 * kTileK + row_buffer(p) +
+         12 * 16;
+}
+int64_t tangent_pack_tasks(const Problem& p, int64_t pairs) {
+  return pairs * divide_up(p.nk, kTileK);
+}
+
+void tangent_pack(const TangentArgs& args, const Wave& wave, float* buffer, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  const TangentLayout layout(p);
+  const int64_t tiles = divide_up(p.nk, kTileK);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t pair = task / tiles, tile = task % tiles, k1 = min_of(p.nk, (tile + 1) * kTileK);
+    const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
+    float* base = wave.workspace + pair * layout.floats;
+    float flag = 0.0f;
+    auto pack = [&](const Tensor4& keys, int64_t keys_t, const Tensor4& values, int64_t values_at) {
+      for (int64_t k0 = tile * kTileK; k0 < k1; k0 += kPanel) {
+        const int64_t count = min_of<int64_t>(kPanel, k1 - k0);
+        if (keys.data != nullptr)
+          pack_transposed(float_rows(p.dtype, keys, b, h, k0, count, p.dim, buffer), count, p.dim,
+                          base + keys_t + k0 * p.dim);
+        if (values.data == nullptr) continue;
+        const FloatRows rows = float_rows(p.dtype, values, b, h, k0, count, p.v_dim, buffer);
+        for (int64_t i = 0; i < count; ++i) {
+          flag += zero_if_finite(rows.row(i), p.v_dim);
+          pack_row(rows.row(i), layout.value_panels, k0 + i, base + values_at);
+        }
+      }
+    };
+    pack(args.k, layout.keys_t, args.v, layout.values);
+    pack(args.tangent_k, layout.tangent_keys_t, args.tangent_v, layout.tangent_values);
+    base[layout.flags + tile] = flag;
+  }
+}
+
+int64_t tangent_tasks(const Problem& p, int64_t pairs) {
+  return pairs * (p.heads / p.kv_heads) * divide_up(p.nq, kTileQ);
+}
+
+// The tangent of the logit with the most weight among these: a value to measure the row's tangents from, so
+// that what all its keys share does not drown what they differ in. `found` stays false if the row sees no
+// key.
+float reference_tangent(const float* s, const float* tangent, Span cols, bool* found) {
+  float most = -kInfinity, value = 0.0f;
+  for (int64_t j = cols.lo; j < cols.hi; ++j)
+    if (s[j] > most) {
+      most = s[j];
+      value = tangent[j];
+      *found = true;
+    }
+  return value;
+}
+
+void tangent(const TangentArgs& args, const Wave& wave, float* memory, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  const TangentLayout layout(p);
+  const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
+  const ColumnPanels& vp = layout.value_panels;
+  const int64_t out_stride = vp.padded_dim();
+  const bool moves_q = args.tangent_q.data != nullptr, moves_k = args.tangent_k.data != nullptr,
+             moves_v = args.tangent_v.data != nullptr;
+  Scratch scratch(memory);
+  float* q = scratch.take(kTileQ * p.dim);
+  float* tangent_q = scratch.take(kTileQ * p.dim);
+  float* s = scratch.take(kMaxRows * kTileStride);
+  float* ts = scratch.take(kMaxRows * kTileStride);
+  float* sums = scratch.take(kTileQ * out_stride);
+  float* out = scratch.take(kTileQ * p.v_dim);
+  float* mean = scratch.take(kTileQ);
+  float* reference = scratch.take(kTileQ);
+  float* bias_buffer = scratch.take(kTileK);
+  float* tangent_bias_buffer = scratch.take(kTileK);
+  float* buffer = scratch.take(row_buffer(p));
+  bool found[kTileQ];
+  TileMask mask;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t pair = task / (group * tiles);
+    const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
+    const int64_t h = hk * group + task / tiles % group;
+    const float* base = wave.workspace + pair * layout.floats;
+    mask.enter_query_tile(p, b, h, fold(task % tiles, tiles) * kTileQ);
+    const int64_t first = (b * p.heads + h) * p.nq + mask.q0;
+    for (int r = 0; r < mask.rows; ++r) {
+      const int64_t row = mask.q0 + r;
+      scaled_copy(float_rows(p.dtype, args.q, b, h, row, 1, p.dim, buffer).data, q + r * p.dim, p.dim,
+                  p.scale);
+      if (moves_q)
+        scaled_copy(float_rows(p.dtype, args.tangent_q, b, h, row, 1, p.dim, buffer).data,
+                    tangent_q + r * p.dim, p.dim, p.scale);
+      mean[r] = reference[r] = 0.0f;
+      found[r] = false;
+    }
+    fill_columns(sums, 0, mask.rows * out_stride, 0.0f);
+
+    for (int64_t k0 = 0; k0 < p.nk; k0 += kTileK) {
+      if (!mask.enter_key_tile(k0, kTileK)) continue;
+      const bool careful = base[layout.flags + k0 / kTileK] != 0.0f;
+      const float* bias = tile_bias(p.bias, b, h, k0, mask.keys, bias_buffer);
+      const float* tangent_bias = tile_bias(args.tangent_bias, b, h, k0, mask.keys, tangent_bias_buffer);
+      for (int g = 0; g < mask.groups; ++g) {
+        const Span cols = mask.computed(g), seen = mask.columns[g];
+        if (cols.empty()) continue;
+        const int row = mask.group_begin[g], rows = mask.group_rows(g);
+        if (!moves_q)
+          for (int r = 0; r < rows; ++r)
+            fill_columns(ts + r * kTileStride, cols.lo, cols.hi, 0.0f);
+        for (int64_t panel = cols.lo / kPanel * kPanel; panel < cols.hi; panel += kPanel) {
+          const Span part = intersect(cols, {panel, panel + kPanel});
+          const int vectors = static_cast<int>((part.hi - part.lo) / kLanes);
+          const int64_t key = (k0 + panel) * p.dim + (part.lo - panel);
+          multiply(rows, vectors, q + row * p.dim, p.dim, base + layout.keys_t + key, s + part.lo,
+                   kTileStride, p.dim);
+          if (moves_q)
+            multiply(rows, vectors, tangent_q + row * p.dim, p.dim, base + layout.keys_t + key, ts + part.lo,
+                     kTileStride, p.dim);
+          if (moves_k)
+            multiply_more(rows, vectors, q + row * p.dim, p.dim, base + layout.tangent_keys_t + key,
+                          ts + part.lo, kTileStride, p.dim);
+        }
+        // s: weights; ts: weights times how far the logits' tangents lie from the row's reference.
+        for (int r = 0; r < rows; ++r) {
+          float* weights = s + r * kTileStride;
+          float* moves = ts + r * kTileStride;
+          if (bias != nullptr) add_bias(bias, cols, weights);
+          if (tangent_bias != nullptr) add_bias(tangent_bias, cols, moves);
+          if (!mask.row_is_full(row + r, cols)) {
+            mask.fill_forbidden(row + r, cols, weights, -kInfinity);
+            mask.fill_forbidden(row + r, cols, moves, 0.0f);
+          }
+          if (!found[row + r]) reference[row + r] = reference_tangent(weights, moves, cols, &found[row + r]);
+          const float lse = args.lse[first + row + r];
+          const Vec shift(lse == -kInfinity ? 0.0f : lse), from(reference[row + r]);
+          Vec sum(0.0f);
+          for (int64_t j = cols.lo; j < cols.hi; j += kLanes) {
+            const Vec weight = exp(load(weights + j) - shift);
+            const Vec moved = weight * (load(moves + j) - from);
+            store(weights + j, weight);
+            store(moves + j, moved);
+            sum = sum + moved;
+          }
+          mean[row + r] += reduce_add(sum);
+        }
+        if (careful) {
+          careful_multiply_add(mask, row, rows, seen, ts, kTileStride, base + layout.values, vp, k0,
+                               sums + row * out_stride, out_stride);
+          if (moves_v)
+            careful_multiply_add(mask, row, rows, seen, s, kTileStride, base + layout.tangent_values, vp, k0,
+                                 sums + row * out_stride, out_stride);
+          continue;
+        }
+        for (int64_t panel = 0; panel < vp.count(); ++panel) {
+          const int64_t at = vp.offset(panel, k0 + seen.lo);
+          float* to = sums + row * out_stride + panel * kPanel;
+          multiply_add(rows, vp.vectors(panel), ts + seen.lo, kTileStride, base + layout.values + at, to,
+                       out_stride, seen.hi - seen.lo);
+          if (moves_v)
+            multiply_add(rows, vp.vectors(panel), s + seen.lo, kTileStride, base + layout.tangent_values + at,
+                         to, out_stride, seen.hi - seen.lo);
+        }
+      }
+    }
+
+    for (int r = 0; r < mask.rows; ++r) {
+      const float* value = float_rows(p.dtype, args.out, b, h, mask.q0 + r, 1, p.v_dim, out).data;
+      float* sum = sums + r * out_stride;
+      if (mean[r] != 0.0f)
+        for (int64_t d = 0; d < p.v_dim; ++d)
+          sum[d] -= mean[r] * value[d];
+      write_row(p.dtype, args.tangent_out, b, h, mask.q0 + r, sum, p.v_dim);
+      args.tangent_lse[first + r] = reference[r] + mean[r];
+    }
+  }
+}
+
 }  // namespace
 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
   static constexpr CpuKernels kKernels{
-      forward_workspace, forward_pack_tasks, forward_pack,          forward_tasks,
-      forward,           backward_workspace, backward_pack_tasks,   backward_pack,
-      backward_tasks,    backward,           backward_reduce_tasks, backward_reduce};
+      forward_workspace, forward_scratch,    forward_pack_tasks,    forward_pack,        forward_tasks,
+      forward,           backward_workspace, backward_scratch,      backward_pack_tasks, backward_pack,
+      backward_tasks,    backward,           backward_reduce_tasks, backward_reduce,     tangent_workspace,
+      tangent_scratch,   tangent_pack_tasks, tangent_pack,          tangent_tasks,       tangent};
   return kKernels;
 }
 

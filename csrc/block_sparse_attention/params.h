@@ -21,13 +21,27 @@ struct MaskBounds {
   int intervals;
   const int32_t* key_bounds;
   int64_t key_batch;
+  // If words is set, keys from prefix on are nodes of a tree: query row i sees node j iff bit j of its words
+  // is set. int64 [Bw, Nq, words_per_row] and int32 [Bp].
+  const int64_t* words;
+  int64_t words_batch, words_per_row;
+  const int32_t* prefix;
+  int64_t prefix_batch;
+};
+
+// float32 [Bb, Hb, Nk], added to the scaled logits; null if there is none, strides 0 where broadcast.
+struct KeyBias {
+  const float* data;
+  int64_t batch, head;
 };
 
 struct Problem {
-  int64_t batch, heads, kv_heads, nq, nk, dim;
+  int64_t batch, heads, kv_heads, nq, nk;
+  int64_t dim, v_dim;  // of queries and keys, of values and outputs
   float scale;
   StorageType dtype;
   MaskBounds mask;
+  KeyBias bias;
 };
 
 struct ForwardArgs {
@@ -41,6 +55,16 @@ struct BackwardArgs {
   Tensor4 grad_out, q, k, v, out, grad_q, grad_k, grad_v;
   const float* lse;       // [B, H, Nq] contiguous
   const float* grad_lse;  // [B, H, Nq] contiguous, or null
+  float* grad_bias;       // [B, H, Nk] contiguous, or null
+};
+
+// Tangents whose data is null are zero.
+struct TangentArgs {
+  Problem problem;
+  Tensor4 q, k, v, out, tangent_q, tangent_k, tangent_v, tangent_out;
+  KeyBias tangent_bias;
+  const float* lse;    // [B, H, Nq] contiguous
+  float* tangent_lse;  // [B, H, Nq] contiguous
 };
 
 // The work is done in waves of `pairs` consecutive (batch, kv head) pairs starting at `first`, so that the
@@ -109,21 +133,32 @@ int launch_forward_sm90(const ForwardArgs&, const TilePlan&, void* stream);
 // Both plans are those of the sm_80 backward.
 int launch_backward_sm90(const BackwardCuda&, void* stream);
 
+// Every stage runs over tasks [begin, end); `scratch` is memory of the calling thread alone, as many floats
+// as the function named like the stage says.
 struct CpuKernels {
   // Floats of workspace that one (batch, kv head) pair needs.
   int64_t (*forward_workspace)(const Problem&);
+  int64_t (*forward_scratch)(const Problem&);
   int64_t (*forward_pack_tasks)(const Problem&, int64_t pairs);
-  void (*forward_pack)(const ForwardArgs&, const Wave&, int64_t begin, int64_t end);
+  void (*forward_pack)(const ForwardArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
   int64_t (*forward_tasks)(const Problem&, int64_t pairs);
-  void (*forward)(const ForwardArgs&, const Wave&, int64_t begin, int64_t end);
+  void (*forward)(const ForwardArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
 
   int64_t (*backward_workspace)(const Problem&);
+  int64_t (*backward_scratch)(const Problem&);
   int64_t (*backward_pack_tasks)(const Problem&, int64_t pairs);
-  void (*backward_pack)(const BackwardArgs&, const Wave&, int64_t begin, int64_t end);
+  void (*backward_pack)(const BackwardArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
   int64_t (*backward_tasks)(const Problem&, int64_t pairs);
-  void (*backward)(const BackwardArgs&, const Wave&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
   int64_t (*backward_reduce_tasks)(const Problem&, int64_t pairs);
-  void (*backward_reduce)(const BackwardArgs&, const Wave&, int64_t begin, int64_t end);
+  void (*backward_reduce)(const BackwardArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
+
+  int64_t (*tangent_workspace)(const Problem&);
+  int64_t (*tangent_scratch)(const Problem&);
+  int64_t (*tangent_pack_tasks)(const Problem&, int64_t pairs);
+  void (*tangent_pack)(const TangentArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
+  int64_t (*tangent_tasks)(const Problem&, int64_t pairs);
+  void (*tangent)(const TangentArgs&, const Wave&, float* scratch, int64_t begin, int64_t end);
 };
 
 }  // namespace arcore::block_sparse_attention

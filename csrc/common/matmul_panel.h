@@ -93,6 +93,14 @@ static inline void multiply(int rows, int vectors, const float* a, int64_t lda, 
   (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
 }
 
+// C += A * B for the first `vectors` vectors of a wide panel.
+static inline void multiply_more(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
+                                 int64_t ldc, int64_t k) {
+  static constexpr MicroKernels<1, 2, false, true> kHalf;
+  static constexpr MicroKernels<2, 2, false, true> kWhole;
+  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
+}
+
 // C += A * B; `vectors` is the width of the panel, 1 or 2.
 static inline void multiply_add(int rows, int vectors, const float* a, int64_t lda, const float* b, float* c,
                                 int64_t ldc, int64_t k) {

@@ -6,10 +6,24 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
+#include "common/check.h"
 #include "common/parallel.h"
 
 namespace arcore {
+
+// `count` floats of scratch, or an error that says how much was wanted.
+inline torch::stable::Tensor scratch_floats(const char* op, const torch::stable::Tensor& like,
+                                            int64_t count) {
+  try {
+    return torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float);
+  } catch (const std::exception&) {
+    // What torch says here is where in its sources the call failed.
+  }
+  fail("arcore::", op, ": could not allocate ", (count * 4 + (1 << 20) - 1) >> 20,
+       " MiB of scratch; free memory, or split the batch");
+}
 
 // Runs run(workspace, begin, end) over the tasks; every thread gets `floats` of scratch of its own, on cache
 // lines.

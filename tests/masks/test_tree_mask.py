@@ -30,7 +30,7 @@ def walk(parents: list[int], prefix: int, nk: int) -> Tensor:
 
 @st.composite
 def trees(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
-    batch, nodes = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 31, 63, 64]))
+    batch, nodes = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 31, 63, 64, 65, 130]))
     parents = [[draw(st.integers(-1, i - 1)) for i in range(nodes)] for _ in range(batch)]
     return parents, [draw(st.integers(0, 20)) for _ in range(batch)]
 
@@ -97,8 +97,8 @@ def test_repr() -> None:
         (lambda: masks.tree([-1, 0, 3], 1), ValueError, "node 2 of batch 0 has parent 3"),
         (lambda: masks.tree([-1, -2], 1), ValueError, "-1 <= parents"),
         (lambda: masks.tree([[-1, 0], [-1, 1]], 1), ValueError, "node 1 of batch 1 has parent 1"),
-        (lambda: masks.tree([], 1), ValueError, r"with 1 to 64 nodes but got \(1, 0\)"),
-        (lambda: masks.tree([-1] * 65, 1), ValueError, r"with 1 to 64 nodes but got \(1, 65\)"),
+        (lambda: masks.tree([], 1), ValueError, r"with 1 to 4096 nodes but got \(1, 0\)"),
+        (lambda: masks.tree([-1] * 4097, 1), ValueError, r"with 1 to 4096 nodes but got \(1, 4097\)"),
         (lambda: masks.tree([[-1, 0], [-1]], 1), TypeError, "expected parents to be made of integers"),
         (lambda: masks.tree([-1.0], 1), TypeError, "expected parents of an integer dtype but got float32"),
         (lambda: masks.tree([-1], -1), ValueError, "expected prefix lengths from 0"),

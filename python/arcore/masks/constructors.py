@@ -241,7 +241,7 @@ def tree(
     """Verification of a token tree after a cached prefix: a node sees the prefix, its ancestors and itself.
 
     Args:
-        parents: ``[m]`` or ``[Bm, m]``, at most 64 nodes; ``parents[i] < i``, or -1 for a root.
+        parents: ``[m]`` or ``[Bm, m]``, at most 4096 nodes; ``parents[i] < i``, or -1 for a root.
         prefix: cached tokens before the tree, one number or one per batch entry.
     """
     return TreeMask.from_parents(parents, prefix)

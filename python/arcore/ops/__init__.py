@@ -1,7 +1,11 @@
 """Public ops. Each has a `reference_<op>` of the same signature in plain PyTorch."""
 
 from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
-from arcore.ops.block_sparse_attention import block_sparse_attention, reference_block_sparse_attention
+from arcore.ops.block_sparse_attention import (
+    alibi_bias,
+    block_sparse_attention,
+    reference_block_sparse_attention,
+)
 from arcore.ops.causal_conv1d import (
     causal_conv1d,
     causal_conv1d_update,
@@ -40,6 +44,7 @@ __all__ = [
     "TokenLogprobs",
     "Verified",
     "VerifiedWindow",
+    "alibi_bias",
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv1d_update",

@@ -2,16 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+_LIBRARY = torch.library.Library("arcore", "IMPL")
+
+# (inputs, outputs, tangents of the inputs or None) -> tangents of the outputs or None. Primals and tangents of
+# arguments that are no tensors are passed through as they are and as None.
+TangentRule = Callable[
+    [tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor | None, ...]], Sequence[Tensor | None]
+]
+
+
+def register_derivatives(
+    op: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    tangents: TangentRule | None = None,
+) -> None:
+    """Give ``arcore::<op>`` its derivatives in reverse and in forward mode, inside and outside of `torch.func`.
+
+    `torch.library.register_autograd` knows no forward mode: tangents are dropped, and the derivative is a silent 0. Nor
+    does it work below `torch.func.grad`. This registers one kernel for the Autograd key that does both, in eager mode
+    and in what `torch.compile` traces.
+
+    Args:
+        op: name of the op; all its arguments are positional.
+        backward: ``backward(ctx, *grads)``, as for `torch.library.register_autograd`.
+        setup_context: ``setup_context(ctx, inputs, output)``, likewise.
+        tangents: the forward-mode rule; forward mode is refused when None.
+    """
+    overload = getattr(torch.ops.arcore, op).default
+    arguments = overload._schema.arguments
+
+    class Rule(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            # torch turns both modes off here, but levels of torch.func below this one may record.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+                output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            found = backward(_WithoutFirst(ctx), *grads)
+            return (None, *(found if isinstance(found, tuple) else (found,)))
+
+    def kernel(keyset: Any, *given: Any) -> Any:
+        # The dispatcher leaves out trailing arguments that have their default values.
+        inputs = (*given, *(a.default_value for a in arguments[len(given) :]))
+        if torch._C._is_fwd_grad_enabled():
+            moving = tuple(_tangent(x) for x in inputs)
+            if any(t is not None for t in moving):
+                return forward_mode(inputs, moving)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            # What torch.func has wrapped for this level is differentiated at this level, as by any op of torch.
+            with enable_single_level_autograd_function():
+                return Rule.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward_mode(inputs: tuple[Any, ...], moving: tuple[Tensor | None, ...]) -> Any:
+        if tangents is None:
+            raise NotImplementedError(
+                f"arcore::{op} has no forward-mode derivative; use reverse mode (torch.autograd.grad, torch.func.vjp), "
+                f"or the reference in plain PyTorch"
+            )
+        primals = tuple(_primal(x) for x in inputs)
+        outputs = overload(*primals)
+        several = isinstance(outputs, tuple)
+        results = tangents(primals, outputs if several else (outputs,), moving)
+        duals = tuple(
+            x if t is None else torch._VF._make_dual(x, t, level=0)  # type: ignore[attr-defined]
+            for x, t in zip(outputs if several else (outputs,), results, strict=True)
+        )
+        return duals if several else duals[0]
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+class _WithoutFirst:
+    """A context as the rule of an op knows it: without the argument that the kernel puts before the op's own."""
+
+    def __init__(self, ctx: Any) -> None:
+        object.__setattr__(self, "_ctx", ctx)
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        needed: tuple[bool, ...] = self._ctx.needs_input_grad[1:]
+        return needed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+# torch has one level of forward mode, 0. `torch.autograd.forward_ad.unpack_dual` asks a Python variable for it that a
+# compiled graph does not set.
+def _tangent(x: Any) -> Tensor | None:
+    if not isinstance(x, Tensor):
+        return None
+    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]  # type: ignore[attr-defined]
+    return tangent
+
+
+def _primal(x: Any) -> Any:
+    return torch._VF._unpack_dual(x, level=0)[0] if isinstance(x, Tensor) else x  # type: ignore[attr-defined]
 
 
 def forbid_second_derivative(op: str) -> None:
     """Make differentiating ``arcore::<op>_backward`` an error that names the reference, instead of a wrong zero."""
+    forbid_derivative(
+        f"{op}_backward", f"arcore::{op} has no second derivative; use reference_{op} where you need one"
+    )
 
-    def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(f"arcore::{op} has no second derivative; use reference_{op} where you need one")
 
-    torch.library.register_autograd(f"arcore::{op}_backward", refuse)
+def forbid_derivative(op: str, message: str) -> None:
+    """Make differentiating ``arcore::<op>``, in either mode, an error with this message."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    register_derivatives(op, refuse, lambda ctx, inputs, output: None, refuse)

@@ -1,23 +1,26 @@
-"""Attention under an `IntervalMask`: public function, reference, and the op's fake, autograd and autocast rules.
+"""Attention under an `IntervalMask` or a `TreeMask`: the public function and its reference.
 
-The math, the tiles and the numerics are in csrc/block_sparse_attention/README.md.
+The math, the tiles and the numerics are in csrc/block_sparse_attention/README.md; what torch is told about the op is in
+_block_sparse_attention_rules.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from arcore import _extension as _extension
-from arcore.masks import IntervalMask
+from arcore.masks import IntervalMask, TreeMask
+from arcore.ops import _block_sparse_attention_rules as _rules  # noqa: F401
+from arcore.ops._checks import same_device
 from arcore.ops._constants import capturing
-from arcore.ops._registration import forbid_second_derivative
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
+_OP = "arcore.block_sparse_attention"
 
 
 @overload
@@ -25,9 +28,11 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: IntervalMask,
+    mask: IntervalMask | TreeMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -35,9 +40,11 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: IntervalMask,
+    mask: IntervalMask | TreeMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -46,49 +53,137 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: IntervalMask,
+    mask: IntervalMask | TreeMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention restricted to the pairs that `mask` allows; forbidden tiles cost nothing.
 
-    Computes ``softmax(scale * q @ k^T + M) @ v`` where ``M`` is 0 on allowed pairs and -inf elsewhere, with fp32
-    accumulation whatever the storage type. Differentiable in q, k, v, and through the returned lse. The backward
-    is deterministic; results do not depend on the number of threads or on the other entries of the batch.
+    Computes ``softmax(scale * q @ k^T + key_bias + M) @ v`` where ``M`` is 0 on allowed pairs and -inf elsewhere, with
+    fp32 accumulation whatever the storage type. Differentiable in q, k, v, key_bias, sinks, and through the returned
+    lse: once and twice, in reverse and in forward mode (`torch.func`'s grad, jvp and vmap; forward mode is not nested).
+    The derivatives are deterministic; results do not depend on the number of threads or on the other entries of the
+    batch. Reverse mode costs 2.5 times the forward, forward mode as much; second derivatives are written in PyTorch,
+    some query rows at a time, and take several times as long. None holds a matrix of Nq times Nk.
 
     Args:
         q: queries, ``[B, H, Nq, D]``, float32, bfloat16 or float16. Any strides in the first three dimensions, so
-            a ``[B, N, H, D]`` tensor may be passed as ``x.transpose(1, 2)`` without a copy. D is a multiple of 8,
-            at most 256.
+            a ``[B, N, H, D]`` tensor may be passed as ``x.transpose(1, 2)`` without a copy. Any D on a CPU; on CUDA up
+            to 128, padded with zeros where it is no multiple of 8.
         k: keys, ``[B, Hkv, Nk, D]``; H must be a multiple of Hkv (grouped-query attention: head h reads key head
-            ``h // (H // Hkv)``).
-        v: values, ``[B, Hkv, Nk, D]``.
-        mask: `arcore.masks.IntervalMask` for ``(Nq, Nk)``; its batch and head sizes are 1 or B and 1 or H.
+            ``h // (H // Hkv)``). A batch of 1 serves all entries of q.
+        v: values, ``[B, Hkv, Nk, Dv]`` with k's batch. Dv may differ from D; on CUDA the smaller is padded with zeros.
+        mask: `arcore.masks.IntervalMask` for ``(Nq, Nk)``, whose batch and head sizes are 1 or B and 1 or H; or, on a
+            CPU, `arcore.masks.TreeMask` for Nq nodes and Nk keys, whose batch size is 1 or B.
         scale: factor on the logits; ``1 / sqrt(D)`` when None.
+        key_bias: added to the logits of each key, ``[Nk]``, ``[H, Nk]`` or ``[1 or B, 1 or H, Nk]``, float32 (others
+            are converted); CPU only. Attention with linear biases (ALiBi, arXiv:2108.12409) is `alibi_bias`.
+        sinks: one logit per head, ``[H]``, that takes part in the softmax and has the value 0: a place for weight that
+            no key deserves (gpt-oss). Counted in the lse.
         return_lse: also return the log-sum-exp of each row's scaled, masked logits.
 
     Returns:
-        ``[B, H, Nq, D]`` in q's dtype and memory layout; with `return_lse` also the lse, float32 ``[B, H, Nq]``,
-        natural logarithm. A row that may see no key gives 0 and lse -inf, and has zero gradient.
+        ``[B, H, Nq, Dv]`` in q's dtype, and in its memory layout where Dv is D; with `return_lse` also the lse, float32
+        ``[B, H, Nq]``, natural logarithm. A row that may see no key gives 0 and lse -inf (with sinks: the sink), and
+        has zero gradient.
 
     Raises:
-        TypeError: `mask` is not an IntervalMask, or q, k, v have an unsupported or mixed dtype.
+        TypeError: `mask` is no mask, or q, k, v have an unsupported or mixed dtype.
         ValueError: shapes, head counts, lengths, devices or `scale` do not fit.
+        NotImplementedError: a TreeMask or key_bias on CUDA.
 
     Reference: VAR (arXiv:2404.02905, section 3.2) for the block-causal mask; online softmax and its backward follow
     FlashAttention-2 (arXiv:2307.08691, section 3.1).
     """
-    _check(q, k, v, mask, scale)
+    _check(q, k, v, mask, scale, key_bias, sinks)
     if q.dtype not in SUPPORTED_DTYPES and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(
-            "arcore.block_sparse_attention: expected q of dtype float32, bfloat16 or float16 but got "
+            f"{_OP}: expected q of dtype float32, bfloat16 or float16 but got "
             f"{_name(q.dtype)}; for float64 (gradcheck) call reference_block_sparse_attention"
         )
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    plans = _cuda_plans(mask) if q.device.type == "cuda" else (None, None)
-    out, lse = torch.ops.arcore.block_sparse_attention(q, k, v, mask.bounds, mask.key_bounds, factor, *plans)
+    batch, heads, value_dim = q.shape[0], q.shape[1], v.shape[-1]
+    if k.shape[0] != batch:
+        k, v = k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
+    bias = None if key_bias is None else _three_dimensional(key_bias).float().contiguous()
+    plans: tuple[Tensor | None, Tensor | None] = (None, None)
+    words = prefix = key_bounds = None
+    if isinstance(mask, TreeMask):
+        words = mask.words if mask.words.dim() == 3 else mask.words.unsqueeze(2)
+        prefix = mask.prefix
+    else:
+        key_bounds = mask.key_bounds
+    if q.device.type == "cuda":
+        _refuse_on_cuda(mask, key_bias)
+        plans = _cuda_plans(mask)  # type: ignore[arg-type]
+        q, k, v = _padded(q, k, v)
+    out, lse = torch.ops.arcore.block_sparse_attention(
+        q, k, v, mask.bounds, key_bounds, factor, *plans, words, prefix, bias
+    )
+    out = out[..., :value_dim] if out.shape[-1] != value_dim else out
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks.float().view(1, heads, 1))
     return (out, lse) if return_lse else out
+
+
+def alibi_bias(slopes: Tensor, nk: int) -> Tensor:
+    """The `key_bias` of attention with linear biases: ``slope * (j - (nk - 1))`` for key j.
+
+    The bias of ALiBi (arXiv:2108.12409, section 3), ``slope * (j - i)``, differs from it by a number per row, which the
+    softmax does not see (the lse does). Keys far before the last one have large biases: their logits carry the rounding
+    of float32 at that size, 1e-4 at 2,000.
+
+    Args:
+        slopes: one per head, ``[H]``.
+        nk: number of keys.
+
+    Returns:
+        ``[H, nk]`` in the dtype of `slopes`.
+    """
+    if slopes.dim() != 1:
+        raise ValueError(f"arcore.alibi_bias: expected slopes of shape [H] but got {tuple(slopes.shape)}")
+    place = torch.arange(1 - nk, 1, dtype=slopes.dtype, device=slopes.device)
+    return slopes.unsqueeze(1) * place
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """One key more, of logit `sink` and value 0, from the result without it."""
+    # -inf would meet -inf in a row without keys whose sink is -inf too.
+    bottom = torch.finfo(torch.float32).min
+    known = lse.clamp(min=bottom)
+    share = torch.sigmoid(known - sink)
+    total = torch.logaddexp(known, sink)
+    total = total.masked_fill(total <= bottom, -math.inf)
+    return (out.float() * share.unsqueeze(-1)).to(out.dtype), total
+
+
+def _three_dimensional(key_bias: Tensor) -> Tensor:
+    return key_bias.reshape((1,) * (3 - key_bias.dim()) + key_bias.shape)
+
+
+def _refuse_on_cuda(mask: IntervalMask | TreeMask, key_bias: Tensor | None) -> None:
+    if isinstance(mask, TreeMask):
+        raise NotImplementedError(
+            f"{_OP}: expected an IntervalMask on CUDA but got a TreeMask; move the tensors to the CPU, or call "
+            "reference_block_sparse_attention"
+        )
+    if key_bias is not None:
+        raise NotImplementedError(
+            f"{_OP}: expected no key_bias on CUDA; move the tensors to the CPU, or call "
+            "reference_block_sparse_attention"
+        )
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The head_dim of all three brought to one multiple of 8 by zeros, which change no product."""
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    wide = -(-max(dim, value_dim) // 8) * 8
+    if wide != dim:
+        q, k = pad(q, (0, wide - dim)), pad(k, (0, wide - dim))
+    return q, k, v if wide == value_dim else pad(v, (0, wide - value_dim))
 
 
 # Queries and keys of a tile, and whether the plan goes by key: kForwardTile* and kBackwardTile* of params.h.
@@ -127,9 +222,11 @@ def reference_block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: IntervalMask,
+    mask: IntervalMask | TreeMask,
     *,
     scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`block_sparse_attention` in plain PyTorch, O(Nq * Nk) memory, any float dtype and device.
@@ -137,12 +234,22 @@ def reference_block_sparse_attention(
     Works in the dtype of its inputs, so float64 inputs give the oracle of the tests. Arguments, returns and errors
     are those of `block_sparse_attention`.
     """
-    _check(q, k, v, mask, scale)
+    _check(q, k, v, mask, scale, key_bias, sinks)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     allowed = mask.to_bool()  # [Bm, Hm, Nq, Nk]
-    keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    logits = torch.where(allowed, q @ keys.transpose(-1, -2) * factor, -math.inf)  # [B, H, Nq, Nk]
+    keys, values = (x.repeat_interleave(group, dim=1).expand(q.shape[0], -1, -1, -1) for x in (k, v))
+    logits = q @ keys.transpose(-1, -2) * factor
+    if key_bias is not None:
+        logits = logits + _three_dimensional(key_bias).unsqueeze(2).to(logits.dtype)
+    logits = torch.where(allowed, logits, -math.inf)  # [B, H, Nq, Nk]
+    empty = ~allowed.any(dim=-1)
+    if sinks is not None:
+        # One key more, whose value is 0.
+        sink = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+        allowed = pad(allowed, (0, 1), value=True)
+        values, empty = pad(values, (0, 0, 0, 1)), torch.zeros_like(empty)
     lse = torch.logsumexp(logits, dim=-1)
     # A row without keys would be exp(-inf + inf): give it a finite shift, its weights are 0 anyway.
     shift = torch.where(lse == -math.inf, 0.0, lse)
@@ -152,7 +259,6 @@ def reference_block_sparse_attention(
         # 0 * NaN is NaN: only values that a row may see can reach it.
         out = _weighted_sum_of_seen(weights, values, allowed)
     # logsumexp has a NaN gradient in rows without keys.
-    empty = ~allowed.any(dim=-1)
     lse = torch.where(
         empty, -math.inf, torch.logsumexp(torch.where(empty.unsqueeze(-1), 0.0, logits), dim=-1)
     )
@@ -168,161 +274,72 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> None:
-    op = "arcore.block_sparse_attention"
-    if not isinstance(mask, IntervalMask):
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask | TreeMask,
+    scale: float | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    op = _OP
+    if not isinstance(mask, (IntervalMask, TreeMask)):
         raise TypeError(
-            f"{op}: expected mask to be an arcore.masks.IntervalMask but got {type(mask).__name__}; "
-            "build one with arcore.masks (causal, next_scale, from_bool, ...)"
+            f"{op}: expected mask to be an arcore.masks.IntervalMask or TreeMask but got {type(mask).__name__}; "
+            "build one with arcore.masks (causal, next_scale, from_bool, tree, ...)"
         )
+    tree = isinstance(mask, TreeMask)
+    same_device(op, q=q, k=k, v=v, mask=mask.bounds, key_bias=key_bias, sinks=sinks)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor but got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{op}: expected {name} of shape [B, H, N, D] but got {tuple(x.shape)}")
     batch, heads, nq, dim = q.shape
     kv_heads, nk = k.shape[1], k.shape[2]
-    if k.shape != (batch, kv_heads, nk, dim):
+    if k.shape[0] not in (1, batch) or k.shape[3] != dim:
         raise ValueError(
-            f"{op}: expected k of shape (B={batch}, Hkv, Nk, D={dim}), to fit q {tuple(q.shape)}, "
+            f"{op}: expected k of shape (1 or B={batch}, Hkv, Nk, D={dim}), to fit q {tuple(q.shape)}, "
             f"but got {tuple(k.shape)}"
         )
-    if v.shape != k.shape:
-        raise ValueError(f"{op}: expected v of k's shape {tuple(k.shape)} but got {tuple(v.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"{op}: expected v of shape ({k.shape[0]}, {kv_heads}, {nk}, Dv), to fit k, but got {tuple(v.shape)}"
+        )
     if (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
         raise ValueError(
             f"{op}: expected the heads of q to be a multiple of those of k but got H={heads} and Hkv={kv_heads}"
         )
-    if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
+    if dim == 0 or v.shape[3] == 0:
         raise ValueError(
-            f"{op}: expected head_dim to be a multiple of 8 from 8 to {MAX_HEAD_DIM} but got {dim}; pad it"
+            f"{op}: expected a head_dim of at least 1 but got D={dim} and Dv={v.shape[3]}; drop the empty heads"
         )
     # Autocast brings mixed inputs to one dtype.
     if (q.dtype != k.dtype or q.dtype != v.dtype) and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(
             f"{op}: expected q, k and v of one dtype but got {_name(q.dtype)}, {_name(k.dtype)} and {_name(v.dtype)}"
         )
-    if not (q.device == k.device == v.device == mask.bounds.device):
-        raise ValueError(
-            f"{op}: expected q, k, v and mask on one device but got {q.device}, {k.device}, {v.device} and "
-            f"{mask.bounds.device}; move the mask with mask.to(device)"
-        )
     if mask.nq != nq or mask.nk != nk:
+        fix = "cut the cache at mask.nk keys" if tree else "slice it, or build it for these lengths"
         raise ValueError(
-            f"{op}: expected a mask for Nq={nq} queries and Nk={nk} keys but got one for {mask.nq} and {mask.nk}; "
-            "slice it, or build it for these lengths"
+            f"{op}: expected a mask for Nq={nq} queries and Nk={nk} keys but got one for {mask.nq} and {mask.nk}; {fix}"
         )
-    mask_batch, mask_heads = mask.bounds.shape[0], mask.bounds.shape[1]
-    if mask_batch not in (1, batch) or mask_heads not in (1, heads):
+    if mask.batch not in (1, batch) or mask.heads not in (1, heads):
         raise ValueError(
             f"{op}: expected the mask's batch and heads to be 1 or (B={batch}, H={heads}) "
-            f"but got ({mask_batch}, {mask_heads})"
-        )
-    if mask.key_bounds is not None and mask.key_bounds.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{op}: expected the batch of mask.key_bounds to be 1 or B={batch} but got {mask.key_bounds.shape[0]}"
+            f"but got ({mask.batch}, {mask.heads})"
         )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{op}: expected scale to be finite but got {scale}")
-
-
-@torch.library.register_fake("arcore::block_sparse_attention")
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Tensor,
-    key_bounds: Tensor | None,
-    scale: float,
-    plan_by_query: Tensor | None = None,
-    plan_by_key: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake("arcore::block_sparse_attention_backward")
-def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor,
-    key_bounds: Tensor | None,
-    scale: float,
-    plan_by_query: Tensor | None = None,
-    plan_by_key: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-@torch.library.register_fake("arcore::interval_tile_plan")
-def _fake_plan(
-    bounds: Tensor, key_bounds: Tensor | None, nk: int, tile_q: int, tile_k: int, by_key: bool
-) -> Tensor:
-    batch = bounds.shape[0] if key_bounds is None else max(bounds.shape[0], key_bounds.shape[0])
-    across_q, across_k = (bounds.shape[2] + tile_q - 1) // tile_q, (nk + tile_k - 1) // tile_k
-    rows, columns = (across_k, across_q) if by_key else (across_q, across_k)
-    return bounds.new_empty(batch, bounds.shape[1], rows, 2 + columns)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bounds, key_bounds, scale, plan_by_query, plan_by_key = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds, key_bounds, plan_by_query, plan_by_key)
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, bounds, key_bounds, plan_by_query, plan_by_key = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * 8
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.arcore.block_sparse_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, bounds, key_bounds, ctx.scale, plan_by_query, plan_by_key
-    )
-    return *grads, None, None, None, None, None
-
-
-torch.library.register_autograd("arcore::block_sparse_attention", _backward, setup_context=_setup_context)
-
-
-forbid_second_derivative("block_sparse_attention")
-
-
-def _register_autocast(device_type: str, key: str) -> torch.library.Library:
-    library = torch.library.Library("arcore", "IMPL")
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: Tensor,
-        key_bounds: Tensor | None,
-        scale: float,
-        plan_by_query: Tensor | None = None,
-        plan_by_key: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            out, lse = torch.ops.arcore.block_sparse_attention(
-                q.to(dtype),
-                k.to(dtype),
-                v.to(dtype),
-                bounds,
-                key_bounds,
-                scale,
-                plan_by_query,
-                plan_by_key,
+    if key_bias is not None:
+        shape = tuple(_three_dimensional(key_bias).shape) if 1 <= key_bias.dim() <= 3 else ()
+        fits = shape and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == nk
+        if not fits or not key_bias.is_floating_point():
+            raise ValueError(
+                f"{op}: expected key_bias of shape [Nk={nk}], [H={heads}, Nk] or [1 or B={batch}, 1 or H, Nk] and a "
+                f"floating-point dtype but got {tuple(key_bias.shape)} {_name(key_bias.dtype)}"
             )
-        return out, lse
-
-    library.impl("block_sparse_attention", cast, key)
-    return library
-
-
-_AUTOCAST = [_register_autocast("cpu", "AutocastCPU"), _register_autocast("cuda", "AutocastCUDA")]
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"{op}: expected sinks of shape [H={heads}] and a floating-point dtype but got {tuple(sinks.shape)} "
+            f"{_name(sinks.dtype)}"
+        )
