@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arcore.masks import (
     IntervalMask,
+    TreeMask,
     causal,
     documents,
     full,
@@ -17,6 +18,7 @@ from arcore.masks import (
     next_scale_markov,
     prefix_lm,
     skip_causal,
+    tree,
 )
 from arcore.masks import sliding_window as window
 from arcore.ops import block_sparse_attention, reference_block_sparse_attention
@@ -34,6 +36,14 @@ MASKS = {
     "window_sinks": lambda: window(300, 65, sinks=3),
     "documents": lambda: documents([1, 15, 64, 65, 2]),
 }
+
+
+def random_tree(nodes: int, prefix: int | list[int], *, seed: int, batch: int = 1) -> TreeMask:
+    """A tree in which each node hangs under a random earlier one, or under the prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(batch, nodes, generator=generator)
+    parents = (draws * (torch.arange(nodes) + 1)).long() - 1
+    return tree(parents, prefix)
 
 
 def random_mask(
@@ -56,6 +66,8 @@ class Inputs:
     v: Tensor
     grad_out: Tensor
     grad_lse: Tensor
+    key_bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 def make_inputs(
@@ -65,17 +77,29 @@ def make_inputs(
     heads: int = 4,
     kv_heads: int = 2,
     dim: int = 64,
+    v_dim: int | None = None,
+    kv_batch: int | None = None,
+    key_bias: bool = False,
+    sinks: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
+    values = dim if v_dim is None else v_dim
+    pairs = batch if kv_batch is None else kv_batch
 
-    def draw(h: int, n: int) -> Tensor:
-        return torch.randn(batch, h, n, dim, generator=generator).to(dtype)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
 
     grad_lse = torch.randn(batch, heads, mask.nq, generator=generator)
     return Inputs(
-        draw(heads, mask.nq), draw(kv_heads, mask.nk), draw(kv_heads, mask.nk), draw(heads, mask.nq), grad_lse
+        draw(batch, heads, mask.nq, dim),
+        draw(pairs, kv_heads, mask.nk, dim),
+        draw(pairs, kv_heads, mask.nk, values),
+        draw(batch, heads, mask.nq, values),
+        grad_lse,
+        torch.randn(1, heads, mask.nk, generator=generator) if key_bias else None,
+        torch.randn(heads, generator=generator) if sinks else None,
     )
 
 
@@ -87,11 +111,26 @@ def run(
 ) -> Results:
     """Outputs and gradients of one implementation computed in `dtype` from the same rounded inputs."""
     q, k, v = (x.to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    out, lse = function(q, k, v, mask, scale=scale, return_lse=True)
+    # These are float32 whatever the storage type; float64 for the exact result.
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    extra = {
+        name: x.to(precise).requires_grad_()
+        for name, x in (("key_bias", inputs.key_bias), ("sinks", inputs.sinks))
+        if x is not None
+    }
+    out, lse = function(q, k, v, mask, scale=scale, return_lse=True, **extra)
     seen = torch.isfinite(lse)
     grad_lse = torch.where(seen, inputs.grad_lse, 0.0).to(lse.dtype)
     torch.autograd.backward([out, lse], [inputs.grad_out.to(dtype), grad_lse])
-    return {"out": out.detach(), "lse": lse.detach(), "grad_q": q.grad, "grad_k": k.grad, "grad_v": v.grad}
+    grads = {f"grad_{name}": x.grad for name, x in extra.items()}
+    return {
+        "out": out.detach(),
+        "lse": lse.detach(),
+        "grad_q": q.grad,
+        "grad_k": k.grad,
+        "grad_v": v.grad,
+        **grads,
+    }
 
 
 # Smallest error that the rounding of a result of magnitude 1 justifies.

@@ -9,8 +9,14 @@ import torch
 
 from arcore import masks
 from arcore.masks import IntervalMask
-from arcore.ops import block_sparse_attention, reference_block_sparse_attention
-from tests.block_sparse_attention.cases import MASKS, assert_as_good_as_eager, make_inputs, random_mask
+from arcore.ops import alibi_bias, block_sparse_attention, reference_block_sparse_attention
+from tests.block_sparse_attention.cases import (
+    MASKS,
+    assert_as_good_as_eager,
+    make_inputs,
+    random_mask,
+    random_tree,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,6 +32,214 @@ def test_masks(name, dtype):
 def test_head_dims(dim):
     mask = masks.next_scale((1, 2, 3, 5, 7))
     assert_as_good_as_eager(make_inputs(mask, dim=dim), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(1, 1), (7, 7), (20, 20), (33, 5), (24, 40), (64, 96), (300, 130)]
+)
+def test_any_head_dims(dim, v_dim, dtype):
+    mask = masks.next_scale((1, 2, 3, 5))
+    assert_as_good_as_eager(make_inputs(mask, dim=dim, v_dim=v_dim, dtype=dtype), mask)
+
+
+def test_values_of_another_width_equal_padded_ones():
+    mask = masks.causal(70)
+    x = make_inputs(mask, dim=40, v_dim=24)
+    wide = torch.nn.functional.pad(x.v, (0, 16))
+    padded = block_sparse_attention(x.q, x.k, wide, mask)[..., :24]
+    assert torch.equal(block_sparse_attention(x.q, x.k, x.v, mask), padded)
+
+
+@pytest.mark.parametrize("mask", [masks.causal(33), random_tree(33, 0, seed=1)], ids=["causal", "tree"])
+def test_one_batch_entry_of_keys_serves_all_queries(mask):
+    x = make_inputs(mask, batch=3, kv_batch=1, dim=16)
+    assert_as_good_as_eager(x, mask)
+    whole = block_sparse_attention(x.q, x.k.repeat(3, 1, 1, 1), x.v.repeat(3, 1, 1, 1), mask)
+    assert torch.equal(block_sparse_attention(x.q, x.k, x.v, mask), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("nodes", "prefix", "batch"),
+    [
+        (1, 0, 1),
+        (7, [0, 13], 1),
+        (64, 300, 1),
+        (64, [509, 5], 2),
+        (65, [3, 250], 2),
+        (130, 37, 1),
+        (200, [0, 700], 1),
+    ],
+)
+def test_trees(nodes, prefix, batch, dtype):
+    mask = random_tree(nodes, prefix, seed=nodes, batch=batch)
+    assert_as_good_as_eager(make_inputs(mask, dim=24, dtype=dtype), mask)
+
+
+def test_a_chain_equals_a_causal_mask():
+    mask = masks.tree([-1, *range(99)], 50)
+    x = make_inputs(mask, dim=32)
+    inputs = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    twins = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    chain, causal = (
+        block_sparse_attention(*inputs, mask),
+        block_sparse_attention(*twins, masks.causal(100, offset=50)),
+    )
+    assert torch.equal(chain, causal)
+    for a, b in zip(
+        torch.autograd.grad(chain, inputs, x.grad_out),
+        torch.autograd.grad(causal, twins, x.grad_out),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_tree_of_a_batch_entry_alone():
+    mask = random_tree(70, [31, 400], seed=3, batch=2)
+    x = make_inputs(mask, dim=16)
+    whole = block_sparse_attention(x.q, x.k, x.v, mask)
+    for b, prefix in enumerate((31, 400)):
+        nk = prefix + 70
+        alone = masks.TreeMask(mask.words[b : b + 1], prefix)
+        part = block_sparse_attention(x.q[b : b + 1], x.k[b : b + 1, :, :nk], x.v[b : b + 1, :, :nk], alone)
+        assert torch.equal(whole[b : b + 1], part)
+
+
+def test_poison_in_other_branches_of_a_tree():
+    mask = masks.tree([-1, 0, 0, 1, 2], [2, 4])
+    x = make_inputs(mask, dim=8)
+    allowed = mask.to_bool()[:, 0]  # [B, 5, Nk]
+    expected = block_sparse_attention(x.q, x.k, x.v, mask)
+    k, v = x.k.clone(), x.v.clone()
+    k[0, :, 3], v[0, :, 3] = math.nan, math.inf  # node 1 of the first tree
+    out = block_sparse_attention(x.q, k, v, mask)
+    blind = ~allowed[0, :, 3]
+    assert torch.equal(blind, torch.tensor([True, False, True, False, True]))
+    torch.testing.assert_close(out[0][:, blind], expected[0][:, blind], rtol=0, atol=1e-6)
+    assert torch.isnan(out[0][:, ~blind]).all()
+    torch.testing.assert_close(out[1], expected[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["next_scale", "window_sinks", "full"])
+@pytest.mark.parametrize(("key_bias", "sinks"), [(True, False), (False, True), (True, True)])
+def test_key_bias_and_sinks(name, key_bias, sinks, dtype):
+    mask = MASKS[name]()
+    assert_as_good_as_eager(make_inputs(mask, dim=24, key_bias=key_bias, sinks=sinks, dtype=dtype), mask)
+
+
+def test_shapes_of_a_key_bias():
+    mask = masks.causal(40)
+    x = make_inputs(mask, dim=16)
+    bias = torch.randn(2, 4, 40)
+    whole = block_sparse_attention(x.q, x.k, x.v, mask, key_bias=bias)
+    for b in range(2):
+        one = block_sparse_attention(x.q[b : b + 1], x.k[b : b + 1], x.v[b : b + 1], mask, key_bias=bias[b])
+        assert torch.equal(whole[b : b + 1], one)
+    first = bias[0, 0].requires_grad_()
+    out = block_sparse_attention(x.q, x.k, x.v, mask, key_bias=first)
+    twin = bias[:1, :1].expand(2, 4, 40).detach().clone().requires_grad_()
+    same = block_sparse_attention(x.q, x.k, x.v, mask, key_bias=twin)
+    assert torch.equal(out, same)
+    out.backward(x.grad_out)
+    same.backward(x.grad_out)
+    torch.testing.assert_close(first.grad, twin.grad.sum((0, 1)), rtol=0, atol=1e-5)
+
+
+def test_alibi():
+    """The bias of each key alone gives what the bias by distance gives."""
+    slopes, n = torch.tensor([0.5, 0.25, 0.125, 0.0625]), 300
+    mask = masks.causal(n)
+    x = make_inputs(mask, dim=32)
+    out = block_sparse_attention(x.q, x.k, x.v, mask, key_bias=alibi_bias(slopes, n))
+    q, k, v = (t.double() for t in (x.q, x.k.repeat_interleave(2, 1), x.v.repeat_interleave(2, 1)))
+    distance = (torch.arange(n) - torch.arange(n)[:, None]).double()
+    logits = q @ k.transpose(2, 3) / math.sqrt(32) + slopes.double().view(-1, 1, 1) * distance
+    expected = logits.masked_fill(~mask.to_bool(), -math.inf).softmax(-1) @ v
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan, 3e38, -3e38])
+def test_extreme_key_biases(value):
+    """A bias of -inf hides a key; what a row may not see does not reach it."""
+    mask = masks.causal(40)
+    x = make_inputs(mask, dim=16)
+    bias = torch.zeros(40)
+    bias[20] = value
+    out, lse = block_sparse_attention(x.q, x.k, x.v, mask, key_bias=bias, return_lse=True)
+    exact, exact_lse = reference_block_sparse_attention(
+        x.q.double(), x.k.double(), x.v.double(), mask, key_bias=bias.double(), return_lse=True
+    )
+    assert torch.equal(out[:, :, :20], block_sparse_attention(x.q, x.k, x.v, mask)[:, :, :20])
+    if value < 3e38:
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
+
+
+def test_a_row_whose_keys_are_all_hidden_by_the_bias():
+    mask = masks.full(3, 5)
+    x = make_inputs(mask, dim=8)
+    q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
+    bias = torch.full((5,), -math.inf)
+    out, lse = block_sparse_attention(q, k, v, mask, key_bias=bias, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert (lse == -math.inf).all()
+    out.backward(x.grad_out)
+    for t in (q, k, v):
+        assert torch.equal(t.grad, torch.zeros_like(t))
+
+
+def test_extreme_sinks():
+    bounds = torch.tensor([[0, 3], [2, 2]], dtype=torch.int32).reshape(1, 1, 2, 2)
+    mask = IntervalMask(bounds, 3)
+    x = make_inputs(mask, dim=8)
+    plain, plain_lse = block_sparse_attention(x.q, x.k, x.v, mask, return_lse=True)
+    sinks = torch.tensor([-math.inf, 0.0, 1e4, -1e4], requires_grad=True)
+    out, lse = block_sparse_attention(x.q, x.k, x.v, mask, sinks=sinks, return_lse=True)
+    assert torch.equal(out[:, [0, 3]], plain[:, [0, 3]])
+    assert torch.equal(lse[:, 0], plain_lse[:, 0])
+    assert torch.equal(out[:, 2], torch.zeros_like(out[:, 2]))
+    assert torch.equal(lse[:, :, 1], sinks.detach().expand(2, 4))
+    out.sum().backward()
+    assert sinks.grad.isfinite().all()
+
+
+SEES_ONE = {
+    "one_key": lambda: masks.full(3, 1),
+    "one_of_many": lambda: masks.documents([1] * 300),
+    "by_key_bounds": lambda: IntervalMask(
+        torch.tensor([0, 600], dtype=torch.int32).expand(1, 1, 2, 2),
+        600,
+        key_bounds=torch.zeros(600, 2, dtype=torch.int32).index_put(
+            (torch.tensor(311),), torch.tensor([0, 2], dtype=torch.int32)
+        ),
+    ),
+    "by_a_tree": lambda: masks.tree([-1] * 300, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SEES_ONE)
+def test_a_row_that_sees_one_key_has_no_gradient_of_its_logits(name, dtype):
+    """Its weight is 1 whatever q and k are."""
+    mask = SEES_ONE[name]()
+    x = make_inputs(mask, dim=200, dtype=dtype)
+    q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
+    block_sparse_attention(q, k, v, mask, scale=1.0).backward(x.grad_out)
+    assert torch.equal(q.grad, torch.zeros_like(q))
+    assert torch.equal(k.grad, torch.zeros_like(k))
+    assert v.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_few_keys_and_wide_heads(seed):
+    """Where few keys are seen, their gradients are small differences of large numbers."""
+    nq, nk = 1 + seed % 4, 1 + seed % 3
+    mask = masks.full(nq, nk)
+    x = make_inputs(mask, dim=100 + 13 * seed, seed=seed)
+    x.grad_lse.zero_()
+    assert_as_good_as_eager(x, mask)
 
 
 @pytest.mark.parametrize("key_bounds", [False, True])
@@ -244,11 +458,3 @@ def test_flex_attention_with_the_exported_mask_agrees():
     x = make_inputs(mask, batch=1, heads=2, kv_heads=2, dim=16)
     expected = flex_attention(x.q, x.k, x.v, block_mask=mask.to_block_mask())
     torch.testing.assert_close(block_sparse_attention(x.q, x.k, x.v, mask), expected, rtol=0, atol=1e-5)
-
-
-def test_second_derivative_is_refused():
-    mask = masks.causal(4)
-    q = torch.randn(1, 1, 4, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(block_sparse_attention(q, q, q, mask).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative; use reference_block_sparse_attention"):
-        grad.sum().backward()

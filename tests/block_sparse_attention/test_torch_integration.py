@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from arcore import masks
 from arcore.ops import block_sparse_attention
-from tests.block_sparse_attention.cases import make_inputs, random_mask
+from tests.block_sparse_attention.cases import make_inputs, random_mask, random_tree
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -22,15 +23,54 @@ def test_opcheck(dtype, key_bounds):
         )
 
 
-def test_opcheck_of_the_backward():
-    mask = masks.causal(20)
-    x = make_inputs(mask, dim=16)
-    out, lse = torch.ops.arcore.block_sparse_attention(x.q, x.k, x.v, mask.bounds, None, 0.25)
+def raw_arguments(mask, *, v_dim=16, key_bias=True):
+    """What torch.ops takes for `mask`: q, k, v, and what follows the derivatives' own arguments."""
+    x = make_inputs(mask, dim=16, v_dim=v_dim, key_bias=key_bias)
+    tree = isinstance(mask, masks.TreeMask)
+    key_bounds = None if tree else mask.key_bounds
+    words = (mask.words.reshape(*mask.words.shape[:2], -1), mask.prefix) if tree else (None, None)
+    return x, (mask.bounds, key_bounds, 0.25), (*words, x.key_bias)
+
+
+OPCHECK_MASKS = {
+    "causal": lambda: masks.causal(20),
+    "key_bounds": lambda: random_mask(17, 33, seed=4, heads=4, key_bounds=True),
+    "tree": lambda: random_tree(9, [3, 5], seed=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "v_dim"),
+    [
+        ("tree", 24),
+        pytest.param("tree", 16, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, v, marks=pytest.mark.slow)
+            for name in ("causal", "key_bounds")
+            for v in (16, 24)
+        ),
+    ],
+)
+def test_opcheck_of_every_argument_and_of_the_derivatives(name, v_dim):
+    x, mask, rest = raw_arguments(OPCHECK_MASKS[name](), v_dim=v_dim)
+    ops = torch.ops.arcore
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
+    bias = rest[-1].clone().requires_grad_()
+    torch.library.opcheck(ops.block_sparse_attention.default, (*leaves, *mask, None, None, *rest[:2], bias))
+    out, lse = ops.block_sparse_attention(x.q, x.k, x.v, *mask, None, None, *rest)
+    values = (x.q, x.k, x.v, out, lse)
     for grad_lse in (None, x.grad_lse):
         torch.library.opcheck(
-            torch.ops.arcore.block_sparse_attention_backward.default,
-            (x.grad_out, grad_lse, x.q, x.k, x.v, out, lse, mask.bounds, None, 0.25),
+            ops.block_sparse_attention_backward.default,
+            (x.grad_out, grad_lse, *values, *mask, None, None, *rest),
         )
+    moving = (x.q, None, x.v, rest[-1])
+    torch.library.opcheck(ops.block_sparse_attention_jvp.default, (*values, *moving, *mask, *rest))
+    tangents = ops.block_sparse_attention_jvp(*values, *moving, *mask, *rest)
+    torch.library.opcheck(
+        ops.block_sparse_attention_second.default,
+        (x.grad_out, x.grad_lse, *values, *moving, *tangents, *mask, *rest),
+    )
 
 
 class Layer(torch.nn.Module):
@@ -67,6 +107,35 @@ def test_compile_with_dynamic_batch():
     compiled = torch.compile(Layer(masks.causal(9)), fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (1, 2, 5):
         assert compiled(torch.randn(batch, 9, 32))[0].shape == (batch, 9, 32)
+
+
+@pytest.mark.parametrize("name", ["causal", "tree"])
+def test_compile_with_everything_dynamic(name):
+    """Batch and heads change without a new graph; masks, biases and keys of one batch entry broadcast."""
+    torch.compiler.reset()
+    mask = {"causal": masks.causal(20), "tree": random_tree(9, 6, seed=1)}[name]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def step(q, k, v, bias, sinks):
+        return block_sparse_attention(q, k, v, mask, key_bias=bias, sinks=sinks, return_lse=True)
+
+    for batch, heads in ((3, 4), (5, 8), (7, 4)):
+        x = make_inputs(
+            mask, batch=batch, heads=heads, kv_batch=1, dim=12, v_dim=17, key_bias=True, sinks=True
+        )
+        inputs = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.key_bias, x.sinks)]
+        twins = [t.detach().clone().requires_grad_() for t in inputs]
+        out, lse = step(*inputs)
+        wanted, wanted_lse = block_sparse_attention(
+            *twins[:3], mask, key_bias=twins[3], sinks=twins[4], return_lse=True
+        )
+        assert out.stride() == wanted.stride()
+        torch.testing.assert_close((out, lse), (wanted, wanted_lse))
+        found = torch.autograd.grad(out, inputs, x.grad_out)
+        expected = torch.autograd.grad(wanted, twins, x.grad_out)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_export():

@@ -66,12 +66,16 @@ def test_temperature_is_capped(attention: SelfAttention):
     assert not torch.allclose(attention(x, mask), expected)
 
 
-@pytest.mark.parametrize(("dim", "heads"), [(32, 3), (32, 8), (32, 0), (512, 1)])
-def test_head_sizes_that_the_op_does_not_have(dim: int, heads: int):
-    with pytest.raises(
-        ValueError, match=f"multiple of 8, at most 256, but got dim={dim} and num_heads={heads}"
-    ):
+@pytest.mark.parametrize(("dim", "heads"), [(32, 3), (32, 64), (32, 0), (0, 1)])
+def test_heads_that_do_not_divide_the_width(dim: int, heads: int):
+    with pytest.raises(ValueError, match=f"multiple of num_heads but got dim={dim} and num_heads={heads}"):
         SelfAttention(dim, heads)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(30, 10), (33, 3), (512, 1)])
+def test_heads_of_any_width(dim: int, heads: int):
+    x = torch.randn(2, 5, dim)
+    assert SelfAttention(dim, heads)(x, masks.causal(5)).shape == x.shape
 
 
 def test_modulated_norm():

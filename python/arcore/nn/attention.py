@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.masks import IntervalMask
+from arcore.masks import IntervalMask, TreeMask
 from arcore.nn.cache import KVCache
 from arcore.ops import block_sparse_attention
 
 
 class SelfAttention(nn.Module):
-    """Self-attention under an `IntervalMask`, with an optional cache.
+    """Self-attention under a mask, with an optional cache.
 
     Queries and values have a bias and keys have none: a key bias shifts all logits of a row alike and drops out of
     the softmax.
 
     Args:
         dim: width C.
-        num_heads: heads H; C / H must be a multiple of 8, at most 256.
+        num_heads: heads H, a divisor of C.
         l2_norm: scale queries and keys to unit length and learn one temperature per head (cosine attention). Without
             it logits are scaled by `scale`.
         scale: factor on the logits without `l2_norm`; 1 / sqrt(head_dim) when None.
@@ -46,7 +46,9 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0))) if l2_norm else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: IntervalMask, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: IntervalMask | TreeMask, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -83,7 +85,7 @@ class CrossAttention(nn.Module):
 
     Args:
         dim: width C of queries and context.
-        num_heads: heads H; C / H must be a multiple of 8, at most 256.
+        num_heads: heads H, a divisor of C.
 
     Raises:
         ValueError: `dim` does not split into such heads.
@@ -119,9 +121,9 @@ class CrossAttention(nn.Module):
 
 
 def check_heads(module: str, dim: int, num_heads: int) -> None:
-    """Raise ValueError unless `dim` splits into heads that the op takes."""
-    if num_heads < 1 or dim % num_heads or dim // num_heads % 8 or dim // num_heads > 256:
+    """Raise ValueError unless `dim` splits into heads."""
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(
-            f"arcore.nn.{module}: expected dim / num_heads to be a multiple of 8, at most 256, "
-            f"but got dim={dim} and num_heads={num_heads}"
+            f"arcore.nn.{module}: expected dim to be a multiple of num_heads but got dim={dim} and "
+            f"num_heads={num_heads}"
         )

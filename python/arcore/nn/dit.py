@@ -79,7 +79,7 @@ class DiTAttention(nn.Module):
 
     Args:
         dim: width C.
-        num_heads: heads H; C / H must be a multiple of 8, at most 256.
+        num_heads: heads H, a divisor of C.
         qk_norm: root-mean-square norm of each head's queries and keys.
 
     Raises:

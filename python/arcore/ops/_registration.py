@@ -117,9 +117,11 @@ def _primal(x: Any) -> Any:
 
 def forbid_second_derivative(op: str) -> None:
     """Make differentiating ``arcore::<op>_backward`` an error that names the reference, instead of a wrong zero."""
-    forbid_derivative(
-        f"{op}_backward", f"arcore::{op} has no second derivative; use reference_{op} where you need one"
-    )
+
+    def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(f"arcore::{op} has no second derivative; use reference_{op} where you need one")
+
+    torch.library.register_autograd(f"arcore::{op}_backward", refuse)
 
 
 def forbid_derivative(op: str, message: str) -> None:

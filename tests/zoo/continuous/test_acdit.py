@@ -325,7 +325,7 @@ def test_samples_continue_a_context_and_do_not_depend_on_batch_mates():
         ({"block_size": 0}, "block_size to be at least 1"),
         ({"patch_size": 3}, "patches that tile 8 x 8"),
         ({"rope_layout": "rows"}, "layout to be blockdiag"),
-        ({"num_heads": 5}, "multiple of 8"),
+        ({"num_heads": 5}, "multiple of num_heads"),
     ],
 )
 def test_bad_configs(overrides, message):

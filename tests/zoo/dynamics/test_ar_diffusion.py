@@ -305,7 +305,7 @@ def test_unit_tokens():
         ({"channels": 24}, "tokens=16 and channels=24"),
         ({"null_context": "none"}, "null to be learned, zero or first but got 'none'"),
         ({"class_drop": 1.5}, "0 <= drop <= 1"),
-        ({"num_heads": 5}, "multiple of 8"),
+        ({"num_heads": 5}, "multiple of num_heads"),
     ],
 )
 def test_bad_configs(overrides, message):

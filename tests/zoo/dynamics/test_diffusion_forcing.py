@@ -303,7 +303,7 @@ def test_the_class_is_a_side_input_and_the_null_class_is_none():
         ({"frame_stack": 3}, "frame_stack to divide the 8 frames but got frame_stack=3"),
         ({"frames": 0}, "frames to be at least 1"),
         ({"embed_dim": 30}, "embed_dim to be a multiple of 4"),
-        ({"num_heads": 5}, "multiple of 8"),
+        ({"num_heads": 5}, "multiple of num_heads"),
         ({"num_classes": -1}, "num_classes to be at least 0 but got -1"),
         ({"class_drop": 1.5}, "class_drop to be from 0 to 1"),
         ({"stabilization": 0}, "stabilization to be from 1 to 1000 but got 0"),

@@ -282,7 +282,7 @@ def test_bad_steps():
         ({"patch_nums": (1, 3, 2)}, r"growing side lengths, coarse to fine, but got \(1, 3, 2\)"),
         ({"patch_nums": ()}, "growing side lengths"),
         ({"patch_nums": (0, 1)}, "growing side lengths"),
-        ({"num_heads": 3}, "multiple of 8, at most 256, but got dim=32 and num_heads=3"),
+        ({"num_heads": 3}, "multiple of num_heads but got dim=32 and num_heads=3"),
         ({"drop_path": 1.0}, "expected 0 <= rate < 1 but got 1.0"),
         ({"class_drop": -0.1}, "0 <= drop <= 1"),
     ],
