@@ -1,9 +1,9 @@
 // CPU forward, backward and forward-mode derivative; compiled once per instruction set. The algorithm, the
 // tile sizes and the numerics are described in README.md beside this file.
-#include <limits>
 #include <type_traits>
 
 #include "block_sparse_attention/params.h"
+#include "block_sparse_attention/rows_cpu.h"
 #include "block_sparse_attention/tile_mask_cpu.h"
 #include "common/matmul_panel.h"
 #include "common/vec.h"
@@ -11,48 +11,6 @@
 namespace arcore::block_sparse_attention {
 namespace ARCORE_ISA {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Parallel work units that the backward wants at least; fixed, so that results do not depend on the thread
-// count.
-constexpr int64_t kBackwardUnits = 16;
-
-// Visits 0, n-1, 1, n-2, ...: equal shares of consecutive tasks get equal work when work grows with the
-// index.
-int64_t fold(int64_t i, int64_t n) {
-  return i % 2 == 0 ? i / 2 : n - 1 - i / 2;
-}
-
-// Hands out parts of a thread's scratch, each on a cache line of its own.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : next_(memory) {}
-  float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += round_up(floats, 16);
-    return taken;
-  }
-
- private:
-  float* next_;
-};
-
-template <typename F>
-void with_storage(StorageType type, F&& f) {
-  switch (type) {
-    case StorageType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case StorageType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case StorageType::kFloat16:
-      return f(static_cast<Half*>(nullptr));
-  }
-}
-
-int64_t row_offset(const Tensor4& t, int64_t b, int64_t h, int64_t row) {
-  return b * t.batch + h * t.head + row * t.row;
-}
 
 // In place for float32, else converted into `buffer`.
 FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t count,
@@ -69,21 +27,6 @@ FloatRows float_rows(StorageType type, const Tensor4& t, int64_t b, int64_t h, i
     }
   });
   return rows;
-}
-
-void write_row(StorageType type, const Tensor4& t, int64_t b, int64_t h, int64_t row, const float* src,
-               int64_t n) {
-  with_storage(type, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    from_float(src, static_cast<T*>(t.data) + row_offset(t, b, h, row), n);
-  });
-}
-
-// n is a multiple of kLanes.
-void scale_row(float* x, int64_t n, float factor) {
-  const Vec f(factor);
-  for (int64_t i = 0; i < n; i += kLanes)
-    store(x + i, load(x + i) * f);
 }
 
 void scaled_copy(const float* src, float* dst, int64_t n, float factor) {
@@ -137,18 +80,6 @@ int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
 // Floats of a panel of rows, in the kernel that reads both keys and values.
 int64_t row_buffer(const Problem& p) {
   return kPanel * max_of(p.dim, p.v_dim);
-}
-
-// Copies the bias of keys [k0, k0 + keys) to a place where whole vectors may be read; nullptr if there is
-// none.
-const float* tile_bias(const KeyBias& bias, int64_t b, int64_t h, int64_t k0, int64_t keys, float* buffer) {
-  if (bias.data == nullptr) return nullptr;
-  const float* source = bias.data + b * bias.batch + h * bias.head + k0;
-  for (int64_t j = 0; j < keys; ++j)
-    buffer[j] = source[j];
-  for (int64_t j = keys; j < round_up(keys, kLanes); ++j)
-    buffer[j] = 0.0f;
-  return buffer;
 }
 
 void add_bias(const float* bias, Span cols, float* x) {
@@ -499,11 +430,6 @@ void row_gradients(const TileMask& mask, int r, Span cols, float lse, float delt
     store(ds + j, load(s + j) * (load(ds + j) - mean));
   // 0 * (0 - mean) is NaN where the mean is.
   if (cut) mask.fill_forbidden(r, cols, ds, 0.0f);
-}
-
-void fill_columns(float* x, int64_t begin, int64_t end, float value) {
-  for (int64_t j = begin; j < end; ++j)
-    x[j] = value;
 }
 
 // key_out[j] += sum over rows that see key j of w[r][j] * x[r]; the transposed twin of careful_multiply_add.

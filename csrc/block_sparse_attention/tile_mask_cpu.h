@@ -11,15 +11,26 @@ namespace ARCORE_ISA {
 namespace {
 
 // Query rows and keys of one tile: its packed keys and values stay in the second-level cache while the row
-// groups of the query tile pass over them. The backward also keeps two tiles of logits there.
-constexpr int kTileQ = 96;
+// groups of the query tile pass over them. The backward also keeps two tiles of logits there. Rows of a group
+// are computed together, in steps of columns.
+#if defined(ARCORE_BF16_UNIT)
+constexpr int kTileQ = 192, kForwardTileK = 512, kTileK = 256;
+#if defined(ARCORE_AMX)
+constexpr int kGroupRows = 16;
+#else
+constexpr int kGroupRows = 12;
+#endif
+constexpr int kColumnStep = 32;
+#else
+constexpr int kTileQ = 96, kTileK = 256;
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kForwardTileK = 512;
 #else
 constexpr int kForwardTileK = 256;
 #endif
-constexpr int kTileK = 256;
-static_assert(kTileQ % kMaxRows == 0 && kTileK % kPanel == 0 && kForwardTileK % kPanel == 0);
+constexpr int kGroupRows = kMaxRows, kColumnStep = kLanes;
+#endif
+static_assert(kTileQ % kGroupRows == 0 && kTileK % kPanel == 0 && kForwardTileK % kPanel == 0);
 // One cache line more than a power of two, so that the rows of a tile do not compete for the same cache sets.
 constexpr int kForwardTileStride = kForwardTileK + 16;
 constexpr int kTileStride = kTileK + 16;
@@ -94,14 +105,14 @@ struct TileMask {
     rows = static_cast<int>(min_of<int64_t>(kTileQ, p.nq - row));
     for (int r = 0; r < rows; ++r)
       spans[r] = row_spans(p, b, h, q0 + r);
-    // A group ends after kMaxRows rows, or before a row at which the spans jump to a new level (a scale, a
+    // A group ends after kGroupRows rows, or before a row at which the spans jump to a new level (a scale, a
     // block, a document) and stay there: one group for both levels would compute the keys of both for all its
     // rows.
     groups = 0;
     group_begin[0] = 0;
     for (int r = 1; r <= rows; ++r) {
       const bool level_begins = r < rows && jumps(r) && (r + 1 == rows || !jumps(r + 1));
-      if (r < rows && r - group_begin[groups] < kMaxRows && !level_begins) continue;
+      if (r < rows && r - group_begin[groups] < kGroupRows && !level_begins) continue;
       Span first, second;
       for (int i = group_begin[groups]; i < r; ++i) {
         first = hull(first, spans[i].first);
@@ -155,10 +166,10 @@ struct TileMask {
     return !any.empty();
   }
 
-  // The group's columns widened to whole vectors: what is computed of a row of logits.
+  // The group's columns widened to whole steps: what is computed of a row of logits.
   Span computed(int g) const {
     if (columns[g].empty()) return {};
-    return {columns[g].lo / kLanes * kLanes, round_up(columns[g].hi, kLanes)};
+    return {columns[g].lo / kColumnStep * kColumnStep, round_up(columns[g].hi, kColumnStep)};
   }
 
   bool row_is_full(int r, Span cols) const {

@@ -12,6 +12,7 @@ import torch
 from arcore import masks
 from arcore.ops import block_sparse_attention
 from tests.block_sparse_attention.cases import make_inputs, random_mask
+from tests.isa import ISAS, run_under
 
 
 def _everything(x, mask):
@@ -60,29 +61,26 @@ def test_batch_mates_change_no_bit():
 
 PROBE = """
 import torch
-from tests.block_sparse_attention.cases import MASKS, assert_as_good_as_eager, make_inputs, random_mask
-print("isa", torch.ops.arcore.cpu_isa())
+from tests.block_sparse_attention.cases import (
+    MASKS, assert_as_good_as_eager, make_inputs, random_mask, random_tree
+)
+print(torch.ops.arcore.cpu_isa())
 for name in ("next_scale", "skip_causal", "window_sinks"):
     mask = MASKS[name]()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert_as_good_as_eager(make_inputs(mask, batch=1, dim=72, dtype=dtype), mask)
 mask = random_mask(97, 301, seed=0, key_bounds=True)
 assert_as_good_as_eager(make_inputs(mask, dim=40), mask)
+for nodes, prefix in ((64, [3, 509]), (130, [40, 7])):
+    mask = random_tree(nodes, prefix, seed=1, batch=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_as_good_as_eager(make_inputs(mask, dim=36, v_dim=20, key_bias=True, dtype=dtype), mask)
 """
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    order = ["default", "avx2", "avx512"]
-    if order.index(isa) > order.index(torch.ops.arcore.cpu_isa_supported()):
-        pytest.skip(f"this CPU has no {isa}")
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": root}
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"isa {isa}" in result.stdout
+    run_under(isa, PROBE)
 
 
 def test_a_missing_instruction_set_is_never_run():

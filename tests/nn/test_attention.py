@@ -20,8 +20,8 @@ def test_cross_attention_is_softmax_attention_under_its_mask():
 
 
 def test_heads_of_cross_attention_must_fit():
-    with pytest.raises(ValueError, match=r"CrossAttention.*got dim=48 and num_heads=4"):
-        CrossAttention(48, 4)
+    with pytest.raises(ValueError, match=r"CrossAttention.*got dim=48 and num_heads=5"):
+        CrossAttention(48, 5)
 
 
 @torch.no_grad()

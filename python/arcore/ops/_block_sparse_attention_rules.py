@@ -422,10 +422,12 @@ class _Rows:
 
     def fold(self, x: Tensor) -> Tensor:
         """[B, H, rows, ...] -> [B, Hkv, G * rows, ...]."""
-        return x.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+        folded: Tensor = x.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+        return folded
 
     def unfold(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, self.end - self.begin)).flatten(1, 2)
+        rows: Tensor = x.unflatten(2, (-1, self.end - self.begin)).flatten(1, 2)
+        return rows
 
     def rows(self, x: Tensor) -> Tensor:
         return self.fold(x[:, :, self.begin : self.end].float())

@@ -64,7 +64,7 @@ def register_derivatives(
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             # What torch.func has wrapped for this level is differentiated at this level, as by any op of torch.
             with enable_single_level_autograd_function():
-                return Rule.apply(keyset, *inputs)
+                return Rule.apply(keyset, *inputs)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -79,7 +79,7 @@ def register_derivatives(
         several = isinstance(outputs, tuple)
         results = tangents(primals, outputs if several else (outputs,), moving)
         duals = tuple(
-            x if t is None else torch._VF._make_dual(x, t, level=0)  # type: ignore[attr-defined]
+            x if t is None else torch._VF._make_dual(x, t, level=0)
             for x, t in zip(outputs if several else (outputs,), results, strict=True)
         )
         return duals if several else duals[0]
@@ -107,12 +107,12 @@ class _WithoutFirst:
 def _tangent(x: Any) -> Tensor | None:
     if not isinstance(x, Tensor):
         return None
-    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]  # type: ignore[attr-defined]
+    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]
     return tangent
 
 
 def _primal(x: Any) -> Any:
-    return torch._VF._unpack_dual(x, level=0)[0] if isinstance(x, Tensor) else x  # type: ignore[attr-defined]
+    return torch._VF._unpack_dual(x, level=0)[0] if isinstance(x, Tensor) else x
 
 
 def forbid_second_derivative(op: str) -> None:
