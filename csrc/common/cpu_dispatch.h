@@ -1,12 +1,24 @@
 // Picks the instruction set of the CPU kernels at run time.
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
 namespace arcore {
 
 enum class CpuIsa { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
+
+#if defined(__x86_64__)
+// Half precision conversions, which not every compiler's __builtin_cpu_supports knows by name.
+inline bool cpu_has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 // The best instruction set that this CPU and its operating system support.
 inline CpuIsa best_cpu_isa() {
@@ -16,8 +28,7 @@ inline CpuIsa best_cpu_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("fma"))
     return CpuIsa::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return CpuIsa::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c()) return CpuIsa::kAvx2;
 #endif
   return CpuIsa::kDefault;
 }
