@@ -37,11 +37,13 @@ ARCORE_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_
 }
 
 // 64 random bits. Key: the seed. Counter: the position, the stream, and index / 2; the low bit of the index
-// picks one half of the block. 0 <= index < 2^33.
+// picks one half of the block. 0 <= index < 2^57: what of index / 2 does not fit into its word lies above the
+// stream, which has eight bits.
 ARCORE_HOST_DEVICE uint64_t random_bits(int64_t seed, int64_t position, Stream stream, int64_t index = 0) {
   const uint64_t s = static_cast<uint64_t>(seed), p = static_cast<uint64_t>(position);
   const Philox4 counter{{static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32),
-                         static_cast<uint32_t>(stream), static_cast<uint32_t>(index >> 1)}};
+                         static_cast<uint32_t>(stream) | static_cast<uint32_t>(index >> 33) << 8,
+                         static_cast<uint32_t>(index >> 1)}};
   const Philox4 r = philox4x32_10(counter, static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32));
   const int half = (index & 1) ? 2 : 0;
   return static_cast<uint64_t>(r.word[half]) | static_cast<uint64_t>(r.word[half + 1]) << 32;

@@ -57,9 +57,34 @@ static inline void add_exponentials(const float* y, int64_t n, float shift, floa
         static_cast<double>(reduce_add((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])));
 }
 
+// As add_block in float64, one element after the other, for numbers that float32 has no room for.
+template <typename T>
+static inline void add_block_exact(const T* y, int64_t n, double inverse_temperature, bool entropy,
+                                   RowState* state) {
+  constexpr double kNone = -std::numeric_limits<double>::infinity();
+  double highest = kNone;
+  for (int64_t i = 0; i < n; ++i)
+    highest = static_cast<double>(y[i]) > highest ? static_cast<double>(y[i]) : highest;
+  if (highest > state->max) {
+    if (state->max != kNone) {
+      const double drop = (state->max - highest) * inverse_temperature, shrink = std::exp(drop);
+      state->weighted = shrink > 0.0 ? (state->weighted + drop * state->sum) * shrink : 0.0;
+      state->sum *= shrink;
+    }
+    state->max = highest;
+  }
+  const double shift = state->max == kNone ? 0.0 : state->max;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = (static_cast<double>(y[i]) - shift) * inverse_temperature, e = std::exp(d);
+    state->sum += e;
+    if (entropy && e != 0.0) state->weighted += d * e;
+  }
+}
+
 // A block of at most kRowBlock values, padded with -inf to whole vectors, with its maximum.
 static inline void add_block(const float* y, int64_t n, float highest, double inverse_temperature,
                              bool entropy, RowState* state) {
+  if (!is_moderate(inverse_temperature)) return add_block_exact(y, n, inverse_temperature, entropy, state);
   constexpr double kNone = -std::numeric_limits<double>::infinity();
   if (static_cast<double>(highest) > state->max) {
     if (state->max != kNone) {

@@ -67,7 +67,7 @@ torch::stable::Tensor random_bits_of(const torch::stable::Tensor& seed, const to
   const int64_t* positions = int64_vector(position, "random_bits", "position", rows);
   ARCORE_CHECK(stream >= 0 && stream < int64_t{1} << 32, "random_bits",
                "expected 0 <= stream < 2^32 but got ", stream);
-  ARCORE_CHECK(index >= 0 && index < int64_t{1} << 33, "random_bits", "expected 0 <= index < 2^33 but got ",
+  ARCORE_CHECK(index >= 0 && index < int64_t{1} << 57, "random_bits", "expected 0 <= index < 2^57 but got ",
                index);
   torch::stable::Tensor out = torch::stable::new_empty(seed, {rows});
   int64_t* bits = static_cast<int64_t*>(out.data_ptr());

@@ -78,6 +78,9 @@ inline Problem problem_of(const char* op, const std::vector<Tensor>& logits, con
   p.history_length = history.has_value() ? history->size(2) : 0;
   p.prompt = optional_view(op, "prompt", prompt, ScalarType::Long, p, -1, logits[0]);
   p.prompt_length = prompt.has_value() ? prompt->size(2) : 0;
+  // Tokens are counted in 31 bits of an int32.
+  ARCORE_CHECK(p.history_length < int64_t{1} << 30, op,
+               "expected a history of fewer than 2^30 tokens but got ", p.history_length);
   ARCORE_CHECK(order >= 0 && order <= 2, op, "expected order 0, 1 or 2 but got ", order);
   p.order = static_cast<Order>(order);
   return p;

@@ -60,6 +60,15 @@ ARCORE_HOST_DEVICE float exp_of(float t) {
   return t < kLowest ? 0.0f : e;
 }
 
+// A token's distance (x - top) / temperature is computed as (x / 4 - top / 4) * steepness, steepness = 4 /
+// temperature in float32, each operation rounded once: quarters of finite numbers have a finite difference,
+// and 4 / temperature is no denormal number for any temperature up to 3e38, so the distance is never NaN,
+// even where denormals become zero.
+constexpr float kQuarter = 0.25f;
+ARCORE_HOST_DEVICE float steepness_of(double temperature) {
+  return static_cast<float>(4.0 / temperature);
+}
+
 // Masses are multiples of 2^-k, with k such that a row of any vocabulary sums to less than 2^63.
 ARCORE_HOST_DEVICE int mass_bits(int64_t vocab) {
   int k = 62;

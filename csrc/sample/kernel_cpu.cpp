@@ -55,19 +55,19 @@ struct Row {
   int64_t n;
   int32_t low, high;  // smallest and largest key
   float top;          // the logit whose e is 1
-  float inverse_temperature;
-  bool whole;     // no token has gone: token i is entry i, and `index` is not written
-  bool grouped;   // other_key holds the largest keys of groups
-  bool weighed;   // e, sum and top are those of the current tokens
-  bool infinite;  // the tokens are those whose logits are +inf
-  int64_t sum;    // of the masses
+  float steepness;    // exact.h
+  bool whole;         // no token has gone: token i is entry i, and `index` is not written
+  bool grouped;       // other_key holds the largest keys of groups
+  bool weighed;       // e, sum and top are those of the current tokens
+  bool infinite;      // the tokens are those whose logits are +inf
+  int64_t sum;        // of the masses
 };
 
 struct Scalars {
   double temperature, top_p, min_p, typical_p, epsilon, eta;
   int64_t top_k;
-  float inverse_temperature, repetition, presence, frequency;
-  bool greedy;
+  float steepness, repetition, presence, frequency;
+  bool greedy, valid;
   const double* weights;
 };
 
@@ -76,7 +76,8 @@ Scalars scalars_of(const Problem& p, int64_t row) {
   Scalars out;
   out.temperature = s[kTemperature];
   out.greedy = out.temperature < kLowestTemperature;
-  out.inverse_temperature = out.greedy ? 1.0f : static_cast<float>(1.0 / out.temperature);
+  out.valid = settings_hold(s, p.num_sources);
+  out.steepness = steepness_of(out.greedy ? 1.0 : out.temperature);
   out.top_k = s[kTopK] >= 1.0 && s[kTopK] < static_cast<double>(p.vocab) ? static_cast<int64_t>(s[kTopK]) : 0;
   out.top_p = s[kTopP];
   out.min_p = s[kMinP];
@@ -273,7 +274,7 @@ bool groups_help(int64_t n, int64_t k) {
 
 void load_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, Row& row) {
   alignas(64) float mixed[kBlock], first[kBlock], other[kBlock];
-  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, s.inverse_temperature, true, false, false, false, 0};
+  row = {p.vocab, 0x7fffffff, kKeyPad, 0.0f, s.steepness, true, false, false, false, 0};
   row.grouped = s.top_k > 0 && !s.greedy && groups_help(p.vocab, s.top_k);
   for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
     const int64_t n = min_of(kBlock, p.vocab - begin);
@@ -312,22 +313,22 @@ void weigh(Row& row, const Workspace& w, float scale) {
   if (row.weighed) return;
   row.top = value_of(row.high);
   row.sum = 0;
-  const float top = row.top, inverse_temperature = row.inverse_temperature;
+  const float top = kQuarter * row.top, steepness = row.steepness;
   // A block at a time, so that its sum finds it in the cache.
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
     const int64_t n = min_of(kBlock, row.n - begin);
     const int32_t* ARCORE_RESTRICT key = w.key + begin;
     float* ARCORE_RESTRICT e = w.e + begin;
     for (int64_t i = 0; i < n; ++i)
-      e[i] = exp_of((value_of(key[i]) - top) * inverse_temperature);
+      e[i] = exp_of((kQuarter * value_of(key[i]) - top) * steepness);
     row.sum += sum_masses(e, n, scale);
   }
   row.weighed = true;
 }
 
-// -log(e), up to rounding. Beyond 88, where e is 0, the difference may overflow.
+// -log(e), up to rounding. Beyond 88, where e is 0, the distance may overflow.
 float surprise_of(const Row& row, int32_t key) {
-  return min_of((row.top - value_of(key)) * row.inverse_temperature, 88.0f);
+  return min_of((kQuarter * row.top - kQuarter * value_of(key)) * row.steepness, 88.0f);
 }
 
 // Drops the tokens that `select` does not keep. The others keep their e unless the likeliest has gone.
@@ -580,7 +581,8 @@ void filter_typical(Row& row, const Workspace& w, const Scalars& s, const Verdic
   weigh(row, w, verdict.scale);
   const float mean = mean_surprise(row, w, verdict.scale);
   for (int64_t i = 0; i < row.n; ++i)
-    w.other_key[i] = -bits_of(std::fabs((value_of(w.key[i]) - row.top) * row.inverse_temperature + mean));
+    w.other_key[i] =
+        -bits_of(std::fabs((kQuarter * value_of(w.key[i]) - kQuarter * row.top) * row.steepness + mean));
   Row range;
   find_range(w.other_key, row.n, range);
   const int64_t limit = limit_of(s.typical_p, row.sum);
@@ -636,8 +638,8 @@ int64_t first_with_key(const Row& row, const Workspace& w, int32_t key) {
 
 // From the logits to the tokens that may be drawn, weighed. False: the row has no distribution.
 bool process_row(const Problem& p, const Scalars& s, Place at, const Workspace& w, float scale, Row& row) {
+  if (!s.valid || p.vocab == 0) return false;
   load_row(p, s, at, w, row);
-  if (!(s.temperature >= 0.0) || p.vocab == 0) return false;
   if (row.high > kKeyPosInf || row.low < kKeyNegInf || row.high == kKeyNegInf) return false;
   if (row.high == kKeyPosInf) {
     // The limit of ever larger logits: those that are infinite share the mass.
@@ -763,7 +765,7 @@ LogProbs processed_logprobs(const Problem& p, const Scalars& s, Place at, const 
     for (int64_t i = 0; i < row.n; ++i)
       kept[w.index[i]] = all[w.index[i]];
   }
-  const double inverse_temperature = 1.0 / s.temperature;
+  const double inverse_temperature = inverse_of(s.temperature);
   return {kept, inverse_temperature, sum_row(kept, p.vocab, inverse_temperature)};
 }
 

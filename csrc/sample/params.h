@@ -1,9 +1,11 @@
 // What schema.cpp hands to the kernels: raw pointers and int64 strides in elements, no torch types.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 
 namespace arcore::sample {
 
@@ -13,12 +15,12 @@ constexpr int kMaxSources = 8;
 // the value that stands behind it. ops/sample.py fills the matrix and has the same order.
 enum Setting {
   kTemperature,  // below kLowestTemperature: the likeliest token alone
-  kTopK,         // off: below 1
-  kTopP,         // off: 1 and above
-  kMinP,         // off: 0 and below
-  kTypicalP,     // off: 1 and above
-  kEpsilon,      // off: 0 and below
-  kEta,          // off: 0 and below
+  kTopK,         // off: -1, 0, vocab and above
+  kTopP,         // off: 1
+  kMinP,         // off: 0
+  kTypicalP,     // off: 1
+  kEpsilon,      // off: 0
+  kEta,          // off: 0
   kRepetition,   // off: 1
   kPresence,     // off: 0
   kFrequency,    // off: 0
@@ -26,6 +28,22 @@ enum Setting {
 };
 
 constexpr double kLowestTemperature = 1e-5;
+
+// Whether a row's settings are numbers that the kernels can work with. They come in tensors, whose values
+// nobody reads before, so that a row with other ones has no distribution. ops/sample.py asks the same of
+// plain numbers.
+ARCORE_HOST_DEVICE bool settings_hold(const double* s, int num_sources) {
+  // Comparisons with NaN are false.
+  auto within = [](double x, double low, double high) { return x >= low && x <= high; };
+  bool hold = within(s[kTemperature], 0.0, 3e38) && within(s[kTopK], -1.0, HUGE_VAL) &&
+              within(s[kTopP], 0.0, 1.0) && within(s[kMinP], 0.0, 1.0) && within(s[kTypicalP], 0.0, 1.0) &&
+              within(s[kEpsilon], 0.0, 1.0) && within(s[kEta], 0.0, 1.0) &&
+              within(s[kRepetition], 1e-6, 1e6) && within(s[kPresence], -3e38, 3e38) &&
+              within(s[kFrequency], -3e38, 3e38);
+  for (int i = 0; i < num_sources; ++i)
+    hold = hold && within(s[kWeights + i], -3e38, 3e38);
+  return hold;
+}
 
 enum class Order : int64_t { kHf, kVllm, kJoint };
 enum class Mode : int64_t { kInverseCdf, kGumbel, kGreedy };

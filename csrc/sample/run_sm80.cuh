@@ -22,8 +22,8 @@ constexpr int kPivots = 7;
 struct Scalars {
   double temperature, top_p, min_p, typical_p, epsilon, eta;
   int64_t top_k;
-  float inverse_temperature, repetition, presence, frequency;
-  bool greedy;
+  float steepness, repetition, presence, frequency;
+  bool greedy, valid;
   const double* weights;
 };
 
@@ -32,7 +32,8 @@ ARCORE_DEVICE Scalars scalars_of(const Problem& p, int64_t row) {
   Scalars out;
   out.temperature = s[kTemperature];
   out.greedy = out.temperature < kLowestTemperature;
-  out.inverse_temperature = out.greedy ? 1.0f : static_cast<float>(1.0 / out.temperature);
+  out.valid = settings_hold(s, p.num_sources);
+  out.steepness = steepness_of(out.greedy ? 1.0 : out.temperature);
   out.top_k = s[kTopK] >= 1.0 && s[kTopK] < static_cast<double>(p.vocab) ? static_cast<int64_t>(s[kTopK]) : 0;
   out.top_p = s[kTopP];
   out.min_p = s[kMinP];
@@ -122,7 +123,7 @@ struct RowOfBlock {
   int32_t* key;
   int64_t vocab;
   Scratch& scratch;
-  float inverse_temperature, scale;
+  float steepness, scale;
   float top;
   Range range;   // of the tokens that are left
   uint64_t sum;  // of their masses, once weighed
@@ -195,9 +196,10 @@ struct RowOfBlock {
 
   // ---- weights ----
 
-  ARCORE_DEVICE float weight(int32_t k) const {
-    return exp_of(multiply_rounded(add_rounded(value_of(k), -top), inverse_temperature));
+  ARCORE_DEVICE float distance(int32_t k) const {
+    return multiply_rounded(add_rounded(kQuarter * value_of(k), -kQuarter * top), steepness);
   }
+  ARCORE_DEVICE float weight(int32_t k) const { return exp_of(distance(k)); }
   ARCORE_DEVICE uint64_t mass(float e) const {
     return static_cast<uint64_t>(static_cast<int64_t>(multiply_rounded(e, scale)));
   }
@@ -208,9 +210,7 @@ struct RowOfBlock {
     sum = add_all(total);
   }
   // -log(e), up to rounding.
-  ARCORE_DEVICE float surprise(int32_t k) const {
-    return fminf(multiply_rounded(add_rounded(top, -value_of(k)), inverse_temperature), 88.0f);
-  }
+  ARCORE_DEVICE float surprise(int32_t k) const { return fminf(-distance(k), 88.0f); }
   ARCORE_DEVICE uint64_t sum_surprises() const {
     uint64_t total = 0;
     each_left([&](int64_t, int32_t k) { total += mass(multiply_rounded(weight(k), surprise(k))); });
@@ -338,9 +338,9 @@ struct Filters {
   // |-log p - entropy| is |log e + mean surprise|: the logarithm of the sum cancels.
   ARCORE_DEVICE void typical() {
     row.weigh();
-    const float mean = row.mean_surprise(), top = row.top, over = row.inverse_temperature;
-    auto order = [=](int64_t, int32_t k) {
-      return -bits_of(fabsf(add_rounded(multiply_rounded(add_rounded(value_of(k), -top), over), mean)));
+    const float mean = row.mean_surprise();
+    auto order = [&row = row, mean](int64_t, int32_t k) {
+      return -bits_of(fabsf(add_rounded(row.distance(k), mean)));
     };
     const Range range = row.find_range(order);
     require_key(order, row.template find_threshold<true>(range, limit_of(s.typical_p, row.sum), order));
@@ -411,7 +411,7 @@ ARCORE_DEVICE void load_row(const Problem& p, const Scalars& s, Place at, RowOfB
 template <int kThreads>
 ARCORE_DEVICE bool process_row(const Problem& p, const Scalars& s, Place at, uint8_t* keep,
                                RowOfBlock<kThreads>& row) {
-  if (!(s.temperature >= 0.0) || p.vocab == 0) return false;
+  if (!s.valid || p.vocab == 0) return false;
   load_row(p, s, at, row);
   row.refresh();
   if (row.range.high > kKeyPosInf || row.range.low < kKeyNegInf || row.range.high == kKeyNegInf) return false;
@@ -583,7 +583,7 @@ ARCORE_KERNEL run_rows(ARCORE_KERNEL_ARGS RunCuda cuda) {
       cuda.keys == nullptr ? reinterpret_cast<int32_t*>(scratch + 1) : cuda.keys + number * p.vocab,
       p.vocab,
       *scratch,
-      s.inverse_temperature,
+      s.steepness,
       static_cast<float>(static_cast<double>(int64_t{1} << mass_bits(p.vocab))),
       0.0f,
       {},

@@ -159,6 +159,53 @@ struct RowReader {
   }
 };
 
+// A row whose temperature or softcap has no room in float32, column by column in float64.
+template <typename T>
+struct ExactRow {
+  const Problem& p;
+  const T* logits;
+  const void* mask;
+
+  ExactRow(const Problem& problem, const Rows& rows, int64_t row)
+      : p(problem), logits(static_cast<const T*>(rows.data) + offset_of(rows, row)), mask(nullptr) {
+    if (p.mask_kind != MaskKind::kNone)
+      mask = static_cast<const char*>(p.mask.data) +
+             offset_of(p.mask, row) * (p.mask_kind == MaskKind::kBits ? 4 : 1);
+  }
+
+  double logit(int64_t column) const { return static_cast<double>(static_cast<float>(logits[column])); }
+  double y(int64_t column) const {
+    const int64_t at = p.first_column + column;
+    if (p.mask_kind == MaskKind::kBool && !is_kept<MaskKind::kBool>(mask, at)) return -HUGE_VAL;
+    if (p.mask_kind == MaskKind::kBits && !is_kept<MaskKind::kBits>(mask, at)) return -HUGE_VAL;
+    return p.softcap != 0.0 ? p.softcap * std::tanh(logit(column) / p.softcap) : logit(column);
+  }
+  // Of y by the logit.
+  double slope(int64_t column) const {
+    const double t = p.softcap != 0.0 ? std::tanh(logit(column) / p.softcap) : 0.0;
+    return 1.0 - t * t;
+  }
+};
+
+bool is_moderate(const Problem& p, double inverse_temperature) {
+  return arcore::is_moderate(inverse_temperature) && (p.softcap == 0.0 || arcore::is_moderate(p.softcap));
+}
+
+template <typename T>
+void update_exact(const UpdateArgs& args, int64_t row, double inverse_temperature, RowState* state) {
+  const Problem& p = args.problem;
+  const ExactRow<T> exact(p, args.logits, row);
+  double y[kRowBlock];
+  for (int64_t at = 0; at < p.columns; at += kRowBlock) {
+    const int64_t n = min_of(kRowBlock, p.columns - at);
+    for (int64_t i = 0; i < n; ++i)
+      y[i] = exact.y(at + i);
+    add_block_exact(y, n, inverse_temperature, args.entropy, state);
+  }
+  const int64_t target = p.target[row] - p.first_column;
+  if (target >= 0 && target < p.columns) state->target = exact.y(target);
+}
+
 double temperature_of(const Problem& p, int64_t row) {
   return p.temperature_rows != nullptr ? static_cast<double>(p.temperature_rows[row]) : p.temperature;
 }
@@ -168,9 +215,13 @@ void update(const UpdateArgs& args, int64_t begin, int64_t end) {
   RowReader reader(p);
   for (int64_t row = begin; row < end; ++row) {
     RowState state = p.first_column == 0 ? kEmptyRow : args.state[row];
-    if (p.target[row] != p.ignore_index) {
+    const double inverse_temperature = inverse_of(temperature_of(p, row));
+    if (p.target[row] == p.ignore_index) {
+      args.state[row] = state;
+      continue;
+    }
+    if (is_moderate(p, inverse_temperature)) {
       reader.open(args.logits, row);
-      const double inverse_temperature = 1.0 / temperature_of(p, row);
       for (int64_t at = 0; at < p.columns; at += kRowBlock) {
         const int64_t n = min_of(kRowBlock, p.columns - at);
         float highest;
@@ -179,6 +230,12 @@ void update(const UpdateArgs& args, int64_t begin, int64_t end) {
       }
       const int64_t target = p.target[row] - p.first_column;
       if (target >= 0 && target < p.columns) state.target = reader.at(target);
+    } else if (p.dtype == StorageType::kBFloat16) {
+      update_exact<BFloat16>(args, row, inverse_temperature, &state);
+    } else if (p.dtype == StorageType::kFloat16) {
+      update_exact<Half>(args, row, inverse_temperature, &state);
+    } else {
+      update_exact<float>(args, row, inverse_temperature, &state);
     }
     args.state[row] = state;
   }
@@ -197,7 +254,7 @@ void finish(const FinishArgs& args, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
   for (int64_t row = begin; row < end; ++row) {
     const RowState& s = args.state[row];
-    const double inverse_temperature = 1.0 / temperature_of(p, row);
+    const double inverse_temperature = inverse_of(temperature_of(p, row));
     float logp = -kInfinity, logsumexp = -kInfinity, entropy = 0.0f;
     if (p.target[row] == p.ignore_index) {
       logp = logsumexp = 0.0f;
@@ -252,6 +309,29 @@ double value_or_zero(const float* values, int64_t row) {
   return values != nullptr ? static_cast<double>(values[row]) : 0.0;
 }
 
+// Below, in float64. dz is 0 where p is; products with the others are finite or beyond float32.
+template <typename T>
+void backward_exact(const BackwardArgs& args, int64_t row, T* grad, double level, double grad_logp,
+                    double grad_lse, double grad_entropy, double inverse_temperature) {
+  const Problem& p = args.problem;
+  const RowState& s = args.state[row];
+  const ExactRow<T> exact(p, args.logits, row);
+  const double log_sum = std::log(s.sum);
+  const int64_t target = p.target[row] - p.first_column;
+  double moment = p.first_column == 0 ? grad_lse * s.max * inverse_temperature : 0.0;
+  for (int64_t column = 0; column < p.columns; ++column) {
+    const double d = (exact.y(column) - s.max) * inverse_temperature, probability = std::exp(d) / s.sum;
+    double dz = probability == 0.0 ? 0.0 : probability * (level - grad_entropy * (d - log_sum));
+    if (column == target) dz += grad_logp;
+    if (dz != 0.0) moment += dz * d;
+    const double slope = exact.slope(column);
+    grad[column] = static_cast<T>(
+        static_cast<float>(dz == 0.0 || slope == 0.0 ? 0.0 : dz * slope * inverse_temperature));
+  }
+  if (args.grad_temperature != nullptr)
+    args.grad_temperature[row] = static_cast<float>(moment == 0.0 ? 0.0 : -moment * inverse_temperature);
+}
+
 template <typename T>
 void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
@@ -260,7 +340,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T* grad = static_cast<T*>(args.grad.data) + offset_of(args.grad, row);
     const RowState& s = args.state[row];
-    const double temperature = temperature_of(p, row), inverse_temperature = 1.0 / temperature;
+    const double temperature = temperature_of(p, row), inverse_temperature = inverse_of(temperature);
     // A target outside of the kept set has a log-probability of -inf whatever the logits are.
     const double grad_logp = s.target == -kInfinity ? 0.0 : value_or_zero(args.grad_logp, row);
     const double grad_lse = value_or_zero(args.grad_logsumexp, row);
@@ -275,6 +355,10 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
     const double log_sum = std::log(s.sum);
     const double level =
         grad_lse - grad_logp - (grad_entropy == 0.0 ? 0.0 : grad_entropy * (log_sum - s.weighted / s.sum));
+    if (!is_moderate(p, inverse_temperature)) {
+      backward_exact<T>(args, row, grad, level, grad_logp, grad_lse, grad_entropy, inverse_temperature);
+      continue;
+    }
     const double scale = inverse_temperature / s.sum;
     const RowGrad g{static_cast<float>(s.max), static_cast<float>(inverse_temperature),
                     static_cast<float>((level + grad_entropy * log_sum) * scale),

@@ -191,7 +191,7 @@ _cpu_confidence_mask = confidence_mask
 
 def check_opcheck(device: str, small: bool) -> None:
     settings = torch.tensor(
-        [[0.9, 5, 0.9, 0, 2, 0, 0, 1.2, 0, 0, 2.0, -1.0]], dtype=torch.float64, device=device
+        [[0.9, 5, 0.9, 0, 1, 0, 0, 1.2, 0, 0, 2.0, -1.0]], dtype=torch.float64, device=device
     )
     for dtype in (torch.float32, torch.bfloat16):
         logits = [torch.randn(2, 3, 40, device=device).to(dtype) for _ in range(2)]

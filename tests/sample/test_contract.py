@@ -297,7 +297,7 @@ def test_orders_differ_as_documented():
     "off",
     [
         {"top_k": None}, {"top_k": 0}, {"top_k": -1}, {"top_k": 300}, {"top_k": 10**9}, {"top_p": None},
-        {"top_p": 1.0}, {"top_p": 7.0}, {"min_p": 0.0}, {"typical_p": 1.0}, {"epsilon": 0.0}, {"eta": 0.0},
+        {"top_p": 1.0}, {"min_p": 0.0}, {"typical_p": 1.0}, {"epsilon": 0.0}, {"eta": 0.0},
         {"repetition_penalty": 1.0, "history": torch.arange(9)}, {"presence_penalty": 0.0, "history": torch.arange(9)},
     ],
     ids=str,

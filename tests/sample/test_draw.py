@@ -171,7 +171,7 @@ def test_argument_errors():
         RuntimeError, match=re.escape("expected position int64 of shape (1) but got Long (2)")
     ):
         torch.ops.arcore.random_bits(one, torch.zeros(2, dtype=torch.int64), 0, 0)
-    with pytest.raises(RuntimeError, match="expected 0 <= index < 2\\^33 but got -1"):
+    with pytest.raises(RuntimeError, match="expected 0 <= index < 2\\^57 but got -1"):
         torch.ops.arcore.random_bits(one, one, 0, -1)
     with pytest.raises(RuntimeError, match=re.escape("expected probs float32 of shape (rows, vocab)")):
         torch.ops.arcore.inverse_cdf(torch.zeros(1, 2, dtype=torch.float64), one)

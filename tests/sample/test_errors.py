@@ -13,7 +13,7 @@ X = torch.zeros(2, 8)
 SEEDS = torch.arange(2)
 
 VALUE_ERRORS = [
-    (dict(top_p=-0.1), "arcore.sample: expected top_p in [0, inf] but got -0.1"),
+    (dict(top_p=-0.1), "arcore.sample: expected top_p in [0, 1] but got -0.1"),
     (dict(top_k=-2), "expected top_k in [-1, inf] but got -2"),
     (dict(min_p=1.5), "expected min_p in [0, 1] but got 1.5"),
     (dict(temperature=-1.0), "expected temperature in [0, 3e+38] but got -1.0"),
@@ -97,7 +97,7 @@ def test_confidence():
 def test_the_op_checks_what_it_relies_on():
     """Below Python, too: wrong strides or sizes would read foreign memory."""
     one = torch.zeros(1, dtype=torch.int64)
-    settings = torch.tensor([[1.0, 0, 2, 0, 2, 0, 0, 1, 0, 0, 1]], dtype=torch.float64)
+    settings = torch.tensor([[1.0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1]], dtype=torch.float64)
     op = torch.ops.arcore.filter_probs
     good = (None, None, None, None, 0, False, False)
     with pytest.raises(RuntimeError, match=re.escape("expected settings of shape (1 or 2, 11)")):

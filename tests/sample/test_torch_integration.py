@@ -7,7 +7,7 @@ import torch
 
 from arcore.ops import confidence_mask, filter_probs, sample
 
-SETTINGS = torch.tensor([[0.9, 5, 0.9, 0, 2, 0, 0, 1.2, 0, 0, 2.0, -1.0]], dtype=torch.float64)
+SETTINGS = torch.tensor([[0.9, 5, 0.9, 0, 1, 0, 0, 1.2, 0, 0, 2.0, -1.0]], dtype=torch.float64)
 
 
 def _arguments(dtype=torch.float32):
@@ -70,3 +70,42 @@ def test_export():
     program = torch.export.export(Step(), arguments)
     for got, expected in zip(program.module()(*arguments), step(*arguments), strict=True):
         assert torch.equal(got, expected)
+
+
+CALLS = {
+    "no seed": lambda x: sample(x, top_k=20),
+    "seed of a fixed size": lambda x: sample(x, seed=torch.arange(6)),
+    "mask of a fixed width": lambda x: filter_probs(x, mask=torch.ones(1, 100).bool()),
+    "settings of a fixed size": lambda x: sample(
+        x, temperature=torch.ones(6), top_k=torch.full((1,), 3), seed=torch.arange(6)
+    ),
+    "guidance and history": lambda x: sample(
+        x, uncond=torch.ones(6, 100), cfg_scale=1.5, history=torch.zeros(6, 3).long(), presence_penalty=0.1,
+        seed=torch.arange(6), return_prob=True,
+    ),
+    "three dimensions": lambda x: sample(
+        x[:, None].expand(-1, 4, -1), seed=torch.arange(6)[:, None], offset=torch.arange(4), bias=torch.ones(100)
+    ),
+    "confidence without a seed": lambda x: confidence_mask(x, 4, temperature=1.0),
+    "counts of a fixed size": lambda x: confidence_mask(
+        x, torch.full((6,), 3), candidates=torch.ones(100).bool(), temperature=1.0, seed=torch.arange(6)
+    ),
+}  # fmt: skip
+ANY_BATCH = {"no seed", "mask of a fixed width", "confidence without a seed"}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_sizes_may_be_symbols(name, dynamic):
+    """Automatic dynamic shapes at the second batch size, and dynamic=True beside sizes that are fixed in the code."""
+    call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)
+    for batch in (6, 7, 1, 8) if name in ANY_BATCH else (6,):
+        x = torch.randn(batch, 100)
+        got = compiled(x)
+        if name in ("no seed", "confidence without a seed"):
+            assert got.shape[0] == batch
+        else:
+            expected = call(x)
+            pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+            assert all(torch.equal(a, b) for a, b in pairs if a is not None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +42,23 @@ def same_device(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
                     f"{op}: expected {name} on the device of {first}, {device}, but got {tensor.device}; "
                     f"move it with {name}.to('{device}')"
                 )
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """`value` as an int; fractions, floats without one and bools are refused with a TypeError, not rounded."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: expected {name} to be an integer but got {value!r}; convert it with int({name})")
+
+
+def int64(op: str, name: str, value: Any) -> int:
+    """As `integer`, and it must fit into 64 bits: a ValueError else."""
+    number = integer(op, name, value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: expected {name} to fit into int64 but got {value}")
+    return number

@@ -42,6 +42,21 @@ COLUMNS = (
     "frequency_penalty",
 )
 
+# Both ends are allowed. Plain numbers outside are an error, numbers of a tensor make their rows invalid.
+RANGES = {
+    "temperature": (0.0, 3e38),
+    "top_k": (-1.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "epsilon": (0.0, 1.0),
+    "eta": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 1e6),
+    "presence_penalty": (-3e38, 3e38),
+    "frequency_penalty": (-3e38, 3e38),
+    "weights": (-3e38, 3e38),
+}
+
 
 class RowInputs(NamedTuple):
     """What the processing of one row needs, float32 and unpacked."""
@@ -97,6 +112,13 @@ def exp(t: Tensor) -> Tensor:
     return torch.where(t < torch.tensor(LOWEST_EXPONENT), 0.0, scaled)
 
 
+def settings_hold(row: RowInputs) -> bool:
+    """Whether every setting lies in its range, whose ends belong to it."""
+    columns = [(row.settings[name], *RANGES[name]) for name in COLUMNS]
+    columns += [(weight, *RANGES["weights"]) for weight in row.weights]
+    return all(low <= value <= high for value, low, high in columns)
+
+
 def mass_bits(vocab: int) -> int:
     return 62 - max(vocab - 1, 0).bit_length()
 
@@ -105,7 +127,7 @@ def philox_bits(seed: int, offset: int, stream: int, index: Tensor) -> Tensor:
     """64 random bits for each entry of the int64 `index`, as int64."""
     low = 0xFFFFFFFF
     c0, c1 = (torch.full_like(index, word) for word in (offset & low, (offset >> 32) & low))
-    c2, c3 = torch.full_like(index, stream), index >> 1
+    c2, c3 = stream | (index >> 33) << 8, (index >> 1) & low
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
         # Products wrap around in int64; their bits are those of the unsigned ones.
@@ -168,6 +190,8 @@ def process_row(row: RowInputs) -> RowResult:
     vocab, s = len(row.logits[0]), row.settings
     nothing = torch.zeros(vocab)
     invalid = RowResult(nothing, nothing.bool(), False, nothing, nothing, math.nan, math.nan)
+    if not settings_hold(row):
+        return invalid
     x = mixed_row(row)
     if row.bias is not None:
         x = x + row.bias
@@ -175,28 +199,26 @@ def process_row(row: RowInputs) -> RowResult:
     greedy = s["temperature"] < LOWEST_TEMPERATURE
     if row.allowed is not None:
         x = torch.where(row.allowed, x, -math.inf)
-    if not s["temperature"] >= 0 or vocab == 0 or x.isnan().any() or (x == -math.inf).all():
+    if vocab == 0 or x.isnan().any() or (x == -math.inf).all():
         return invalid
     if (x == math.inf).any():
         x = torch.where(x == math.inf, 0.0, -math.inf)
     scale = 2.0 ** mass_bits(vocab)
-    inverse_temperature = torch.tensor(1.0 if greedy else 1.0 / s["temperature"]).float()
+    steepness = torch.tensor(4.0 if greedy else 4.0 / s["temperature"]).float()
     if greedy:
         alive = torch.arange(vocab) == int(x.eq(x.max()).int().argmax())
     else:
-        alive = apply_filters(x, inverse_temperature, row.order, s, scale)
-    d, e, _, total = weigh(x, inverse_temperature, alive, scale)
+        alive = apply_filters(x, steepness, row.order, s, scale)
+    d, e, _, total = weigh(x, steepness, alive, scale)
     norm = torch.tensor(scale / total).float()
     entropy = math.log(total / scale) + surprises(e, d, alive, scale) / total
     return RowResult(e * norm, alive, True, x, d, total / scale, entropy)
 
 
-def weigh(
-    x: Tensor, inverse_temperature: Tensor, alive: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
+def weigh(x: Tensor, steepness: Tensor, alive: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """What is left of each logit below the largest one, over the temperature; exp of it, masses, their sum."""
     top = x[alive].max()
-    d = torch.where(alive, (x - top) * inverse_temperature, 0.0)
+    d = torch.where(alive, (0.25 * x - 0.25 * top) * steepness, 0.0)
     e = torch.where(alive, exp(d), 0.0)
     mass = (e.double() * scale).long()
     return d, e, mass, float(mass.sum().item())
@@ -208,9 +230,7 @@ def surprises(e: Tensor, d: Tensor, alive: Tensor, scale: float) -> int:
     return int((product.double() * scale).long().sum().item())
 
 
-def apply_filters(
-    x: Tensor, inverse_temperature: Tensor, order: str, s: dict[str, float], scale: float
-) -> Tensor:
+def apply_filters(x: Tensor, steepness: Tensor, order: str, s: dict[str, float], scale: float) -> Tensor:
     names = ["top_k", "top_p", "min_p", "typical_p", "epsilon", "eta"]
     if order == "vllm":
         names = ["min_p", "top_k", "top_p", "typical_p", "epsilon", "eta"]
@@ -218,17 +238,15 @@ def apply_filters(
     if order == "joint":
         alive = finite.clone()
         for name in names:
-            alive &= kept_by(name, x, inverse_temperature, finite, s[name], scale)
+            alive &= kept_by(name, x, steepness, finite, s[name], scale)
         return alive if alive.any() else finite & (x == x[finite].max())
     alive = finite
     for name in names:
-        alive = alive & kept_by(name, x, inverse_temperature, alive, s[name], scale)
+        alive = alive & kept_by(name, x, steepness, alive, s[name], scale)
     return alive
 
 
-def kept_by(
-    name: str, x: Tensor, inverse_temperature: Tensor, alive: Tensor, value: float, scale: float
-) -> Tensor:
+def kept_by(name: str, x: Tensor, steepness: Tensor, alive: Tensor, value: float, scale: float) -> Tensor:
     """The tokens that one filter keeps of those that are alive."""
     everything = torch.ones_like(alive)
     ranked = torch.where(alive, x, -math.inf)
@@ -237,7 +255,7 @@ def kept_by(
         return everything if not 1 <= k < len(x) else above(ranked, alive.long()) < k
     if not (value < 1.0 if name in ("top_p", "typical_p") else value > 0.0):
         return everything
-    d, e, mass, total = weigh(x, inverse_temperature, alive, scale)
+    d, e, mass, total = weigh(x, steepness, alive, scale)
     likeliest = alive & (x == x[alive].max())
     if name == "top_p":
         return above(ranked, mass) < max(math.ceil(value * total), 1)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from arcore import _extension as _extension
 from arcore.ops import _sample_reference as rules
+from arcore.ops._checks import int64, integer, same_device
 from arcore.ops._constants import constant
 
 Order = Literal["hf", "vllm", "joint"]
@@ -22,28 +25,18 @@ Ties = Literal["exact", "all", "none"]
 Setting = float | Tensor | None
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_SOURCES = 8
+ORDERS = get_args(Order)
+MODES = get_args(Mode)
 # What a filter that is not wanted is set to; the order of the columns is that of csrc/sample/params.h.
 OFF = dict(
     zip(
         rules.COLUMNS,
-        (1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.0),
+        (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0),
         strict=True,
     )
 )
-# Bounds of settings that are plain numbers, both inclusive.
-RANGES = {
-    "temperature": (0.0, 3e38),
-    "top_k": (-1.0, math.inf),
-    "top_p": (0.0, math.inf),
-    "min_p": (0.0, 1.0),
-    "typical_p": (0.0, math.inf),
-    "epsilon": (0.0, 1.0),
-    "eta": (0.0, 1.0),
-    "repetition_penalty": (1e-6, 1e6),
-    "presence_penalty": (-3e38, 3e38),
-    "frequency_penalty": (-3e38, 3e38),
-}
 
 
 class Sampled(NamedTuple):
@@ -138,7 +131,7 @@ def sample(
     does. "vllm" runs min_p before top_k. "joint" tests every filter on the unfiltered distribution and keeps what
     passes all (flashinfer's joint); should nothing pass, the likeliest tokens stay.
 
-    Off: `top_k` None, 0, -1 or >= V; `top_p`, `typical_p` None or >= 1; `min_p`, `epsilon`, `eta` None or 0;
+    Off: `top_k` None, 0, -1 or >= V; `top_p`, `typical_p` None or 1; `min_p`, `epsilon`, `eta` None or 0;
     penalties None (or 1, 0, 0). `top_p=0` keeps the likeliest tokens only, in every order.
 
     Random numbers: a draw takes one number, a function of (seed, offset, number of the draw) and of nothing else
@@ -147,7 +140,11 @@ def sample(
     (csrc/common/inverse_cdf.h), in every instruction set and for any number of threads.
 
     Rows without a distribution give token -1 and valid False, and touch no other row: a NaN among the allowed logits,
-    all logits -inf or forbidden, a negative or NaN temperature. Where logits are +inf, these share the mass.
+    all logits -inf or forbidden, a setting out of its range (below). Where logits are +inf, these share the mass.
+
+    Ranges of settings, ends included: `temperature` 0 to 3e38, `top_k` from -1 on, `top_p`, `min_p`, `typical_p`,
+    `epsilon` and `eta` 0 to 1, `repetition_penalty` 1e-6 to 1e6, the other penalties, `cfg_scale` and `weights` -3e38
+    to 3e38. A number outside is a ValueError; in a tensor, which nobody reads before, it makes its row invalid.
 
     Args:
         logits: `[..., V]`, float32, bfloat16 or float16, or 1 to 8 of them to mix. Up to three dimensions of any
@@ -156,8 +153,7 @@ def sample(
         cfg_scale: strength of guidance, 1 for none; number or per row.
         weights: one number, or tensor per row, for each tensor of `logits`.
         temperature: number, or tensor that broadcasts to `[...]`, as all settings down to `eta`; None stands for off.
-            Tensors are not checked.
-        top_k: how many of the likeliest tokens to keep.
+        top_k: how many of the likeliest tokens to keep; an integer.
         top_p: mass of the nucleus.
         min_p: share of the largest probability.
         typical_p: mass of the typical set.
@@ -191,9 +187,9 @@ def sample(
         int64 tokens `[...]`, `[..., num_samples]` if that is not 1; a `Sampled` if more is asked for. Without gradient.
 
     Raises:
-        TypeError: an unsupported dtype.
-        ValueError: shapes do not fit, a number is out of its range, rows would share their random numbers, or `check`
-            found an invalid row.
+        TypeError: an unsupported dtype or kind of argument, or a fraction where an integer is wanted.
+        ValueError: shapes or devices do not fit, a number is out of its range, rows would share their random numbers,
+            or `check` found an invalid row.
 
     References: Philox (Salmon et al., SC 2011); top-p (arXiv:1904.09751), typical (arXiv:2202.00666), epsilon and eta
     (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
@@ -528,18 +524,23 @@ def _prepare(
     order: str,
     settings: tuple[Setting, ...],
 ) -> _Prepared:
+    if not isinstance(logits, (Tensor, list, tuple)):
+        raise TypeError(f"{op}: expected logits to be a tensor or several but got {type(logits).__name__}")
     sources = [logits] if isinstance(logits, Tensor) else list(logits)
+    for name, value in (("mask", mask), ("bias", bias), ("history", history), ("prompt", prompt)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor but got {type(value).__name__}")
     mix = _mix(op, sources, uncond, cfg_scale, weights)
     if uncond is not None:
         sources.append(uncond)
+    same_device(op, logits=sources, mask=mask, bias=bias, history=history, prompt=prompt)
     first = sources[0]
-    if order not in get_args(Order):
+    if order not in ORDERS:
         raise ValueError(f"{op}: expected order 'hf', 'vllm' or 'joint' but got {order!r}")
     for tensor in sources:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in SUPPORTED_DTYPES:
-            kind = _name(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if tensor.dtype not in SUPPORTED_DTYPES:
             raise TypeError(
-                f"{op}: expected logits of dtype float32, bfloat16 or float16 but got {kind}; "
+                f"{op}: expected logits of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
                 "convert them with .float()"
             )
         if tensor.dim() == 0 or tensor.shape != first.shape:
@@ -554,12 +555,18 @@ def _prepare(
             f"{op}: expected mask of dtype bool, or int32 with 32 tokens per word, but got {_name(mask.dtype)}"
         )
     for name, ids in (("history", history), ("prompt", prompt)):
-        if ids is not None and ids.dtype != torch.int64:
+        if ids is None:
+            continue
+        if ids.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} of dtype int64 but got {_name(ids.dtype)}")
+        if ids.dim() == 0:
+            raise ValueError(
+                f"{op}: expected {name} of shape (..., L) but got (); give it a dimension with [None]"
+            )
     return _Prepared(
-        [_three_dims(op, "logits", t.detach(), lead, vocab) for t in sources],
+        [_three_dims(op, "logits", t, lead, vocab) for t in sources],
         _settings(op, settings, mix, lead, first.device),
-        None if bias is None else _three_dims(op, "bias", bias.detach().float(), lead, vocab),
+        None if bias is None else _three_dims(op, "bias", bias.float(), lead, vocab),
         None
         if mask is None
         else _three_dims(op, "mask", mask, lead, (vocab + 31) // 32 if packed else vocab),
@@ -577,7 +584,7 @@ def _mix(
     uncond: Tensor | None,
     cfg_scale: Setting,
     weights: Sequence[float | Tensor] | None,
-) -> list[float | Tensor]:
+) -> tuple[float | Tensor, ...]:
     if not 1 <= len(sources) <= MAX_SOURCES:
         raise ValueError(f"{op}: expected 1 to {MAX_SOURCES} tensors of logits but got {len(sources)}")
     if (uncond is None) != (cfg_scale is None):
@@ -587,63 +594,112 @@ def _mix(
             raise ValueError(
                 f"{op}: expected uncond with one tensor of logits and no weights; give weights for all"
             )
-        return [cfg_scale, 1.0 - cfg_scale]
+        return cfg_scale, 1.0 - cfg_scale
     if weights is None:
         if len(sources) > 1:
             raise ValueError(f"{op}: expected weights for {len(sources)} tensors of logits but got none")
-        return [1.0]
+        return (1.0,)
     if len(weights) != len(sources):
         raise ValueError(
             f"{op}: expected {len(sources)} weights, one per tensor of logits, but got {len(weights)}"
         )
-    return list(weights)
+    return tuple(weights)
 
 
 def _settings(
     op: str,
     values: tuple[Setting, ...],
-    mix: list[float | Tensor],
+    mix: tuple[float | Tensor, ...],
     lead: torch.Size,
     device: torch.device,
 ) -> Tensor:
-    columns: list[float | Tensor] = []
-    for (name, off), value in zip(OFF.items(), values, strict=True):
-        if value is None:
-            columns.append(off)
-            continue
-        if not isinstance(value, Tensor):
-            low, high = RANGES[name]
-            if not low <= value <= high:
-                raise ValueError(f"{op}: expected {name} in [{low:g}, {high:g}] but got {value}")
-        columns.append(value)
-    columns += mix
+    """The settings matrix, float64 [1 or rows, columns]."""
+    columns = (*values, *mix)
     if not any(isinstance(c, Tensor) for c in columns):
-        return constant(tuple(float(c) for c in columns), torch.float64, device).unsqueeze(0)
+        if device.type != "cpu" or torch.compiler.is_compiling() or _modes_are_active():
+            return _numbers(op, device, *columns)
+        try:
+            return _kept_numbers(op, device, *columns)
+        except TypeError:  # something that cannot be looked up: the message says what
+            return _numbers(op, device, *columns)
     full = []
-    for name, column in zip((*OFF, *("weights",) * len(mix)), columns, strict=True):
-        if name == "temperature" and isinstance(column, Tensor):
-            column = column.float()  # as token_logprobs uses it
-        tensor = (
-            column.to(device, torch.float64)
-            if isinstance(column, Tensor)
-            else constant((float(column),), torch.float64, device).squeeze(0)
-        )
-        full.append(_broadcast(op, name, tensor, lead).reshape(-1))
+    for name, column in zip(_names(len(mix)), columns, strict=True):
+        tensor = column if isinstance(column, Tensor) else None
+        if tensor is None:
+            number = constant((_number(op, name, column),), torch.float64, device)
+            full.append(number.expand(math.prod(lead)))
+            continue
+        if tensor.device != device:
+            raise ValueError(
+                f"{op}: expected {name} on the device of logits, {device}, but got {tensor.device}; "
+                f"move it with {name}.to('{device}')"
+            )
+        if tensor.dtype.is_complex or (name == "top_k" and tensor.dtype not in INTEGERS):
+            kind = "an integer dtype" if name == "top_k" else "a real dtype"
+            raise TypeError(f"{op}: expected {name} of {kind} but got {_name(tensor.dtype)}")
+        if name == "temperature":
+            tensor = tensor.float()  # as token_logprobs uses it
+        full.append(_broadcast(op, name, tensor.double(), lead).reshape(-1))
     return torch.stack(full, dim=1)
 
 
+def _names(sources: int) -> tuple[str, ...]:
+    return *rules.COLUMNS, *("weights",) * sources
+
+
+def _numbers(op: str, device: torch.device, *columns: float | None) -> Tensor:
+    """Checked numbers as a settings matrix of one row."""
+    names = _names(len(columns) - len(OFF))
+    numbers = tuple(_number(op, name, value) for name, value in zip(names, columns, strict=True))
+    return constant(numbers, torch.float64, device).unsqueeze(0)
+
+
+# A decoder uses the same settings at each step; a call without a tensor among them is not checked twice. Types are part
+# of the key, since 2 == 2.0 == True.
+_kept_numbers = lru_cache(maxsize=1024, typed=True)(_numbers)
+
+
+def _modes_are_active() -> bool:
+    """Whether somebody follows the calls, with fake tensors for instance: what is kept may not be made or used then."""
+    return _len_torch_dispatch_stack() > 0
+
+
+def _number(op: str, name: str, value: float | None) -> float:
+    if value is None:
+        return OFF[name]
+    low, high = rules.RANGES[name]
+    if name == "top_k":
+        value = integer(op, name, value)
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except TypeError:
+        raise TypeError(f"{op}: expected {name} to be a number or a tensor but got {value!r}") from None
+    if not low <= number <= high:
+        label = "cfg_scale and weights" if name == "weights" else name
+        raise ValueError(f"{op}: expected {label} in [{low:g}, {high:g}] but got {value!r}")
+    return number
+
+
 def _broadcast(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    if tensor.dim() > len(shape) or any(
-        have not in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
-    ):
+    # Compared one by one: sizes may be symbols while a graph is traced.
+    fits = tensor.dim() <= len(shape)
+    same = tensor.dim() == len(shape)
+    for i in range(1, tensor.dim() + 1 if fits else 1):
+        have, want = tensor.shape[-i], shape[len(shape) - i]
+        if have != want:
+            same = False
+            fits = fits and have == 1
+    if not fits:
         raise ValueError(
             f"{op}: expected {name} of a shape that broadcasts to {tuple(shape)} but got {tuple(tensor.shape)}"
         )
-    return tensor.expand(shape)
+    return tensor if same else tensor.expand(shape)
 
 
 def _three_dims(op: str, name: str, tensor: Tensor, lead: torch.Size, last: int) -> Tensor:
     full = _broadcast(op, name, tensor, (*lead, last))
+    if full.requires_grad:
+        full = full.detach()
     while full.dim() < 3:
         full = full.unsqueeze(0)
     return full if full.dim() == 3 else full.reshape(-1, lead[-1], last)
@@ -658,7 +714,7 @@ def _keys(
     mode: str,
 ) -> tuple[Tensor, Tensor]:
     """Seeds and offsets, int64 `[1 or rows]`."""
-    device = p.settings.device
+    device = p.logits[0].device
     if mode == "greedy":
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         return zero, zero
@@ -674,20 +730,34 @@ def _row_keys(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     if seed is None:
-        where = device if generator is None else generator.device
-        seed = torch.randint(-(2**63), 2**63 - 1, lead, generator=generator, device=where).to(device)
+        if generator is None:
+            seed = torch.randint(-(2**63), 2**63 - 1, lead, device=device)
+        else:
+            where = generator.device
+            seed = torch.randint(-(2**63), 2**63 - 1, lead, generator=generator, device=where).to(device)
     elif generator is not None:
         raise ValueError(f"{op}: expected seed or generator but got both; give one")
     keys = []
     for name, key in (("seed", seed), ("offset", 0 if offset is None else offset)):
-        if isinstance(key, Tensor) and key.dtype != torch.int64:
+        if not isinstance(key, Tensor):
+            number = int64(op, name, key)
+            keys.append(torch.full((), number, dtype=torch.int64, device=device))
+            continue
+        if key.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} of dtype int64 but got {_name(key.dtype)}")
-        keys.append(key if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device))
-    for i, size in enumerate(reversed(lead)):
-        varies = any(k.dim() > i and k.shape[-1 - i] == size for k in keys)
-        if size > 1 and not varies:
+        if key.device != device:
             raise ValueError(
-                f"{op}: expected seed or offset to differ between the {size} rows of dimension {len(lead) - 1 - i} but "
+                f"{op}: expected {name} on the device of the other tensors, {device}, but got {key.device}; "
+                f"move it with {name}.to('{device}')"
+            )
+        keys.append(key)
+    for i in range(1, len(lead) + 1):
+        size = lead[-i]
+        if size == 1:
+            continue
+        if not any(k.dim() >= i and k.shape[-i] == size for k in keys) and size > 1:
+            raise ValueError(
+                f"{op}: expected seed or offset to differ between the {size} rows of dimension {len(lead) - i} but "
                 f"their shapes are {tuple(keys[0].shape)} and {tuple(keys[1].shape)}, and all would draw with the same "
                 "number; give a seed per row, or offset=torch.arange(...) for positions of one sequence"
             )
@@ -706,6 +776,8 @@ def _prepare_confidence(
     ties: str,
 ) -> _PreparedConfidence:
     op = "arcore.confidence_mask"
+    counts = count if isinstance(count, Tensor) else None
+    same_device(op, confidence=confidence, count=counts, candidates=candidates)
     if not confidence.is_floating_point():
         raise TypeError(f"{op}: expected confidence of a float dtype but got {_name(confidence.dtype)}")
     if confidence.dim() == 0:
@@ -714,14 +786,12 @@ def _prepare_confidence(
         raise ValueError(f"{op}: expected ties 'exact', 'all' or 'none' but got {ties!r}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"{op}: expected a finite temperature >= 0 but got {temperature}")
-    if not isinstance(count, Tensor) and count < 0:
-        raise ValueError(f"{op}: expected count >= 0 but got {count}")
     lead, length = confidence.shape[:-1], confidence.shape[-1]
-    counts = (
-        count.to(confidence.device)
-        if isinstance(count, Tensor)
-        else torch.full((), count, dtype=torch.int64, device=confidence.device)
-    )
+    if counts is None:
+        number = int64(op, "count", count)
+        if number < 0:
+            raise ValueError(f"{op}: expected count >= 0 but got {count}")
+        counts = torch.full((), number, dtype=torch.int64, device=confidence.device)
     if counts.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: expected count of dtype int64 but got {_name(counts.dtype)}")
     if candidates is not None:
@@ -743,7 +813,7 @@ def _prepare_confidence(
 def _check_choices(op: str, mode: str, num_samples: int, return_logprob: str | None) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"{op}: expected mode 'inverse_cdf', 'gumbel' or 'greedy' but got {mode!r}")
-    if num_samples < 1:
+    if integer(op, "num_samples", num_samples) < 1:
         raise ValueError(f"{op}: expected num_samples >= 1 but got {num_samples}")
     if return_logprob not in (None, "raw", "processed"):
         raise ValueError(
@@ -757,13 +827,14 @@ def _raise_if_invalid(op: str, valid: Tensor, lead: torch.Size) -> None:
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), lead)) if lead else ()
         raise ValueError(
             f"{op}: expected a distribution in every row but row {index} has NaN among its allowed logits, no allowed "
-            f"logit above -inf, or an invalid temperature ({int((~valid).sum())} of {valid.numel()} rows)"
+            f"logit above -inf, or a setting out of its range ({int((~valid).sum())} of {valid.numel()} rows)"
         )
 
 
 def _into(op: str, out: Tensor | None, tokens: Tensor) -> Tensor:
     if out is None:
         return tokens
+    same_device(op, logits=tokens, out=out)
     if out.dtype != torch.int64 or out.shape != tokens.shape:
         raise ValueError(
             f"{op}: expected out int64 of shape {tuple(tokens.shape)} but got {_name(out.dtype)} {tuple(out.shape)}"
@@ -828,6 +899,10 @@ def _fake_sample(
     want_entropy: bool,
     want_kept: bool,
 ) -> tuple[Tensor, ...]:
+    same_device(
+        "arcore.sample", logits=logits, settings=settings, bias=bias, mask=mask, history=history, prompt=prompt,
+        seed=seed, offset=offset,
+    )  # fmt: skip
     x = logits[0]
     rows, words = x.shape[0] * x.shape[1], (x.shape[2] + 31) // 32
 
@@ -857,6 +932,9 @@ def _fake_filter_probs(
     want_entropy: bool,
     want_kept: bool,
 ) -> tuple[Tensor, ...]:
+    same_device(
+        "arcore.filter_probs", logits=logits, settings=settings, bias=bias, mask=mask, history=history, prompt=prompt
+    )  # fmt: skip
     x = logits[0]
     rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
     return (
@@ -877,4 +955,88 @@ def _fake_confidence_mask(
     temperature: float,
     ties: int,
 ) -> Tensor:
+    same_device(
+        "arcore.confidence_mask", confidence=confidence, candidates=candidates, count=count, seed=seed, offset=offset
+    )  # fmt: skip
     return torch.empty_like(confidence, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+# ---- vmap: the batch becomes part of the rows ----
+
+
+def _batched_rows(x: Tensor, dim: int | None, size: int, rows: int | None = None) -> Tensor:
+    """`x` of every example one below the other: [size * n, ...] of [n, ...]; one row for all becomes `rows`."""
+    full = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    if rows is not None and full.shape[1] == 1:
+        full = full.expand(size, rows, *full.shape[2:])
+    return full.reshape(size * full.shape[1], *full.shape[2:])
+
+
+def _split_rows(
+    results: tuple[Tensor, ...], size: int, rows: int
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Results by example again; those that nobody asked for have no row."""
+    wanted = [r.dim() > 1 or r.shape[0] == size * rows for r in results]
+    return (
+        tuple(r.view(size, rows, *r.shape[1:]) if w else r for r, w in zip(results, wanted, strict=True)),
+        tuple(0 if w else None for w in wanted),
+    )
+
+
+def _batched_problem(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[list[Any], int]:
+    """The arguments that `sample` and `filter_probs` share, and the rows of one example."""
+    logits, settings, *optional = args[:6]
+    dims = in_dims[0] if isinstance(in_dims[0], (list, tuple)) else (in_dims[0],) * len(logits)
+    first = logits[0].shape if dims[0] is None else logits[0].movedim(dims[0], 0).shape[1:]
+    rows, size = first[0] * first[1], info.batch_size
+    merged = [_batched_rows(x, d, size) for x, d in zip(logits, dims, strict=True)]
+    alike = in_dims[1] is None and settings.shape[0] == 1
+    return [
+        merged,
+        settings if alike else _batched_rows(settings, in_dims[1], size, rows),
+        *(
+            None if x is None else _batched_rows(x, d, size)
+            for x, d in zip(optional, in_dims[2:6], strict=True)
+        ),
+    ], rows
+
+
+@torch.library.register_vmap("arcore::sample")
+def _vmap_sample(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    problem, rows = _batched_problem(info, in_dims, args)
+    seed, offset, _, _, mode = args[6:11]
+    if in_dims[6] is None and in_dims[7] is None and mode != MODES.index("greedy"):
+        raise ValueError(
+            "arcore.sample: expected seed or offset to differ between the examples of vmap but both are the same for "
+            "all, which would draw with the same numbers; map over a seed per example"
+        )
+    keys = (
+        _batched_rows(k, d, info.batch_size, rows) for k, d in zip((seed, offset), in_dims[6:8], strict=True)
+    )
+    return _split_rows(torch.ops.arcore.sample(*problem, *keys, *args[8:]), info.batch_size, rows)
+
+
+@torch.library.register_vmap("arcore::filter_probs")
+def _vmap_filter_probs(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    problem, rows = _batched_problem(info, in_dims, args)
+    return _split_rows(torch.ops.arcore.filter_probs(*problem, *args[6:]), info.batch_size, rows)
+
+
+@torch.library.register_vmap("arcore::confidence_mask")
+def _vmap_confidence_mask(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    confidence, candidates, *rest = args
+    temperature = args[5]
+    if in_dims[3] is None and in_dims[4] is None and temperature != 0.0:
+        raise ValueError(
+            "arcore.confidence_mask: expected seed or offset to differ between the examples of vmap but both are the "
+            "same for all, which would give them the same noise; map over a seed per example"
+        )
+    size = info.batch_size
+    rows = confidence.shape[0] if in_dims[0] is None else confidence.movedim(in_dims[0], 0).shape[1]
+    chosen = torch.ops.arcore.confidence_mask(
+        _batched_rows(confidence, in_dims[0], size),
+        None if candidates is None else _batched_rows(candidates, in_dims[1], size),
+        *(_batched_rows(x, d, size, rows) for x, d in zip(rest[:3], in_dims[2:5], strict=True)),
+        *args[5:],
+    )
+    return chosen.view(size, rows, chosen.shape[-1]), 0
