@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,17 +13,21 @@ from arcore.nn.linear import Linear
 from arcore.nn.norm import RMSNorm
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
-from arcore.ops import block_sparse_attention
+from arcore.ops import block_sparse_attention, decoder_step
+from arcore.ops.decoder_step import MULTIPLE as STEP_MULTIPLE
 
 Mask = IntervalMask | TreeMask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Attention under either kind of mask; shapes are those of `arcore.ops.block_sparse_attention`."""
-    if isinstance(mask, IntervalMask):
-        return block_sparse_attention(q, k, v, mask)
-    allowed = mask.to_bool()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+    """Attention under either kind of mask; shapes are those of `arcore.ops.block_sparse_attention`.
+
+    The op has no kernel for trees on a GPU yet; there they go to PyTorch's attention with a matrix of booleans.
+    """
+    if isinstance(mask, TreeMask) and q.is_cuda:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to_bool(), enable_gqa=grouped)
+    return block_sparse_attention(q, k, v, mask)
 
 
 class GroupedAttention(nn.Module):
@@ -34,12 +39,12 @@ class GroupedAttention(nn.Module):
         dim: width C.
         num_heads: query heads H.
         num_kv_heads: key heads; H must be a multiple.
-        head_dim: width D of a head, a multiple of 8, at most 256.
+        head_dim: width D of a head, even.
         qkv_bias: biases of queries, keys and values.
         out_bias: bias of the projection out.
 
     Raises:
-        ValueError: heads do not fit together, or the op does not take their width.
+        ValueError: heads do not fit together, or their width is odd.
     """
 
     def __init__(
@@ -58,10 +63,8 @@ class GroupedAttention(nn.Module):
                 "arcore.nn.GroupedAttention: expected num_heads to be a multiple of num_kv_heads but got "
                 f"{num_heads} and {num_kv_heads}"
             )
-        if head_dim % 8 or not 8 <= head_dim <= 256:
-            raise ValueError(
-                f"arcore.nn.GroupedAttention: expected head_dim to be a multiple of 8 from 8 to 256 but got {head_dim}"
-            )
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"arcore.nn.GroupedAttention: expected an even head_dim but got {head_dim}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
@@ -142,6 +145,67 @@ class DecoderLayer(nn.Module):
         x = x + self.attention(self.norm1(x), *args)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
+
+    def fits_step(self) -> bool:
+        """Whether `step` can take this layer: float32 on a CPU, plain parts, sizes that the op takes."""
+        attention, mlp = self.attention, self.mlp
+        if (
+            type(self) is not DecoderLayer
+            or type(self.norm1) is not RMSNorm
+            or type(attention) is not GroupedAttention
+            or type(mlp) is not GatedMLP
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or not all(type(part) is Linear for part in (attention.qkv, attention.out, mlp.gate_up, mlp.down))
+        ):
+            return False
+        weight = attention.qkv.weight
+        sizes = (weight.shape[1], attention.head_dim, mlp.down.weight.shape[1])
+        return (
+            weight.is_cpu
+            and weight.dtype == torch.float32
+            and not any(size % STEP_MULTIPLE for size in sizes)
+        )
+
+    def step(
+        self, x: Tensor, angles: Angles, lengths: Tensor, cache: TokenCache, layer: int, window: int | None
+    ) -> None:
+        """`forward` of one token per row by `arcore.ops.decoder_step`, in place.
+
+        Args:
+            x: float32 `[B, C]`.
+            angles: of the tokens.
+            lengths: int64 `[B]`, tokens of each row in the cache, in which room is open for one more.
+            cache: receives the token's key and value.
+            layer: which layer of the cache is ours.
+            window: a token sees only so many places back, itself included.
+        """
+        attention: Any = self.attention
+        mlp: Any = self.mlp
+        norm1: Any = self.norm1
+        keys, values = cache.layer(layer)
+        dim = attention.head_dim
+        decoder_step(
+            x,
+            norm1=norm1.weight,
+            qkv=attention.qkv.weight,
+            out=attention.out.weight,
+            norm2=self.norm2.weight,
+            gate_up=mlp.gate_up.weight,
+            down=mlp.down.weight,
+            keys=keys,
+            values=values,
+            cos=angles.cos.view(-1, dim),
+            sin=angles.sin.view(-1, dim),
+            lengths=lengths,
+            num_heads=attention.num_heads,
+            qkv_bias=attention.qkv.bias,
+            out_bias=attention.out.bias,
+            gate_up_bias=mlp.gate_up.bias,
+            down_bias=mlp.down.bias,
+            window=window,
+            eps=self.norm2.eps,
+        )
 
 
 def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:

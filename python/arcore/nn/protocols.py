@@ -278,6 +278,10 @@ class TokenModel(Protocol):
         ...
 
 
+# Parents of drafts: a list, a list for each row, or a tensor.
+Parents = Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
 class Extended(NamedTuple):
     """What a model says about drafted tokens.
 
@@ -294,7 +298,7 @@ class Extended(NamedTuple):
 class DraftableModel(TokenModel, Protocol):
     """A `TokenModel` that reads several drafted tokens at once and keeps those that are accepted."""
 
-    def extend(self, ids: Tensor, cache: Any, parents: Sequence[int] | None = None) -> Extended:
+    def extend(self, ids: Tensor, cache: Any, parents: Parents | None = None) -> Extended:
         """Read drafts behind what the cache holds, without counting them in.
 
         Afterwards `cache.commit` counts in the first of them, or `cache.keep` those on a path.
@@ -302,7 +306,7 @@ class DraftableModel(TokenModel, Protocol):
         Args:
             ids: int64 `[B, N]`.
             cache: from `make_cache(B, ...)`.
-            parents: draft i follows draft `parents[i] < i`, or the text for -1; None for a chain, in which each
-                follows the one before.
+            parents: draft i follows draft `parents[i] < i`, or the text for -1, `[N]` or `[B, N]`; None for a chain,
+                in which each follows the one before.
         """
         ...

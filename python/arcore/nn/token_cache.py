@@ -127,11 +127,7 @@ class TokenCache:
                 f"arcore.nn.TokenCache: expected keys and values of shape (B={batch}, H={heads}, N, D={dim}) "
                 f"but got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        slot = self._slots.get(layer)
-        if slot is None:
-            raise ValueError(
-                f"arcore.nn.TokenCache: layer {layer} has no keys and values; those that have are {sorted(self._slots)}"
-            )
+        slot = self._slot(layer)
         self._check_room(new)
         self._staged = new
         stop = self.length + new
@@ -147,6 +143,24 @@ class TokenCache:
                 self.keys[slot, row, :, start + new : stop].zero_()
                 self.values[slot, row, :, start + new : stop].zero_()
         return self.keys[slot, :, :, :stop], self.values[slot, :, :, :stop]
+
+    def open(self, new: int) -> None:
+        """Make `new` tokens count as staged, for ops that write them into the views of `layer` themselves.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        self._check_room(new)
+        self._staged = new
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer with all their room, `[B, H, max_length, D]`, as views of the storage.
+
+        Raises:
+            ValueError: the layer is absent.
+        """
+        slot = self._slot(layer)
+        return self.keys[slot], self.values[slot]
 
     def commit(self, counts: Counts) -> None:
         """Count staged tokens in: the first `counts` of each row.
@@ -264,6 +278,14 @@ class TokenCache:
         other._cuts = []
         other.select(range(self.batch) if rows is None else rows)
         return other
+
+    def _slot(self, layer: int) -> int:
+        slot = self._slots.get(layer)
+        if slot is None:
+            raise ValueError(
+                f"arcore.nn.TokenCache: layer {layer} has no keys and values; those that have are {sorted(self._slots)}"
+            )
+        return slot
 
     def _check_room(self, new: int) -> None:
         if self.length + new > self.max_length:

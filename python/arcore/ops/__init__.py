@@ -12,6 +12,7 @@ from arcore.ops.causal_conv1d import (
     reference_causal_conv1d,
     reference_causal_conv1d_update,
 )
+from arcore.ops.decoder_step import decoder_step, reference_decoder_step
 from arcore.ops.sample import (
     confidence_mask,
     filter_probs,
@@ -50,12 +51,14 @@ __all__ = [
     "causal_conv1d_update",
     "codebook_neighbours",
     "confidence_mask",
+    "decoder_step",
     "filter_probs",
     "linear_logprobs",
     "reference_block_sparse_attention",
     "reference_causal_conv1d",
     "reference_causal_conv1d_update",
     "reference_confidence_mask",
+    "reference_decoder_step",
     "reference_filter_probs",
     "reference_linear_logprobs",
     "reference_sample",

@@ -1,0 +1,248 @@
+// CPU kernels of one decoder layer for single tokens; compiled once per instruction set. README.md beside this file
+// describes the passes.
+#include "common/vec.h"
+#include "decoder_step/params.h"
+
+namespace arcore::decoder_step {
+namespace ARCORE_ISA {
+namespace {
+
+// Rows of weights that are read side by side: as many streams as prefetchers follow well.
+constexpr int64_t kRows = 4;
+
+inline float sum_of(Vec x) { return reduce_add(x); }
+
+void normalise(const Args& args, const float* weight) {
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const float* x = args.x + b * args.dim;
+    float* out = args.normed + b * args.dim;
+    Vec sum(0.0f);
+    for (int64_t i = 0; i < args.dim; i += kLanes) {
+      const Vec v = load(x + i);
+      sum = fma(v, v, sum);
+    }
+    const float mean = sum_of(sum) / static_cast<float>(args.dim);
+    const Vec factor = Vec(1.0f) / Vec(mean + args.eps).sqrt();
+    for (int64_t i = 0; i < args.dim; i += kLanes)
+      store(out + i, load(x + i) * factor * load(weight + i));
+  }
+}
+
+// Products of kCount rows of weights with kTokens tokens. Each (row, token) is summed by itself in the same order
+// whatever the counts are, so a token's result does not depend on the others.
+template <int64_t kCount, int64_t kTokens>
+inline void products(const float* const* rows, const float* in, int64_t in_row, int64_t cols,
+                     float (*sums)[kTokens]) {
+  Vec acc[kCount][kTokens];
+  for (int64_t r = 0; r < kCount; ++r)
+    for (int64_t t = 0; t < kTokens; ++t)
+      acc[r][t] = Vec(0.0f);
+  for (int64_t i = 0; i < cols; i += kLanes) {
+    Vec x[kTokens];
+    for (int64_t t = 0; t < kTokens; ++t)
+      x[t] = load(in + t * in_row + i);
+    for (int64_t r = 0; r < kCount; ++r) {
+      const Vec w = load(rows[r] + i);
+      for (int64_t t = 0; t < kTokens; ++t)
+        acc[r][t] = fma(w, x[t], acc[r][t]);
+    }
+  }
+  for (int64_t r = 0; r < kCount; ++r)
+    for (int64_t t = 0; t < kTokens; ++t)
+      sums[r][t] = sum_of(acc[r][t]);
+}
+
+template <int64_t kCount, int64_t kTokens, typename F>
+inline void for_tokens(const float* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t first,
+                       const F& use) {
+  float sums[kCount][kTokens];
+  products<kCount, kTokens>(rows, in + first * in_row, in_row, cols, sums);
+  for (int64_t t = 0; t < kTokens; ++t) {
+    float of_token[kCount];
+    for (int64_t r = 0; r < kCount; ++r)
+      of_token[r] = sums[r][t];
+    use(first + t, of_token);
+  }
+}
+
+// Calls use(token, sums[kCount]) for every token.
+template <int64_t kCount, typename F>
+inline void each_token(const float* const* rows, int64_t batch, const float* in, int64_t in_row, int64_t cols,
+                       const F& use) {
+  int64_t t = 0;
+  for (; t + 4 <= batch; t += 4)
+    for_tokens<kCount, 4>(rows, in, in_row, cols, t, use);
+  if (t + 2 <= batch) {
+    for_tokens<kCount, 2>(rows, in, in_row, cols, t, use);
+    t += 2;
+  }
+  if (t < batch) for_tokens<kCount, 1>(rows, in, in_row, cols, t, use);
+}
+
+template <int64_t kCount>
+inline void multiply_rows(const Weights& w, int64_t batch, const float* in, int64_t in_row, float* out,
+                          int64_t out_row, bool add, int64_t row) {
+  const float* rows[kCount];
+  for (int64_t r = 0; r < kCount; ++r)
+    rows[r] = w.weight + (row + r) * w.cols;
+  each_token<kCount>(rows, batch, in, in_row, w.cols, [&](int64_t token, const float* sums) {
+    float* dst = out + token * out_row + row;
+    for (int64_t r = 0; r < kCount; ++r) {
+      const float value = sums[r] + (w.bias != nullptr ? w.bias[row + r] : 0.0f);
+      dst[r] = add ? dst[r] + value : value;
+    }
+  });
+}
+
+void multiply(const Weights& w, int64_t batch, const float* in, int64_t in_row, float* out, int64_t out_row,
+              bool add, int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows)
+    multiply_rows<kRows>(w, batch, in, in_row, out, out_row, add, row);
+  for (; row < end; ++row)
+    multiply_rows<1>(w, batch, in, in_row, out, out_row, add, row);
+}
+
+// Two rows of the gate and the same two of the other half.
+void gate(const Args& args, int64_t begin, int64_t end) {
+  const Weights& w = args.gate_up;
+  constexpr int64_t kPairs = kRows / 2;
+  for (int64_t f = begin; f < end; f += kPairs) {
+    const float* rows[kRows];
+    for (int64_t p = 0; p < kPairs; ++p) {
+      // An odd last pair is computed twice.
+      const int64_t row = min_of<int64_t>(f + p, end - 1);
+      rows[p] = w.weight + row * w.cols;
+      rows[kPairs + p] = w.weight + (args.hidden + row) * w.cols;
+    }
+    each_token<kRows>(rows, args.batch, args.normed, args.dim, w.cols, [&](int64_t token, const float* sums) {
+      for (int64_t p = 0; p < kPairs && f + p < end; ++p) {
+        float gated = sums[p], up = sums[kPairs + p];
+        if (w.bias != nullptr) {
+          gated += w.bias[f + p];
+          up += w.bias[args.hidden + f + p];
+        }
+        float lanes[kLanes];
+        store(lanes, silu(Vec(gated)));
+        args.activated[token * args.hidden + f + p] = lanes[0] * up;
+      }
+    });
+  }
+}
+
+// Rotates a head in place; channel i is paired with channel i + half.
+void rotate(float* head, const float* cos, const float* sin, int64_t dim, float factor) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    head[i] = (a * cos[i] + b * sin[i]) * factor;
+    head[i + half] = (b * cos[i + half] + a * sin[i + half]) * factor;
+  }
+}
+
+// Logits of one query for the keys [start, stop); returns the largest.
+float score_keys(const float* q, const float* keys, int64_t dim, int64_t start, int64_t stop, float* scores) {
+  float largest = -3.4e38f;
+  int64_t t = start;
+  for (; t + kLanes <= stop; t += kLanes) {
+    Vec sums[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float* key = keys + (t + j) * dim;
+      Vec acc = load(q) * load(key);
+      for (int64_t i = kLanes; i < dim; i += kLanes)
+        acc = fma(load(q + i), load(key + i), acc);
+      sums[j] = acc;
+    }
+    Vec quads[kLanes / 4];
+    for (int64_t j = 0; j < kLanes / 4; ++j)
+      quads[j] = sum_quad(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+    const Vec all = sum_groups(quads);
+    store(scores + t - start, all);
+    largest = max_of(largest, reduce_max(all));
+  }
+  for (; t < stop; ++t) {
+    const float* key = keys + t * dim;
+    Vec acc = load(q) * load(key);
+    for (int64_t i = kLanes; i < dim; i += kLanes)
+      acc = fma(load(q + i), load(key + i), acc);
+    scores[t - start] = sum_of(acc);
+    largest = max_of(largest, scores[t - start]);
+  }
+  return largest;
+}
+
+// One vector-width of channels after the other, each summed over all keys in order.
+void weigh_values(const float* weights, const float* values, int64_t dim, int64_t count, float factor,
+                  float* out) {
+  constexpr int64_t kWide = 4;
+  for (int64_t first = 0; first < dim; first += kWide * kLanes) {
+    const int64_t vectors = min_of<int64_t>(kWide, (dim - first) / kLanes);
+    Vec acc[kWide];
+    for (int64_t v = 0; v < vectors; ++v)
+      acc[v] = Vec(0.0f);
+    for (int64_t t = 0; t < count; ++t) {
+      const Vec w(weights[t]);
+      const float* value = values + t * dim + first;
+      for (int64_t v = 0; v < vectors; ++v)
+        acc[v] = fma(w, load(value + v * kLanes), acc[v]);
+    }
+    for (int64_t v = 0; v < vectors; ++v)
+      store(out + first + v * kLanes, acc[v] * Vec(factor));
+  }
+}
+
+void attend(const Args& args, int64_t begin, int64_t end) {
+  const int64_t dim = args.head_dim, group = args.heads / args.kv_heads;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / args.kv_heads, head = task % args.kv_heads;
+    const float *cos = args.cos + b * args.angle_row, *sin = args.sin + b * args.angle_row;
+    float* row = args.projected + b * args.qkv.rows;
+    float* key = row + (args.heads + head) * dim;
+    const float* value = row + (args.heads + args.kv_heads + head) * dim;
+    rotate(key, cos, sin, dim, 1.0f);
+    const int64_t length = args.lengths[b];
+    float* keys = args.keys + b * args.key_row + head * args.key_head;
+    float* values = args.values + b * args.value_row + head * args.value_head;
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      store(keys + length * dim + i, load(key + i));
+      store(values + length * dim + i, load(value + i));
+    }
+    const int64_t stop = length + 1;
+    const int64_t start = args.window > 0 ? max_of<int64_t>(0, stop - args.window) : 0;
+    for (int64_t g = 0; g < group; ++g) {
+      float* query = row + (head * group + g) * dim;
+      rotate(query, cos, sin, dim, args.scale);
+      float* scores = args.scores + (b * args.heads + head * group + g) * args.longest;
+      const float largest = score_keys(query, keys, dim, start, stop, scores);
+      const int64_t count = stop - start;
+      float total = 0.0f;
+      Vec sums(0.0f);
+      int64_t t = 0;
+      for (; t + kLanes <= count; t += kLanes) {
+        const Vec e = exp2((load(scores + t) - Vec(largest)) * Vec(kLog2e));
+        store(scores + t, e);
+        sums = sums + e;
+      }
+      for (; t < count; ++t) {
+        float lanes[kLanes];
+        store(lanes, exp2(Vec((scores[t] - largest) * kLog2e)));
+        scores[t] = lanes[0];
+        total += lanes[0];
+      }
+      total += sum_of(sums);
+      weigh_values(scores, values + start * dim, dim, count, 1.0f / total,
+                   args.mixed + (b * args.heads + head * group + g) * dim);
+    }
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels& cpu_kernels();
+const CpuKernels& cpu_kernels() {
+  static constexpr CpuKernels kKernels{normalise, multiply, gate, attend};
+  return kKernels;
+}
+
+}  // namespace ARCORE_ISA
+}  // namespace arcore::decoder_step

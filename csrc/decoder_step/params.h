@@ -1,0 +1,52 @@
+// What schema.cpp hands to the kernel: raw pointers and int64 sizes in elements, no torch types.
+#pragma once
+
+#include <cstdint>
+
+namespace arcore::decoder_step {
+
+// Multiples that sizes must have, so that kernels of every instruction set read whole vectors.
+constexpr int64_t kMultiple = 16;
+// Tokens that share one pass over the weights.
+constexpr int64_t kMaxTokens = 16;
+
+// A linear layer [rows, cols], contiguous; bias is null where there is none.
+struct Weights {
+  const float* weight;
+  const float* bias;
+  int64_t rows, cols;
+};
+
+// One token of each row goes through a layer.
+struct Args {
+  int64_t batch, dim, heads, kv_heads, head_dim, hidden;
+  int64_t window;  // tokens seen, the new one included; 0 for all
+  float eps, scale;
+  float* x;  // [batch, dim], read and written
+  const float *norm1, *norm2;
+  Weights qkv, out, gate_up, down;
+  // [batch, kv_heads, length, head_dim] with strides; a row's new token is written at `lengths[row]`.
+  float *keys, *values;
+  int64_t key_row, key_head, value_row, value_head;
+  const float *cos, *sin;  // [1 or batch, head_dim]; the sine is negative in the first half
+  int64_t angle_row;
+  const int64_t* lengths;
+  // Scratch: normed [batch, dim], projected [batch, qkv.rows], mixed [batch, heads * head_dim],
+  // activated [batch, hidden], scores [batch, heads, longest].
+  float *normed, *projected, *mixed, *activated, *scores;
+  int64_t longest;
+};
+
+struct CpuKernels {
+  // normed = rms_norm(x) * weight, for all rows.
+  void (*normalise)(const Args&, const float* weight);
+  // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end).
+  void (*multiply)(const Weights&, int64_t batch, const float* in, int64_t in_row, float* out, int64_t out_row,
+                   bool add, int64_t begin, int64_t end);
+  // activated[b, f] = silu(gate) * up for f in [begin, end).
+  void (*gate)(const Args&, int64_t begin, int64_t end);
+  // Rotates, writes the cache and attends, for (row, key head) in [begin, end).
+  void (*attend)(const Args&, int64_t begin, int64_t end);
+};
+
+}  // namespace arcore::decoder_step

@@ -1,0 +1,168 @@
+// torch.ops.arcore.decoder_step: checks, scratch, threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <utility>
+
+#include "common/check.h"
+#include "common/cpu_dispatch.h"
+#include "common/parallel.h"
+#include "common/sequence_view.h"
+#include "decoder_step/params.h"
+
+namespace arcore::decoder_step {
+
+ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "decoder_step";
+// Multiplications below which a second thread costs more than it saves.
+constexpr double kWorkPerThread = 2e5;
+
+void check_float(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  check_device(kOp, name, t, t);
+  ARCORE_CHECK(t.is_cpu(), kOp, "expected ", name, " on the CPU");
+  ARCORE_CHECK(t.scalar_type() == ScalarType::Float, kOp, "expected ", name, " of dtype float32");
+  check_shape(kOp, name, t, shape);
+}
+
+float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bias, int64_t rows,
+                int64_t cols) {
+  check_float(name, weight, {rows, cols});
+  ARCORE_CHECK(weight.is_contiguous(), kOp, "expected ", name, " to be contiguous");
+  if (bias.has_value()) {
+    check_float(name, *bias, {rows});
+    ARCORE_CHECK(bias->is_contiguous(), kOp, "expected the bias of ", name, " to be contiguous");
+  }
+  return {data(weight), bias.has_value() ? data(*bias) : nullptr, rows, cols};
+}
+
+void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const OptionalTensor& qkv_bias,
+                      const Tensor& out, const OptionalTensor& out_bias, const Tensor& norm2,
+                      const Tensor& gate_up, const OptionalTensor& gate_up_bias, const Tensor& down,
+                      const OptionalTensor& down_bias, Tensor keys, Tensor values, const Tensor& cos,
+                      const Tensor& sin, const Tensor& lengths, int64_t heads, int64_t window, double eps) {
+  ARCORE_CHECK(x.dim() == 2, kOp, "expected x of shape (batch, dim) but got ", shape_of(x));
+  ARCORE_CHECK(keys.dim() == 4, kOp, "expected keys of shape (batch, kv_heads, length, head_dim) but got ",
+               shape_of(keys));
+  Args args{};
+  args.batch = x.size(0);
+  args.dim = x.size(1);
+  args.heads = heads;
+  args.kv_heads = keys.size(1);
+  args.head_dim = keys.size(3);
+  const int64_t room = keys.size(2);
+  ARCORE_CHECK(args.batch <= kMaxTokens, kOp, "expected at most ", kMaxTokens, " rows but got ", args.batch);
+  ARCORE_CHECK(args.kv_heads > 0 && heads > 0 && heads % args.kv_heads == 0, kOp,
+               "expected heads to be a multiple of kv_heads=", args.kv_heads, " but got ", heads);
+  ARCORE_CHECK(gate_up.dim() == 2 && gate_up.size(0) % 2 == 0, kOp,
+               "expected gate_up of shape (2 * hidden, dim) but got ", shape_of(gate_up));
+  args.hidden = gate_up.size(0) / 2;
+  for (const auto& [name, size] :
+       {std::pair{"dim", args.dim}, {"head_dim", args.head_dim}, {"hidden", args.hidden}})
+    ARCORE_CHECK(size > 0 && size % kMultiple == 0, kOp, "expected ", name, " to be a multiple of ", kMultiple,
+                 " but got ", size);
+  ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
+  const int64_t width = heads * args.head_dim;
+  check_float("x", x, {args.batch, args.dim});
+  check_float("norm1", norm1, {args.dim});
+  check_float("norm2", norm2, {args.dim});
+  check_float("keys", keys, {args.batch, args.kv_heads, room, args.head_dim});
+  check_float("values", values, {args.batch, args.kv_heads, room, args.head_dim});
+  ARCORE_CHECK(x.is_contiguous() && norm1.is_contiguous() && norm2.is_contiguous(), kOp,
+               "expected x, norm1 and norm2 to be contiguous");
+  for (const Tensor* t : {&keys, &values})
+    ARCORE_CHECK(t->stride(3) == 1 && t->stride(2) == args.head_dim, kOp,
+                 "expected the tokens of keys and values to lie side by side");
+  args.window = window;
+  args.eps = static_cast<float>(eps);
+  args.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(args.head_dim)));
+  args.x = data(x);
+  args.norm1 = data(norm1);
+  args.norm2 = data(norm2);
+  args.qkv = weights("qkv", qkv, qkv_bias, width + 2 * args.kv_heads * args.head_dim, args.dim);
+  args.out = weights("out", out, out_bias, args.dim, width);
+  args.gate_up = weights("gate_up", gate_up, gate_up_bias, 2 * args.hidden, args.dim);
+  args.down = weights("down", down, down_bias, args.dim, args.hidden);
+  args.keys = data(keys);
+  args.values = data(values);
+  args.key_row = keys.stride(0);
+  args.key_head = keys.stride(1);
+  args.value_row = values.stride(0);
+  args.value_head = values.stride(1);
+  const int64_t angles = cos.dim() == 2 ? cos.size(0) : 0;
+  ARCORE_CHECK(angles == 1 || angles == args.batch, kOp, "expected cos of shape (1 or ", args.batch, ", ",
+               args.head_dim, ") but got ", shape_of(cos));
+  check_float("cos", cos, {angles, args.head_dim});
+  check_float("sin", sin, {angles, args.head_dim});
+  ARCORE_CHECK(cos.is_contiguous() && sin.is_contiguous(), kOp, "expected cos and sin to be contiguous");
+  args.cos = data(cos);
+  args.sin = data(sin);
+  args.angle_row = angles == 1 ? 0 : args.head_dim;
+  ARCORE_CHECK(lengths.is_cpu() && lengths.scalar_type() == ScalarType::Long && lengths.is_contiguous(), kOp,
+               "expected lengths to be contiguous int64 on the CPU");
+  check_shape(kOp, "lengths", lengths, {args.batch});
+  args.lengths = static_cast<const int64_t*>(lengths.data_ptr());
+  for (int64_t b = 0; b < args.batch; ++b) {
+    ARCORE_CHECK(args.lengths[b] >= 0 && args.lengths[b] < room, kOp, "expected lengths from 0 to ", room - 1,
+                 ", the room of the cache less one, but got ", args.lengths[b]);
+    args.longest = std::max(args.longest, args.lengths[b] + 1);
+  }
+  if (args.batch == 0) return;
+  const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
+  const Tensor scratch = torch::stable::new_empty(x, {args.batch * per_row + 64});
+  args.normed = data(scratch);
+  args.projected = args.normed + args.batch * args.dim;
+  args.mixed = args.projected + args.batch * args.qkv.rows;
+  args.activated = args.mixed + args.batch * width;
+  args.scores = args.activated + args.batch * args.hidden;
+
+  const CpuKernels& kernels = cpu_kernels();
+  const auto threads = [&](const Weights& w) {
+    return threads_for(static_cast<double>(args.batch) * static_cast<double>(w.rows) *
+                           static_cast<double>(w.cols),
+                       kWorkPerThread);
+  };
+  const auto multiply = [&](const Weights& w, const float* in, float* result, bool add) {
+    run_tasks(w.rows, threads(w), [&](int64_t begin, int64_t end) {
+      kernels.multiply(w, args.batch, in, w.cols, result, w.rows, add, begin, end);
+    });
+  };
+  kernels.normalise(args, args.norm1);
+  multiply(args.qkv, args.normed, args.projected, false);
+  const double pairs = static_cast<double>(args.batch * heads) * static_cast<double>(args.longest) *
+                       static_cast<double>(2 * args.head_dim);
+  run_tasks(args.batch * args.kv_heads, threads_for(pairs, kWorkPerThread),
+            [&](int64_t begin, int64_t end) { kernels.attend(args, begin, end); });
+  multiply(args.out, args.mixed, args.x, true);
+  kernels.normalise(args, args.norm2);
+  run_tasks(args.hidden, threads(args.gate_up),
+            [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); });
+  multiply(args.down, args.activated, args.x, true);
+}
+
+}  // namespace
+}  // namespace arcore::decoder_step
+
+STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
+  m.def(
+      "decoder_step(Tensor(a!) x, Tensor norm1, Tensor qkv, Tensor? qkv_bias, Tensor out, Tensor? out_bias, "
+      "Tensor norm2, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor(b!) keys, "
+      "Tensor(c!) values, Tensor cos, Tensor sin, Tensor lengths, int heads, int window, float eps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
+  m.impl("decoder_step", TORCH_BOX(&arcore::decoder_step::decoder_step_cpu));
+}

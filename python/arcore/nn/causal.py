@@ -1,0 +1,219 @@
+"""A decoder of causal layers that keeps a cache: what language models and raster image models have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from arcore.masks import IntervalMask, TreeMask
+from arcore.nn.decoder import DecoderLayer
+from arcore.nn.protocols import Extended, Parents
+from arcore.nn.rotary import Angles
+from arcore.nn.token_cache import TokenCache
+from arcore.ops.decoder_step import MAX_ROWS as STEP_ROWS
+
+
+class Rotary(Protocol):
+    """Angles of tokens by their position."""
+
+    def at(self, positions: Tensor) -> Angles:
+        """At positions, int64 `[N]` or `[B, N]`."""
+        ...
+
+    def span(self, start: int, stop: int, device: torch.device) -> Angles:
+        """At the positions from `start` to `stop`."""
+        ...
+
+
+class CausalDecoder(nn.Module):
+    """Reads tokens into a `TokenCache`: prompts, single tokens, and chains or trees of drafts.
+
+    It is a `DraftableModel` (`arcore.nn.protocols`). A subclass sets the attributes and says what `embed` and `logits`
+    are.
+
+    Attributes:
+        layers: of `arcore.nn.DecoderLayer`.
+        norm: behind the last layer.
+        rotary: angles by position.
+        vocab_size: tokens that may be drawn.
+        max_length: tokens of a text that the model is made for, prompt included.
+        window: a token sees only so many places back, itself included; None for all.
+        skipped: layers that are left out; a cache may have them absent.
+    """
+
+    layers: Any
+    norm: nn.Module
+    rotary: Rotary
+    vocab_size: int
+    max_length: int
+    window: int | None = None
+    skipped: frozenset[int] = frozenset()
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of tokens, int64 `[B, L]` to `[B, L, C]`."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of what comes from behind the last norm: `[..., C]` to float32 `[..., V]`."""
+
+    def make_cache(self, batch: int, max_length: int, absent: Sequence[int] = ()) -> TokenCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens, drafts included.
+
+        Raises:
+            ValueError: the model is not made for so many tokens.
+        """
+        if max_length > self.max_length:
+            raise ValueError(
+                f"the model is made for texts of {self.max_length} tokens but {max_length} were asked for; "
+                "shorten the prompt, ask for fewer new tokens, or choose a model for longer ones"
+            )
+        attention = self.layers[0].attention
+        weight = next(self.parameters())
+        return TokenCache(
+            num_layers=len(self.layers),
+            batch=batch,
+            num_heads=attention.num_kv_heads,
+            max_length=max_length,
+            head_dim=attention.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+            absent=absent,
+        )
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None) -> Tensor:
+        """Read several tokens per row; arguments and result are those of `TokenModel`."""
+        ids, counts = left_aligned(ids, cache, mask)
+        hidden = self._stage(ids, cache, None)
+        cache.commit(counts)
+        if isinstance(counts, int):
+            return self.logits(hidden[:, -1])
+        last = torch.tensor(counts, device=ids.device) - 1
+        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, cache: TokenCache) -> Tensor:
+        """Read one token per row; arguments and result are those of `TokenModel`."""
+        if ids.dim() != 1:
+            raise ValueError(f"expected token ids of shape [B] but got {tuple(ids.shape)}")
+        fits = self._fits_step(cache)
+        hidden = self._step(ids, cache) if fits else self._stage(ids.unsqueeze(1), cache, None)[:, 0]
+        cache.commit(1)
+        return self.logits(hidden)
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor, cache: TokenCache, parents: Parents | None = None) -> Extended:
+        """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`."""
+        hidden = self._stage(ids, cache, parents)
+        return Extended(self.logits(hidden), hidden)
+
+    def _fits_step(self, cache: TokenCache) -> bool:
+        """Whether one op per layer can do a step, which spares a CPU most of what is not the product itself."""
+        return (
+            0 < cache.batch <= STEP_ROWS
+            and cache.keys.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
+        )
+
+    def _step(self, ids: Tensor, cache: TokenCache) -> Tensor:
+        """What comes from behind the last norm for one token per row: int64 `[B]` to `[B, C]`."""
+        if len(ids) != cache.batch:
+            raise ValueError(
+                f"expected a token for each of the cache's {cache.batch} rows but got {len(ids)}"
+            )
+        x = self.embed(ids.unsqueeze(1))[:, 0].contiguous()
+        lengths = torch.tensor(cache.lengths, dtype=torch.int64)
+        start = cache.lengths[0]
+        angles = (
+            self.rotary.at(lengths.unsqueeze(1))
+            if cache.ragged
+            else self.rotary.span(start, start + 1, x.device)
+        )
+        cache.open(1)
+        for i, layer in enumerate(self.layers):
+            if i not in self.skipped:
+                layer.step(x, angles, lengths, cache, i, self.window)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _stage(self, ids: Tensor, cache: TokenCache, parents: Parents | None) -> Tensor:
+        x = self.embed(ids)
+        new = ids.shape[1]
+        if len(ids) != cache.batch or new == 0:
+            raise ValueError(
+                f"expected at least one token for each of the cache's {cache.batch} rows but got ids of shape "
+                f"{tuple(ids.shape)}"
+            )
+        if parents is None:
+            mask, angles = self.behind(cache.lengths, new, ids.device)
+            return self.run(x, angles, mask, cache)
+        if self.window is not None:
+            raise ValueError("a tree of drafts cannot be read under a sliding window; draft chains")
+        table = torch.as_tensor(parents, device="cpu")
+        if table.shape not in ((new,), tuple(ids.shape)):
+            raise ValueError(
+                f"expected parents of shape [{new}] or {list(ids.shape)}, one for each draft, but got "
+                f"{list(table.shape)}"
+            )
+        tree = TreeMask.from_parents(table, list(cache.lengths)).to(ids.device)
+        positions = tree.prefix.long().unsqueeze(1) + tree.depth
+        return self.run(x, self.rotary.at(positions), tree, cache)
+
+    def behind(self, lengths: Sequence[int], new: int, device: torch.device) -> tuple[IntervalMask, Angles]:
+        """The mask and the angles of `new` tokens that follow each row's tokens.
+
+        Args:
+            lengths: tokens that each row has; all rows may share one number.
+            new: tokens that follow.
+            device: of the result.
+        """
+        if len(set(lengths)) <= 1:
+            lengths = lengths[:1] or (0,)
+            angles = self.rotary.span(lengths[0], lengths[0] + new, device)
+        else:
+            positions = torch.tensor(lengths).unsqueeze(1) + torch.arange(new)
+            angles = self.rotary.at(positions.to(device))
+        if len(lengths) == 1:
+            # Numbers of Python only: a compiled graph cannot look at values.
+            stop = torch.arange(lengths[0] + 1, lengths[0] + new + 1, dtype=torch.int32, device=device)[None]
+        else:
+            stop = torch.tensor(lengths, dtype=torch.int32).unsqueeze(1) + torch.arange(1, new + 1)
+        start = torch.zeros_like(stop)
+        if self.window is not None:
+            start = (stop - self.window).clamp(min=0)
+        bounds = torch.stack([start, stop], -1).unsqueeze(1).to(device, torch.int32)
+        return IntervalMask.trusted(bounds, max(lengths) + new), angles
+
+    def run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
+        """All layers and the last norm: `[B, N, C]` to `[B, N, C]`; keys and values are staged in the cache."""
+        for i, layer in enumerate(self.layers):
+            if i not in self.skipped:
+                x = layer(x, angles, mask, cache, i)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def left_aligned(ids: Tensor, cache: TokenCache, mask: Tensor | None) -> tuple[Tensor, int | list[int]]:
+    """Rows with the padding before their tokens moved behind them, and how many tokens each has.
+
+    Raises:
+        ValueError: padding stands elsewhere, a row has no token, or the cache holds tokens already.
+    """
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"expected mask of shape {tuple(ids.shape)} but got {tuple(mask.shape)}")
+    if mask is None or bool(mask.all()):
+        return ids, ids.shape[1]
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError("expected padding only before the tokens of a row, not after or between them")
+    if cache.length:
+        raise ValueError("expected padding only in the first tokens that a cache receives")
+    counts = mask.sum(1)
+    place = torch.arange(ids.shape[1], device=ids.device) + (ids.shape[1] - counts).unsqueeze(1)
+    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)), counts.tolist()

@@ -1,0 +1,164 @@
+"""One decoder layer for one token per row: public function, reference, and the op's fake rule.
+
+The passes and the numerics are in csrc/decoder_step/README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arcore import _extension as _extension
+
+OP = "arcore.decoder_step"
+# Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
+MULTIPLE = 16
+MAX_ROWS = 16
+
+
+def decoder_step(
+    x: Tensor,
+    *,
+    norm1: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    norm2: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    num_heads: int,
+    qkv_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    window: int | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Take one token of each row through a layer of Llama's kind, with its keys and values in a cache.
+
+    ``x += out(attention(qkv(rms_norm(x))))``, then ``x += down(silu(gate) * up)``, where ``gate, up`` are the halves of
+    ``gate_up(rms_norm(x))``. Queries and keys are turned by the rotary angles, channel i paired with channel i + D / 2.
+    The new key and value are written behind each row's tokens. The weights are read once for all rows; a row's result
+    does not depend on the others, on the number of threads or on what lies behind its tokens in the cache.
+
+    For decoding on CPUs, without gradient. A model does the same in a dozen ops, between which the weights push code
+    and data out of the caches.
+
+    Args:
+        x: hidden states ``[B, C]``, float32 like all tensors but `lengths`, contiguous; written in place. B is at most
+            16; C, head_dim D and F are multiples of 16.
+        norm1: weight of the norm before the attention, ``[C]``.
+        qkv: projections of H query heads, Hkv key heads and Hkv value heads, ``[(H + 2 Hkv) D, C]``.
+        out: projection behind the attention, ``[C, H D]``.
+        norm2: weight of the norm before the feed-forward network, ``[C]``.
+        gate_up: ``[2 F, C]``, gate first.
+        down: ``[C, F]``.
+        keys: cache ``[B, Hkv, L, D]``, the tokens of a head side by side; written in place.
+        values: likewise.
+        cos: cosines of the new tokens' positions, ``[1 or B, D]``.
+        sin: sines, negative in the first half of the channels.
+        lengths: tokens of each row in the cache, int64 ``[B]``, below L.
+        num_heads: H, a multiple of Hkv.
+        qkv_bias: ``[(H + 2 Hkv) D]`` or None.
+        out_bias: ``[C]`` or None.
+        gate_up_bias: ``[2 F]`` or None.
+        down_bias: ``[C]`` or None.
+        window: a token sees only so many places back, itself included; None for all.
+        eps: added to the mean squares.
+
+    Returns:
+        x.
+
+    Raises:
+        RuntimeError: a shape, dtype, layout or length does not fit.
+        NotImplementedError: the tensors are not on a CPU.
+
+    Reference: Llama (arXiv:2302.13971), grouped-query attention (arXiv:2305.13245).
+    """
+    _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
+    torch.ops.arcore.decoder_step(
+        x, norm1, qkv, qkv_bias, out, out_bias, norm2, gate_up, gate_up_bias, down, down_bias,
+        keys, values, cos, sin, lengths, num_heads, window or 0, eps,
+    )  # fmt: skip
+    return x
+
+
+def reference_decoder_step(
+    x: Tensor,
+    *,
+    norm1: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    norm2: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    num_heads: int,
+    qkv_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    window: int | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`decoder_step` in plain PyTorch, row by row; any float dtype, device and sizes."""
+    _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
+    kv_heads, dim = keys.shape[1], keys.shape[3]
+    for b in range(len(x)):
+        row, length = x[b], int(lengths[b])
+        heads = F.linear(F.rms_norm(row, row.shape, norm1, eps), qkv, qkv_bias).view(-1, dim)
+        turned = heads[: num_heads + kv_heads]
+        angles = (angle[b if len(angle) > 1 else 0] for angle in (cos, sin))
+        c, s = angles
+        turned = turned * c + turned.roll(dim // 2, -1) * s
+        keys[b, :, length] = turned[num_heads:]
+        values[b, :, length] = heads[num_heads + kv_heads :]
+        start = 0 if window is None else max(0, length + 1 - window)
+        seen = slice(start, length + 1)
+        group = num_heads // kv_heads
+        k, v = (t[b, :, seen].repeat_interleave(group, 0) for t in (keys, values))
+        scores = torch.einsum("hd,htd->ht", turned[:num_heads], k) / dim**0.5
+        mixed = torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten()
+        row = row + F.linear(mixed, out, out_bias)
+        gate, up = F.linear(F.rms_norm(row, row.shape, norm2, eps), gate_up, gate_up_bias).chunk(2)
+        x[b] = row + F.linear(F.silu(gate) * up, down, down_bias)
+    return x
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{OP}: this op has no gradient; call it under torch.no_grad()")
+
+
+@torch.library.register_fake("arcore::decoder_step")
+def _fake(
+    x: Tensor,
+    norm1: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    out: Tensor,
+    out_bias: Tensor | None,
+    norm2: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    heads: int,
+    window: int,
+    eps: float,
+) -> None:
+    return None

@@ -1,0 +1,180 @@
+"""One layer for one token per row: the reference against modules, the op against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RotaryTable, TokenCache
+from arcore.ops import decoder_step, reference_decoder_step
+
+
+def make(
+    batch: int = 3, dim: int = 48, heads: int = 6, kv_heads: int = 2, head_dim: int = 16, hidden: int = 80,
+    room: int = 70, bias: bool = True, dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
+    torch.manual_seed(0)
+    rows = (heads + 2 * kv_heads) * head_dim
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype) * 0.3
+
+    lengths = torch.tensor([5, 0, 63, 40, 17, 31, 32, 69][:batch])
+    angles = RotaryTable(head_dim).at(lengths.unsqueeze(1))
+    return {
+        "x": values(batch, dim),
+        "norm1": 1 + values(dim),
+        "qkv": values(rows, dim),
+        "out": values(dim, heads * head_dim),
+        "norm2": 1 + values(dim),
+        "gate_up": values(2 * hidden, dim),
+        "down": values(dim, hidden),
+        "keys": values(batch, kv_heads, room, head_dim),
+        "values": values(batch, kv_heads, room, head_dim),
+        "cos": angles.cos.view(batch, head_dim).to(dtype),
+        "sin": angles.sin.view(batch, head_dim).to(dtype),
+        "lengths": lengths,
+        "num_heads": heads,
+        **({f"{n}_bias": values(s) for n, s in
+            (("qkv", rows), ("out", dim), ("gate_up", 2 * hidden), ("down", dim))} if bias else {}),
+    }  # fmt: skip
+
+
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
+
+
+def double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in copied(inputs).items()
+    }
+
+
+CASES = {
+    "biases": {},
+    "plain": {"bias": False},
+    "one row": {"batch": 1},
+    "many rows": {"batch": 8},
+    "wide heads": {"head_dim": 160, "heads": 2, "kv_heads": 1, "dim": 32},
+    "a key head each": {"heads": 3, "kv_heads": 3, "hidden": 16},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_op_gives_the_numbers_of_the_reference(case: str, window: int | None) -> None:
+    inputs = make(**CASES[case])  # type: ignore[arg-type]
+    expected, found = double(inputs), copied(inputs)
+    # Nobody may look behind a row's tokens.
+    for b, length in enumerate(inputs["lengths"].tolist()):
+        found["keys"][b, :, length:] = found["values"][b, :, length:] = torch.nan
+    reference_decoder_step(**expected, window=window)
+    assert decoder_step(**found, window=window) is found["x"]
+    torch.testing.assert_close(found["x"].double(), expected["x"], atol=1e-5, rtol=1e-5)
+    for b, length in enumerate(inputs["lengths"].tolist()):
+        for name in ("keys", "values"):
+            torch.testing.assert_close(
+                found[name][b, :, : length + 1].double(),
+                expected[name][b, :, : length + 1],
+                atol=1e-5,
+                rtol=1e-5,
+            )
+
+
+def test_the_reference_is_a_layer_of_modules() -> None:
+    inputs = make(batch=1, bias=False)
+    layer = DecoderLayer(
+        48,
+        attention=GroupedAttention(48, num_heads=6, num_kv_heads=2, head_dim=16),
+        mlp=GatedMLP(48, 80),
+    )
+    with torch.no_grad():
+        for module, name in (
+            (layer.norm1, "norm1"), (layer.attention.qkv, "qkv"), (layer.attention.out, "out"),
+            (layer.norm2, "norm2"), (layer.mlp.gate_up, "gate_up"), (layer.mlp.down, "down"),
+        ):  # fmt: skip
+            module.weight.copy_(inputs[name])
+        cache = TokenCache(num_layers=1, batch=1, num_heads=2, max_length=20, head_dim=16)
+        table = RotaryTable(16)
+        from arcore.masks import causal
+
+        before = torch.randn(1, 5, 48)
+        layer(before, table.span(0, 5, torch.device("cpu")), causal(5), cache, 0)
+        cache.commit(5)
+        expected = layer(
+            inputs["x"].unsqueeze(1), table.span(5, 6, torch.device("cpu")), causal(1, 5), cache, 0
+        )
+        keys, values = cache.layer(0)
+        reference_decoder_step(**{**inputs, "keys": keys, "values": values})
+        torch.testing.assert_close(inputs["x"], expected[:, 0], atol=1e-5, rtol=1e-5)
+        assert layer.fits_step()
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
+    inputs = make(batch=8)
+    whole = copied(inputs)
+    decoder_step(**whole)
+    for b in range(8):
+        one = {
+            name: value[b : b + 1].clone()
+            if name in ("x", "keys", "values", "cos", "sin", "lengths")
+            else value
+            for name, value in inputs.items()
+        }
+        assert torch.equal(decoder_step(**one)[0], whole["x"][b])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again = copied(make(batch=8, dim=512, hidden=1024))
+        two = decoder_step(**copied(again))
+        torch.set_num_threads(1)
+        assert torch.equal(decoder_step(**again), two)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    for change, message in (
+        ({"x": torch.zeros(3, 40)}, "norm1|dim"),
+        ({"qkv": torch.zeros(4, 48)}, "qkv"),
+        ({"down": torch.zeros(48, 79)}, "down"),
+        ({"lengths": torch.tensor([5, 0, 70])}, "lengths from 0 to 69"),
+        ({"lengths": torch.tensor([5, 0, -1])}, "lengths from 0 to 69"),
+        ({"lengths": torch.tensor([5, 0])}, "lengths"),
+        ({"num_heads": 5}, "multiple of kv_heads"),
+        ({"x": torch.zeros(3, 48, dtype=torch.float64)}, "float32"),
+        ({"cos": torch.zeros(2, 16)}, "cos"),
+        ({"gate_up": torch.zeros(160, 96)[:, ::2]}, "contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            decoder_step(**make() | change)
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        decoder_step(**make(hidden=88))
+    with pytest.raises(RuntimeError, match="at most 16 rows"):
+        inputs = make(batch=1)
+        wide = {
+            n: inputs[n].expand(17, *inputs[n].shape[1:]).clone() for n in ("x", "keys", "values", "lengths")
+        }
+        decoder_step(**inputs | wide)
+    inputs = make()
+    inputs["qkv"].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        decoder_step(**inputs)
+
+
+def test_the_schema_says_what_is_written() -> None:
+    inputs = make()
+    order = (
+        "x", "norm1", "qkv", "qkv_bias", "out", "out_bias", "norm2", "gate_up", "gate_up_bias", "down", "down_bias",
+        "keys", "values", "cos", "sin", "lengths", "num_heads",
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.arcore.decoder_step.default,
+        (*(inputs[name] for name in order), 0, 1e-5),
+        test_utils=("test_schema", "test_faketensor"),
+    )
