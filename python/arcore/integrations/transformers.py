@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.integrations._transformers_models import TransformersModel as TransformersModel
+from arcore.integrations._transformers_models import register_attention as register_attention
 from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
 
 _ACTIVATIONS = (None, "silu", "swish")
