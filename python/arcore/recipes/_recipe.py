@@ -23,6 +23,8 @@ from arcore.training.stream import derive_seed
 from arcore.training.task import Task
 
 OWN = "own"
+# What --weights names instead of a file where an installed package ships the weights.
+PACKAGE = "package"
 
 
 class ZooTask(Task):
@@ -155,9 +157,14 @@ class Recipe(ABC):
 
         Args:
             preset: which model the weights are of.
-            weights: file or folder.
+            weights: file or folder, or `PACKAGE`.
             options: of the type `sampling`.
+
+        Raises:
+            ValueError: no package is known to ship weights of this preset.
         """
+        if str(weights) == PACKAGE:
+            raise ValueError(f"no package is known to ship weights of {preset!r}; give --weights FILE")
         return {self.trained: create_model(preset, weights=weights)}, {}
 
     def sample(

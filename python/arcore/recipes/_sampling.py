@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arcore.catalog import load_checkpoint
-from arcore.recipes._recipe import Recipe, recipe_for
+from arcore.recipes._recipe import PACKAGE, Recipe, recipe_for
 from arcore.training import checkpoint
 
 
@@ -69,7 +69,7 @@ def sample(
     else:
         assert preset is not None
         assert weights is not None
-        if not weights.exists():
+        if str(weights) != PACKAGE and not weights.exists():
             raise FileNotFoundError(f"the weights {weights} do not exist")
         networks, facts = recipe.published(preset, weights, options)
     networks = {name: network.to(place).eval() for name, network in networks.items()}

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from arcore._files import atomic_path
-from arcore.catalog import create_model
+from arcore.catalog import create_model, load_checkpoint
+from arcore.catalog.checkpoints import GGUF_SUFFIX
+from arcore.catalog.gguf import GGUF
 from arcore.data.identity import place
+from arcore.data.real import PACKAGED, gguf_tokenizer, packaged_weights
 from arcore.data.text import TokenCrops, load_text
 from arcore.data.text_tokenizers import (
     FILE,
@@ -26,7 +29,8 @@ from arcore.data.text_tokenizers import (
     make_tokenizer,
 )
 from arcore.decoding import generate, stream
-from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
+from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
+from arcore.training import checkpoint
 from arcore.training.checks import number
 from arcore.training.config import TrainConfig
 from arcore.training.stream import RandomStream, StreamSampler
@@ -205,6 +209,11 @@ class Language(Recipe):
             raise ValueError('this is a text model: say what it goes on from with --prompt "..."')
 
     def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if str(weights) == PACKAGE:
+            weights = packaged_weights(preset)
+        if weights.suffix == GGUF_SUFFIX:
+            facts = {"text_tokenizer": "gguf", "folder": str(weights)}
+            return {"model": create_model(preset, weights=weights)}, facts
         folder = weights if weights.is_dir() else weights.parent
         if not (folder / FILE).is_file():
             raise FileNotFoundError(
@@ -265,7 +274,30 @@ def tokenizer_of(folder: Path, facts: Mapping[str, Any]) -> TextTokenizer:
         FileNotFoundError: its file is missing.
         ValueError: its file is damaged.
     """
+    if facts.get("text_tokenizer") == "gguf":
+        return gguf_tokenizer(GGUF(folder))
     return ByteTokenizer() if facts.get("text_tokenizer") == "bytes" else BPETokenizer.load(folder / FILE)
+
+
+def language_model(source: str) -> tuple[Any, TextTokenizer]:
+    """A trained language model and its tokenizer, for what is trained or drawn on top of one.
+
+    Args:
+        source: a run folder or checkpoint, or a preset whose weights an installed package ships, e.g. smollm2_135m.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no language model, or is damaged.
+        ImportError: the package is missing.
+    """
+    if not Path(source).exists() and source in PACKAGED:
+        path = packaged_weights(source)
+        return create_model(source, weights=path).eval(), gguf_tokenizer(GGUF(path))
+    folder = checkpoint.find(source)
+    networks, facts = load_checkpoint(folder)
+    if "text_tokenizer" not in facts or "model" not in networks:
+        raise ValueError(f"{source} holds no language model; train one with `arcore train llama_tiny`")
+    return networks["model"].eval(), tokenizer_of(folder, facts)
 
 
 def _folder(source: Path | None) -> Path:

@@ -13,7 +13,7 @@ Legend: B rows, L tokens, N drafted tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,20 +23,17 @@ from torch import Tensor, nn
 from arcore._optional import require
 from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, at_most, equals, steps
-from arcore.masks import IntervalMask, TreeMask
 from arcore.nn import (
-    Angles,
     DecoderLayer,
     GatedMLP,
     GroupedAttention,
     RMSNorm,
     RotaryTable,
-    TokenCache,
     linear,
 )
+from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
 from arcore.nn.packing import causal_packing, packed_ids
-from arcore.nn.protocols import Extended
 from arcore.nn.rotary import RopeType
 
 SYSTEM = System(
@@ -119,7 +116,7 @@ class LlamaConfig:
             raise ValueError(f"expected a window of at least 1 but got {self.window}; None is no window")
 
 
-class Llama(nn.Module):
+class Llama(CausalDecoder):
     """The language model. A `DraftableModel` (`arcore.nn.protocols`).
 
     Args:
@@ -129,12 +126,14 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.vocab_size: int = config.vocab_size
+        self.vocab_size = config.vocab_size
+        self.max_length = config.max_length
+        self.window = config.window
         head_dim = config.head_dim or config.dim // config.num_heads
         self.embedding = nn.Embedding(
             config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim)
         )
-        self.layers: Any = nn.ModuleList(
+        self.layers = nn.ModuleList(
             DecoderLayer(
                 config.dim,
                 attention=GroupedAttention(
@@ -213,11 +212,11 @@ class Llama(nn.Module):
         x = self.embed(ids)
         sequence = packed_ids(ids, mask=mask, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         if sequence is None:
-            visible, angles = self._behind((0,), ids.shape[1], ids.device)
+            visible, angles = self.behind((0,), ids.shape[1], ids.device)
         else:
             visible, positions = causal_packing(sequence, self.config.window)
             angles = self.rotary.at(positions)
-        return self._run(x, angles, visible)
+        return self.run(x, angles, visible)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of tokens, int64 `[B, L]` to `[B, L, C]`."""
@@ -231,100 +230,6 @@ class Llama(nn.Module):
         """Logits of what `hidden` returned: `[..., C]` to float32 `[..., V]`."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return linear(hidden, weight).float()
-
-    def make_cache(self, batch: int, max_length: int, absent: Sequence[int] = ()) -> TokenCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens, drafts included.
-
-        Raises:
-            ValueError: the model is not made for so many tokens.
-        """
-        if max_length > self.config.max_length:
-            raise ValueError(
-                f"the model is made for texts of {self.config.max_length} tokens but {max_length} were asked for; "
-                "shorten the prompt, ask for fewer new tokens, or raise max_length of the config"
-            )
-        attention = self.layers[0].attention
-        weight = self.embedding.weight
-        return TokenCache(
-            num_layers=len(self.layers),
-            batch=batch,
-            num_heads=attention.num_kv_heads,
-            max_length=max_length,
-            head_dim=attention.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-            absent=absent,
-        )
-
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None) -> Tensor:
-        """Read several tokens per row; arguments and result are those of `TokenModel`."""
-        ids, counts = left_aligned(ids, cache, mask)
-        hidden = self._stage(ids, cache, None)
-        cache.commit(counts)
-        if isinstance(counts, int):
-            return self.logits(hidden[:, -1])
-        last = torch.tensor(counts, device=ids.device) - 1
-        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
-
-    @torch.no_grad()
-    def step(self, ids: Tensor, cache: TokenCache) -> Tensor:
-        """Read one token per row; arguments and result are those of `TokenModel`."""
-        if ids.dim() != 1:
-            raise ValueError(f"expected token ids of shape [B] but got {tuple(ids.shape)}")
-        hidden = self._stage(ids.unsqueeze(1), cache, None)
-        cache.commit(1)
-        return self.logits(hidden[:, 0])
-
-    @torch.no_grad()
-    def extend(self, ids: Tensor, cache: TokenCache, parents: Sequence[int] | None = None) -> Extended:
-        """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`."""
-        hidden = self._stage(ids, cache, parents)
-        return Extended(self.logits(hidden), hidden)
-
-    def _stage(self, ids: Tensor, cache: TokenCache, parents: Sequence[int] | None) -> Tensor:
-        x = self.embed(ids)
-        new = ids.shape[1]
-        if len(ids) != cache.batch or new == 0:
-            raise ValueError(
-                f"expected at least one token for each of the cache's {cache.batch} rows but got ids of shape "
-                f"{tuple(ids.shape)}"
-            )
-        if parents is None or list(parents) == list(range(-1, new - 1)):
-            mask, angles = self._behind(cache.lengths, new, ids.device)
-            return self._run(x, angles, mask, cache)
-        if self.config.window is not None:
-            raise ValueError("a tree of drafts cannot be read under a sliding window; draft chains")
-        if len(parents) != new:
-            raise ValueError(f"expected a parent for each of {new} drafts but got {len(parents)}")
-        tree = TreeMask.from_parents(list(parents), list(cache.lengths)).to(ids.device)
-        positions = tree.prefix.long().unsqueeze(1) + tree.depth
-        return self._run(x, self.rotary.at(positions), tree, cache)
-
-    def _behind(self, lengths: Sequence[int], new: int, device: torch.device) -> tuple[IntervalMask, Angles]:
-        """The mask and the angles of `new` tokens that follow each row's tokens."""
-        if len(set(lengths)) <= 1:
-            lengths = lengths[:1] or (0,)
-            angles = self.rotary.span(lengths[0], lengths[0] + new, device)
-        else:
-            positions = torch.tensor(lengths).unsqueeze(1) + torch.arange(new)
-            angles = self.rotary.at(positions.to(device))
-        if len(lengths) == 1:
-            # Numbers of Python only: a compiled graph cannot look at values.
-            stop = torch.arange(lengths[0] + 1, lengths[0] + new + 1, dtype=torch.int32, device=device)[None]
-        else:
-            stop = torch.tensor(lengths, dtype=torch.int32).unsqueeze(1) + torch.arange(1, new + 1)
-        start = torch.zeros_like(stop)
-        if self.config.window is not None:
-            start = (stop - self.config.window).clamp(min=0)
-        bounds = torch.stack([start, stop], -1).unsqueeze(1).to(device, torch.int32)
-        return IntervalMask.trusted(bounds, max(lengths) + new), angles
-
-    def _run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x, angles, mask, cache, i)
-        out: Tensor = self.norm(x)
-        return out
 
     @classmethod
     def official_config(cls, content: Mapping[str, Any]) -> LlamaConfig:
@@ -403,25 +308,6 @@ class Llama(nn.Module):
                 "lm_head.weight is not the embedding, but the config ties them; set tie_embeddings=False"
             )
         return ours | left
-
-
-def left_aligned(ids: Tensor, cache: TokenCache, mask: Tensor | None) -> tuple[Tensor, int | list[int]]:
-    """Rows with the padding before their tokens moved behind them, and how many tokens each has.
-
-    Raises:
-        ValueError: padding stands elsewhere, a row has no token, or the cache holds tokens already.
-    """
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"expected mask of shape {tuple(ids.shape)} but got {tuple(mask.shape)}")
-    if mask is None or bool(mask.all()):
-        return ids, ids.shape[1]
-    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        raise ValueError("expected padding only before the tokens of a row, not after or between them")
-    if cache.length:
-        raise ValueError("expected padding only in the first tokens that a cache receives")
-    counts = mask.sum(1)
-    place = torch.arange(ids.shape[1], device=ids.device) + (ids.shape[1] - counts).unsqueeze(1)
-    return ids.gather(1, place.clamp(max=ids.shape[1] - 1)), counts.tolist()
 
 
 def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
