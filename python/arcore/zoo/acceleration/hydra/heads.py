@@ -1,0 +1,376 @@
+"""The heads, their loss, and the drafter that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arcore.catalog import create_model, preset
+from arcore.catalog.claims import Claim, at_least, equals, steps
+from arcore.decoding import Context, Draft, TreeShape, exact, generate, speculative_tree, typical
+from arcore.nn import linear
+from arcore.ops import verify_typical
+
+# Widths 10, 28, 23 and 2 over four depths, 63 nodes: the shape of the published tree for 7 B models, by rank products.
+DEPTH_WIDTHS = (10, 28, 23, 2)
+
+
+def published_shape(widths: Sequence[int] = DEPTH_WIDTHS) -> TreeShape:
+    """A tree with so many nodes per depth: of all paths whose parent is there, those whose ranks are likeliest to hit.
+
+    A rank's chance falls like 1 / (rank + 1)^2, which orders paths as counted acceptances do.
+    """
+    frontier: list[tuple[int, ...]] = [()]
+    paths: list[tuple[int, ...]] = []
+    for width in widths:
+        options = [(*path, rank) for path in frontier for rank in range(10)]
+        options.sort(key=lambda path: (_cost(path), path))
+        frontier = options[:width]
+        paths += frontier
+    return TreeShape.from_paths(paths)
+
+
+def _cost(path: Sequence[int]) -> int:
+    cost = 1
+    for rank in path:
+        cost *= (rank + 1) ** 2
+    return cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraConfig:
+    """Settings of `HydraHeads`.
+
+    Attributes:
+        dim: width C of the model that they serve.
+        vocab_size: its tokens V.
+        kind: `"hydra"`, or `"medusa"` for heads that see the hidden state only.
+        num_heads: tokens ahead.
+        num_layers: residual blocks of a head.
+        shared_lm_head: heads end in the model's own last layer instead of one each; much smaller, not in the paper.
+
+    Raises:
+        ValueError: a size is below 1, or `kind` unknown.
+    """
+
+    dim: int
+    vocab_size: int
+    kind: Literal["hydra", "medusa"] = "hydra"
+    num_heads: int = 4
+    num_layers: int = 1
+    shared_lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "vocab_size", "num_heads", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        if self.kind not in ("hydra", "medusa"):
+            raise ValueError(f'expected kind "hydra" or "medusa" but got {self.kind!r}')
+
+
+class ResBlock(nn.Module):
+    """`skip(x) + silu(linear(x))`, with a projection as the skip where the width changes.
+
+    The new part begins at zero.
+    """
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, dim)
+        self.res_connection = nn.Identity() if inputs == dim else nn.Linear(inputs, dim)
+        if not self.linear.weight.is_meta:
+            nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., inputs]` to `[..., dim]`."""
+        out: Tensor = self.res_connection(x) + F.silu(self.linear(x))
+        return out
+
+
+class HydraHeads(nn.Module):
+    """The heads. They use embeddings, and with `shared_lm_head` the last layer, of the model that they serve.
+
+    Args:
+        config: settings.
+    """
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                ResBlock(dim * (i + 2 if config.kind == "hydra" else 1), dim),
+                *(ResBlock(dim, dim) for _ in range(config.num_layers - 1)),
+            )
+            for i in range(config.num_heads)
+        )
+        self.lm_heads = (
+            None
+            if config.shared_lm_head
+            else nn.ModuleList(nn.Linear(dim, config.vocab_size) for _ in range(config.num_heads))
+        )
+
+    @torch.no_grad()
+    def start_from(self, model: Any) -> HydraHeads:
+        """Begin with the model's last layer in every head, as the paper does."""
+        self.check(model)
+        weight = _lm_weight(model)
+        for head in self.lm_heads or ():
+            head.weight.copy_(weight[: self.config.vocab_size])  # type: ignore[operator, union-attr]
+            head.bias.zero_()  # type: ignore[operator, union-attr]
+        return self
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError unless the heads fit the model."""
+        width = model.embedding.weight.shape[1]
+        if (width, model.vocab_size) != (self.config.dim, self.config.vocab_size):
+            raise ValueError(
+                f"the heads are made for a model of width {self.config.dim} with {self.config.vocab_size} tokens but "
+                f"this one has width {width} and {model.vocab_size} tokens; train heads for it"
+            )
+
+    def head(self, i: int, hidden: Tensor, embedded: Tensor, model: Any) -> Tensor:
+        """Logits of head i.
+
+        Args:
+            i: head; it predicts the token i + 2 places after the one that `hidden` was computed from.
+            hidden: `[..., C]`, of the model behind its last norm.
+            embedded: `[..., i + 1, C]`, the tokens between; Medusa's heads do not look at them.
+            model: the model.
+
+        Returns:
+            float32 `[..., V]`.
+        """
+        x = hidden
+        if self.config.kind == "hydra":
+            x = torch.cat([hidden.unsqueeze(-2), embedded], dim=-2).flatten(-2)
+        x = self.blocks[i](x)
+        if self.lm_heads is None:
+            return linear(x, _lm_weight(model)[: self.config.vocab_size]).float()
+        logits: Tensor = self.lm_heads[i](x).float()
+        return logits
+
+    def forward(self, hidden: Tensor, ids: Tensor, model: Any) -> list[Tensor]:
+        """Logits of all heads at all places of texts, given what stands there.
+
+        Args:
+            hidden: `[B, L, C]` of the model on `ids`.
+            ids: int64 `[B, L]`.
+            model: the model.
+
+        Returns:
+            For head i float32 `[B, L - i - 2, V]`: at place t the distribution of token t + i + 2.
+        """
+        embedded = model.embedding(ids).detach()
+        out = []
+        for i in range(self.config.num_heads):
+            count = ids.shape[1] - i - 2
+            between = torch.stack([embedded[:, k : k + count] for k in range(1, i + 2)], dim=2)
+            out.append(self.head(i, hidden[:, :count], between, model))
+        return out
+
+
+def hydra_loss(
+    heads: HydraHeads, model: Any, ids: Tensor, *, lm: float = 1.0, teacher: float = 0.0
+) -> Tensor:
+    """The paper's training loss, summed over heads and averaged over places.
+
+    Args:
+        heads: trained.
+        model: frozen.
+        ids: int64 `[B, L]`.
+        lm: weight of the cross entropy with the text (Hydra: 1).
+        teacher: weight of the cross entropy with the model's own distributions (Hydra++: 1, with lm = 0).
+
+    Returns:
+        Scalar.
+    """
+    with torch.no_grad():
+        hidden = model.hidden(ids)
+        soft = model.logits(hidden)[..., : model.vocab_size].softmax(-1) if teacher else None
+    loss = ids.new_zeros((), dtype=torch.float32)
+    for i, logits in enumerate(heads(hidden, ids, model)):
+        if lm:
+            loss = loss + lm * F.cross_entropy(logits.flatten(0, 1), ids[:, i + 2 :].flatten())
+        if soft is not None:
+            wanted = soft[:, i + 1 : i + 1 + logits.shape[1]]
+            loss = loss + teacher * F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+    return loss
+
+
+class HydraDrafter:
+    """Proposes a static tree from the heads; a `Drafter` of `arcore.decoding`.
+
+    Args:
+        heads: the heads.
+        shape: of the tree, no deeper than there are heads; the published one, cut to their number, when None.
+
+    Raises:
+        ValueError: the tree is deeper than there are heads.
+    """
+
+    def __init__(self, heads: HydraHeads, shape: TreeShape | None = None) -> None:
+        count = heads.config.num_heads
+        self.heads = heads
+        self.shape = published_shape(DEPTH_WIDTHS[:count]) if shape is None else shape
+        if self.shape.depth > count:
+            raise ValueError(
+                f"the tree is {self.shape.depth} tokens deep but there are {count} heads; give a tree of their depth"
+            )
+        self.model: Any = None
+
+    @property
+    def max_nodes(self) -> int:
+        return len(self.shape.parents)
+
+    def start(self, model: Any, batch: int, max_length: int) -> None:
+        self.heads.check(model)
+        self.model = model
+
+    @torch.no_grad()
+    def propose(self, context: Context) -> Draft:
+        batch = len(context.texts)
+        if context.hidden is None:
+            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=context.device))
+        shape, medusa = self.shape, self.heads.config.kind == "medusa"
+        last = torch.tensor([text[-1] for text in context.texts], device=context.device)
+        tokens = torch.zeros(batch, len(shape.parents), dtype=torch.int64, device=context.device)
+        # The embeddings on the path to each node, and to the text's end.
+        paths = {-1: self.model.embedding(last).unsqueeze(1)}
+        for depth, nodes in enumerate(shape.levels):
+            parents = sorted({shape.parents[i] for i in nodes})
+            widest = max(shape.ranks[i] for i in nodes) + 1
+            # Medusa's head says the same whatever the path is.
+            asked = parents[:1] if medusa else parents
+            between = torch.stack([paths[p] for p in asked], dim=1)  # [B, parents, depth + 1, C]
+            hidden = context.hidden.unsqueeze(1).expand(-1, len(asked), -1)
+            best = self.heads.head(depth, hidden, between, self.model).topk(widest).indices
+            for i in nodes:
+                row = 0 if medusa else parents.index(shape.parents[i])
+                tokens[:, i] = best[:, row, shape.ranks[i]]
+            embedded = self.model.embedding(tokens[:, nodes])
+            for place, i in enumerate(nodes):
+                paths[i] = torch.cat([paths[shape.parents[i]], embedded[:, place : place + 1]], dim=1)
+        return Draft(tokens, torch.tensor(shape.parents, device=context.device))
+
+
+def _lm_weight(model: Any) -> Tensor:
+    weight: Tensor = model.embedding.weight if model.lm_head is None else model.lm_head.weight
+    return weight
+
+
+@preset
+def hydra_tiny() -> HydraConfig:
+    """Three heads for a model of width 64 on bytes."""
+    return HydraConfig(dim=64, vocab_size=256, num_heads=3)
+
+
+@preset
+def medusa_tiny() -> HydraConfig:
+    """Medusa's heads of the same number."""
+    return HydraConfig(dim=64, vocab_size=256, num_heads=3, kind="medusa")
+
+
+@preset
+def hydra_smollm2_135m() -> HydraConfig:
+    """Four heads for SmolLM2 of 135 M parameters, which end in its own last layer."""
+    return HydraConfig(dim=576, vocab_size=49152, shared_lm_head=True)
+
+
+@preset
+def hydra_vicuna_7b() -> HydraConfig:
+    """The paper's heads for Vicuna of 7 B parameters."""
+    return HydraConfig(dim=4096, vocab_size=32000)
+
+
+def train_base(tokens: Tensor, vocab_size: int, *, count: int, context: int, batch: int = 8) -> Any:
+    """A small Llama of width 64, trained on tokens `[N]` for `count` steps; for the claims of this topic."""
+    model = create_model(
+        "llama_tiny",
+        dim=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_dim=176,
+        vocab_size=vocab_size,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
+    for _ in steps(count, "training the model"):
+        ids = _crops(tokens, batch, context + 1)
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def train_heads(
+    heads: HydraHeads, model: Any, tokens: Tensor, *, count: int, context: int, batch: int = 8
+) -> HydraHeads:
+    """Train heads on tokens `[N]` for `count` steps."""
+    heads.start_from(model)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=2e-3)
+    for _ in steps(count, f"training {heads.config.kind} heads"):
+        loss = hydra_loss(heads, model, _crops(tokens, batch, context))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return heads.eval()
+
+
+def _crops(tokens: Tensor, batch: int, length: int) -> Tensor:
+    starts = torch.randint(len(tokens) - length, (batch,)).tolist()
+    return torch.stack([tokens[start : start + length] for start in starts]).long()
+
+
+def claim(*, quick: bool) -> Claim:
+    """Heads on a small model of bytes of the King James Bible: same text, tokens per call, rows, padding."""
+    from arcore.data import ByteTokenizer, load_text
+
+    text = load_text("kjv")
+    words = ByteTokenizer()
+    tokens, held_out = (
+        words.tensor(text.train[: 200_000 if quick else 2_000_000]),
+        words.tensor(text.test[:20_000]),
+    )
+    count, context = (60, 48) if quick else (400, 96)
+    model = train_base(tokens, 256, count=count, context=context)
+    shape = TreeShape.from_paths(
+        [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0),
+         (1, 0, 0), (0, 0, 2), (2, 0, 0)]
+    )  # fmt: skip
+    rows = 4 if quick else 20
+    prompts = [held_out[i * 500 : i * 500 + 20 + i].long().tolist() for i in range(rows)]
+    options: dict[str, Any] = {"max_new_tokens": 24 if quick else 100, "temperature": 0.0}
+    expected = generate(model, prompts, **options).rows()
+    speed: dict[str, float] = {}
+    wrong = 0
+    for kind in ("hydra", "medusa"):
+        config = HydraConfig(dim=64, vocab_size=256, num_heads=3, kind=kind)  # type: ignore[arg-type]
+        heads = train_heads(HydraHeads(config), model, tokens, count=count, context=context)
+        for verify in (exact(), typical()):
+            out = speculative_tree(model, HydraDrafter(heads, shape), prompts, verify=verify, **options)
+            wrong += sum(a != b for a, b in zip(out.rows(), expected, strict=True))
+        speed[kind] = out.tokens_per_round
+        alone = speculative_tree(model, HydraDrafter(heads, shape), prompts[:1], **options).rows()
+        wrong += alone != expected[:1]
+    # Padding behind the first node has the token that the model would say next; it must not count as drafted.
+    probs = torch.zeros(1, 3, 4)
+    probs[0, :, 2] = 1.0
+    lucky = verify_typical(probs, torch.tensor([[2, -1]]), [-1, 0]).accepted
+    return Claim(
+        (
+            equals(f"greedy texts of {rows} rows that differ from plain decoding", wrong, 0),
+            at_least("tokens per call, Hydra", speed["hydra"], 1.2 if quick else 2.0),
+            at_least(
+                "tokens per call, Hydra over Medusa", speed["hydra"] / speed["medusa"], 0.95 if quick else 1.0
+            ),
+            equals("drafts accepted of one and a lucky padding", int(lucky), 1),
+        )
+    )

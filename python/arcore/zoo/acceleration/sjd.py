@@ -1,0 +1,98 @@
+"""SJD: speculative Jacobi decoding, several tokens per call without training or a draft model (arXiv:2410.01699).
+
+A window of guesses is read at once. What the model says about them is both the verdict on the old guesses (accepted
+with probability min(1, p / q), q being what they were drawn from one call ago) and the source of new ones. The tokens
+keep the law of plain sampling. It pays on images, where neighbours are alike and many guesses stand.
+
+The loop is `arcore.decoding.jacobi`, for any `DraftableModel`; here are the paper's settings and the claim.
+The released code applies temperature and filters to the residual a second time, which at temperatures other than 1 is
+not exact; here they are applied once. A window counts the last token, as the paper's 16 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcore.catalog import System
+from arcore.catalog.claims import Claim, at_least, at_most, equals
+from arcore.decoding import Sampling, SpeculativeOutput, copy_above, generate, jacobi, random_tokens
+from arcore.decoding.laws import g_test, outcomes, small_model, text_law
+from arcore.nn.protocols import DraftableModel
+from arcore.zoo.acceleration._common import train_raster
+
+SYSTEM = System(
+    name="sjd",
+    title="Speculative Jacobi decoding",
+    paper="arXiv:2410.01699",
+    topic="acceleration",
+    kind="decoder",
+    builds_on=("llamagen",),
+    ops=("speculative", "sample"),
+    summary="Lossless parallel decoding of any autoregressive model by a window of guesses; no training, no drafter.",
+    claim="Texts have the law of plain sampling; images of digits take at most 0.6 calls per code.",
+    checked_on="real data",
+)
+
+WINDOW = 16
+
+
+def decode_image(
+    model: DraftableModel,
+    prompt: Tensor | Sequence[Sequence[int]],
+    *,
+    side: int,
+    window: int = WINDOW,
+    **options: Any,
+) -> SpeculativeOutput:
+    """The codes of a square image with a Jacobi window that guesses from the row above.
+
+    Args:
+        model: of the codes; `LlamaGen`, also under guidance.
+        prompt: what stands before the codes.
+        side: codes of a side.
+        window: tokens read in a call.
+        **options: those of `arcore.decoding.jacobi`.
+    """
+    return jacobi(
+        model, prompt, max_new_tokens=side * side, window=window, initialiser=copy_above(side), **options
+    )
+
+
+def claim(*, quick: bool) -> Claim:
+    """The law of short texts, a check that would notice another law, and calls per code of digits."""
+    vocab, length, prompt = 3, 3, [1, 2]
+    model, sampling = small_model(vocab), Sampling(temperature=1.3, top_p=0.95)
+    law = text_law(model, prompt, length, sampling)
+    rows = [prompt] * (3000 if quick else 20000)
+    options: dict[str, Any] = {
+        "max_new_tokens": length,
+        "window": 3,
+        "initialiser": random_tokens(vocab),
+        "seed": 5,
+    }
+    found = outcomes(jacobi(model, rows, sampling=sampling, **options).ids, vocab)
+    other = outcomes(jacobi(model, rows, temperature=1.0, **options).ids, vocab)
+    prompts = [[1, 2, 0], [2], [0, 0]]
+    plain = generate(model, prompts, max_new_tokens=20, temperature=0.0)
+    greedy = jacobi(model, prompts, max_new_tokens=20, temperature=0.0, window=6)
+    images = train_raster(30 if quick else 600)
+    labels = torch.arange(10)
+    count = 5 if quick else 30
+    prompt_ids = images.prompt(labels.repeat(count // 5))
+    calls = {}
+    for name, fill in (("row above", copy_above(8)), ("random", random_tokens(4))):
+        out = jacobi(images, prompt_ids, max_new_tokens=64, window=9, initialiser=fill, seed=1)
+        calls[name] = 1 / out.tokens_per_round
+    return Claim(
+        (
+            at_least("p-value of the law of texts (G-test)", g_test(found, law), 0.01),
+            at_most("p-value of another temperature's texts under that law", g_test(other, law), 1e-6),
+            equals("greedy tokens that a window changes", int((plain.ids != greedy.ids).sum()), 0),
+            at_most("calls per code of digits, 8 drafts from the row above", calls["row above"], 0.6),
+            at_most("calls per code of digits, 8 random drafts", calls["random"], 0.6),
+        )
+    )
