@@ -18,8 +18,15 @@
 namespace arcore::block_sparse_attention {
 
 ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
+ARCORE_DISPATCH_BF16(CpuKernels, cpu_kernels)
 
 namespace {
+
+// Of the forward and the backward; forward mode has float32 kernels alone.
+const CpuKernels& kernels_for(const Problem& p) {
+  const CpuBf16 unit = cpu_bf16();
+  return p.dtype == StorageType::kBFloat16 && unit != CpuBf16::kNone ? cpu_kernels(unit) : cpu_kernels();
+}
 
 // Below this many floating-point operations a second thread costs more than it saves.
 constexpr double kFlopsPerThread = 4e6;
@@ -92,7 +99,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
   args.out = view(out_rows);
   args.lse = static_cast<float*>(lse.data_ptr());
 
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = kernels_for(p);
   const PairCost cost{kernels.forward_workspace(p), kernels.forward_scratch(p), kernels.forward_tasks(p, 1),
                       products(p, 2.0, 2.0)};
   run_waves(kOp, p, q, cost, [&](const Wave& wave, const auto& run) {
@@ -152,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
   args.grad_k = view(grad_k_rows);
   args.grad_v = view(grad_v_rows);
 
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = kernels_for(p);
   const PairCost cost{kernels.backward_workspace(p), kernels.backward_scratch(p),
                       kernels.backward_tasks(p, 1), products(p, 6.0, 4.0)};
   run_waves(kBackwardOp, p, q, cost, [&](const Wave& wave, const auto& run) {

@@ -8,6 +8,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace arcore {
 
 enum class CpuIsa { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -47,6 +55,61 @@ inline CpuIsa cpu_isa() {
     return wanted < best ? wanted : best;
   }();
   return chosen;
+}
+
+// Units for products of bfloat16 beside AVX-512: dot products of pairs, or AMX tiles.
+enum class CpuBf16 { kNone = 0, kDot = 1, kTiles = 2 };
+
+inline bool cpu_has_bf16(CpuBf16 unit) {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (unit == CpuBf16::kNone) return true;
+  if (best_cpu_isa() != CpuIsa::kAvx512 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((eax >> 5 & 1u) == 0) return false;
+  if (unit == CpuBf16::kDot) return true;
+#if defined(__linux__)
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  const bool tiles = (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0;
+  // Linux hands the tile registers (feature 18) to processes that ask.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+#endif
+  return unit == CpuBf16::kNone;
+}
+
+// Where the dot products are slower than float32's multiply-adds: Intel's cores do one a cycle, AMD's two.
+inline bool slow_bf16_dot() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
+// The unit in use. ARCORE_BF16=none|dot|tiles asks for another one that this CPU has.
+inline CpuBf16 cpu_bf16() {
+  static const CpuBf16 chosen = [] {
+    if (cpu_isa() != CpuIsa::kAvx512) return CpuBf16::kNone;
+    const char* wish = std::getenv("ARCORE_BF16");
+    if (wish != nullptr && std::strcmp(wish, "none") == 0) return CpuBf16::kNone;
+    const bool tiles = cpu_has_bf16(CpuBf16::kTiles), dot = cpu_has_bf16(CpuBf16::kDot);
+    if (wish != nullptr && std::strcmp(wish, "dot") == 0 && dot) return CpuBf16::kDot;
+    if (tiles) return CpuBf16::kTiles;
+    return dot && !slow_bf16_dot() ? CpuBf16::kDot : CpuBf16::kNone;
+  }();
+  return chosen;
+}
+
+inline const char* cpu_bf16_name(CpuBf16 unit) {
+  switch (unit) {
+    case CpuBf16::kTiles:
+      return "tiles";
+    case CpuBf16::kDot:
+      return "dot";
+    default:
+      return "none";
+  }
 }
 
 // The names of what was built, weakest first.
@@ -112,5 +175,25 @@ inline const char* cpu_isa_name(CpuIsa isa) {
       default:                          \
         return DEFAULT::name();         \
     }                                   \
+  }
+#endif
+
+// The same for the kernels that have a version for the bfloat16 units: defines `name(unit)`, the version for
+// `unit`, which is not kNone.
+#if !defined(__x86_64__)
+#define ARCORE_DISPATCH_BF16(Type, name)       \
+  inline const Type& name(::arcore::CpuBf16) { \
+    return DEFAULT::name();                    \
+  }
+#else
+#define ARCORE_DISPATCH_BF16(Type, name)                                          \
+  namespace AVX512_BF16 {                                                         \
+  const Type& name();                                                             \
+  }                                                                               \
+  namespace AMX {                                                                 \
+  const Type& name();                                                             \
+  }                                                                               \
+  inline const Type& name(::arcore::CpuBf16 unit) {                               \
+    return unit == ::arcore::CpuBf16::kTiles ? AMX::name() : AVX512_BF16::name(); \
   }
 #endif

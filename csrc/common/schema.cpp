@@ -34,6 +34,15 @@ std::string isas_built() {
 std::string default_isa() {
   return cpu_default_isa();
 }
+std::string bf16_in_use() {
+  return cpu_bf16_name(cpu_bf16());
+}
+std::string bf16_supported() {
+  std::string names = "none";
+  for (const CpuBf16 unit : {CpuBf16::kDot, CpuBf16::kTiles})
+    if (cpu_has_bf16(unit)) names += std::string(" ") + cpu_bf16_name(unit);
+  return names;
+}
 std::string isa_supported() {
   return cpu_isa_name(best_cpu_isa());
 }
@@ -108,6 +117,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_supported() -> str");
   m.def("cpu_isas_built() -> str");
+  m.def("cpu_bf16() -> str");
+  m.def("cpu_bf16_supported() -> str");
   m.def("cpu_default_isa() -> str");
   m.def("run_fma(int iterations) -> float");
   m.def("run_exp(int count) -> float");
@@ -121,6 +132,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
 STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&arcore::machine::isa_in_use));
   m.impl("cpu_isa_supported", TORCH_BOX(&arcore::machine::isa_supported));
+  m.impl("cpu_bf16", TORCH_BOX(&arcore::machine::bf16_in_use));
+  m.impl("cpu_bf16_supported", TORCH_BOX(&arcore::machine::bf16_supported));
   m.impl("cpu_isas_built", TORCH_BOX(&arcore::machine::isas_built));
   m.impl("cpu_default_isa", TORCH_BOX(&arcore::machine::default_isa));
   m.impl("run_fma", TORCH_BOX(&arcore::machine::run_fma));
