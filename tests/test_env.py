@@ -21,6 +21,7 @@ def test_report_names_versions_isa_and_threads():
     for part in (arcore.__version__, torch.__version__, torch.ops.arcore.cpu_isa(), sys.executable):
         assert part in text
     assert str(torch.get_num_threads()) in text
+    assert f"{torch.ops.arcore.cpu_bf16()} in use; this CPU has" in text
     assert _C.build_info()["compiler"] in text
 
 

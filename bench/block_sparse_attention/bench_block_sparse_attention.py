@@ -16,7 +16,7 @@ from functools import cache
 
 import pytest
 import torch
-from measure import peak_extra_bytes
+from measure import cpu_seconds, peak_extra_bytes
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -35,7 +35,7 @@ Pieces = list[tuple[slice, list[slice]]]
 @dataclass(frozen=True)
 class Case:
     name: str
-    mask: masks.IntervalMask
+    mask: masks.IntervalMask | masks.TreeMask
     pieces: Pieces
     causal: bool = False
 
@@ -64,6 +64,13 @@ def _skip_causal(blocks: int, size: int) -> Case:
     return Case(f"skip_causal_{blocks}x{size}", masks.skip_causal(blocks, size), pieces)
 
 
+def _tree(nodes: int, keys: int) -> Case:
+    """A random tree behind a long prefix, as drafts are verified."""
+    draws = torch.rand(nodes, generator=torch.Generator().manual_seed(0))
+    parents = (draws * (torch.arange(nodes) + 1)).long() - 1
+    return Case(f"tree_{nodes}x{keys}", masks.tree(parents, keys - nodes), [])
+
+
 @cache
 def cases() -> dict[str, Case]:
     made = [
@@ -73,6 +80,7 @@ def cases() -> dict[str, Case]:
         _scales("next_scale_markov_680", VAR_256, True),
         _skip_causal(4, 256),
         Case("causal_2048", masks.causal(2048), [], causal=True),
+        _tree(64, 4096),
     ]
     return {case.name: case for case in made}
 
@@ -90,8 +98,11 @@ def pairs(name: str) -> int:
 @cache
 def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (1, HEADS, cases()[name].n, HEAD_DIM)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(4))  # type: ignore[return-value]
+    mask = cases()[name].mask
+    lengths = (mask.nq, mask.nk, mask.nk, mask.nq)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(1, HEADS, n, HEAD_DIM, generator=generator).to(dtype) for n in lengths
+    )
 
 
 def ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,8 +167,7 @@ FLOORS = [
     ("next_scale_markov_2240", "backward", "float32", "sdpa_loop", 1.2),
     ("next_scale_markov_2240", "backward", "float32", "sdpa_mask", 3.6),
     ("skip_causal_4x256", "forward", "float32", "sdpa_mask", 4.5),
-    ("next_scale_2240", "forward", "bfloat16", "arcore float32", 0.85),
-    ("next_scale_680", "forward", "bfloat16", "arcore float32", 0.85),
+    ("tree_64x4096", "forward", "float32", "sdpa_mask", 1.2),
     ("next_scale_2240", "backward", "bfloat16", "sdpa_mask", 6.0),
     ("next_scale_680", "backward", "bfloat16", "sdpa_mask", 6.0),
     ("causal_2048", "forward", "float32", "sdpa_causal", 1.0),
@@ -165,11 +175,25 @@ FLOORS = [
 ]
 
 
+# The same for bfloat16, without a unit for it and with one.
+BF16_FLOORS = {
+    False: [
+        ("next_scale_2240", "forward", "bfloat16", "arcore float32", 0.85),
+        ("next_scale_680", "forward", "bfloat16", "arcore float32", 0.85),
+    ],
+    True: [
+        ("next_scale_2240", "forward", "bfloat16", "arcore float32", 1.6),
+        ("next_scale_2240", "backward", "bfloat16", "arcore float32", 1.4),
+        ("tree_64x4096", "forward", "bfloat16", "sdpa_mask", 1.4),
+    ],
+}
+
+
 def _applies(impl: str, case: str, direction: str, dtype: str) -> bool:
     if impl == "sdpa_causal":
         return case.startswith("causal")
     if impl == "sdpa_loop":
-        return not case.startswith("causal")
+        return not case.startswith(("causal", "tree"))
     if impl == "flex_compiled":
         return direction == "forward" and dtype == "float32" and case.startswith("next_scale")
     return True
@@ -193,7 +217,11 @@ def floors_report(records: list[dict]) -> list[str]:
         *(_figure(r) for r in records),
     ]
     gflops = {(r["case"], r["direction"], r["dtype"], r["impl"]): r["gflops"] for r in records}
-    for case, direction, dtype, peer, multiple in FLOORS:
+    unit = torch.ops.arcore.cpu_bf16()
+    if any("matmul_gflops" in r for r in records):
+        rate = max(r.get("matmul_gflops", 0.0) for r in records)
+        lines.insert(1, f"bfloat16 unit in use: {unit}; torch.matmul in bfloat16: {rate} GFLOP/s")
+    for case, direction, dtype, peer, multiple in [*FLOORS, *BF16_FLOORS[unit != "none"]]:
         mine = gflops.get((case, direction, dtype, "arcore"))
         own = peer == "arcore float32"
         other = gflops.get((case, direction, "float32", "arcore") if own else (case, direction, dtype, peer))
@@ -209,7 +237,7 @@ def floors_report(records: list[dict]) -> list[str]:
 
 def _parameters() -> list:
     names = ["next_scale_2240", "next_scale_markov_2240", "next_scale_680", "next_scale_markov_680",
-             "skip_causal_4x256", "causal_2048"]  # fmt: skip
+             "skip_causal_4x256", "causal_2048", "tree_64x4096"]  # fmt: skip
     chosen = [
         (case, direction, dtype, impl)
         for case in names
@@ -217,9 +245,16 @@ def _parameters() -> list:
         for dtype in ("float32", "bfloat16")
         for impl in IMPLEMENTATIONS
         if _applies(impl, case, direction, dtype)
-        and (dtype == "float32" or case.endswith(("e_680", "e_2240")))
+        and (dtype == "float32" or case.endswith(("e_680", "e_2240", "x4096")))
     ]
     return [pytest.param(*c, id="-".join(c)) for c in chosen]
+
+
+@cache
+def _bf16_matmul_gflops() -> float:
+    """What torch reaches in a square product of the machine's bfloat16 unit."""
+    x = torch.randn(1024, 1024).bfloat16()
+    return 2 * 1024**3 / cpu_seconds(lambda: x @ x) / 1e9
 
 
 def _check(case: Case, result: Tensor, direction: str, dtype: torch.dtype) -> None:
@@ -260,6 +295,8 @@ def bench_attention(benchmark, peak_gflops, case_name, direction, dtype_name, im
     benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=0 if slow else 2)
     flops = (4 if direction == "forward" else 10) * pairs(case_name) * HEAD_DIM * HEADS
     gflops = flops / benchmark.stats.stats.median / 1e9
+    if dtype == torch.bfloat16:
+        benchmark.extra_info["matmul_gflops"] = round(_bf16_matmul_gflops(), 1)
     benchmark.extra_info.update(
         op="block_sparse_attention", case=case_name, impl=impl, direction=direction, dtype=dtype_name,
         gflops=round(gflops, 2), peak_gflops=round(peak_gflops, 1), fraction_of_peak=round(gflops / peak_gflops, 3),

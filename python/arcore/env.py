@@ -52,9 +52,15 @@ def _cpu_lines() -> list[tuple[str, str]]:
     return [
         ("CPU", cpu_model()),
         ("CPU kernels", f"{used} in use ({reason}); built: {', '.join(built)}{untested}"),
+        ("  bfloat16 units", f"{torch.ops.arcore.cpu_bf16()} in use; this CPU has {_units()}"),
         ("  default is", f"{torch.ops.arcore.cpu_default_isa()} ({platform.machine()})"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
     ]
+
+
+def _units() -> str:
+    names = torch.ops.arcore.cpu_bf16_supported().split()[1:]
+    return " and ".join(names) if names else "none"
 
 
 def _cuda_lines(built_archs: str) -> tuple[list[tuple[str, str]], list[str]]:

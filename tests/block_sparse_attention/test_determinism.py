@@ -12,7 +12,7 @@ import torch
 from arcore import masks
 from arcore.ops import block_sparse_attention
 from tests.block_sparse_attention.cases import make_inputs, random_mask
-from tests.isa import ISAS, run_under
+from tests.isa import BF16_UNITS, ISAS, run_on_bf16_unit, run_under
 
 
 def _everything(x, mask):
@@ -81,6 +81,67 @@ for nodes, prefix in ((64, [3, 509]), (130, [40, 7])):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_under(isa, PROBE)
+
+
+BF16_PROBE = """
+import math
+import torch
+from arcore import masks
+from arcore.ops import block_sparse_attention
+from tests.block_sparse_attention.cases import (
+    MASKS, assert_as_good_as_eager, make_inputs, random_mask, random_tree
+)
+print(torch.ops.arcore.cpu_bf16())
+dtype = torch.bfloat16
+for i, name in enumerate(MASKS):
+    dim, v_dim = ((64, 64), (40, 72), (7, 20))[i % 3]
+    x = make_inputs(MASKS[name](), dim=dim, v_dim=v_dim, key_bias=i % 2 == 1, sinks=i % 4 == 3, dtype=dtype)
+    assert_as_good_as_eager(x, MASKS[name](), scale=(None, -0.4)[i % 5 == 4])
+for nq, nk in ((1, 1), (1, 1000), (15, 17), (33, 31), (193, 513), (300, 1), (385, 600)):
+    mask = random_mask(nq, nk, seed=nq, batch=2, heads=4, key_bounds=nq % 2 == 1)
+    assert_as_good_as_eager(make_inputs(mask, dim=48, v_dim=33, dtype=dtype), mask)
+mask = random_tree(130, [3, 509], seed=1)
+assert_as_good_as_eager(make_inputs(mask, dtype=dtype), mask)
+
+# What a row may not see does not reach it, and what it sees does.
+mask = masks.causal(300)
+x = make_inputs(mask, dim=32, dtype=dtype)
+def everything(q, k, v, grad_out):
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = block_sparse_attention(*leaves, mask)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+clean = everything(x.q, x.k, x.v, x.grad_out)
+k, v = x.k.clone(), x.v.clone()
+k[:, :, 200], v[:, :, 200] = math.nan, math.inf
+dirty = everything(x.q, k, v, x.grad_out)
+for a, b in zip(dirty[:2], clean[:2]):
+    torch.testing.assert_close(a[:, :, :200], b[:, :, :200], rtol=2e-2, atol=2e-2)
+    assert a[:, :, 200:].isnan().any(-1).all()
+q, grad_out = x.q.clone(), x.grad_out.clone()
+q[:, :, 100], grad_out[:, :, 100] = math.inf, math.nan
+dirty = everything(q, x.k, x.v, grad_out)
+for a, b in zip(dirty[2:], clean[2:]):
+    torch.testing.assert_close(a[:, :, 101:], b[:, :, 101:], rtol=2e-2, atol=5e-2)
+    assert a[:, :, :101].isnan().any(-1).all()
+
+# The same bits for any number of threads and any batch mates.
+whole = everything(x.q, x.k, x.v, x.grad_out)
+torch.set_num_threads(3)
+assert all(torch.equal(a, b) for a, b in zip(everything(x.q, x.k, x.v, x.grad_out), whole))
+assert torch.equal(block_sparse_attention(x.q[1:], x.k[1:], x.v[1:], mask), whole[0][1:])
+"""
+
+
+@pytest.mark.parametrize("unit", BF16_UNITS)
+def test_every_bf16_unit(unit):
+    run_on_bf16_unit(unit, BF16_PROBE)
+
+
+def test_a_bf16_unit_goes_with_its_instruction_set():
+    run_under(
+        "avx2",
+        "import arcore, torch; print(torch.ops.arcore.cpu_isa()); assert torch.ops.arcore.cpu_bf16() == 'none'",
+    )
 
 
 def test_a_missing_instruction_set_is_never_run():
