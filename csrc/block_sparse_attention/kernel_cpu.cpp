@@ -281,7 +281,7 @@ struct BackwardLayout {
     group = p.heads / p.kv_heads;
     tiles_q = divide_up(p.nq, kTileQ);
     tiles_k = divide_up(p.nk, kTileK);
-    chunks = max_of<int64_t>(1, min_of(tiles_k, divide_up(kBackwardUnits, p.batch * p.kv_heads)));
+    chunks = max_of<int64_t>(1, min_of(tiles_k, divide_up(kBackwardUnits, p.kv_heads)));
     const int64_t nk = round_up(p.nk, kPanel);
     keys_t = 0;
     values_t = keys_t + nk * p.dim;

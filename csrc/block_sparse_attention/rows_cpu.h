@@ -13,8 +13,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Parallel work units that the backward wants at least; fixed, so that results do not depend on the thread
-// count.
+// Parallel work units that the backward wants of one batch entry at least; fixed, so that results depend
+// neither on the thread count nor on batch mates.
 constexpr int64_t kBackwardUnits = 16;
 
 // Visits 0, n-1, 1, n-2, ...: equal shares of consecutive tasks get equal work when work grows with the

@@ -311,6 +311,17 @@ def test_compiled_transforms(transform: str) -> None:
     assert_same(found, wanted)
 
 
+def test_forward_mode_under_autocast() -> None:
+    mask = masks.causal(12)
+    (q, k, v, *_), (tq, tk, tv, *_) = values_of(mask, 1), values_of(mask, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, tangent = jvp(lambda q, k, v: block_sparse_attention(q, k, v, mask), (q, k, v), (tq, tk, tv))
+    assert out.dtype == tangent.dtype == torch.bfloat16
+    half = [x.bfloat16() for x in (q, k, v, tq, tk, tv)]
+    same = jvp(lambda q, k, v: block_sparse_attention(q, k, v, mask), tuple(half[:3]), tuple(half[3:]))
+    assert torch.equal(tangent, same[1])
+
+
 def test_a_module_by_functional_call() -> None:
     """Per-sample gradients of a layer, as torch.func's tutorials take them."""
     mask = masks.causal(6)

@@ -50,13 +50,26 @@ def test_repetition_changes_no_bit():
             assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
-def test_batch_mates_change_no_bit():
-    mask = masks.causal(150)
-    x = make_inputs(mask, batch=4, dim=32)
-    whole = block_sparse_attention(x.q, x.k, x.v, mask)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kv_heads", "n"), [(2, 150), (1, 800)])
+def test_batch_mates_change_no_bit(kv_heads, n, dtype):
+    """Of outputs, gradients and tangents."""
+    mask = masks.causal(n)
+    x = make_inputs(mask, batch=4, heads=2, kv_heads=kv_heads, dim=32, dtype=dtype)
+
+    def results(at):
+        part = type(x)(x.q[at], x.k[at], x.v[at], x.grad_out[at], x.grad_lse[at])
+        tangent = torch.func.jvp(
+            lambda q, k, v: block_sparse_attention(q, k, v, mask),
+            (part.q, part.k, part.v),
+            (part.grad_out, part.v, part.k),
+        )
+        return *_everything(part, mask), *tangent
+
+    whole = results(slice(0, 4))
     for b in range(4):
-        alone = block_sparse_attention(x.q[b : b + 1], x.k[b : b + 1], x.v[b : b + 1], mask)
-        assert torch.equal(whole[b : b + 1], alone)
+        for a, alone in zip(whole, results(slice(b, b + 1)), strict=True):
+            assert torch.equal(a[b : b + 1], alone)
 
 
 PROBE = """
