@@ -33,11 +33,27 @@ struct Args {
   float* last_state;           // the same
 };
 
+// Partial sums of one task, or one (batch row, head), added in fixed order by backward_reduce and by
+// sum_rows.
+struct BackwardArgs {
+  Args in;                       // out and last_state are not used
+  View grad_out;                 // data null: zero
+  const float* grad_last_state;  // as last_state, or null: zero
+  View grad_x, grad_dt, grad_z, grad_B, grad_C;
+  float* grad_initial_state;        // [rows, heads, dim, states] or null
+  float *partial_A, *partial_bias;  // [batch, heads]
+  float* partial_D;                 // [batch, heads, dim]
+  float *partial_B, *partial_C;     // [tasks, length, states] in scan order
+};
+
 // Work is split into tasks, one per (batch row, block of heads that share B and C).
 struct CpuKernels {
   int64_t (*tasks)(const Args&);
   int64_t (*workspace)(const Args&);  // floats per thread
   void (*forward)(const Args&, float* workspace, int64_t begin, int64_t end);
+  int64_t (*backward_workspace)(const BackwardArgs&);
+  void (*backward)(const BackwardArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*backward_reduce)(const BackwardArgs&, int64_t begin, int64_t end);  // tasks: batch * groups
 };
 
 }  // namespace arcore::ssd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arcore.ops import selective_scan, selective_state_update, ssd
+from arcore.ops import reference_ssd, selective_scan, selective_state_update, ssd
+from arcore.ops._ssd_backward import Inputs, backward
 from tests.isa import ISAS, run_under
 from tests.ssd.cases import ALONG_TIME, call, check_against_reference, everything, make_case
 
@@ -202,19 +204,73 @@ def restore_threads():
     torch.set_num_threads(before)
 
 
-def test_threads_and_batch_mates_change_no_bit_of_the_forward(restore_threads):
+def test_threads_and_batch_mates_change_no_bit(restore_threads):
     case = make_case(3, 300, 12, 64, 64, 1, initial=True)
     torch.set_num_threads(1)
-    expected = call(ssd, case)
+    expected = everything(case)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
-        for ours, one in zip(call(ssd, case), expected, strict=True):
-            assert torch.equal(ours, one)
-    per_row = (*ALONG_TIME, "initial_state")
+        for name, ours in everything(case).items():
+            assert torch.equal(ours, expected[name]), name
+    per_row = (*ALONG_TIME, "initial_state", "grad_out", "grad_last_state")
     for i in range(3):
-        alone = call(ssd, case.map(lambda n, t, i=i: t[i : i + 1] if n in per_row else t))
-        for ours, together in zip(alone, expected, strict=True):
-            assert torch.equal(ours[0], together[i])
+        alone = everything(case.map(lambda n, t, i=i: t[i : i + 1] if n in per_row else t))
+        for name in ("out", "last_state", *ALONG_TIME, "initial_state"):
+            if name in alone:
+                assert torch.equal(alone[name][0], expected[name][i]), name
+
+
+def test_rows_of_many_chunks():
+    # Beyond 64 chunks the backward makes states again, a segment at a time.
+    case = make_case(1, 64 * 66 + 5, 2, 4, 4, 1, initial=True)
+    ours = everything(case)
+    again = backward(
+        Inputs(*(getattr(case, n) for n in Inputs._fields)),
+        *(case.grad_out, case.grad_last_state, None, None, True, 0.0, math.inf, False),
+    )
+    for name, grad in again.items():
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=1e-5 * scale)
+
+
+def test_no_heads():
+    for f in (ssd, reference_ssd):
+        x, b = torch.zeros(2, 5, 0, 4, requires_grad=True), torch.randn(2, 5, 2, 3, requires_grad=True)
+        state = torch.zeros(2, 0, 4, 3, requires_grad=True)
+        out, last = f(
+            *(x, torch.zeros(2, 5, 0), torch.zeros(0), b, b, torch.zeros(0), x),
+            return_last_state=True,
+            initial_state=state,
+        )
+        assert (out.shape, last.shape) == ((2, 5, 0, 4), (2, 0, 4, 3))
+        (out.sum() + last.sum()).backward()
+        assert b.grad is None or not b.grad.any()
+
+
+@pytest.mark.parametrize("a", [-1e30, -float("inf"), 50.0])
+def test_decays_beyond_all_bounds_give_finite_gradients(a):
+    case = make_case(1, 70, 2, 4, 4, 1, softplus=False, bias=False)
+    step = torch.full_like(case.dt, 0.5 if a < 0 else 1e-2)
+    case = replace(case, A=torch.full_like(case.A, a), dt=step)
+    ours = everything(case)
+    for name, value in ours.items():
+        assert value.isfinite().all(), name
+    if a < 0:  # each step forgets all before it: what is left is its own
+        own = (case.B * case.C).sum(-1)[..., None]  # one group
+        gate = F.silu(case.z)
+        expected = case.grad_out * gate * (step[..., None] * own + case.D)
+        torch.testing.assert_close(ours["x"][:, :-1], expected[:, :-1], rtol=1e-4, atol=1e-5)
+
+
+def test_nan_in_a_gradient_reaches_no_later_step():
+    case = make_case(1, 70, 2, 4, 4, 1)
+    case.grad_out[0, 30, 1] = float("nan")
+    grads = everything(replace(case, grad_last_state=torch.zeros_like(case.grad_last_state)))
+    for name in ("x", "dt", "z"):
+        assert grads[name][0, 31:].isfinite().all(), name
+        assert grads[name][0, :, 0].isfinite().all(), name
+    assert grads["x"][0, :31, 1].isnan().all()
+    assert grads["z"][0, :30].isfinite().all()
 
 
 def test_nan_stays_in_its_head_and_later_steps():

@@ -23,7 +23,7 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"length": 20, "heads": 2, "groups": 1}, marks=pytest.mark.slow),
+        {"length": 20, "heads": 2, "groups": 1},
         {"initial": True, "reverse": True, "skip": None, "gate": False, "bias": False},
         {"lengths": [3, 70], "initial": True},
         {"ids": torch.zeros(2, 70, dtype=torch.int32)},
@@ -35,11 +35,58 @@ def test_opcheck(options):
     floats = {name: t.requires_grad_() for name, t in case.floats().items()}
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
     arguments = (*(floats.get(n) for n in names), case.cu_seqlens, case.seq_idx, True, 0.0, float("inf"))
-    # Tracing the backward takes seconds per chunk, and cuts packed rows at values that only real tensors hold.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if case.x.shape[1] <= 20:
-        checks = (*checks, "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.arcore.ssd.default, (*arguments, case.reverse), test_utils=checks)
+    torch.library.opcheck(torch.ops.arcore.ssd.default, (*arguments, case.reverse))
+
+
+def test_opcheck_of_the_backward():
+    case = make_case(lengths=[3, 70], initial=True)
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+    floats = case.floats()
+    torch.library.opcheck(
+        torch.ops.arcore.ssd_backward.default,
+        (
+            *(case.grad_out, case.grad_last_state, *(floats.get(n) for n in names)),
+            *(case.cu_seqlens, case.seq_idx, True, 0.0, float("inf"), False),
+        ),
+    )
+
+
+def test_packed_rows_train_when_compiled():
+    case = make_case(lengths=[5, 70, 1])
+    f = torch.compile(lambda *t: everything_of(case, *t), fullgraph=True, backend="aot_eager")
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.dt, case.A, case.B, case.C)]
+    results = []
+    for g in (f, lambda *t: everything_of(case, *t)):
+        out, last = g(*leaves)
+        results.append(torch.autograd.grad([out, last], leaves, [case.grad_out, case.grad_last_state]))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def everything_of(case, x, dt, A, B, C):
+    return ssd(x, dt, A, B, C, case.D, case.z, return_last_state=True, cu_seqlens=case.cu_seqlens)
+
+
+def test_forward_mode_is_refused():
+    case = make_case()
+    with pytest.raises(NotImplementedError, match="arcore::ssd has no forward-mode derivative"):
+        torch.func.jvp(lambda x: call(ssd, replace(case, x=x))[0], (case.x,), (case.x,))
+
+
+def test_function_transforms():
+    case = make_case(3, 70, 2, 4, 4, 1)
+
+    def loss(x, dt):
+        return ssd(x[None], dt[None], case.A, case.B[:1], case.C[:1]).square().sum()
+
+    def alone(x, dt):
+        x, dt = x.detach().requires_grad_(), dt.detach().requires_grad_()
+        return torch.autograd.grad(loss(x, dt), (x, dt))
+
+    together = torch.vmap(torch.func.grad(loss, argnums=(0, 1)))(case.x, case.dt)
+    expected = [torch.stack(t) for t in zip(*map(alone, case.x, case.dt), strict=True)]
+    for ours, other in zip(together, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
 
 
 class Layer(torch.nn.Module):
@@ -171,7 +218,7 @@ WRONG = {
     "device": (
         {"dt": torch.zeros(2, 5, 4, device="meta")},
         ValueError,
-        "expected dt on x's device cpu but got meta",
+        "expected dt on the device of x, cpu, but got meta",
     ),
 }
 

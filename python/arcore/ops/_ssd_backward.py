@@ -1,4 +1,6 @@
-"""Gradients of `arcore.ops.ssd` in plain PyTorch, by chunks: products of matrices, no loop over steps.
+"""Gradients of `arcore.ops.ssd` in plain PyTorch, for those that want a derivative of them; others take the kernel's.
+
+By chunks: products of matrices, no loop over steps.
 
 Per chunk and head, with c the sum of dt A from the chunk's start, u = dt x, H the state before the chunk, H' after it:
 

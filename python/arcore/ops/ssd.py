@@ -1,6 +1,6 @@
 """Mamba-2's scan (structured state space duality): public function, reference, and the op's fake and autograd rules.
 
-The loops and the numerics are in csrc/ssd/README.md, the gradients in _ssd_backward.py.
+The loops and the numerics are in csrc/ssd/README.md; gradients with a derivative of their own in _ssd_backward.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
+from arcore.ops._checks import same_device
+from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
 from arcore.ops._ssd_backward import Inputs, backward
 from arcore.ops.selective_scan import reference_selective_scan
 
@@ -102,8 +104,9 @@ def ssd(
 
     Per head, with ``dt = clamp(softplus(dt + dt_bias), *dt_limit)`` (softplus optional):
     ``state = exp(dt A) state + dt x B^T``, ``y = state C + D x``, ``out = y silu(z)``. fp32 arithmetic and state
-    whatever the storage. Differentiable in all float arguments, and through the last state; the gradients are computed
-    by PyTorch in float32. Deterministic; the forward does not depend on the number of threads or on batch mates.
+    whatever the storage. Differentiable in all float arguments, and through the last state, in reverse mode.
+    Deterministic; results and gradients do not depend on the number of threads or on batch mates. Gradients that are to
+    be differentiated again (`create_graph=True`, `torch.func.grad`) are computed by PyTorch, several times slower.
 
     Args:
         x: ``[B, L, H, P]``, H heads of P channels; as all inputs float32, bfloat16 or float16, any strides.
@@ -120,7 +123,6 @@ def ssd(
         initial_state: ``[B, H, P, N]``, with `cu_seqlens` one per sequence; zero when None. With `seq_idx` it
             belongs to the first sequence of the row.
         cu_seqlens: boundaries of sequences packed into one row, int32 or int64 ``[S + 1]``; the batch is then 1.
-            Under torch.compile it has no gradient, because the cuts depend on values; `seq_idx` has.
         seq_idx: int32 ``[B, L]``, sequence of each step; a change starts from zero. Negative: padding, the step is
             skipped and its output is 0.
         reverse: scan from the last step to the first; equals flipping inputs and output in time.
@@ -132,7 +134,7 @@ def ssd(
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes or devices do not fit, or `dt_limit` is no range.
-        NotImplementedError: the tensors are on a GPU.
+        NotImplementedError: the tensors are on a GPU, or have forward-mode tangents.
 
     Reference: Mamba-2 (arXiv:2405.21060, sections 6 and 7). mamba_ssm's `mamba_chunk_scan_combined` computes the same;
     names follow `selective_scan`, and the size of chunks is not an argument, since it changes no result.
@@ -231,8 +233,7 @@ def _check(
         if not isinstance(tensor, Tensor) and not (optional and tensor is None):
             wanted = "a tensor or None" if optional else "a tensor"
             raise TypeError(f"{OP}: expected {name} to be {wanted} but got {type(tensor).__name__}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{OP}: expected {name} on x's device {x.device} but got {tensor.device}")
+    same_device(OP, **v._asdict(), cu_seqlens=cu_seqlens, seq_idx=seq_idx)
     if A.is_complex():
         raise TypeError(f"{OP}: expected a real A but got {_name(A.dtype)}")
     if x.dim() != 4:
@@ -303,9 +304,60 @@ def _fake(
     dt_high: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    v = Inputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    same_device(OP, **v._asdict(), cu_seqlens=cu_seqlens, seq_idx=seq_idx)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     last_state = x.new_empty((rows, x.shape[2], x.shape[3], B.shape[3]), dtype=torch.float32)
     return torch.empty_like(x), last_state
+
+
+@torch.library.register_fake("arcore::ssd_backward")
+def _fake_backward(
+    grad_out: Tensor | None,
+    grad_last_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    v = Inputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    same_device(
+        "arcore.ssd_backward",
+        **v._asdict(),
+        grad_out=grad_out,
+        grad_last_state=grad_last_state,
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+    )
+
+    def dense(t: Tensor | None) -> Tensor:
+        return x.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
+
+    def like(t: Tensor | None) -> Tensor:
+        return x.new_empty((0,), dtype=torch.float32) if t is None else torch.empty_like(t)
+
+    return (
+        like(x),
+        like(dt),
+        dense(A),
+        like(B),
+        like(C),
+        dense(D),
+        like(z),
+        dense(dt_bias),
+        dense(initial_state),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -316,19 +368,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-    *floats, cu_seqlens, seq_idx = ctx.saved_tensors
-    none: tuple[Tensor | None, ...] = (None,) * (len(floats) + 6)
+    tensors = ctx.saved_tensors
+    none: tuple[Tensor | None, ...] = (None,) * 6
     if grad_out is None and grad_last is None:
-        return none
-    v = Inputs(*floats)
-    # Inside a region of autocast the products would run in 16 bits.
-    with torch.autocast(v.x.device.type, enabled=False):
-        grads = backward(v, grad_out, grad_last, seq_idx, cu_seqlens, *ctx.settings)
-    given = v._asdict()
-    return (
-        *(None if t is None else grads[n].to(t.dtype) for n, t in given.items()),
-        *(None,) * 6,
-    )
+        return (None,) * 9 + none
+    if torch.is_grad_enabled():  # to be differentiated again
+        *floats, cu_seqlens, seq_idx = tensors
+        # Inside a region of autocast the products would run in 16 bits.
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            named = backward(Inputs(*floats), grad_out, grad_last, seq_idx, cu_seqlens, *ctx.settings)
+        given = Inputs(*floats)._asdict()
+        return *(None if t is None else named[n].to(t.dtype) for n, t in given.items()), *none
+    grads = torch.ops.arcore.ssd_backward(grad_out, grad_last, *tensors, *ctx.settings)
+    return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), *none
 
 
-torch.library.register_autograd("arcore::ssd", _backward, setup_context=_setup_context)
+register_derivatives("ssd", _backward, _setup_context)
+forbid_further_derivatives("ssd", "backward")
+register_vmap("ssd")
+register_vmap("ssd_backward")
