@@ -209,3 +209,32 @@ def bench_scan(benchmark, name: str, direction: str, impl: str):
     )
     benchmark.group = f"selective_scan {name} {direction}"
     benchmark.pedantic(run, rounds=5 if quick else 1)
+
+
+@pytest.mark.parametrize("length", [1024, 16_384, 131_072, 1_048_576])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def bench_long_rows(benchmark, length: int, direction: str):
+    """The rate must not fall with the length: 64 channels, contiguous in time, without gate and skip."""
+    generator = torch.Generator().manual_seed(0)
+    u, b, c = (torch.randn(1, n, length, generator=generator) for n in (64, STATE, STATE))
+    delta, a = (
+        torch.rand(1, 64, length, generator=generator) * 0.1,
+        -torch.arange(1.0, STATE + 1).repeat(64, 1),
+    )
+    leaves = [t.requires_grad_(direction != "forward") for t in (u, delta, a, b, c)]
+
+    def run() -> object:
+        out = selective_scan(*leaves)
+        return out if direction == "forward" else torch.autograd.grad(out, leaves, u.detach())
+
+    seconds = cpu_seconds(run, rounds=3)
+    benchmark.extra_info.update(
+        op="selective_scan",
+        case=f"long_{length}",
+        direction=direction,
+        impl="arcore",
+        seconds=seconds,
+        updates_per_second=64 * length * STATE / seconds,
+    )
+    benchmark.group = f"selective_scan long rows {direction}"
+    benchmark.pedantic(run, rounds=1)

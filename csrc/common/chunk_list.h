@@ -48,9 +48,10 @@ inline ChunkList whole_rows(int64_t length) {
   return list;
 }
 
-inline ChunkList packed_row(const char* op, int64_t length, const torch::stable::Tensor& cu_seqlens,
-                            bool reverse) {
-  ChunkList list;
+// Calls f(sequence, begin, length) for the sequences of a packed row, begin in scan order and sequences too.
+template <typename F>
+void for_each_sequence(const char* op, int64_t length, const torch::stable::Tensor& cu_seqlens, bool reverse,
+                       const F& f) {
   const torch::stable::Tensor bounds =
       torch::stable::contiguous(torch::stable::to(cu_seqlens, torch::headeronly::ScalarType::Long));
   const int64_t* at = static_cast<const int64_t*>(bounds.data_ptr());
@@ -62,12 +63,19 @@ inline ChunkList packed_row(const char* op, int64_t length, const torch::stable:
                  at[i + 1], " after ", at[i]);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t sequence = reverse ? count - 1 - i : i;
+    f(sequence, reverse ? length - at[sequence + 1] : at[sequence], at[sequence + 1] - at[sequence]);
+  }
+}
+
+inline ChunkList packed_row(const char* op, int64_t length, const torch::stable::Tensor& cu_seqlens,
+                            bool reverse) {
+  ChunkList list;
+  for_each_sequence(op, length, cu_seqlens, reverse, [&](int64_t sequence, int64_t begin, int64_t steps) {
     Chunk like{};
     like.sequence = sequence;
     like.keep_last = true;
-    const int64_t begin = reverse ? length - at[sequence + 1] : at[sequence];
-    list.add_sequence(begin, begin + at[sequence + 1] - at[sequence], like);
-  }
+    list.add_sequence(begin, begin + steps, like);
+  });
   list.end_row();
   return list;
 }
@@ -118,6 +126,10 @@ inline void check_sequences(const char* op, int64_t batch, int64_t length,
     ARCORE_CHECK(batch == 1, op, "expected batch 1 with cu_seqlens but got ", batch);
     ARCORE_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, op,
                  "expected cu_seqlens of shape (num_sequences + 1,) but got ", shape_of(*cu_seqlens));
+    ARCORE_CHECK(cu_seqlens->scalar_type() == torch::headeronly::ScalarType::Int ||
+                     cu_seqlens->scalar_type() == torch::headeronly::ScalarType::Long,
+                 op, "expected cu_seqlens of dtype int32 or int64 but got ",
+                 torch::headeronly::toString(cu_seqlens->scalar_type()));
   }
   if (seq_idx.has_value()) {
     check_shape(op, "seq_idx", *seq_idx, {batch, length});

@@ -22,6 +22,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "selective_scan";
 constexpr const char* kBackwardOp = "selective_scan_backward";
+constexpr const char* kTangentOp = "selective_scan_tangent";
 constexpr int64_t kMaxState = 256;
 inline Coefficient coefficient(const char* op, const char* name, const Tensor& t, const Problem& p,
                                bool reverse) {

@@ -1,5 +1,6 @@
 // CPU forward and backward; compiled once per instruction set. The loops and the numerics are described in
 // README.md beside this file.
+#include "common/flush_denormals.h"
 #include "common/vec.h"
 #include "selective_scan/params.h"
 
@@ -343,13 +344,34 @@ void scan_states(int64_t states, int64_t length, const float* dt, const float* d
                                             states, carried + n * kLanes, y);
 }
 
+// A tile is taken through several chunks before the next tile's turn: in long rows contiguous in time each
+// channel's steps lie pages apart from those of the others, and every visit of a page should bring more than
+// one chunk. The packed B and C of these chunks stay in the first-level caches.
+constexpr int64_t kWindowFloats = 8192;
+
+int64_t window_of(int64_t states) {
+  return max_of<int64_t>(kWindowFloats / (kChunk * states), 1);
+}
+
+// Asks for the steps of a tile that lie contiguous in time; elsewhere neighbours come along anyway.
+void prefetch(const Sequence& s, const Window& w, int64_t channel, int64_t valid) {
+  if (s.data == nullptr || (s.time != 1 && s.time != -1)) return;
+  const int64_t bytes = s.dtype == StorageType::kFloat32 ? 4 : 2;
+  const int64_t first = s.time == 1 ? w.begin : -(w.begin + w.length - 1);
+  const char* base =
+      static_cast<const char*>(s.data) + (w.batch * s.batch + channel * s.channel + first) * bytes;
+  for (int64_t c = 0; c < valid; ++c)
+    for (int64_t at = 0; at < w.length * bytes; at += 64)
+      __builtin_prefetch(base + c * s.channel * bytes + at, 0, 2);
+}
+
 int64_t forward_workspace(const Problem& p, const Inputs& in) {
   const Cut cut(p, in);
   const int64_t states = padded(p.state, kSmallBlock);
-  // a, carried, constant B, constant C; packed B and C of a chunk; five tiles and the rows of a
+  // a, carried, constant B, constant C; packed B and C of a window; five tiles and the rows of a
   // transposition.
-  return 4 * round_up(cut.slice_channels * states, 16) + 2 * round_up(kChunk * states, 16) + 5 * kTileFloats +
-         kTile;
+  return 4 * round_up(cut.slice_channels * states, 16) +
+         2 * round_up(window_of(states) * kChunk * states, 16) + 5 * kTileFloats + kTile;
 }
 
 void forward_slice(const ForwardArgs& args, const Cut& cut, const Slice& slice, float* workspace) {
@@ -359,24 +381,33 @@ void forward_slice(const ForwardArgs& args, const Cut& cut, const Slice& slice, 
   float* next = workspace;
   float* a = take(&next, cut.slice_channels * states);
   float* carried = take(&next, cut.slice_channels * states);
-  float* b = take(&next, in.B.groups ? kChunk * states : cut.slice_channels * states);
-  float* c = take(&next, in.C.groups ? kChunk * states : cut.slice_channels * states);
+  const int64_t window = window_of(states), packed = kChunk * states;
+  float* all_b = take(&next, in.B.groups ? window * packed : cut.slice_channels * states);
+  float* all_c = take(&next, in.C.groups ? window * packed : cut.slice_channels * states);
   float *dt = take_tile(&next), *u = take_tile(&next), *dtu = take_tile(&next), *y = take_tile(&next);
   float* z = take_tile(&next);
   float* rows = take(&next, kTile);
 
   pack_lanes(in.A, p.state, 1, kLog2e, slice, p.state, states, a);
-  if (!in.B.groups) pack_constant(in.B, slice, p.state, states, b);
-  if (!in.C.groups) pack_constant(in.C, slice, p.state, states, c);
+  if (!in.B.groups) pack_constant(in.B, slice, p.state, states, all_b);
+  if (!in.C.groups) pack_constant(in.C, slice, p.state, states, all_c);
 
   int64_t count;
   const Chunk* chunks = chunks_of(p, slice.batch, &count);
-  for (int64_t i = 0; i < count; ++i) {
-    const Chunk& chunk = chunks[i];
-    const Window w{slice.batch, chunk.begin, chunk.length};
-    pack_chunk(in, cut, slice, chunk, w, p.state, states, b, c);
-    const int64_t row = state_row(chunk, slice.batch);
-    for (int64_t c0 = 0; c0 < slice.channels; c0 += kLanes) {
+  const auto steps_of = [&](int64_t i) { return Window{slice.batch, chunks[i].begin, chunks[i].length}; };
+  for (int64_t first = 0; first < count; first += window) {
+    const int64_t end = min_of(first + window, count);
+    for (int64_t i = first; i < end; ++i)
+      pack_chunk(in, cut, slice, chunks[i], steps_of(i), p.state, states, all_b + (i - first) * packed,
+                 all_c + (i - first) * packed);
+    const int64_t parts = end - first, tiles = (slice.channels + kLanes - 1) / kLanes;
+    for (int64_t part = 0; part < tiles * parts; ++part) {
+      const int64_t c0 = part / parts * kLanes, i = first + part % parts;
+      const Chunk& chunk = chunks[i];
+      const Window w = steps_of(i);
+      const float* b = all_b + (in.B.groups ? (i - first) * packed : 0);
+      const float* c = all_c + (in.C.groups ? (i - first) * packed : 0);
+      const int64_t row = state_row(chunk, slice.batch);
       const int64_t channel = slice.channel + c0, valid = min_of<int64_t>(kLanes, slice.channels - c0);
       float* state = carried + c0 * states;
       if (chunk.first)
@@ -397,6 +428,13 @@ void forward_slice(const ForwardArgs& args, const Cut& cut, const Slice& slice, 
         const Vec ut = load(u + t * kLanes);
         store(dtu + t * kLanes, load(dt + t * kLanes) * ut);
         store(y + t * kLanes, in.D != nullptr ? skip * ut : Vec(0.0f));
+      }
+      if (part + 1 < tiles * parts) {
+        const int64_t next_c0 = (part + 1) / parts * kLanes;
+        const Window next_steps = steps_of(first + (part + 1) % parts);
+        for (const Sequence* s : {&in.u, &in.delta, &in.z, &args.out})
+          prefetch(*s, next_steps, slice.channel + next_c0,
+                   min_of<int64_t>(kLanes, slice.channels - next_c0));
       }
       const float* at = a + c0 * states;
       if (in.B.groups && in.C.groups)
@@ -423,6 +461,7 @@ void forward_slice(const ForwardArgs& args, const Cut& cut, const Slice& slice, 
 }
 
 void forward(const ForwardArgs& args, float* workspace, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   const Cut cut(args.problem, args.in);
   for (int64_t task = begin; task < end; ++task)
     forward_slice(args, cut, Slice(cut, task), workspace);
@@ -708,6 +747,7 @@ void backward_slice(const BackwardArgs& args, const Cut& cut, const Slice& slice
 }
 
 void backward(const BackwardArgs& args, float* workspace, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   const Cut cut(args.problem, args.in);
   for (int64_t task = begin; task < end; ++task)
     backward_slice(args, cut, Slice(cut, task), workspace);
@@ -741,6 +781,204 @@ void backward_reduce(const BackwardArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// ---- forward-mode
+
+// One chunk of one tile, kSmallBlock states: the state h and its tangent g, both carried. Arrays that end in
+// _t are tangents; b, c and theirs are [length, stride] scalars where they vary, [state, lane] where
+// constant.
+struct TangentTile {
+  int64_t length, stride;
+  const float *dt, *dt_t, *dtu, *dtu_t;  // [length, lane]
+  const float *a, *a_t;                  // [state, lane]
+  const float *b, *b_t, *c, *c_t;
+  float *h, *g;    // [state, lane]
+  float *y, *y_t;  // [length, lane], added to
+};
+
+template <bool kVaryB, bool kVaryC>
+void scan_tangent(const TangentTile& k) {
+  Vec h[kSmallBlock], g[kSmallBlock];
+#pragma GCC unroll 4
+  for (int n = 0; n < kSmallBlock; ++n) {
+    h[n] = load(k.h + n * kLanes);
+    g[n] = load(k.g + n * kLanes);
+  }
+  const auto b_at = [&](const float* b, int64_t t, int n) {
+    return kVaryB ? Vec(b[t * k.stride + n]) : load(b + n * kLanes);
+  };
+  const auto c_at = [&](const float* c, int64_t t, int n) {
+    return kVaryC ? Vec(c[t * k.stride + n]) : load(c + n * kLanes);
+  };
+  for (int64_t t = 0; t < k.length; ++t) {
+    const int64_t o = t * kLanes;
+    const Vec step = load(k.dt + o), step_t = load(k.dt_t + o);
+    const Vec input = load(k.dtu + o), input_t = load(k.dtu_t + o);
+    Vec y = load(k.y + o), y_t = load(k.y_t + o);
+#pragma GCC unroll 4
+    for (int n = 0; n < kSmallBlock; ++n) {
+      const Vec a = load(k.a + n * kLanes);
+      const Vec decay = exp2(step * a * Vec(kLog2e)), kept = decay * h[n];
+      const Vec rate = fma(step_t, a, step * load(k.a_t + n * kLanes));
+      const Vec b = b_at(k.b, t, n), c = c_at(k.c, t, n);
+      g[n] = fma(input_t, b, fma(input, b_at(k.b_t, t, n), fma(decay, g[n], rate * kept)));
+      h[n] = fma(input, b, kept);
+      y = fma(c, h[n], y);
+      y_t = fma(c, g[n], fma(c_at(k.c_t, t, n), h[n], y_t));
+    }
+    store(k.y + o, y);
+    store(k.y_t + o, y_t);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < kSmallBlock; ++n) {
+    store(k.h + n * kLanes, h[n]);
+    store(k.g + n * kLanes, g[n]);
+  }
+}
+
+int64_t tangent_workspace(const Problem& p, const Inputs& in) {
+  const Cut cut(p, in);
+  const int64_t states = padded(p.state, kSmallBlock);
+  const int64_t per_slice = round_up(cut.slice_channels * states, 16);
+  // A and the state; B and C, per slice or per chunk; each with its tangent.
+  return 8 * per_slice + 4 * round_up(kChunk * states, 16) + 10 * kTileFloats + kTile;
+}
+
+void tangent_slice(const TangentArgs& args, const Cut& cut, const Slice& slice, float* workspace) {
+  const Problem& p = args.problem;
+  const Inputs &in = args.in, &along = args.along;
+  const int64_t states = padded(p.state, kSmallBlock), per_slice = cut.slice_channels * states;
+  float* next = workspace;
+  const auto matrix = [&](bool varying) { return take(&next, varying ? kChunk * states : per_slice); };
+  float *a = matrix(false), *a_t = matrix(false), *carried = matrix(false), *carried_t = matrix(false);
+  float *b = matrix(in.B.groups), *b_t = matrix(in.B.groups);
+  float *c = matrix(in.C.groups), *c_t = matrix(in.C.groups);
+  float *u = take_tile(&next), *u_t = take_tile(&next), *dt = take_tile(&next), *dt_t = take_tile(&next);
+  float *dtu = take_tile(&next), *dtu_t = take_tile(&next), *y = take_tile(&next), *y_t = take_tile(&next);
+  float *z = take_tile(&next), *z_t = take_tile(&next);
+  float* rows = take(&next, kTile);
+  const auto clear = [](float* at, int64_t floats) {
+    std::memset(at, 0, static_cast<size_t>(floats) * sizeof(float));
+  };
+
+  pack_lanes(in.A, p.state, 1, 1.0f, slice, p.state, states, a);
+  if (along.A != nullptr)
+    pack_lanes(along.A, p.state, 1, 1.0f, slice, p.state, states, a_t);
+  else
+    clear(a_t, per_slice);
+  const auto pack_both = [&](const Coefficient& m, const Coefficient& m_t, float* to, float* to_t) {
+    if (!m.groups) pack_constant(m, slice, p.state, states, to);
+    if (m_t.data == nullptr)
+      clear(to_t, m.groups ? kChunk * states : per_slice);
+    else if (!m.groups)
+      pack_constant(m_t, slice, p.state, states, to_t);
+  };
+  pack_both(in.B, along.B, b, b_t);
+  pack_both(in.C, along.C, c, c_t);
+
+  int64_t count;
+  const Chunk* chunks = chunks_of(p, slice.batch, &count);
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    const Window w{slice.batch, chunk.begin, chunk.length};
+    pack_chunk(in, cut, slice, chunk, w, p.state, states, b, c);
+    Inputs varying{};  // the tangents that are there
+    if (along.B.data != nullptr) varying.B = along.B;
+    if (along.C.data != nullptr) varying.C = along.C;
+    pack_chunk(varying, cut, slice, chunk, w, p.state, states, b_t, c_t);
+    const int64_t row = state_row(chunk, slice.batch);
+    for (int64_t c0 = 0; c0 < slice.channels; c0 += kLanes) {
+      const int64_t channel = slice.channel + c0, valid = min_of<int64_t>(kLanes, slice.channels - c0);
+      float *h = carried + c0 * states, *g = carried_t + c0 * states;
+      if (chunk.first) {
+        const int64_t at = (row * p.dim + channel) * p.state;
+        const auto start = [&](const float* from) {
+          return from != nullptr && !chunk.zero_start ? from + at : nullptr;
+        };
+        load_state(start(in.initial_state), valid, p.state, states, h);
+        load_state(start(along.initial_state), valid, p.state, states, g);
+      }
+      const auto tile = [&](const Sequence& s, float* to) {
+        if (s.data != nullptr)
+          load_tile(s, w, channel, valid, to, rows);
+        else
+          clear(to, w.length * kLanes);
+        skip_padding(chunk, to, kLanes);
+      };
+      tile(in.u, u);
+      tile(along.u, u_t);
+      tile(in.delta, dt);
+      tile(along.delta, dt_t);
+      const bool gated = in.z.data != nullptr;
+      if (gated) {
+        tile(in.z, z);
+        tile(along.z, z_t);
+      }
+      const Vec bias = lanes_of(in.delta_bias, channel, valid), skip = lanes_of(in.D, channel, valid);
+      const Vec bias_t = lanes_of(along.delta_bias, channel, valid),
+                skip_t = lanes_of(along.D, channel, valid);
+      for (int64_t t = 0; t < w.length; ++t) {
+        const int64_t o = t * kLanes;
+        const Vec raw = load(dt + o) + bias;
+        Vec slope(1.0f);
+        store(dt + o, p.delta_softplus ? softplus(raw, slope) : raw);
+        store(dt_t + o, slope * (load(dt_t + o) + bias_t));
+      }
+      skip_padding(chunk, dt, kLanes);
+      skip_padding(chunk, dt_t, kLanes);
+      for (int64_t t = 0; t < w.length; ++t) {
+        const int64_t o = t * kLanes;
+        const Vec ut = load(u + o), ut_t = load(u_t + o), step = load(dt + o);
+        store(dtu + o, step * ut);
+        store(dtu_t + o, fma(load(dt_t + o), ut, step * ut_t));
+        store(y + o, skip * ut);
+        store(y_t + o, fma(skip_t, ut, skip * ut_t));
+      }
+      TangentTile k{};
+      k.length = w.length;
+      k.stride = states;
+      k.dt = dt;
+      k.dt_t = dt_t;
+      k.dtu = dtu;
+      k.dtu_t = dtu_t;
+      k.y = y;
+      k.y_t = y_t;
+      for (int64_t n = 0; n < states; n += kSmallBlock) {
+        const int64_t lane = n * kLanes, at = c0 * states + lane;
+        k.a = a + at;
+        k.a_t = a_t + at;
+        k.b = in.B.groups ? b + n : b + at;
+        k.b_t = in.B.groups ? b_t + n : b_t + at;
+        k.c = in.C.groups ? c + n : c + at;
+        k.c_t = in.C.groups ? c_t + n : c_t + at;
+        k.h = h + lane;
+        k.g = g + lane;
+        if (in.B.groups)
+          in.C.groups ? scan_tangent<true, true>(k) : scan_tangent<true, false>(k);
+        else
+          in.C.groups ? scan_tangent<false, true>(k) : scan_tangent<false, false>(k);
+      }
+      if (gated)
+        for (int64_t t = 0; t < w.length; ++t) {
+          const int64_t o = t * kLanes;
+          const Vec zt = load(z + o), s = sigmoid(zt), one(1.0f);
+          const Vec through = load(y + o) * s * fma(zt, one - s, one);
+          store(y_t + o, fma(load(y_t + o), s * zt, through * load(z_t + o)));
+        }
+      skip_padding(chunk, y_t, kLanes);
+      store_tile(args.out, w, channel, valid, y_t, rows);
+      if (chunk.last && chunk.keep_last)
+        store_state(g, valid, p.state, args.last_state + (row * p.dim + channel) * p.state);
+    }
+  }
+}
+
+void tangent(const TangentArgs& args, float* workspace, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const Cut cut(args.problem, args.in);
+  for (int64_t task = begin; task < end; ++task)
+    tangent_slice(args, cut, Slice(cut, task), workspace);
+}
+
 int64_t slices(const Problem& p, const Inputs& in) {
   return Cut(p, in).slices();
 }
@@ -749,8 +987,8 @@ int64_t slices(const Problem& p, const Inputs& in) {
 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
-  static constexpr CpuKernels kKernels{slices,   forward_workspace, forward, backward_workspace,
-                                       backward, backward_reduce};
+  static constexpr CpuKernels kKernels{slices,   forward_workspace, forward,           backward_workspace,
+                                       backward, backward_reduce,   tangent_workspace, tangent};
   return kKernels;
 }
 

@@ -60,6 +60,16 @@ struct BackwardArgs {
   Coefficient grad_B, grad_C;  // varying only
 };
 
+// Tangents of out and of the last state along tangents of the inputs; where one is absent (data null) it is
+// 0.
+struct TangentArgs {
+  Problem problem;
+  Inputs in;
+  Inputs along;
+  Sequence out;
+  float* last_state;  // [rows, dim, state] contiguous
+};
+
 // Work is split into tasks, one per (batch row, slice of channels); any split of the tasks over threads gives
 // the same result.
 struct CpuKernels {
@@ -70,6 +80,8 @@ struct CpuKernels {
   void (*backward)(const BackwardArgs&, float* workspace, int64_t begin, int64_t end);
   // Adds partial_B and partial_C over slices into grad_B and grad_C: tasks [0, batch * max(groups)).
   void (*backward_reduce)(const BackwardArgs&, int64_t begin, int64_t end);
+  int64_t (*tangent_workspace)(const Problem&, const Inputs&);
+  void (*tangent)(const TangentArgs&, float* workspace, int64_t begin, int64_t end);
 };
 
 // ---- CUDA ----

@@ -72,7 +72,12 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
                   delta_softplus, reverse);
   const Problem& p = call.problem;
   if (grad_out.has_value()) check_shape(kBackwardOp, "grad_out", *grad_out, {p.batch, p.dim, p.length});
+  check_device(kBackwardOp, "states", states, u);
   check_shape(kBackwardOp, "states", states, {p.batch, p.slots, p.state, p.dim});
+  ARCORE_CHECK(states.scalar_type() == ScalarType::Float && states.is_contiguous(), kBackwardOp,
+               "expected states as the forward returned them, float32 and contiguous, but got ",
+               torch::headeronly::toString(states.scalar_type()),
+               states.is_contiguous() ? "" : " with gaps or another order of dimensions");
   const auto none = [&] { return torch::stable::new_empty(u, {0}, ScalarType::Float); };
   Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);
   Tensor grad_z = z.has_value() ? torch::stable::empty_like(*z) : none();
@@ -145,10 +150,81 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
               : grad_initial};
 }
 
+// The tangents come in the order of the inputs.
+std::tuple<Tensor, Tensor> tangent_cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                                       const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                                       const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                       const OptionalTensor& u_t, const OptionalTensor& delta_t,
+                                       const OptionalTensor& A_t, const OptionalTensor& B_t,
+                                       const OptionalTensor& C_t, const OptionalTensor& D_t,
+                                       const OptionalTensor& z_t, const OptionalTensor& delta_bias_t,
+                                       const OptionalTensor& initial_state_t,
+                                       const OptionalTensor& cu_seqlens, const OptionalTensor& seq_idx,
+                                       bool delta_softplus, bool reverse) {
+  Call call(kTangentOp, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, seq_idx,
+            delta_softplus, reverse);
+  const Problem& p = call.problem;
+  TangentArgs args{};
+  args.problem = p;
+  args.in = call.in;
+  const auto check = [&](const char* name, const OptionalTensor& t, const Tensor& of) {
+    check_device(kTangentOp, name, *t, u);
+    bool fits = t->dim() == of.dim();
+    for (int64_t i = 0; fits && i < of.dim(); ++i)
+      fits = t->size(i) == of.size(i);
+    ARCORE_CHECK(fits, kTangentOp, "expected a tangent of ", name, " of shape ", shape_of(of), " but got ",
+                 shape_of(*t));
+  };
+  const auto sequence = [&](const char* name, const OptionalTensor& t) {
+    if (t.has_value()) check(name, t, u);
+    return sequence_view(kTangentOp, name, t, reverse);
+  };
+  args.along.u = sequence("u", u_t);
+  args.along.delta = sequence("delta", delta_t);
+  if (z.has_value()) args.along.z = sequence("z", z_t);
+  const auto matrix = [&](const char* name, const OptionalTensor& t, const Tensor& of) {
+    if (!t.has_value()) return Coefficient{};
+    check(name, t, of);
+    return coefficient(kTangentOp, name, *t, p, reverse);
+  };
+  args.along.B = matrix("B", B_t, B);
+  args.along.C = matrix("C", C_t, C);
+  const auto floats = [&](const char* name, const OptionalTensor& t, const OptionalTensor& of) {
+    if (!t.has_value() || !of.has_value()) return static_cast<const float*>(nullptr);
+    check(name, t, *of);
+    return call.hold(*t);
+  };
+  args.along.A = floats("A", A_t, A);
+  args.along.D = floats("D", D_t, D);
+  args.along.delta_bias = floats("delta_bias", delta_bias_t, delta_bias);
+  args.along.initial_state = floats("initial_state", initial_state_t, initial_state);
+
+  Tensor out = torch::stable::empty_like(u);
+  Tensor last_state = torch::stable::new_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
+  if (p.batch == 0 || p.dim == 0) {
+    torch::stable::zero_(last_state);
+    return {out, last_state};
+  }
+  args.out = sequence_view(kTangentOp, "out", out, reverse);
+  args.last_state = static_cast<float*>(last_state.data_ptr());
+  const CpuKernels& kernels = cpu_kernels();
+  run_with_workspace(
+      u, p.batch * kernels.slices(p, call.in), threads_for(call.updates(), kUpdatesPerThread),
+      kernels.tangent_workspace(p, call.in),
+      [&](float* workspace, int64_t begin, int64_t end) { kernels.tangent(args, workspace, begin, end); });
+  return {out, last_state};
+}
+
 }  // namespace
 }  // namespace arcore::selective_scan
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
+  m.def(
+      "selective_scan_tangent(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? u_t, Tensor? delta_t, Tensor? A_t, Tensor? B_t, "
+      "Tensor? C_t, Tensor? D_t, Tensor? z_t, Tensor? delta_bias_t, Tensor? initial_state_t, "
+      "Tensor? cu_seqlens, Tensor? seq_idx, bool delta_softplus, bool reverse) "
+      "-> (Tensor out, Tensor last_state)");
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor? seq_idx, bool delta_softplus, "
@@ -163,4 +239,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&arcore::selective_scan::forward_cpu));
   m.impl("selective_scan_backward", TORCH_BOX(&arcore::selective_scan::backward_cpu));
+  m.impl("selective_scan_tangent", TORCH_BOX(&arcore::selective_scan::tangent_cpu));
 }

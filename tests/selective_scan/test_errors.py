@@ -61,7 +61,7 @@ WRONG = {
     "device": (
         {"delta": torch.zeros(2, 4, 5, device="meta")},
         ValueError,
-        "expected delta on u's device cpu but got meta",
+        "expected delta on the device of u, cpu, but got meta",
     ),
     "no_tensor": ({"B": 3.0}, TypeError, "expected B to be a tensor but got float"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,13 +112,76 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_state_is_only_kept_for_a_backward():
+def test_states_are_kept_for_a_backward_only_and_made_again_where_they_were_not():
     case = make_case(1, 4, 200, 4)
     assert torch.ops.arcore.selective_scan(*arguments(case), False)[2].numel() == 0
-    with pytest.raises(RuntimeError, match="expected states of shape"):
-        u = case.u.requires_grad_()
-        out = torch.ops.arcore.selective_scan(u, *arguments(case)[1:], False)[0]
-        out.sum().backward()
+    u = case.u.requires_grad_()
+    grads = []
+    for save_states in (True, False):
+        out = torch.ops.arcore.selective_scan(u, *arguments(case)[1:], save_states)[0]
+        grads.append(torch.autograd.grad(out, u, case.grad_out)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        torch.Tensor.bfloat16,
+        torch.Tensor.double,
+        lambda s: s.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda s: s[:, :1, :1, :1].expand(s.shape),
+    ],
+    ids=["bfloat16", "float64", "transposed", "expanded"],
+)
+def test_the_raw_backward_takes_states_as_the_forward_made_them(spoil):
+    case = make_case(1, 4, 200, 4)
+    _, _, states = torch.ops.arcore.selective_scan(*arguments(case), True)
+    with pytest.raises(
+        RuntimeError, match="expected states as the forward returned them, float32 and contig"
+    ):
+        torch.ops.arcore.selective_scan_backward(
+            case.grad_out, None, *arguments(case)[:11], spoil(states), True, False
+        )
+
+
+@pytest.mark.parametrize("name", ["delta", "C", "D", "initial_state"])
+def test_devices_are_checked_where_no_kernel_runs(name):
+    case = make_case(2, 4, 10, 4, initial=True)
+    mixed = replace(case, **{name: getattr(case, name).to("meta")})
+    with pytest.raises(ValueError, match=f"expected {name} on the device of u, cpu, but got meta"):
+        torch.ops.arcore.selective_scan(*arguments(mixed), False)
+
+
+@pytest.mark.parametrize("function", [torch.func.grad, lambda f: torch.vmap(torch.func.grad(f))])
+def test_function_transforms(function):
+    case = make_case(3, 6, 70, 4)
+    rows = function is not torch.func.grad
+
+    def loss(u):
+        u = u[None] if rows else u
+        b, c = (t[:1] if rows else t for t in (case.B, case.C))
+        return selective_scan(u, u.abs(), case.A, b, c, case.D).square().sum()
+
+    def expected(u):
+        u = u.detach().requires_grad_()
+        return torch.autograd.grad(loss(u), u)[0]
+
+    u = case.u
+    want = torch.stack([expected(row) for row in u]) if rows else expected(u)
+    torch.testing.assert_close(function(loss)(u), want)
+
+
+def test_gradient_through_vmap():
+    u = torch.randn(3, 1, 8, 70, requires_grad=True)
+    A, B = -torch.rand(8, 4), torch.randn(1, 4, 70)
+    together = torch.vmap(lambda x: selective_scan(x, x.abs(), A, B, B))(u)
+    alone = torch.stack([selective_scan(x, x.abs(), A, B, B) for x in u])
+    for out in (together, alone):
+        out.square().sum().backward()
+    first, u.grad = u.grad / 2, None
+    alone = torch.stack([selective_scan(x, x.abs(), A, B, B) for x in u])
+    alone.square().sum().backward()
+    torch.testing.assert_close(first, u.grad)
 
 
 SCRIPT = """

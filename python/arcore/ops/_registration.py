@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -119,9 +120,19 @@ def forbid_second_derivative(op: str) -> None:
     """Make differentiating ``arcore::<op>_backward`` an error that names the reference, instead of a wrong zero."""
 
     def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(f"arcore::{op} has no second derivative; use reference_{op} where you need one")
+        raise RuntimeError(_no_second_derivative(op))
 
     torch.library.register_autograd(f"arcore::{op}_backward", refuse)
+
+
+def forbid_further_derivatives(op: str, *of: str) -> None:
+    """`forbid_second_derivative` in either mode and under `torch.func`, for ``arcore::<op>_<each of these>``."""
+    for name in of:
+        forbid_derivative(f"{op}_{name}", _no_second_derivative(op))
+
+
+def _no_second_derivative(op: str) -> str:
+    return f"arcore::{op} has no second derivative; use reference_{op} where you need one"
 
 
 def forbid_derivative(op: str, message: str) -> None:
@@ -131,3 +142,57 @@ def forbid_derivative(op: str, message: str) -> None:
         raise RuntimeError(message)
 
     register_derivatives(op, refuse, lambda ctx, inputs, output: None, refuse)
+
+
+def register_vmap(op: str) -> None:
+    """Let `torch.vmap` call ``arcore::<op>`` once per entry: the op has a batch dimension of its own.
+
+    torch would do the same, but with a warning.
+    """
+    overload = getattr(torch.ops.arcore, op).default
+
+    def rule(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def entry(i: int) -> list[Any]:
+            return [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
+
+        results = [overload(*entry(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    torch.library.register_vmap(f"arcore::{op}", rule)
+
+
+def refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
+    """Raise where autograd would expect a derivative of an op that writes in place and has none.
+
+    Args:
+        op: the public function's name.
+        tensors: its float arguments.
+
+    Raises:
+        RuntimeError: gradients are being recorded and one of the tensors requires them.
+        NotImplementedError: one of them has a forward-mode tangent.
+    """
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"arcore.{op}: expected tensors without gradients, since it writes in place and has none, but one "
+                    f"requires them; call it under torch.no_grad(), detach() the tensors, or use the op over whole "
+                    "sequences"
+                )
+    if forward_ad._current_level >= 0 and any(_tangent(t) is not None for t in tensors):
+        raise NotImplementedError(
+            f"arcore.{op}: expected tensors without forward-mode tangents but got some: it writes in place and has no "
+            f"derivative; use the op over whole sequences, or reference_{op}"
+        )
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tell autograd that a kernel has written into `tensors`, so that it refuses to use older saved values of them."""
+    if torch.compiler.is_compiling():  # functionalised: what is written is a new value there
+        return
+    for t in tensors:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
-from arcore.ops._registration import forbid_second_derivative
+from arcore.ops._checks import same_device
+from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATE = 256
@@ -107,7 +108,9 @@ def selective_scan(
         out[t]  = y[t] * silu(z[t])
 
     All arithmetic is fp32 whatever the storage types, which may differ between arguments. Differentiable in every
-    float argument, through `out` and through the last state; memory is O(B * D * L), never times N. Deterministic;
+    float argument, through `out` and through the last state; memory is O(B * D * L), never times N. Forward-mode
+    derivatives (`torch.func.jvp` and what builds on it) take one more scan, about twice as long, and have no derivative
+    of their own. Deterministic;
     results depend neither on the number of threads, nor on the layout, nor on batch mates.
 
     Args:
@@ -151,6 +154,7 @@ def selective_scan(
                 f"arcore.selective_scan: expected {name} of dtype float32, bfloat16 or float16 but got "
                 f"{_name(tensor.dtype)}; for float64 (gradcheck) call reference_selective_scan"
             )
+    # Inside torch.vmap nothing seems to require a gradient; the backward then makes the states again.
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out, last_state, _ = torch.ops.arcore.selective_scan(
         *inputs, cu_seqlens, seq_idx, delta_softplus, reverse, save_states
@@ -274,6 +278,7 @@ def _check(op: str, inputs: _Inputs, cu_seqlens: Tensor | None, seq_idx: Tensor 
     for name, tensor in inputs._asdict().items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
             raise TypeError(f"{op}: expected {name} to be a tensor but got {type(tensor).__name__}")
+    same_device(op, **inputs._asdict(), cu_seqlens=cu_seqlens, seq_idx=seq_idx)
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     if u.dim() != 3:
         raise ValueError(f"{op}: expected u of shape (batch, dim, length) but got {tuple(u.shape)}")
@@ -336,9 +341,6 @@ def _check(op: str, inputs: _Inputs, cu_seqlens: Tensor | None, seq_idx: Tensor 
             f"{op}: expected initial_state of shape ({rows}, dim={dim}, d_state={state}), one row per sequence, "
             f"but got {tuple(initial_state.shape)}"
         )
-    for name, tensor in (*inputs._asdict().items(), ("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
-        if tensor is not None and tensor.device != u.device:
-            raise ValueError(f"{op}: expected {name} on u's device {u.device} but got {tensor.device}")
     return inputs
 
 
@@ -359,6 +361,8 @@ def _fake(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    same_device("arcore.selective_scan", **inputs._asdict(), cu_seqlens=cu_seqlens, seq_idx=seq_idx)
     batch, dim, length = u.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunk = CUDA_CHUNK if u.device.type == "cuda" else CHUNK
@@ -389,6 +393,16 @@ def _fake_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
+    inputs = _Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    gradients = {"grad_out": grad_out, "grad_last_state": grad_last_state, "states": states}
+    same_device(
+        "arcore.selective_scan_backward",
+        **inputs._asdict(),
+        **gradients,
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+    )
+
     def dense(t: Tensor | None) -> Tensor:
         return u.new_empty((0,), dtype=torch.float32) if t is None else t.new_empty(t.shape)
 
@@ -408,10 +422,26 @@ def _fake_backward(
     )
 
 
+@torch.library.register_fake("arcore::selective_scan_tangent")
+def _fake_tangent(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *tensors, _, _ = rest
+    same_device(
+        "arcore.selective_scan_tangent",
+        u=u,
+        delta=delta,
+        A=A,
+        **{f"argument_{i + 4}": t for i, t in enumerate(tensors)},
+    )
+    cu_seqlens = tensors[15]
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(u), u.new_empty((rows, u.shape[1], A.shape[1]), dtype=torch.float32)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, delta_softplus, reverse, _ = inputs
+    *tensors, delta_softplus, reverse, save_states = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.flags = (delta_softplus, reverse)
+    ctx.saved_states = save_states
     ctx.set_materialize_grads(False)
 
 
@@ -421,9 +451,28 @@ def _backward(
     *tensors, states = ctx.saved_tensors
     if grad_out is None and grad_last_state is None:
         return (None,) * 14
+    if not ctx.saved_states:
+        _, _, states = torch.ops.arcore.selective_scan(*tensors, *ctx.flags, True)
     grads = torch.ops.arcore.selective_scan_backward(grad_out, grad_last_state, *tensors, states, *ctx.flags)
     return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), *(None,) * 5
 
 
-torch.library.register_autograd("arcore::selective_scan", _backward, setup_context=_setup_context)
-forbid_second_derivative("selective_scan")
+def _tangents(
+    inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], along: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    *tensors, delta_softplus, reverse, _ = inputs
+    if not outputs[0].is_cpu:
+        raise NotImplementedError(
+            f"arcore.selective_scan: expected tensors on a CPU for forward-mode derivatives but got "
+            f"{outputs[0].device}; move them there or call reference_selective_scan"
+        )
+    out, last_state = torch.ops.arcore.selective_scan_tangent(
+        *tensors[:9], *along[:9], *tensors[9:], delta_softplus, reverse
+    )
+    return out, last_state, None
+
+
+register_derivatives("selective_scan", _backward, _setup_context, _tangents)
+forbid_further_derivatives("selective_scan", "backward", "tangent")
+for _op in ("selective_scan", "selective_scan_backward", "selective_scan_tangent"):
+    register_vmap(_op)
