@@ -11,6 +11,7 @@
 
 #include "causal_conv1d/params.h"
 #include "common/check.h"
+#include "common/overlap.h"
 #include "common/sequence_view.h"
 
 namespace arcore::causal_conv1d {
@@ -41,15 +42,15 @@ struct __attribute__((visibility("hidden"))) CheckedInputs {
   std::vector<Tensor> held;
 
   CheckedInputs(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
-                bool reverse) {
+                const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
+                int64_t sequences = -1) {
     Problem& p = problem;
     ARCORE_CHECK(x.dim() == 3, op, "expected x of shape (batch, dim, length) but got ", shape_of(x));
     check_device(op, "weight", weight, x);
     for (const auto& [name, t] :
          {std::pair{"bias", &bias}, {"seq_idx", &seq_idx}, {"initial_states", &initial_states}})
       if (t->has_value()) check_device(op, name, **t, x);
-    p.batch = x.size(0);
+    p.batch = sequences < 0 ? x.size(0) : sequences;
     p.dim = x.size(1);
     p.length = x.size(2);
     p.silu = silu;
@@ -57,6 +58,7 @@ struct __attribute__((visibility("hidden"))) CheckedInputs {
                  "expected weight of shape (dim=", p.dim, ", width) but got ", shape_of(weight));
     p.width = weight.size(1);
     in.x = view(op, "x", x, reverse);
+    if (sequences >= 0) in.x.batch = 0;
     storage_type(weight, op, "weight");
     in.weight = hold(weight);
     if (bias.has_value()) {
@@ -129,6 +131,13 @@ struct __attribute__((visibility("hidden"))) CheckedUpdate {
     }
     args.x = view_of_steps("x", x);
     args.state = view(kUpdateOp, "conv_state", conv_state);
+    check_written(kUpdateOp, "conv_state", conv_state);
+    check_not_written(kUpdateOp, "x", x, "conv_state", conv_state);
+    check_not_written(kUpdateOp, "weight", weight, "conv_state", conv_state);
+    for (const auto& [name, t] : {std::pair{"bias", &bias},
+                                  {"cache_seqlens", &cache_seqlens},
+                                  {"conv_state_indices", &conv_state_indices}})
+      if (t->has_value()) check_not_written(kUpdateOp, name, **t, "conv_state", conv_state);
   }
 };
 

@@ -22,6 +22,12 @@ void check_width(const char* op, const Problem& p) {
                " on CUDA but got ", p.width, "; move the tensors to the CPU");
 }
 
+void check_whole_rows(const char* op, const OptionalTensor& cu_seqlens) {
+  ARCORE_CHECK(!cu_seqlens.has_value(), op,
+               "expected no cu_seqlens on CUDA, which has no kernel for it yet; give seq_idx or move the "
+               "tensors to the CPU");
+}
+
 SequenceIds ids_of(const OptionalTensor& seq_idx, const Problem& p, bool reverse) {
   if (!seq_idx.has_value() || p.length == 0) return {};
   const auto* data = static_cast<const int32_t*>(seq_idx->data_ptr());
@@ -32,7 +38,8 @@ SequenceIds ids_of(const OptionalTensor& seq_idx, const Problem& p, bool reverse
 
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                         const OptionalTensor& seq_idx, const OptionalTensor& initial_states,
-                                        bool silu, bool reverse) {
+                                        bool silu, bool reverse, const OptionalTensor& cu_seqlens) {
+  check_whole_rows(kOp, cu_seqlens);
   const CudaScope scope(x);
   const CheckedInputs call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
@@ -57,7 +64,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& grad_final_states,
                         const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
-                        bool reverse) {
+                        bool reverse, const OptionalTensor& cu_seqlens) {
+  check_whole_rows(kBackwardOp, cu_seqlens);
   const CudaScope scope(x);
   CheckedInputs call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse);
   const Problem& p = call.problem;
@@ -98,7 +106,11 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
 }
 
 Tensor update_cuda(const Tensor& x, Tensor conv_state, const Tensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu,
+                   int64_t pad_slot_id) {
+  ARCORE_CHECK(pad_slot_id < 0, kUpdateOp,
+               "expected a negative pad_slot_id on CUDA, where every negative index is padding, but got ",
+               pad_slot_id);
   const CudaScope scope(x);
   CheckedUpdate call(x, conv_state, weight, bias, cache_seqlens, conv_state_indices, silu);
   Tensor out = torch::stable::empty_like(x);

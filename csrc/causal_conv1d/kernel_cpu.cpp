@@ -193,6 +193,13 @@ void filter_in_place(const ForwardArgs& args, const Group& g, Filter run, float*
   }
 }
 
+// A sequence of a packed row, as if it were a row of its own.
+Sequence part(Sequence s, int64_t begin) {
+  if (s.data != nullptr)
+    s.data = static_cast<char*>(s.data) + begin * s.time * (s.dtype == StorageType::kFloat32 ? 4 : 2);
+  return s;
+}
+
 void forward_group(const ForwardArgs& args, const Group& g, float* workspace) {
   const Problem& p = args.problem;
   const int64_t before = p.width - 1, stride = row_stride(p.width);
@@ -229,9 +236,117 @@ void forward_group(const ForwardArgs& args, const Group& g, float* workspace) {
   }
 }
 
+// Steps and groups of a block of rows whose channels lie side by side: what it reads stays in the
+// second-level cache, and pages are visited few times.
+constexpr int64_t kBlockSteps = 64, kBlockGroups = 8;
+
+// Outputs [begin, begin + length) of a whole group whose channels lie side by side: lanes are channels, and
+// the last inputs stay in registers. The same sums in the same order as `filter`.
+template <typename T, int kWidth, bool kMasked, bool kSilu>
+void filter_lanes(const ForwardArgs& args, const Group& g, int64_t begin, int64_t length) {
+  const Problem& p = args.problem;
+  const Sequence &x = args.in.x, &out = args.out;
+  constexpr int kBefore = kWidth - 1;
+  const T* from = static_cast<const T*>(x.data) + g.batch * x.batch + g.channel;
+  T* to = static_cast<T*>(out.data) + g.batch * out.batch + g.channel;
+  const auto gather = [&](const float* first, int64_t stride) {
+    float lanes[kLanes];
+    for (int64_t c = 0; c < kLanes; ++c)
+      lanes[c] = first[c * stride];
+    return load(lanes);
+  };
+  Vec w[kWidth], window[kWidth];
+  for (int j = 0; j < kWidth; ++j)
+    w[j] = gather(args.in.weight + g.channel * kWidth + j, kWidth);
+  const Vec bias = args.in.bias != nullptr ? load(args.in.bias + g.channel) : Vec(0.0f);
+  for (int j = 0; j < kBefore; ++j) {
+    const int64_t t = begin - kBefore + j;
+    window[j] = t >= 0 ? load_lanes(from + t * x.time)
+                : args.in.history != nullptr
+                    ? gather(args.in.history + (g.batch * p.dim + g.channel) * kBefore + kBefore + t, kBefore)
+                    : Vec(0.0f);
+  }
+  const uint32_t* masks = kMasked ? args.in.masks + g.batch * kWidth * p.length : nullptr;
+  for (int64_t t = begin; t < begin + length; ++t) {
+    window[kBefore] = load_lanes(from + t * x.time);
+    Vec sum = bias;
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; ++j)
+      sum = fma(w[j], !kMasked || masks[j * p.length + t] ? window[j] : Vec(0.0f), sum);
+    if (kSilu) sum = silu(sum);
+    if (kMasked && !masks[kBefore * p.length + t]) sum = Vec(0.0f);
+    store_lanes(to + t * out.time, sum);
+#pragma GCC unroll 4
+    for (int j = 0; j < kBefore; ++j)
+      window[j] = window[j + 1];
+  }
+}
+
+using LaneFilter = void (*)(const ForwardArgs&, const Group&, int64_t, int64_t);
+
+template <typename T, int kWidth>
+LaneFilter pick_lane_filter(bool masked, bool with_silu) {
+  if (masked) return with_silu ? filter_lanes<T, kWidth, true, true> : filter_lanes<T, kWidth, true, false>;
+  return with_silu ? filter_lanes<T, kWidth, false, true> : filter_lanes<T, kWidth, false, false>;
+}
+
+// Null where channels do not lie side by side or there are other numbers of taps.
+LaneFilter pick_lane_filter(const ForwardArgs& args) {
+  if (args.in.x.channel != 1 || args.out.channel != 1 || args.in.x.dtype != args.out.dtype ||
+      args.in.x.time == 1 || args.out.time == 1)
+    return nullptr;
+  LaneFilter picked = nullptr;
+  with_type(args.in.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool masked = args.in.masks != nullptr, with_silu = args.problem.silu;
+    switch (args.problem.width) {
+      case 2:
+        picked = pick_lane_filter<T, 2>(masked, with_silu);
+        break;
+      case 3:
+        picked = pick_lane_filter<T, 3>(masked, with_silu);
+        break;
+      case 4:
+        picked = pick_lane_filter<T, 4>(masked, with_silu);
+        break;
+      default:
+        break;
+    }
+  });
+  return picked;
+}
+
+// Tasks [begin, end) of one batch row.
+void forward_row(const ForwardArgs& args, float* workspace, int64_t begin, int64_t end) {
+  const LaneFilter lanes = pick_lane_filter(args);
+  for (int64_t first = begin; first < end; first += kBlockGroups) {
+    const int64_t stop = min_of(first + kBlockGroups, end);
+    for (int64_t t = 0; lanes != nullptr && t < args.problem.length; t += kBlockSteps)
+      for (int64_t task = first; task < stop; ++task) {
+        const Group g(args.problem, task);
+        if (g.valid == kLanes) lanes(args, g, t, min_of(kBlockSteps, args.problem.length - t));
+      }
+    for (int64_t task = first; task < stop; ++task) {
+      const Group g(args.problem, task);
+      if (lanes == nullptr || g.valid < kLanes) forward_group(args, g, workspace);
+    }
+  }
+}
+
 void forward(const ForwardArgs& args, float* workspace, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task)
-    forward_group(args, Group(args.problem, task), workspace);
+  const int64_t groups = (args.problem.dim + kLanes - 1) / kLanes;
+  for (int64_t first = begin; first < end;) {
+    const int64_t row = first / groups, stop = min_of((row + 1) * groups, end);
+    ForwardArgs own = args;
+    if (args.problem.spans != nullptr) {
+      const Span& span = args.problem.spans[row];
+      own.problem.length = span.length;
+      own.in.x = part(args.in.x, span.begin);
+      own.out = part(args.out, span.begin);
+    }
+    forward_row(own, workspace, first, stop);
+    first = stop;
+  }
 }
 
 int64_t backward_workspace(const Problem& p) {
@@ -338,8 +453,18 @@ void backward_group(const BackwardArgs& args, const Group& g, float* workspace) 
 }
 
 void backward(const BackwardArgs& args, float* workspace, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task)
-    backward_group(args, Group(args.problem, task), workspace);
+  for (int64_t task = begin; task < end; ++task) {
+    const Group g(args.problem, task);
+    BackwardArgs own = args;
+    if (args.problem.spans != nullptr) {
+      const Span& span = args.problem.spans[g.batch];
+      own.problem.length = span.length;
+      own.in.x = part(args.in.x, span.begin);
+      own.grad_out = part(args.grad_out, span.begin);
+      own.grad_x = part(args.grad_x, span.begin);
+    }
+    backward_group(own, g, workspace);
+  }
 }
 
 // Where the inputs of one row of the state lie: input i, counted from the first new one, for i < 0.
@@ -489,6 +614,18 @@ void update_many(const UpdateArgs& args, const Ring& ring, const X* x, S* state,
   }
 }
 
+// Copies [count, kept] entries of a row's state to its snapshot after `step` inputs.
+template <typename S>
+void take_snapshot(const UpdateArgs& args, const S* state, int64_t batch, int64_t step, int64_t channel,
+                   int64_t count) {
+  const Snapshots& s = args.snapshots;
+  if (s.data == nullptr) return;
+  S* to = static_cast<S*>(s.data) + batch * s.batch + step * s.step + channel * s.channel;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t k = 0; k < args.state_length; ++k)
+      to[c * s.channel + k * s.time] = state[c * args.state.channel + k * args.state.time];
+}
+
 template <typename X, typename S>
 void update_rows(const UpdateArgs& args, int64_t begin, int64_t end) {
   const int64_t kept = args.state_length;
@@ -497,30 +634,50 @@ void update_rows(const UpdateArgs& args, int64_t begin, int64_t end) {
   const auto state_of = [&](int64_t batch) {
     return static_cast<S*>(args.state.data) + row_of(batch) * args.state.batch;
   };
-  const auto x_of = [&](int64_t batch) { return static_cast<const X*>(args.x.data) + batch * args.x.batch; };
-  const auto out_of = [&](int64_t batch) { return static_cast<X*>(args.out.data) + batch * args.out.batch; };
-  const auto ring_of = [&](int64_t batch) {
-    return Ring{circular ? args.write_at[batch] % kept : 0, kept, circular};
+  const auto x_of = [&](int64_t batch, int64_t t) {
+    return static_cast<const X*>(args.x.data) + batch * args.x.batch + t * args.x.time;
   };
-  const bool single = args.steps == 1 && args.width <= kMaxTaps;
+  const auto out_of = [&](int64_t batch, int64_t t) {
+    return static_cast<X*>(args.out.data) + batch * args.out.batch + t * args.out.time;
+  };
+  const auto ring_of = [&](int64_t batch, int64_t t) {
+    return Ring{circular ? (args.write_at[batch] % kept + t) % kept : 0, kept, circular};
+  };
+  const auto count_of = [&](int64_t batch) {
+    return row_of(batch) < 0 ? 0 : args.counts != nullptr ? args.counts[batch] : args.steps;
+  };
+  // A few inputs are taken one after the other, with the bits of as many calls.
+  const bool few = args.width <= kMaxTaps;
+  UpdateArgs one = args;
+  one.steps = 1;
   for (int64_t batch = begin; batch < end; ++batch) {
-    if (row_of(batch) < 0) {
+    for (int64_t t = count_of(batch); t < args.steps; ++t)
       for (int64_t c = 0; c < args.dim; ++c)
-        for (int64_t t = 0; t < args.steps; ++t)
-          out_of(batch)[c * args.out.channel + t * args.out.time] = static_cast<X>(0.0f);
-    } else if (!single) {
-      update_many(args, ring_of(batch), x_of(batch), state_of(batch), out_of(batch));
+        out_of(batch, t)[c * args.out.channel] = static_cast<X>(0.0f);
+    if (few || row_of(batch) < 0) continue;
+    take_snapshot(args, state_of(batch), batch, 0, 0, args.dim);
+    for (int64_t t = 0; t < args.steps; ++t) {
+      if (t < count_of(batch))
+        update_many(one, ring_of(batch, t), x_of(batch, t), state_of(batch), out_of(batch, t));
+      take_snapshot(args, state_of(batch), batch, t + 1, 0, args.dim);
     }
   }
-  if (!single) return;
+  if (!few) return;
   Taps taps;
   for (int64_t c = 0; c < args.dim; c += kLanes) {
     const int64_t valid = min_of<int64_t>(kLanes, args.dim - c);
     taps.load(args, c, valid);
-    for (int64_t batch = begin; batch < end; ++batch)
-      if (row_of(batch) >= 0)
-        update_group(args, taps, ring_of(batch), x_of(batch) + c * args.x.channel,
-                     state_of(batch) + c * args.state.channel, out_of(batch) + c * args.out.channel, valid);
+    for (int64_t batch = begin; batch < end; ++batch) {
+      if (row_of(batch) < 0) continue;
+      S* state = state_of(batch) + c * args.state.channel;
+      take_snapshot(args, state, batch, 0, c, valid);
+      for (int64_t t = 0; t < args.steps; ++t) {
+        if (t < count_of(batch))
+          update_group(args, taps, ring_of(batch, t), x_of(batch, t) + c * args.x.channel, state,
+                       out_of(batch, t) + c * args.out.channel, valid);
+        take_snapshot(args, state, batch, t + 1, c, valid);
+      }
+    }
   }
 }
 

@@ -9,9 +9,17 @@
 
 namespace arcore::causal_conv1d {
 
+// Steps of one sequence of a packed row, in scan order.
+struct Span {
+  int64_t begin, length;
+};
+
+// With spans, every sequence of a packed row counts as a row of the batch: batch strides of sequences are 0,
+// and `length` is that of the packed row.
 struct Problem {
   int64_t batch, dim, length, width;
   bool silu;
+  const Span* spans;  // [batch] or null
 };
 
 struct Inputs {
@@ -40,7 +48,13 @@ struct BackwardArgs {
   float* grad_history;    // [batch, dim, width - 1] contiguous or null
 };
 
-// One token per row against a state of the last inputs.
+// The state before the first new input of each row and after each of them; data null: not wanted.
+struct Snapshots {
+  void* data;  // of the state's dtype
+  int64_t batch, step, channel, time;
+};
+
+// One token or a few per row against a state of the last inputs.
 struct UpdateArgs {
   int64_t batch, dim, steps, width, state_length;
   bool silu;
@@ -49,6 +63,8 @@ struct UpdateArgs {
   const float* bias;
   const int64_t* write_at;  // [batch] position of the first new input in a circular state, or null: shift
   const int64_t* rows;      // [batch] row of the state, negative: padding, or null
+  const int64_t* counts;    // [batch] how many of the new inputs count, or null: all
+  Snapshots snapshots;
 };
 
 // Work is split into tasks, one per (batch row, group of `lanes` channels).

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "common/check.h"
 #include "common/sequence.h"
@@ -32,6 +33,22 @@ inline void check_shape(const char* op, const char* name, const torch::stable::T
   for (const int64_t size : shape)
     wanted << (wanted.tellp() > 0 ? ", " : "") << size;
   ARCORE_CHECK(fits, op, "expected ", name, " of shape (", wanted.str(), ") but got ", shape_of(t));
+}
+
+// How many of `steps` new tokens count in each row; `held` owns the numbers.
+inline const int64_t* step_counts(const char* op, const torch::stable::Tensor& num_steps, int64_t batch,
+                                  int64_t steps, std::vector<torch::stable::Tensor>* held) {
+  using torch::headeronly::ScalarType;
+  check_shape(op, "num_steps", num_steps, {batch});
+  ARCORE_CHECK(num_steps.scalar_type() == ScalarType::Int || num_steps.scalar_type() == ScalarType::Long, op,
+               "expected num_steps of dtype int32 or int64 but got ",
+               torch::headeronly::toString(num_steps.scalar_type()));
+  held->push_back(torch::stable::contiguous(torch::stable::to(num_steps, ScalarType::Long)));
+  const auto* counts = static_cast<const int64_t*>(held->back().data_ptr());
+  for (int64_t b = 0; b < batch; ++b)
+    ARCORE_CHECK(counts[b] >= 0 && counts[b] <= steps, op, "expected num_steps from 0 to the ", steps,
+                 " steps of x but got ", counts[b]);
+  return counts;
 }
 
 // float32, contiguous; for small tensors only.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/overlap.h"
 #include "common/sequence_view.h"
 #include "selective_state_update/params.h"
 
@@ -20,10 +21,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "selective_state_update";
 
-// [batch, last] or [batch, heads, last].
-inline View view(const char* name, const Tensor& t) {
-  const bool headed = t.dim() == 3;
-  return {t.data_ptr(), t.stride(0), headed ? t.stride(1) : 0, t.stride(headed ? 2 : 1),
+// [batch, last] or [batch, heads, last]; with steps, [batch, steps, last] or [batch, steps, heads, last].
+inline View view(const char* name, const Tensor& t, bool stepped = false) {
+  const int64_t first = stepped ? 2 : 1;
+  const bool headed = t.dim() == first + 2;
+  return {t.data_ptr(),
+          t.stride(0),
+          stepped ? t.stride(1) : 0,
+          headed ? t.stride(first) : 0,
+          t.stride(t.dim() - 1),
           storage_type(t, kOp, name)};
 }
 
@@ -34,7 +40,8 @@ struct __attribute__((visibility("hidden"))) Call {
 
   Call(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
        const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
-       bool dt_softplus, const OptionalTensor& state_batch_indices, int64_t pad_slot_id) {
+       bool dt_softplus, const OptionalTensor& state_batch_indices, int64_t pad_slot_id,
+       bool stepped = false) {
     const bool headed = state.dim() == 4;
     ARCORE_CHECK(state.dim() == 3 || headed, kOp,
                  "expected state of shape (rows, dim, d_state) or (rows, heads, dim, d_state) but got ",
@@ -52,9 +59,14 @@ struct __attribute__((visibility("hidden"))) Call {
     ARCORE_CHECK(args.states >= 1 && args.states <= 256, kOp, "expected a d_state of 1 to 256 but got ",
                  args.states);
     args.batch = x.dim() > 0 ? x.size(0) : 0;
+    args.steps = stepped && x.dim() > 1 ? x.size(1) : 1;
     const auto check = [&](const char* name, const Tensor& t, int64_t first, int64_t last) {
-      headed ? check_shape(kOp, name, t, {first, args.heads, last})
-             : check_shape(kOp, name, t, {first, last});
+      if (stepped)
+        headed ? check_shape(kOp, name, t, {first, args.steps, args.heads, last})
+               : check_shape(kOp, name, t, {first, args.steps, last});
+      else
+        headed ? check_shape(kOp, name, t, {first, args.heads, last})
+               : check_shape(kOp, name, t, {first, last});
     };
     const auto check_parameter = [&](const char* name, const Tensor& t) {
       headed ? check_shape(kOp, name, t, {args.heads, args.dim}) : check_shape(kOp, name, t, {args.dim});
@@ -65,10 +77,16 @@ struct __attribute__((visibility("hidden"))) Call {
       check_shape(kOp, "A", A, {args.heads, args.dim, args.states});
     else
       check_shape(kOp, "A", A, {args.dim, args.states});
-    args.groups = headed && B.dim() == 3 ? B.size(1) : 1;
-    for (const auto& [name, t] : {std::pair{"B", &B}, std::pair{"C", &C}})
-      headed ? check_shape(kOp, name, *t, {args.batch, args.groups, args.states})
-             : check_shape(kOp, name, *t, {args.batch, args.states});
+    const int64_t group_dim = stepped ? 2 : 1;
+    args.groups = headed && B.dim() == group_dim + 2 ? B.size(group_dim) : 1;
+    for (const auto& [name, t] : {std::pair{"B", &B}, std::pair{"C", &C}}) {
+      if (stepped)
+        headed ? check_shape(kOp, name, *t, {args.batch, args.steps, args.groups, args.states})
+               : check_shape(kOp, name, *t, {args.batch, args.steps, args.states});
+      else
+        headed ? check_shape(kOp, name, *t, {args.batch, args.groups, args.states})
+               : check_shape(kOp, name, *t, {args.batch, args.states});
+    }
     ARCORE_CHECK(args.groups > 0 && args.heads % args.groups == 0, kOp,
                  "expected B with groups that divide the ", args.heads, " heads but got ", args.groups);
 
@@ -91,7 +109,7 @@ struct __attribute__((visibility("hidden"))) Call {
     }
     if (z.has_value()) {
       check("z", *z, args.batch, args.dim);
-      args.z = view("z", *z);
+      args.z = view("z", *z, stepped);
     }
     if (state_batch_indices.has_value()) {
       check_shape(kOp, "state_batch_indices", *state_batch_indices, {args.batch});
@@ -112,10 +130,18 @@ struct __attribute__((visibility("hidden"))) Call {
                   state.stride(headed ? 2 : 1),
                   state.stride(headed ? 3 : 2),
                   storage_type(state, kOp, "state")};
-    args.x = view("x", x);
-    args.dt = view("dt", dt);
-    args.B = view("B", B);
-    args.C = view("C", C);
+    args.x = view("x", x, stepped);
+    args.dt = view("dt", dt, stepped);
+    args.B = view("B", B, stepped);
+    args.C = view("C", C, stepped);
+    check_written(kOp, "state", state);
+    for (const auto& [name, t] : {std::pair{"x", &x}, {"dt", &dt}, {"A", &A}, {"B", &B}, {"C", &C}})
+      check_not_written(kOp, name, *t, "state", state);
+    for (const auto& [name, t] : {std::pair{"D", &D},
+                                  {"z", &z},
+                                  {"dt_bias", &dt_bias},
+                                  {"state_batch_indices", &state_batch_indices}})
+      if (t->has_value()) check_not_written(kOp, name, **t, "state", state);
   }
 };
 

@@ -20,15 +20,20 @@ void read_as(const T* src, int64_t stride, int64_t n, float* dst) {
   }
 }
 
-// Elements [begin, begin + n) of one (batch, head) row.
-void read(const View& v, int64_t batch, int64_t head, int64_t begin, int64_t n, float* dst) {
-  const int64_t first = batch * v.batch + head * v.head + begin * v.last;
+// A step of a batch row.
+struct At {
+  int64_t batch, step;
+};
+
+// Elements [begin, begin + n) of one head.
+void read(const View& v, At at, int64_t head, int64_t begin, int64_t n, float* dst) {
+  const int64_t first = at.batch * v.batch + at.step * v.step + head * v.head + begin * v.last;
   with_type(v.dtype,
             [&](auto type) { read_as(static_cast<const decltype(type)*>(v.data) + first, v.last, n, dst); });
 }
 
-void write(const View& v, int64_t batch, int64_t head, int64_t begin, int64_t n, const float* src) {
-  const int64_t first = batch * v.batch + head * v.head + begin * v.last;
+void write(const View& v, At at, int64_t head, int64_t begin, int64_t n, const float* src) {
+  const int64_t first = at.batch * v.batch + at.step * v.step + head * v.head + begin * v.last;
   with_type(v.dtype, [&](auto type) {
     using T = decltype(type);
     T* dst = static_cast<T*>(v.data) + first;
@@ -124,22 +129,16 @@ void update_channels(const Args& args, int64_t head, int64_t channel, T* state, 
   }
 }
 
-void update_slice(const Args& args, int64_t batch, int64_t head, int64_t channel, int64_t count, Slice& s) {
-  const int64_t row = args.rows != nullptr ? args.rows[batch] : batch;
+void update_slice(const Args& args, At at, int64_t row, int64_t head, int64_t channel, int64_t count,
+                  Slice& s) {
   float x[kSlice];
   s.count = count;
   const int64_t whole = round_up(count, kLanes);
-  if (args.rows != nullptr && row == args.pad) {
-    for (int64_t c = 0; c < count; ++c)
-      s.y[c] = 0.0f;
-    write(args.out, batch, head, channel, count, s.y);
-    return;
-  }
   const int64_t group = head / (args.heads / args.groups);
-  read(args.B, batch, group, 0, s.states, s.B);
-  read(args.C, batch, group, 0, s.states, s.C);
-  read(args.x, batch, head, channel, count, x);
-  read(args.dt, batch, head, channel, count, s.dt);
+  read(args.B, at, group, 0, s.states, s.B);
+  read(args.C, at, group, 0, s.states, s.C);
+  read(args.x, at, head, channel, count, x);
+  read(args.dt, at, head, channel, count, s.dt);
   for (int64_t c = count; c < whole; ++c)
     x[c] = s.dt[c] = 0.0f;
   const int64_t first = head * args.dim + channel;
@@ -163,13 +162,31 @@ void update_slice(const Args& args, int64_t batch, int64_t head, int64_t channel
       s.y[c] += args.D[first + c] * x[c];
   if (args.z.data != nullptr) {
     float z[kSlice];
-    read(args.z, batch, head, channel, count, z);
+    read(args.z, at, head, channel, count, z);
     for (int64_t c = count; c < whole; ++c)
       z[c] = 0.0f;
     for (int64_t c = 0; c < whole; c += kLanes)
       store(s.y + c, load(s.y + c) * silu(load(z + c)));
   }
-  write(args.out, batch, head, channel, count, s.y);
+  write(args.out, at, head, channel, count, s.y);
+}
+
+// Copies a slice of a row's state to its snapshot after `step` steps.
+void take_snapshot(const Args& args, int64_t batch, int64_t step, int64_t row, int64_t head, int64_t channel,
+                   int64_t count) {
+  const Snapshots& to = args.snapshots;
+  const State& from = args.state;
+  if (to.data == nullptr) return;
+  with_type(from.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* src =
+        static_cast<const T*>(from.data) + row * from.row + head * from.head + channel * from.channel;
+    T* dst =
+        static_cast<T*>(to.data) + batch * to.batch + step * to.step + head * to.head + channel * to.channel;
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t n = 0; n < args.states; ++n)
+        dst[c * to.channel + n * to.state] = src[c * from.channel + n * from.state];
+  });
 }
 
 void update(const Args& args, int64_t begin, int64_t end) {
@@ -179,8 +196,22 @@ void update(const Args& args, int64_t begin, int64_t end) {
   s.padded = round_up(args.states, kLanes);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / slices, channel = task % slices * kSlice;
-    for (int64_t batch = 0; batch < args.batch; ++batch)
-      update_slice(args, batch, head, channel, min_of<int64_t>(kSlice, args.dim - channel), s);
+    const int64_t count = min_of<int64_t>(kSlice, args.dim - channel);
+    for (int64_t batch = 0; batch < args.batch; ++batch) {
+      const int64_t row = args.rows != nullptr ? args.rows[batch] : batch;
+      const bool padding = args.rows != nullptr && (row == args.pad || row < 0);
+      const int64_t real = padding ? 0 : args.counts != nullptr ? args.counts[batch] : args.steps;
+      if (!padding) take_snapshot(args, batch, 0, row, head, channel, count);
+      for (int64_t step = 0; step < args.steps; ++step) {
+        if (step < real) {
+          update_slice(args, {batch, step}, row, head, channel, count, s);
+        } else {
+          std::memset(s.y, 0, sizeof(s.y));
+          write(args.out, {batch, step}, head, channel, count, s.y);
+        }
+        if (!padding) take_snapshot(args, batch, step + 1, row, head, channel, count);
+      }
+    }
   }
 }
 

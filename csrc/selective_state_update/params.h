@@ -8,11 +8,11 @@
 
 namespace arcore::selective_state_update {
 
-// A [batch, head, channel or state] tensor; data is null where an optional tensor is absent. Mamba-1 has one
-// head.
+// A [batch, step, head, channel or state] tensor; data is null where an optional tensor is absent. Mamba-1
+// has one head.
 struct View {
   void* data;
-  int64_t batch, head, last;
+  int64_t batch, step, head, last;
   StorageType dtype;
 };
 
@@ -22,7 +22,14 @@ struct State {
   StorageType dtype;
 };
 
+// The state before the first step of each row and after each; data null: not wanted. Of the state's dtype.
+struct Snapshots {
+  void* data;
+  int64_t batch, step, head, channel, state;
+};
+
 struct Args {
+  int64_t steps;
   int64_t batch, heads, dim, states, groups;
   bool softplus;
   // One decay for all channels and states of a head: A is then [heads].
@@ -33,8 +40,10 @@ struct Args {
   const float* A;        // [heads, dim, states] contiguous, or [heads] if tied
   const float* D;        // [heads, dim] or null
   const float* dt_bias;  // [heads, dim] or null
-  const int64_t* rows;   // [batch] row of the state, `pad`: nothing to do; or null
+  const int64_t* rows;   // [batch] row of the state; `pad` or negative: nothing to do; or null
   int64_t pad;
+  const int64_t* counts;  // [batch] how many of the steps count, or null: all
+  Snapshots snapshots;
 };
 
 // Work is split into tasks, one per (head, slice of `slice` channels); each goes through the batch in order,

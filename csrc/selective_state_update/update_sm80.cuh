@@ -115,7 +115,7 @@ ARCORE_KERNEL update_rows(ARCORE_KERNEL_ARGS UpdateCuda cuda) {
       // An index that is neither padding nor a row cannot be refused without asking the device: it shows.
       if (real && lane == 0)
         store_any(a.out.data, a.out.dtype, element_at(a.out, batch, head, channel),
-                  row == a.pad ? 0.0f : bits_float(0x7fc00000u));
+                  row == a.pad || row < 0 ? 0.0f : bits_float(0x7fc00000u));
       return;
     }
     if (named_before(cuda.rows, batch, row)) return;

@@ -43,7 +43,7 @@ WRONG = {
     "device": (
         {"weight": torch.zeros(4, 4, device="meta")},
         ValueError,
-        "expected weight on x's device cpu but got meta",
+        "expected weight on the device of x, cpu, but got meta",
     ),
 }
 

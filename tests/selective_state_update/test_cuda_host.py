@@ -100,7 +100,8 @@ def test_a_row_outside_the_state_touches_nothing(host: CudaHost) -> None:
     step = replace(make_step(3, 20, 16), state=torch.randn(3, 20, 16), state_batch_indices=rows)
     out, state = step.run()
     assert not out[0].isnan().any()
-    assert out[1:].isnan().all()
+    assert out[1].isnan().all()
+    assert torch.equal(out[2], torch.zeros_like(out[2]))  # negative: padding
     assert torch.equal(state[1:], step.state[1:])
 
 

@@ -184,7 +184,11 @@ WRONG = {
         ValueError,
         r"one row per row of x \(2\) but got 3; give state_batch",
     ),
-    "x": ({"x": torch.zeros(2, 5)}, ValueError, r"expected x of shape \(batch, 4\) but got \(2, 5\)"),
+    "x": (
+        {"x": torch.zeros(2, 5)},
+        ValueError,
+        r"expected x of shape \(batch, 4\) or with several tokens \(batch, steps, 4\) but got \(2, 5\)",
+    ),
     "dt": ({"dt": torch.zeros(2, 1)}, ValueError, r"expected dt of shape \(2, 4\) but got \(2, 1\)"),
     "A": ({"A": torch.zeros(4)}, ValueError, r"expected A of shape \(4, 3\) but got \(4,\)"),
     "complex": (
@@ -210,13 +214,13 @@ WRONG = {
     "index_range": (
         {"state_batch_indices": torch.tensor([0, 7])},
         RuntimeError,
-        "expected state_batch_indices from 0 to 1, or pad_slot_id=-1, but got 7",
+        "expected state_batch_indices from 0 to 1, or negative or pad_slot_id=-1 for padding, but got 7",
     ),
     "no_tensor": ({"B": None}, TypeError, "expected B to be a tensor but got NoneType"),
     "device": (
         {"C": torch.zeros(2, 3, device="meta")},
         ValueError,
-        "expected C on state's device cpu but got meta",
+        "expected C on the device of state, cpu, but got meta",
     ),
 }
 
