@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -24,7 +25,20 @@ SIGNATURES = {
     "causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
     "final_states_out=None, activation=None",
     "causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
-    "conv_state_indices=None",
+    "conv_state_indices=None, pad_slot_id=-1",
+    "causal_conv1d_ref": "x, weight, bias=None, initial_states=None, return_final_states=False, "
+    "final_states_out=None, activation=None",
+    "causal_conv1d_varlen_states": "x, cu_seqlens, state_len",
+    "mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, "
+    "seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
+    "return_varlen_states=False, state_dtype=None",
+    "mamba_split_conv1d_scan_combined": "zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, "
+    "initial_states=None, seq_idx=None, dt_limit=(0.0, inf), return_final_states=False, activation='silu', "
+    "rmsnorm_weight=None, rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
+    "norm_before_gate=True, state_dtype=None",
+    "mamba_inner_ref": "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, "
+    "out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, "
+    "delta_softplus=True",
     "selective_state_update": "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, "
     "state_batch_indices=None, pad_slot_id=-1",
 }
@@ -33,7 +47,9 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_names_order_and_defaults_are_the_peers(name: str):
     signature = inspect.signature(getattr(mamba_ssm, name))
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    # What can only be named comes on top.
+    positional = [p for p in signature.parameters.values() if p.kind != p.KEYWORD_ONLY]
+    plain = [p.replace(annotation=p.empty) for p in positional]
     assert str(inspect.Signature(plain)) == f"({SIGNATURES[name]})"
 
 
@@ -149,3 +165,127 @@ def test_steps_continue_the_scan():
             state, u[..., t], delta[..., t], a, b[..., t], c[..., t], d, z[..., t], d, True
         )
         torch.testing.assert_close(out, expected[..., t], rtol=1e-5, atol=1e-5)
+
+
+def split_layer(beside: int = 0, groups: int = 2) -> tuple[Tensor, dict[str, Any]]:
+    heads, per_head, d_state = 4, 6, 5
+    dim, channels = heads * per_head, heads * per_head + 2 * groups * d_state
+    return torch.randn(2, 9, 2 * beside + dim + channels + heads), {
+        "conv1d_weight": torch.randn(channels, 4),
+        "conv1d_bias": torch.randn(channels),
+        "dt_bias": torch.randn(heads),
+        "A": -torch.rand(heads) - 0.1,
+        "D": torch.randn(heads),
+        "chunk_size": 4,
+        "headdim": per_head,
+        "ngroups": groups,
+    }
+
+
+@pytest.mark.parametrize("beside", [0, 3])
+@pytest.mark.parametrize("before", [True, False])
+def test_split_scan_by_its_formulas(beside: int, before: bool):
+    zxbcdt, layer = split_layer(beside)
+    weight, out_weight, out_bias = torch.rand(24) + 0.5, torch.randn(7, beside + 24), torch.randn(7)
+    pair, z, xbc, dt = zxbcdt.split([2 * beside, 24, 44, 4], dim=-1)
+    padded = F.pad(xbc.transpose(1, 2), (3, 0)).unfold(2, 4, 1)
+    xbc = F.silu(
+        (padded * layer["conv1d_weight"][:, None]).sum(-1) + layer["conv1d_bias"][:, None]
+    ).transpose(1, 2)
+    x, b, c = xbc.split([24, 10, 10], dim=-1)
+    step = F.softplus(dt + layer["dt_bias"]).clamp(0.1, 2.0)
+    state, ys = torch.zeros(2, 4, 6, 5), []
+    for t in range(9):
+        xt, bt, ct = x[:, t].view(2, 4, 6), b[:, t].view(2, 2, 5), c[:, t].view(2, 2, 5)
+        bt, ct = (m.repeat_interleave(2, dim=1) for m in (bt, ct))
+        decay = (step[:, t] * layer["A"]).exp()[..., None, None]
+        state = decay * state + (step[:, t, :, None] * xt)[..., None] * bt[:, :, None]
+        ys.append(((state * ct[:, :, None]).sum(-1) + layer["D"][:, None] * xt).flatten(1))
+    y = torch.stack(ys, 1)
+    gated = y if before else y * F.silu(z)
+    normed = (
+        gated.unflatten(-1, (2, 12))
+        * (gated.unflatten(-1, (2, 12)).square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    )
+    normed = normed.flatten(2) * weight * (F.silu(z) if before else 1.0)
+    gate, value = pair.chunk(2, dim=-1)
+    expected = torch.cat([F.silu(gate) * value, normed], -1) @ out_weight.T + out_bias
+    options = {"rmsnorm_weight": weight, "norm_before_gate": before, "dt_limit": (0.1, 2.0)}
+    options |= {"outproj_weight": out_weight, "outproj_bias": out_bias}
+    out, last = mamba_ssm.mamba_split_conv1d_scan_combined(
+        zxbcdt, **layer, **options, return_final_states=True
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last, state, rtol=1e-4, atol=1e-4)
+    reference = mamba_ssm.mamba_split_conv1d_scan_ref(zxbcdt, **layer, **options)
+    torch.testing.assert_close(reference, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_split_scan_names_what_does_not_fit():
+    zxbcdt, layer = split_layer()
+    with pytest.raises(ValueError, match="expected headdim where D has one dimension"):
+        mamba_ssm.mamba_split_conv1d_scan_combined(zxbcdt, **layer | {"headdim": None})
+    with pytest.raises(ValueError, match="with dim=24, heads=4, ngroups=2, but got 71 and 44"):
+        mamba_ssm.mamba_split_conv1d_scan_combined(zxbcdt[..., :-1], **layer)
+
+
+def test_states_of_packed_sequences():
+    lengths = [5, 1, 70]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    x, b, c = torch.randn(1, 76, 4, 6), torch.randn(1, 76, 2, 5), torch.randn(1, 76, 2, 5)
+    dt, a = torch.rand(1, 76, 4), -torch.rand(4)
+    out, final, each = mamba_ssm.mamba_chunk_scan_combined(
+        x,
+        dt,
+        a,
+        b,
+        c,
+        16,
+        seq_idx=ids,
+        cu_seqlens=bounds,
+        return_final_states=True,
+        return_varlen_states=True,
+    )
+    again, last = mamba_ssm.mamba_chunk_scan_combined(
+        x, dt, a, b, c, 16, seq_idx=ids, return_final_states=True
+    )
+    torch.testing.assert_close(out, again, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final, last, rtol=1e-5, atol=1e-5)
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        piece = [t[:, start:stop] for t in (x, dt, b, c)]
+        _, alone = mamba_ssm.mamba_chunk_scan_combined(
+            *piece[:2], a, *piece[2:], 16, return_final_states=True
+        )
+        torch.testing.assert_close(each[i : i + 1], alone)
+    with pytest.raises(
+        ValueError, match="expected cu_seqlens, and no initial_states, with return_varlen_states"
+    ):
+        mamba_ssm.mamba_chunk_scan_combined(x, dt, a, b, c, 16, return_varlen_states=True)
+
+
+@pytest.mark.parametrize("state_len", [0, 3, 9])
+def test_last_inputs_of_packed_sequences(state_len: int):
+    x, bounds = torch.randn(20, 6), torch.tensor([0, 0, 5, 7, 20])
+    states = mamba_ssm.causal_conv1d_varlen_states(x, bounds, state_len)
+    assert torch.equal(states, mamba_ssm.causal_conv1d_varlen_states_ref(x, bounds, state_len))
+    assert states.shape == (4, 6, state_len)
+    assert not states[0].any()
+    if state_len == 3:
+        assert torch.equal(states[2], F.pad(x[5:7].T, (1, 0)))
+        assert torch.equal(states[3], x[17:].T)
+
+
+def test_references_are_the_functions():
+    w, xz = weights(), torch.randn(2, 48, 13)
+    torch.testing.assert_close(mamba_ssm.mamba_inner_ref(xz, **w), by_formulas(xz, w), rtol=1e-5, atol=1e-5)
+    x, weight, state = torch.randn(2, 6, 9), torch.randn(6, 4), torch.randn(2, 6, 3)
+    ours = mamba_ssm.causal_conv1d_fn(x, weight, None, None, state, True, None, "silu")
+    for one, other in zip(
+        ours, mamba_ssm.causal_conv1d_ref(x, weight, None, state, True, None, "silu"), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    a, b = state.clone(), state.clone()
+    step = mamba_ssm.causal_conv1d_update(x[..., 0], a, weight)
+    torch.testing.assert_close(step, mamba_ssm.causal_conv1d_update_ref(x[..., 0], b, weight))
+    assert torch.equal(a, b)

@@ -22,7 +22,80 @@ def _afterwards_disabled() -> Iterator[None]:
     kernels.disable()
 
 
-@pytest.fixture(params=["mamba", "mamba2", "falcon_mamba", "jamba"])
+HYBRID: dict[str, Any] = SIZES | {
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+MAMBA2: dict[str, Any] = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+
+
+def hybrid(name: str) -> Any:
+    """A tiny model of a family that mixes scans with attention."""
+    if name == "bamba":
+        config = transformers.BambaConfig(**HYBRID, **MAMBA2, attn_layer_indices=[1])
+        return transformers.BambaForCausalLM(config)
+    if name == "falcon_h1":
+        return transformers.FalconH1ForCausalLM(
+            transformers.FalconH1Config(**HYBRID, **MAMBA2, mamba_d_ssm=96, head_dim=12)
+        )
+    if name == "granitemoehybrid":
+        config = transformers.GraniteMoeHybridConfig(
+            **HYBRID,
+            **MAMBA2,
+            layer_types=["mamba", "attention"],
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            shared_intermediate_size=32,
+        )
+        return transformers.GraniteMoeHybridForCausalLM(config)
+    if name == "nemotron_h":
+        config = transformers.NemotronHConfig(
+            **HYBRID | {"num_hidden_layers": 3},
+            layers_block_type=["mamba", "attention", "mlp"],
+            head_dim=12,
+            mamba_num_heads=6,
+            mamba_head_dim=16,
+            ssm_state_size=8,
+            n_groups=2,
+            chunk_size=8,
+        )
+        return transformers.NemotronHForCausalLM(config)
+    if name == "zamba2":
+        config = transformers.Zamba2Config(
+            **HYBRID | {"num_key_value_heads": 4},
+            layers_block_type=["mamba", "hybrid"],
+            mamba_d_state=8,
+            mamba_ngroups=2,
+            n_mamba_heads=6,
+            mamba_headdim=16,
+            chunk_size=8,
+            mamba_expand=2,
+            num_mem_blocks=1,
+        )
+        return transformers.Zamba2ForCausalLM(config)
+    config = transformers.ZambaConfig(
+        **HYBRID | {"num_key_value_heads": 4, "num_hidden_layers": 3},
+        layers_block_type=["mamba", "hybrid", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=2,
+    )
+    return transformers.ZambaForCausalLM(config)
+
+
+FAMILIES = ["mamba", "mamba2", "falcon_mamba", "jamba"]
+HYBRIDS = ["bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba", "zamba2"]
+
+
+@pytest.fixture(params=[*FAMILIES, *HYBRIDS])
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == "mamba":
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, state_size=8, use_bias=True))
@@ -33,6 +106,8 @@ def model(request: pytest.FixtureRequest) -> Any:
         model = transformers.Mamba2ForCausalLM(config)
     elif request.param == "falcon_mamba":
         model = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**SIZES, state_size=8))
+    elif request.param in HYBRIDS:
+        model = hybrid(request.param)
     else:
         config = transformers.JambaConfig(
             **SIZES | {"num_hidden_layers": 3},
@@ -189,3 +264,11 @@ def test_another_layout_of_transformers_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(modeling_jamba, "mamba_selective_scan", original, raising=False)
     assert functions() == before
     assert not kernels.is_enabled()
+
+
+def test_it_says_what_it_left_alone():
+    enabled = kernels.enable()
+    assert set(HYBRIDS) <= set(enabled.models)
+    assert not set(enabled.models) & set(enabled.left_alone)
+    assert "causal_conv1d_fn" in enabled.left_alone["lfm2"]
+    assert "left alone: " in repr(enabled)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import pathlib
+import re
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -31,14 +33,42 @@ from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, sele
 _ACTIVATIONS = (None, "silu", "swish")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# A function of a modelling file for which transformers looks for a kernel.
+_KERNEL = re.compile(r"@use_kernel_func_from_hub_with_fallback\([^)]*\)\s*def (\w+)")
+
 _originals: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 class Enabled:
-    """What `enable` returns; as a context manager it undoes the call at the end of the block."""
+    """What `enable` returns; as a context manager it undoes the call at the end of the block.
+
+    Attributes:
+        models: families of transformers whose functions are replaced, by the names of their folders.
+    """
 
     def __init__(self, changed: bool) -> None:
         self._changed = changed
+        self.models = tuple(_MODELS)
+
+    @functools.cached_property
+    def left_alone(self) -> dict[str, tuple[str, ...]]:
+        """Functions that transformers would take from a package of kernels and that stay as they were, by family.
+
+        Found in the text of transformers' modelling files, so that families of later versions are named too.
+        """
+        folder = pathlib.Path(require("transformers", extra="transformers").__file__).parent / "models"
+        found = {}
+        for path in sorted(folder.glob("*/modeling_*.py")):
+            functions = _KERNEL.findall(path.read_text(encoding="utf-8"))
+            ours = _MODELS.get(path.parent.name, {})
+            rest = tuple(name for name in functions if name not in ours)
+            if rest:
+                found[path.parent.name] = rest
+        return found
+
+    def __repr__(self) -> str:
+        rest = ", ".join(f"{name} ({', '.join(f)})" for name, f in self.left_alone.items())
+        return f"Enabled(models={', '.join(self.models)}; left alone: {rest or 'nothing'})"
 
     def __enter__(self) -> Enabled:
         return self
@@ -51,7 +81,11 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Let Mamba, Mamba-2, FalconMamba and Jamba of transformers use our convolution, our scan and their decoding steps.
+    """Let the Mamba models of transformers use our convolution, our scan and their decoding steps.
+
+    These are Mamba, FalconMamba, Jamba and Zamba, and with Mamba-2's scan Mamba-2, Bamba, FalconH1, GraniteMoeHybrid,
+    NemotronH and Zamba2. Attention and other layers of the mixed ones stay as they are, and so do families that are not
+    named here; the result's `left_alone` lists their functions.
 
     Calls that our kernels cannot serve go to the functions that were there before: tensors on other devices, float64,
     other activations than SiLU, and tracing by `torch.export`; so do packed sequences, which these models do not tell
@@ -59,7 +93,8 @@ def enable() -> Enabled:
     Calling this twice does no harm.
 
     Returns:
-        For `with`: the end of the block calls `disable`, unless an outer block had it enabled already.
+        For `with`: the end of the block calls `disable`, unless an outer block had it enabled already. Printed, it
+        tells what was replaced and what was not.
 
     Raises:
         ImportError: transformers is missing.
@@ -263,4 +298,17 @@ _MAMBA2: _Replacements = _CONVOLUTION | {
     "mamba2_selective_state_update": _state_update,
     "mamba2_split_conv1d_scan_combined": _no_fusion,
 }
-_MODELS = {"mamba": _MAMBA, "falcon_mamba": _MAMBA, "jamba": _MAMBA, "mamba2": _MAMBA2}
+# Zamba has no fused training function.
+_ZAMBA = {name: f for name, f in _MAMBA.items() if name != "mamba_inner_fn"}
+_MODELS = {
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "jamba": _MAMBA,
+    "zamba": _ZAMBA,
+    "mamba2": _MAMBA2,
+    "bamba": _MAMBA2,
+    "falcon_h1": _MAMBA2,
+    "granitemoehybrid": _MAMBA2,
+    "nemotron_h": _MAMBA2,
+    "zamba2": _MAMBA2,
+}
