@@ -75,3 +75,30 @@ def test_sizes_out_of_range():
         ValueError, match="expected at least one layer and no negative size but got num_layers=0"
     ):
         StateCache(num_layers=0, batch=1, conv_shape=(1, 1), state_shape=(1, 1))
+
+
+def test_staged_tokens_are_counted_in_per_row():
+    cache = filled()
+    conv, ssm, batch = cache.conv.clone(), cache.ssm.clone(), cache.batch
+    with pytest.raises(ValueError, match="expected a count from 0 to 0, the tokens staged"):
+        cache.commit(1)
+    cache.stage(2)
+    for layer in range(cache.conv.shape[0]):
+        for entries, trail in zip(cache.layer(layer), cache.trail(layer), strict=True):
+            for k in range(3):
+                trail[:, k] = entries + k
+            entries.add_(2)
+    cache.rewind()
+    assert torch.equal(cache.conv, conv)
+    length, counts = cache.length, [k % 3 for k in range(batch)]
+    with pytest.raises(ValueError, match="expected a count from 0 to 2"):
+        cache.commit(3)
+    cache.commit(torch.tensor(counts))
+    for row, count in enumerate(counts):
+        assert torch.equal(cache.conv[:, row], conv[:, row] + count)
+        assert torch.equal(cache.ssm[:, row], ssm[:, row] + count)
+    assert cache.length == length + 2
+    assert cache.trail(0) == (None, None)
+    cache.stage(1)
+    with pytest.raises(ValueError, match="follow one chain of drafts, not a tree"):
+        cache.keep([[1]] * batch)

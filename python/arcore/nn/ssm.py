@@ -71,9 +71,27 @@ class CausalConv1d(nn.Module):
         )
         return out
 
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token: `[B, D]` to `[B, D]`; `state` `[B, W - 1, D]` moves on in place."""
-        return causal_conv1d_update(x, state.transpose(1, 2), self.weight.squeeze(1), self.bias, "silu")
+    def step(self, x: Tensor, state: Tensor, trail: Tensor | None = None) -> Tensor:
+        """One token or a few; `state` `[B, W - 1, D]` moves on in place.
+
+        Args:
+            x: `[B, D]` or `[B, S, D]`.
+            state: see above.
+            trail: `[B, S + 1, W - 1, D]`, receives the states before and after each of S tokens.
+
+        Returns:
+            x's shape.
+        """
+        several = x.dim() == 3
+        y = causal_conv1d_update(
+            x.transpose(1, 2) if several else x,
+            state.transpose(1, 2),
+            self.weight.squeeze(1),
+            self.bias,
+            "silu",
+            snapshots=None if trail is None else trail.transpose(2, 3),
+        )
+        return y.transpose(1, 2) if several else y
 
 
 class SelectiveSSM(nn.Module):
@@ -246,15 +264,18 @@ class MambaMixer(SelectiveSSM):
         return out
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
-        """Mix one token per row, `[B, C]` to `[B, C]`; the layer's state moves on in place."""
+        """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)
+        conv_trail, trail = cache.trail(layer) if x.dim() == 3 else (None, None)
         if layer not in cache.derived:
             cache.derived[layer] = self.decay()
         u, z = self.in_proj(x).chunk(2, dim=-1)  # [B, D]
-        u = self.conv1d.step(u, conv_state)
+        u = self.conv1d.step(u, conv_state, conv_trail)
         delta, b, c = self.select(u)
         y = selective_state_update(
-            state, u, delta, cache.derived[layer], b, c, self.D, z, self.dt_proj.bias, dt_softplus=True
+            *(state, u, delta, cache.derived[layer], b, c, self.D, z, self.dt_proj.bias),
+            dt_softplus=True,
+            snapshots=trail,
         )
         out: Tensor = self.out_proj(y)
         return out
@@ -383,10 +404,11 @@ class Mamba2Mixer(nn.Module):
         return out
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
-        """Mix one token per row, `[B, C]` to `[B, C]`; the layer's state moves on in place."""
+        """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)
+        conv_trail, trail = cache.trail(layer) if x.dim() == 3 else (None, None)
         gate, xbc, dt = self._split_input(x)
-        xbc = self.conv1d.step(xbc, conv_state)
+        xbc = self.conv1d.step(xbc, conv_state, conv_trail)
         if layer not in cache.derived:
             cache.derived[layer] = self.decay()
         u, b, c = self._split_scan(xbc)
@@ -396,13 +418,14 @@ class Mamba2Mixer(nn.Module):
         y = selective_state_update(
             state,
             u.unflatten(-1, heads[:2]),
-            dt.unsqueeze(-1).expand(-1, *heads[:2]),
+            dt.unsqueeze(-1).expand(*dt.shape, heads[1]),
             cache.derived[layer][:, None, None].expand(heads),
             b.unflatten(-1, (self.groups, self.d_state)),
             c.unflatten(-1, (self.groups, self.d_state)),
             self.D.unsqueeze(-1).expand(heads[:2]),
+            snapshots=trail,
         )
-        out: Tensor = self.out_proj(self.norm(y.flatten(1), gate))
+        out: Tensor = self.out_proj(self.norm(y.flatten(-2), gate))
         return out
 
 

@@ -26,8 +26,9 @@ class StateSnapshot:
 class StateCache:
     """What state-space layers remember of the tokens so far: the last inputs of their convolution and their state.
 
-    Layers write their entries in place. There is no way back from a state to an earlier one, so speculative decoders
-    take a `snapshot` first and `restore` it.
+    Layers write their entries in place. There is no way back from a state to an earlier one, so what is to be undone
+    needs a `snapshot` first, or, for drafts of a few tokens, `stage`: the states after each of them are kept until
+    `commit` picks one per row.
 
     A cache belongs to the weights that filled it, and `derived` holds what layers computed from those weights alone
     and need again in each step.
@@ -66,6 +67,7 @@ class StateCache:
         self.ssm = torch.zeros(num_layers, batch, *state_shape, dtype=torch.float32, device=device)
         self.length = 0
         self.derived: dict[int, Tensor] = {}
+        self._trail: tuple[Tensor, Tensor] | None = None
         self._split()
 
     @property
@@ -94,6 +96,65 @@ class StateCache:
         self.conv.copy_(snapshot.conv)
         self.ssm.copy_(snapshot.ssm)
         self.length = snapshot.length
+
+    def stage(self, tokens: int) -> None:
+        """Make room for the states before and after each of `tokens` tokens that layers read next; see `trail`."""
+        self._trail = (
+            self.conv.new_empty(*self.conv.shape[:2], tokens + 1, *self.conv.shape[2:]),
+            self.ssm.new_empty(*self.ssm.shape[:2], tokens + 1, *self.ssm.shape[2:]),
+        )
+
+    def trail(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """A layer's room for what `stage` announced: `[B, tokens + 1, ...]` for each of its entries.
+
+        (None, None) where nothing is staged.
+        """
+        return (None, None) if self._trail is None else (self._trail[0][layer], self._trail[1][layer])
+
+    def rewind(self) -> None:
+        """Go back to the states before the staged tokens, which stay staged."""
+        self._take([0] * self.batch)
+
+    def commit(self, counts: int | Tensor | Sequence[int]) -> None:
+        """Count staged tokens in: each row's state becomes that after the first `counts` of them, bit for bit.
+
+        Args:
+            counts: one number, or one per row. `length` grows by the largest.
+
+        Raises:
+            ValueError: nothing is staged, or the counts do not fit.
+        """
+        numbers = [counts] * self.batch if isinstance(counts, int) else torch.as_tensor(counts).tolist()
+        staged = -1 if self._trail is None else self._trail[0].shape[2] - 1
+        if len(numbers) != self.batch or any(not 0 <= n <= staged for n in numbers):
+            raise ValueError(
+                f"arcore.nn.StateCache: expected a count from 0 to {max(staged, 0)}, the tokens staged, for each of "
+                f"{self.batch} rows but got {numbers}"
+            )
+        self._take(numbers)
+        self._trail = None
+        self.length += max(numbers, default=0)
+
+    def keep(self, path: Tensor | Sequence[Sequence[int]]) -> None:
+        """`commit` by the places of accepted tokens: 0, 1, ... of each row, then -1. A state has no branches.
+
+        Raises:
+            ValueError: a row's places are not the first ones in order.
+        """
+        rows = path.tolist() if isinstance(path, Tensor) else [list(row) for row in path]
+        rows = [row[: row.index(-1)] if -1 in row else row for row in rows]
+        if any(row != list(range(len(row))) for row in rows):
+            raise ValueError(
+                f"arcore.nn.StateCache: expected the first staged tokens of each row in order but got {rows}; states "
+                "follow one chain of drafts, not a tree"
+            )
+        self.commit([len(row) for row in rows])
+
+    def _take(self, numbers: Sequence[int]) -> None:
+        assert self._trail is not None
+        rows, at = torch.arange(self.batch), torch.tensor(numbers, dtype=torch.int64)
+        for entries, kept in zip((self.conv, self.ssm), self._trail, strict=True):
+            entries.copy_(kept[:, rows.to(kept.device), at.to(kept.device)])
 
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).

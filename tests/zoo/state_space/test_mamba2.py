@@ -120,3 +120,28 @@ def test_configs_that_do_not_fit():
     content = {"model_type": "mamba2", "hidden_size": 48, "num_hidden_layers": 1, "vocab_size": 9}
     with pytest.raises(ValueError, match=r"num_heads=3 times head_dim=16 is not expand \* hidden_size = 96"):
         Mamba2.official_config(content | {"num_heads": 3, "head_dim": 16})
+
+
+@torch.no_grad()
+def test_accepted_drafts_leave_the_state_of_the_accepted_text():
+    model, ids = shaken(Mamba2(Mamba2Config(**SMALL))), torch.randint(93, (3, 12))
+    cache = model.make_cache(3)
+    model.prefill(ids[:, :5], cache)
+    before = cache.snapshot()
+    drafted = model.extend(ids[:, 5:9], cache)
+    assert torch.equal(cache.ssm, before.ssm)
+    cache.keep(torch.tensor([[0, 1, 2], [-1, -1, -1], [0, -1, -1]]))
+    assert (drafted.logits - model(ids[:, :9])[:, 5:]).abs().max() <= 1e-5
+    for row, count in enumerate((3, 0, 1)):
+        again = model.make_cache(1)
+        model.prefill(ids[row : row + 1, :5], again)
+        again.ssm.copy_(before.ssm[:, row : row + 1])
+        again.conv.copy_(before.conv[:, row : row + 1])
+        # Only as many drafts as were accepted.
+        if count:
+            model.extend(ids[row : row + 1, 5 : 5 + count], again)
+            again.commit(count)
+        torch.testing.assert_close(again.ssm[:, 0], cache.ssm[:, row], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(again.conv[:, 0], cache.conv[:, row], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="a state has no branches"):
+        model.extend(ids[:, :3], cache, parents=[-1, 0, 0])

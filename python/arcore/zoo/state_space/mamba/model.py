@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore.catalog import preset
-from arcore.nn import MambaMixer, RMSNorm, StateCache, linear
+from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
 
@@ -82,7 +82,7 @@ class MambaLayer(nn.Module):
 
 
 class Mamba(nn.Module):
-    """The language model. A `TokenModel` (`arcore.nn.protocols`).
+    """The language model. A `DraftableModel` (`arcore.nn.protocols`) for chains of drafts.
 
     Args:
         config: settings.
@@ -204,6 +204,27 @@ class Mamba(nn.Module):
             x = x + layer.mixer.step(layer.norm(x), cache, i)
         cache.length += 1
         return self._logits(x)
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor, cache: StateCache, parents: Sequence[int] | None = None) -> Extended:
+        """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`.
+
+        Raises:
+            ValueError: the drafts are no chain: a state has no branches.
+        """
+        x = self._embed(ids, 2)
+        drafts = ids.shape[1]
+        if drafts == 0 or (parents is not None and list(parents) != list(range(-1, drafts - 1))):
+            raise ValueError(
+                f"expected a chain of drafts, each after the one before, but got {drafts} with parents={parents}; a "
+                "state has no branches"
+            )
+        cache.stage(drafts)
+        for i, layer in enumerate(self.layers):
+            x = x + layer.mixer.step(layer.norm(x), cache, i)
+        cache.rewind()
+        hidden = self.norm_f(x)
+        return Extended(self._logits(x), hidden)
 
     def _embed(self, ids: Tensor, axes: int) -> Tensor:
         if ids.dim() != axes:
