@@ -129,7 +129,7 @@ def test_file_that_would_run_code(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"model": {"a": torch.zeros(1)}}])
+@pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"model": {"a": 1}}])
 def test_file_without_a_table_of_tensors(tmp_path: Path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth are no table of tensors by name"):

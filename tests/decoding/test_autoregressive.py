@@ -202,7 +202,7 @@ def test_nothing_to_do():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": -1}, "expected max_new_tokens >= 0 but got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0 but got -1"),
         ({"prompt": [[1], []]}, "expected at least one token in every row"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "expected at least one token in every row"),
         (

@@ -69,6 +69,35 @@ def test_bound_of_the_last_step_is_a_likelihood():
     assert levels[probabilities.argmax()].item() == pytest.approx(0.3, abs=1 / 255)
 
 
+def test_bound_of_the_last_step_as_released():
+    """With the tangent in place of the normal distribution; the other terms are the same."""
+    clean, _, output, variance, times, noisy = case(0)
+    ours = variance_bound(output, variance, clean, noisy, times, SCHEDULE)
+    theirs = variance_bound(output, variance, clean, noisy, times, SCHEDULE, cdf="tanh")
+    x0 = (noisy - (1 - SCHEDULE.alphas_cumprod[0]).sqrt().float() * output) / SCHEDULE.alphas_cumprod[
+        0
+    ].sqrt().float()
+    beta0, beta1 = SCHEDULE.betas[:2]
+    narrow = beta1 * (1 - SCHEDULE.alphas_cumprod[0]) / (1 - SCHEDULE.alphas_cumprod[1])
+    share = (variance.double() + 1) / 2
+    width = (share * beta0.log() + (1 - share) * narrow.log()).div(2).exp()
+
+    def below(edge):
+        z = (edge - x0.double()) / width
+        return (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2
+
+    expected = -(below(clean + 1 / 255) - below(clean - 1 / 255)).clamp(min=1e-12).log2()
+    torch.testing.assert_close(theirs.double(), expected, rtol=1e-3, atol=1e-3)
+    assert (theirs - ours).abs().max() > 1e-4
+    later = case(5)
+    both = [
+        variance_bound(*(later[i] for i in (2, 3, 0, 5, 4)), SCHEDULE, cdf=cdf) for cdf in ("exact", "tanh")
+    ]
+    assert torch.equal(*both)
+    with pytest.raises(ValueError, match="cdf to be exact or tanh"):
+        variance_bound(output, variance, clean, noisy, times, SCHEDULE, cdf="fast")
+
+
 def test_bound_teaches_the_variance_only():
     clean, _, output, variance, times, noisy = case(50)
     output.requires_grad_()

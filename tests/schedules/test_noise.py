@@ -89,17 +89,54 @@ def test_times_to_train_on():
         ("leading", [800, 600, 400, 200, 0, -1]),
         ("leading_inner", [830, 664, 498, 332, 166, -1]),
         ("linspace", [999, 749, 500, 250, 0, -1]),
+        ("linspace_inner", [999, 799, 599, 400, 200, -1]),
         ("trailing", [999, 799, 599, 399, 199, -1]),
+        ("every", [800, 600, 400, 200, 0, -1]),
     ],
 )
 def test_grids(spacing, expected):
     assert VPSchedule().grid(5, spacing).tolist() == expected
 
 
-@pytest.mark.parametrize("spacing", ["leading", "leading_inner", "linspace", "trailing"])
+SPACINGS = ["leading", "leading_inner", "linspace", "linspace_inner", "trailing"]
+
+
+def test_times_of_released_samplers():
+    grid = VPSchedule().grid
+    # ACDiT: 25 steps of DPM-Solver.
+    assert grid(25, "linspace_inner").tolist() == [
+        *(999, 959, 919, 879, 839, 799, 759, 719, 679, 639, 599, 559, 519),
+        *(480, 440, 400, 360, 320, 280, 240, 200, 160, 120, 80, 40, -1),
+    ]  # fmt: skip
+    # AR-Diffusion: every 33rd for 30 steps are 31.
+    assert grid(30, "every").tolist() == [*range(990, -1, -33), -1]
+    # The respaced DDPM: 21 of a sum that passes 499.5 from below, and the number of counts for which that matters.
+    assert 499 in grid(21, "linspace").tolist()
+    multiplied = [[round(k * (999 / (steps - 1))) for k in range(steps)] for steps in range(2, 1001)]
+    summed = [grid(steps, "linspace")[:-1].flip(0).tolist() for steps in range(2, 1001)]
+    assert sum(a != b for a, b in zip(multiplied, summed, strict=True)) == 278
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
+@pytest.mark.parametrize("steps", [1, 2, 10, 24, 25, 50, 333, 500, 997, 999])
+def test_times_of_the_published_schedulers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    config = diffusers.DDIMScheduler().config
+    made = {
+        "linspace_inner": diffusers.DPMSolverMultistepScheduler.from_config(config),
+        "leading": diffusers.DDIMScheduler.from_config(config),
+        "leading_inner": diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading"),
+        "trailing": diffusers.DDIMScheduler(timestep_spacing="trailing"),
+    }
+    for spacing, scheduler in made.items():
+        scheduler.set_timesteps(steps)
+        assert VPSchedule().grid(steps, spacing)[:-1].tolist() == scheduler.timesteps.tolist(), spacing
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_grids_descend_inside_the_schedule(spacing):
     for total in (1, 2, 7, 100):
-        most = total - (spacing == "leading_inner")
+        most = total - spacing.endswith("_inner")
         for steps in range(1, most + 1):
             grid = VPSchedule(num_steps=total).grid(steps, spacing)
             assert len(grid) == steps + 1
@@ -121,6 +158,7 @@ def test_both_are_noise_schedules():
         (lambda: VPSchedule(beta_start=0.1, beta_end=0.01), "beta_start <= beta_end"),
         (lambda: VPSchedule().grid(1001), "1 to 1000 sampling steps"),
         (lambda: VPSchedule().grid(1000, "leading_inner"), "1 to 999 sampling steps"),
+        (lambda: VPSchedule().grid(1000, "linspace_inner"), "1 to 999 sampling steps"),
         (lambda: VPSchedule().grid(5, "quadratic"), "spacing to be"),
         (lambda: VPSchedule().check_times("t", torch.tensor([1000])), "t from -1 to 999"),
         (lambda: VPSchedule().check_times("t", torch.tensor([-2])), "got -2"),

@@ -75,6 +75,34 @@ def test_published_samplers(name, solver, spacing, steps):
     torch.testing.assert_close(out.flatten(), expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
+@pytest.mark.parametrize("steps", [1, 2, 14, 15, 25])
+@pytest.mark.parametrize("name", ["acdit", "ddim", "trailing"])
+def test_published_schedulers_step_by_step(name, steps):
+    """The schedulers of diffusers as released samplers make them: ACDiT's, and DDIM with two spacings."""
+    diffusers = pytest.importorskip("diffusers")
+    if name == "acdit":
+        theirs = diffusers.DPMSolverMultistepScheduler.from_config(diffusers.DDIMScheduler().config)
+        solver, grid = DPMSolver2M(VP), VP.grid(steps, "linspace_inner")
+    else:
+        if name == "trailing" and 1000 % steps:
+            pytest.skip("their step goes back by 1000 // steps, past the times that they themselves give")
+        spacing = "leading" if name == "ddim" else "trailing"
+        theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+        solver, grid = DDIM(VP), VP.grid(steps, spacing)
+    theirs.set_timesteps(steps)
+
+    def network(x, t):
+        return torch.tanh(0.7 * x + t / 1000)
+
+    torch.manual_seed(0)
+    start = torch.randn(2, 3, dtype=torch.float64)
+    x = start
+    for t in theirs.timesteps:
+        x = theirs.step(network(x, t), t, x).prev_sample
+    torch.testing.assert_close(run(solver, network, start, grid), x.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["eps", "v", "x0", "velocity"])
 def test_straight_lines_need_one_step(kind):
     """One data point: whatever the prediction, any deterministic solver ends on it."""

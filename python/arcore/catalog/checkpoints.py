@@ -9,14 +9,21 @@ A checkpoint is a folder that appears whole or not at all:
 from __future__ import annotations
 
 import argparse
+import codecs
+import collections
+import contextlib
 import dataclasses
+import datetime
+import importlib
 import json
 import os
 import pickle
+import re
+import types
 import warnings
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -36,7 +43,32 @@ PUBLISHED = (
     f"model.safetensors{INDEX}",
     "pytorch_model.bin",
     f"pytorch_model.bin{INDEX}",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
 )
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
+# Entries under which files keep their table of weights, in the order in which they are tried.
+WRAPPERS = (
+    *("model", "state_dict", "model_state_dict", "module", "net", "network", "weights", "params"),
+    *("model_ema", "ema", "ema_state_dict", "ema_model", "params_ema"),
+)
+# What wrappers of modules put before every name.
+PREFIXES = ("module.", "model.", "net.", "network.", "ema_model.")
+# Entries under which trainers keep their command line.
+ARGS = ("args", "config", "cfg", "hyper_parameters")
+# Entries that the config.json of a model hub has and ours has not.
+HUB_KEYS = {"model_type", "architectures", "_class_name", "transformers_version", "d_model", "hidden_size"}
+# Settings that change nothing about what trained weights compute.
+TRAINING_ONLY = {
+    "class_drop",
+    "drop_path",
+    "dropout",
+    "gate_init",
+    "restart_below",
+}
+# Settings that shapes tell, where files have other words for the same: 50277 rows padded to 50280, or 50280 rows. A model
+# may also be used for longer texts than it was made for.
+TOLD = {"vocab_size", "pad_vocab_size_multiple", "tie_embeddings", "head_dim", "dt_rank", "max_length"}
 NAMES_SHOWN = 3
 
 
@@ -134,8 +166,15 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, nn.Module
     return modules, content
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> None:
     """Load weights into a module of the zoo, all of them or none.
+
+    Names may be ours or those of the paper's authors, with `module.` (DDP) or `_orig_mod.` (torch.compile) in front, in
+    a table of their own or in the usual wrappers (`model`, `state_dict`, `model_ema`, `ema`, ...). The precision in
+    which they are stored makes no difference; dtypes stay those of the module. What a file says about itself, in a
+    stored command line or in a config.json beside it, must agree with the module's config.
+
+    A language model gets the attribute `eos_ids`, the tokens that end a text, from what lies beside its weights.
 
     Args:
         module: receives the weights; may be on the meta device.
@@ -145,39 +184,253 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
             paper publish it, model file or trainer file;
             a checkpoint folder, of which the module of the same system is taken;
             a folder as model hubs have it, with model.safetensors or pytorch_model.bin, in one piece or with an index.
+            `FILE#ENTRY` names the entry of the file, as `entry` does.
+        entry: which table of a file with several, e.g. `"ema"` or `"trainer.vae_local"`; None takes the one that the
+            authors sample with, or the first of the usual ones.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: the file is damaged, or its names, shapes or dtypes do not fit; the message names the file.
+        ValueError: the file is damaged, has no such entry, or its names, shapes, dtypes or settings do not fit; the
+            message names the file.
         ImportError: safetensors is needed and missing.
     """
-    path = Path(path)
+    path, entry = _split_entry(path, entry)
     if not path.exists():
         raise FileNotFoundError(f"the weights {path} do not exist")
+    beside: dict[str, Any] = {}
     if path.is_dir():
-        path = _published_file(path) or _file_for(module, path)
-    state = _read_state(path, getattr(module, "official_entry", None))
+        published = _published_file(path)
+        beside = _config_of(module, path)
+        path = published or _file_for(module, path)
+    elif path.name in PUBLISHED:
+        beside = _config_of(module, path.parent)
+    elif path.suffix == GGUF_SUFFIX:
+        beside = _settings_of(module, path, GGUF(path).config())
+    contents = _read_contents(path)
+    args = _args_of(contents)
+    _check_settings(path, module, beside)
+    if args is not None and hasattr(module, "official_settings"):
+        _check_settings(path, module, _read_settings(path, module, args))
     expected = module.state_dict()
-    convert = getattr(module, "from_official", None)
-    if convert is not None and state.keys() != expected.keys():
-        try:
-            renamed = convert(state)
-        except ValueError as error:
-            raise ValueError(f"the weights {path} do not fit: {error}") from error
-        # Of our own names, renaming loses some: then the file is ours, and its faults are reported by our names.
-        if len(renamed.keys() & expected.keys()) > len(state.keys() & expected.keys()):
-            state = renamed
+    state = _fitting(
+        path, module, _table(path, contents, entry, getattr(module, "official_entry", None)), expected
+    )
+    for name in getattr(module, "statistics", ()):
+        if name not in state or state[name].shape != expected[name].shape:
+            state[name] = torch.zeros(expected[name].shape, device="cpu")
     _check_fit(path, state, expected)
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
     module.load_state_dict(cast, strict=True, assign=any(value.is_meta for value in expected.values()))
+    if hasattr(module, "prefill"):
+        module.eos_ids = eos_beside(path, int(getattr(module, "vocab_size", 0)))  # type: ignore[assignment]
+
+
+def eos_beside(path: str | os.PathLike[str], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text, as published weights or files beside them have it.
+
+    What a GGUF file says of itself; else `eos_token_id` of generation_config.json or config.json, or else the id that
+    tokenizer.json gives to `eos_token` of tokenizer_config.json.
+
+    Args:
+        path: of the weights, or of their folder.
+        vocab_size: ids from here on are left out, as the model cannot give them.
+
+    Returns:
+        Ids, possibly none.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == GGUF_SUFFIX:
+        end = GGUF(path).metadata.get("tokenizer.ggml.eos_token_id")
+        return (int(end),) if isinstance(end, int) and 0 <= end < vocab_size else ()
+
+    def content(name: str) -> dict[str, Any]:
+        try:
+            return _read_json(folder / name) if (folder / name).is_file() else {}
+        except ValueError:
+            return {}
+
+    found: Any = None
+    for name in ("generation_config.json", CONFIG):
+        table = content(name)
+        nested = table.get("text_config")
+        found = table.get("eos_token_id")
+        if found is None and isinstance(nested, dict):
+            found = nested.get("eos_token_id")
+        if found is not None:
+            break
+    if found is None:
+        token = content("tokenizer_config.json").get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        added = content("tokenizer.json").get("added_tokens")
+        found = [
+            one.get("id")
+            for one in (added if isinstance(added, list) else [])
+            if isinstance(one, dict) and token is not None and one.get("content") == token
+        ]
+    ids = found if isinstance(found, list) else [found]
+    return tuple(one for one in ids if type(one) is int and 0 <= one < vocab_size)
+
+
+def _split_entry(path: str | os.PathLike[str], entry: str | None) -> tuple[Path, str | None]:
+    """`file.pt#ema` as a path and an entry."""
+    whole = Path(path)
+    if "#" in whole.name and not whole.exists():
+        name, _, named = whole.name.rpartition("#")
+        if entry is not None and entry != named:
+            raise ValueError(
+                f"the weights {whole} name the entry {named!r} but entry={entry!r}: give one of them"
+            )
+        return whole.with_name(name), named
+    return whole, entry
 
 
 def _published_file(folder: Path) -> Path | None:
     """The weights in a folder as model hubs have it; None when it is none, or a checkpoint of ours."""
     if (folder / CONFIG).is_file() and "modules" in _read_json(folder / CONFIG):
         return None
-    return next((folder / name for name in PUBLISHED if (folder / name).is_file()), None)
+    known = next((folder / name for name in PUBLISHED if (folder / name).is_file()), None)
+    if known is not None:
+        return known
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES)
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(
+            f"the folder {folder} has several files of weights ({_some([path.name for path in files])}) and none of "
+            "the usual names: give the path of one"
+        )
+    steps = sorted(path for path in folder.glob("step-*") if (path / CONFIG).is_file())
+    if steps:
+        raise ValueError(
+            f"{folder} is the folder of a run, not a checkpoint: give one in it, such as {steps[-1]}"
+        )
+    if (folder / CONFIG).is_file():
+        raise ValueError(
+            f"the folder {folder} has a {CONFIG} as model hubs do but no weights beside it: expected "
+            f"{', '.join(PUBLISHED[::2])} or one file ending in {', '.join(sorted(WEIGHT_SUFFIXES))}"
+        )
+    return None
+
+
+def _config_of(module: nn.Module, folder: Path) -> dict[str, Any]:
+    """Settings that the config.json in a folder says a module of this system was made with."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    return _settings_of(module, folder / CONFIG, _read_json(folder / CONFIG))
+
+
+def _settings_of(module: nn.Module, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a table of a checkpoint, or of published weights, says a module of this system was made with."""
+    if "modules" in content:
+        modules = content["modules"]
+        wanted = describe(module)["system"]
+        found = [
+            one.get("config")
+            for one in (modules.values() if isinstance(modules, dict) else ())
+            if isinstance(one, dict) and one.get("system") == wanted
+        ]
+        if len(found) != 1 or not isinstance(found[0], dict):
+            return {}
+        return {name: _tuples(value) for name, value in found[0].items()}
+    read = getattr(module, "official_config", None)
+    if read is None:
+        return {}
+    try:
+        config = read(content)
+    except KeyError as error:
+        raise ValueError(f"the config {path} has no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config {path} does not fit: {error}") from error
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in TOLD}
+
+
+def _check_settings(path: Path, module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file says that it was made with another config."""
+    config: Any = getattr(module, "config", None)
+    known = (
+        {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    )
+    value_of = getattr(module, "setting", lambda name: getattr(config, name))
+    differing = [
+        (name, value, value_of(name))
+        for name, value in settings.items()
+        if name in known and name not in TRAINING_ONLY and _tuples(value) != _tuples(value_of(name))
+    ]
+    if differing:
+        theirs = ", ".join(f"{name}={value!r}" for name, value, _ in differing)
+        ours = ", ".join(f"{name}={own!r}" for name, _, own in differing)
+        raise ValueError(
+            f"the weights {path} were made with {theirs} but the model has {ours}: pass {theirs} to create_model"
+        )
+
+
+def _read_settings(path: Path, module: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(module.official_settings(args))
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"the settings stored in {path} cannot be read: {error}") from error
+
+
+def _args_of(contents: Any) -> dict[str, Any] | None:
+    """The command line that a trainer stored beside the weights, with plain values."""
+    if not isinstance(contents, dict):
+        return None
+    for name in ARGS:
+        args = contents.get(name)
+        if isinstance(args, argparse.Namespace):
+            args = vars(args)
+        if isinstance(args, dict) and args and not any(isinstance(value, Tensor) for value in args.values()):
+            return {str(key): _plain(value) for key, value in args.items()}
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's own."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _fitting(
+    path: Path, module: nn.Module, state: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A table under our names: as it is, without common prefixes, or renamed by the system."""
+    convert = getattr(module, "from_official", None)
+    best, most, refusal = state, -1, None
+    for candidate in _without_prefixes(state):
+        forms = [candidate]
+        if convert is not None and candidate.keys() != expected.keys():
+            try:
+                forms.append(convert(dict(candidate)))
+            except ValueError as error:
+                refusal = refusal or error
+        for form in forms:
+            # Of our own names, renaming loses some: then the file is ours, and its faults are reported by our names.
+            common = len(form.keys() & expected.keys())
+            if common > most:
+                best, most = form, common
+        if most == len(expected):
+            break
+    if refusal is not None and most < len(expected) - len(getattr(module, "statistics", ())):
+        raise ValueError(f"the weights {path} do not fit: {refusal}") from refusal
+    return dict(best)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The table, and what is left when the names of wrappers are taken off one after the other."""
+    yield state
+    if any("_orig_mod." in key for key in state):
+        state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+        yield state
+    # torch's averages of weights count them.
+    if "n_averaged" in state:
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
+    for _ in range(len(PREFIXES)):
+        prefix = next((one for one in PREFIXES if state and all(key.startswith(one) for key in state)), None)
+        if prefix is None:
+            return
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        yield state
 
 
 def config_beside(entry: Entry, path: str | os.PathLike[str]) -> Any:
@@ -232,11 +485,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is no checkpoint: {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and HUB_KEYS & content.keys() and "modules" not in content:
+            raise _FromHub
         if not isinstance(content["modules"], dict):
             raise TypeError("'modules' is no table")
+    except _FromHub:
+        raise ValueError(
+            f"{path} is that of a model hub, not of a checkpoint of arcore: load the weights with "
+            f"create_model(NAME, weights={str(folder)!r})"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint file {path} is damaged: {error}") from error
     return dict(content)
+
+
+class _FromHub(Exception):
+    """A config.json of published weights."""
 
 
 def _file_for(module: nn.Module, folder: Path) -> Path:
@@ -253,18 +517,18 @@ def _file_for(module: nn.Module, folder: Path) -> Path:
     return folder / f"{fitting[0]}.safetensors"
 
 
-def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU."""
+def _read_contents(path: Path) -> Any:
+    """What a file holds: a table of tensors, or what a trainer stored, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} do not exist")
     if path.name.endswith(INDEX):
         table = _read_json(path).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise ValueError(f"the file {path} is damaged: it has no table 'weight_map'")
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         for name in sorted(set(table.values())):
             # Nothing but files of this folder: an index must not point elsewhere.
-            state |= _read_state(path.parent / Path(name).name, official_entry)
+            state |= _read_contents(path.parent / Path(name).name)
         return state
     if path.suffix == GGUF_SUFFIX:
         return GGUF(path).state()
@@ -281,28 +545,115 @@ def _read_state(path: Path, official_entry: str | None) -> dict[str, Tensor]:
                 bad = archive.testzip()
             if bad is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-        # Trainers store their command line beside the weights: a Namespace, which holds plain values and runs no code.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError(
+                    f"the weights {path} are a TorchScript archive, which holds code: save its state_dict() and "
+                    "give that"
+                )
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_values()):
             # Hints about the format of a file that will be refused, or is fine.
-            warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights {path} are damaged or hold more than tensors and plain values, which is not read because "
-            f"it could run code: {_first_line(error)}"
+            f"it could run code: {_unsafe(error)}"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from error
-    for name in (official_entry or "").split("."):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
-        raise ValueError(f"the weights {path} are no table of tensors by name")
-    return content
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise _damaged(path, error) from error
+
+
+def _plain_values() -> list[Any]:
+    """Classes of what trainers store beside weights: command lines, paths and numbers. None of them runs code."""
+    values: list[Any] = [
+        argparse.Namespace,
+        types.SimpleNamespace,
+        collections.defaultdict,
+        datetime.timedelta,
+    ]
+    for module in ("pathlib", "pathlib._local"):
+        values += [(PurePosixPath, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath")] + [
+            (PureWindowsPath, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")
+        ]
+    with contextlib.suppress(ImportError):
+        numpy = importlib.import_module("numpy")
+        multiarray = importlib.import_module("numpy._core.multiarray")
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            values += [
+                (multiarray.scalar, f"{module}.scalar"),
+                (multiarray._reconstruct, f"{module}._reconstruct"),
+            ]
+        values += [numpy.dtype, numpy.ndarray, (codecs.encode, "_codecs.encode")]
+        values += [type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdFDUS"]
+    return values
+
+
+def _table(path: Path, contents: Any, entry: str | None, official_entry: str | None) -> dict[str, Tensor]:
+    """The tensors by name that are wanted from a file."""
+    if entry is not None:
+        found = _at(contents, entry)
+        if found is None and isinstance(contents, dict):
+            # In a flat table an entry is what the names begin with.
+            dotted = f"{entry}."
+            found = {
+                key.removeprefix(dotted): v for key, v in contents.items() if str(key).startswith(dotted)
+            }
+        if not _is_table(found):
+            names = [str(name) for name in _entries(contents)]
+            has = f"it has {', '.join(names)}" if names else "it has no entries"
+            raise ValueError(f"the weights {path} have no entry {entry!r}: {has}")
+        return dict(found)
+    if official_entry is not None and _is_table(found := _at(contents, official_entry)):
+        return dict(found)
+    for _ in range(4):
+        if _is_table(contents):
+            return dict(contents)
+        if not isinstance(contents, dict):
+            break
+        contents = next((contents[name] for name in WRAPPERS if isinstance(contents.get(name), dict)), None)
+    raise ValueError(f"the weights {path} are no table of tensors by name")
+
+
+def _at(contents: Any, entry: str) -> Any:
+    for name in entry.split("."):
+        contents = contents.get(name) if isinstance(contents, dict) else None
+    return contents
+
+
+def _is_table(contents: Any) -> bool:
+    return (
+        isinstance(contents, dict)
+        and bool(contents)
+        and all(isinstance(v, Tensor) for v in contents.values())
+    )
+
+
+def _entries(contents: Any, before: str = "") -> list[str]:
+    """Names of the tables of tensors in a file."""
+    if not isinstance(contents, dict):
+        return []
+    names = []
+    for name, value in contents.items():
+        if _is_table(value):
+            names.append(f"{before}{name}")
+        elif isinstance(value, dict):
+            names += _entries(value, f"{before}{name}.")
+    return names
+
+
+def _unsafe(error: BaseException) -> str:
+    """What stood in the way, without torch's advice to switch the protection off."""
+    found = re.search(
+        r"(?:Unsupported global: GLOBAL|Unsupported class|Unsupported operand) ([\w.]+)", str(error)
+    )
+    if found is not None:
+        return f"it holds {found[1]}"
+    line = _first_line(error)
+    return "it is no file of torch.save" if "weights_only" in line or "Weights only" in line else line
 
 
 def _check_fit(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -351,4 +702,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _damaged(path: Path, error: BaseException) -> ValueError:
-    return ValueError(f"the weights {path} are damaged or truncated: {_first_line(error)}")
+    reason = _first_line(error)
+    if "weights_only" in str(error):
+        reason = (
+            "it is in a format of old versions of torch that only reading code along could open; save it anew"
+        )
+    return ValueError(f"the weights {path} are damaged or truncated: {reason}")

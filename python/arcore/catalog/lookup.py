@@ -104,7 +104,8 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
     Args:
         name: a preset, e.g. `"var_tiny"`; `list_models()` has them all. With weights that have a config.json beside
             them also a system, e.g. `"mamba"`: then the config is read from there.
-        weights: file or folder to load, see `arcore.models.load_weights`; None leaves random weights.
+        weights: file or folder to load, see `arcore.models.load_weights`; `"file.pt#ema"` takes the entry `ema` of a
+            file that holds several tables. None leaves random weights.
         **overrides: fields of the preset's config to change, e.g. `num_classes=5`.
 
     Returns:

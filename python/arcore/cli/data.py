@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arcore.cli._parse import PlainParser
-from arcore.data import load_text
+from arcore.data import VideoFolder, load_text, read_tables
 from arcore.data._walk import walk
 from arcore.data.image_folder import IMAGE_SUFFIXES, ImageFolder
+from arcore.data.series import TABLE_SUFFIXES
 from arcore.data.text import TEXT_SUFFIXES
+from arcore.data.videos import CONTAINER_SUFFIXES
 
 DESCRIPTION = """\
 Look through data before training on them: every file is read to its end, and what cannot be used is named.
@@ -72,11 +74,40 @@ def _text(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
     ]
 
 
+def _videos(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        videos = VideoFolder(path, frames=1, image_size=8, skip_bad=True)
+    counts = Counter(videos.labels.tolist())
+    lines = [f"{len(videos)} frames of videos in {len(videos.class_names)} classes"]
+    lines += [f"  {name}: {counts[label]}" for label, name in enumerate(videos.class_names[:SHOWN])]
+    return [*lines, *videos.notes, f"digest {videos.digest()}"], [reason for _, reason in videos.skipped]
+
+
+def _series(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+    try:
+        series = read_tables(path)
+    except ValueError as error:
+        return [], [str(error)]
+    lines = [f"{len(series)} series of {', '.join(series[0].columns)}"]
+    for one in series[:SHOWN]:
+        missing = int(one.values.isnan().sum())
+        lines.append(f"  {one.name}: {len(one.values)} rows, {missing} values missing")
+    return lines, []
+
+
 KINDS: dict[str, Callable[[Path, str | None], tuple[list[str], list[str]]]] = {
+    "series": _series,
+    "videos": _videos,
     "images": _images,
     "text": _text,
 }
-_SUFFIXES = {"images": IMAGE_SUFFIXES, "text": TEXT_SUFFIXES}
+_SUFFIXES = {
+    "images": IMAGE_SUFFIXES,
+    "text": TEXT_SUFFIXES,
+    "videos": CONTAINER_SUFFIXES,
+    "series": TABLE_SUFFIXES,
+}
 
 
 def _kind(path: Path) -> str:
@@ -87,5 +118,7 @@ def _kind(path: Path) -> str:
     }
     kind = max(counts, key=lambda name: counts[name])
     if not counts[kind]:
-        raise ValueError(f"{path} holds no images and no text that are known by their endings: say --kind")
+        raise ValueError(
+            f"{path} holds no images, videos, text or tables that are known by their endings: say --kind"
+        )
     return kind

@@ -6,15 +6,22 @@ Nothing here downloads anything. A dataset of images yields `(image, label)` wit
 
 from __future__ import annotations
 
+import difflib
+import os
+from pathlib import Path
 from typing import Literal
 
 from arcore.data.digits import load_digits, load_moving_digits
 from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
+from arcore.data.mnist import load_mnist
 from arcore.data.photos import load_photos
 from arcore.data.rotation_crop import RotatedImages, adaptive_rotation
+from arcore.data.series import Series, SeriesWindows, Window, fill_missing, read_tables, series_of_table
 from arcore.data.text import Text, TokenCrops, load_kjv, load_text
 from arcore.data.text_tokenizers import BPETokenizer, ByteTokenizer, TextStream, TextTokenizer, make_tokenizer
+from arcore.data.videos import VideoFolder
+from arcore.nn.checks import check_whole
 
 __all__ = [
     "BPETokenizer",
@@ -23,24 +30,36 @@ __all__ = [
     "ImageFolder",
     "InMemoryImages",
     "RotatedImages",
+    "Series",
+    "SeriesWindows",
     "Text",
     "TextStream",
     "TextTokenizer",
     "TokenCrops",
+    "VideoFolder",
+    "Window",
     "adaptive_rotation",
+    "fill_missing",
     "held_out_mask",
     "load_digits",
     "load_kjv",
+    "load_mnist",
     "load_moving_digits",
     "load_photos",
     "load_text",
     "make_tokenizer",
     "open_dataset",
+    "read_tables",
+    "series_of_table",
 ]
 
 
+# Data sets that `open_dataset` knows by name.
+NAMES = ("digits", "mnist", "moving_digits", "photos")
+
+
 def open_dataset(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     image_size: int,
     channels: int,
@@ -52,10 +71,12 @@ def open_dataset(
     """Open what `arcore train --data` names.
 
     Args:
-        source: `"digits"`, `"moving_digits"` (videos), `"photos"` (crops of two photographs), or the path of a folder
-            with one subfolder of images per class.
-        image_size: side length in pixels that the model wants; folder images are resized and centre-cropped to it,
-            digits are repeated to fill it (8, or a multiple of 16).
+        source: `"digits"` (8 x 8 pixels), `"mnist"` (28 x 28), `"moving_digits"` (videos), `"photos"` (crops of two
+            photographs), or the path of a folder with one subfolder of images per class (see `ImageFolder`), or of
+            videos where `frames` is above 1 (see `VideoFolder`).
+        image_size: side length in pixels that the model wants; images and videos of folders are resized and
+            centre-cropped to it, `"digits"` are repeated to fill it (8, or a multiple of 16), `"mnist"` is padded or
+            resized.
         channels: 1 (grey) or 3 (RGB).
         frames: of a video; 1 for images.
         split: `"train"`, `"test"` or `"all"`.
@@ -65,13 +86,19 @@ def open_dataset(
         The dataset. Its `digest()` identifies the content.
 
     Raises:
-        FileNotFoundError: `source` is neither of the names nor a folder.
+        TypeError: `source` is neither a name nor a path, or a size is no whole number.
+        FileNotFoundError: `source` is neither of the names nor a folder; the message suggests close names.
         ValueError: the folder holds no usable images, or the built-in data have none of that size.
     """
-    if (source == "moving_digits") != (frames > 1):
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"expected data as {', '.join(NAMES)} or the path of a folder but got {source!r}")
+    source = os.fspath(source)
+    frames = check_whole("frames", frames, 1)
+    image_size = check_whole("image_size", image_size, 1, "pixel")
+    if source in NAMES and (source == "moving_digits") != (frames > 1):
         raise ValueError(
             f"the model takes {f'videos of {frames} frames' if frames > 1 else 'images'} but --data {source} has "
-            f"{'images: use moving_digits' if frames > 1 else 'videos'}"
+            f"{'images: use moving_digits or a folder of videos' if frames > 1 else 'videos'}"
         )
     if source == "moving_digits":
         if channels != 1:
@@ -86,6 +113,26 @@ def open_dataset(
         return load_digits(split, image_size=image_size)
     if source == "photos":
         return load_photos(split, image_size=image_size, channels=channels)
+    if source == "mnist":
+        if channels != 1:
+            raise ValueError(f"the digits of mnist are grey but the model takes {channels} channels")
+        return load_mnist(split, image_size=image_size)
+    close = difflib.get_close_matches(source, NAMES, n=1)
+    if close and not Path(source).exists():
+        raise FileNotFoundError(
+            f"there is neither a data set nor a folder {source!r}: did you mean {close[0]!r}?"
+        )
+    if frames > 1:
+        if nested is not None:
+            raise ValueError("nested is for folders of images: videos lie in folders of their own")
+        return VideoFolder(
+            source,
+            frames=frames,
+            image_size=image_size,
+            channels=channels,
+            split=split,
+            skip_bad=skip_bad,
+        )
     return ImageFolder(
         source, image_size=image_size, channels=channels, split=split, nested=nested, skip_bad=skip_bad
     )

@@ -13,7 +13,7 @@ from arcore._optional import require
 from arcore.data.image_folder import ImageFolder
 
 # What is asked for by a name and not by a place.
-NAMES = frozenset({"digits", "moving_digits", "photos", "kjv", "bytes", "bpe"})
+NAMES = frozenset({"digits", "mnist", "moving_digits", "photos", "kjv", "bytes", "bpe"})
 
 
 @dataclass(frozen=True)

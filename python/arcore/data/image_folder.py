@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -13,10 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from arcore.data._checks import whole
 from arcore.data._pictures import Pictures
-from arcore.data._walk import Found, counted, some, walk
+from arcore.data._walk import Found, counted, digest, some, walk
 from arcore.data.images import ImageDataset, check_split, held_out_mask
+from arcore.nn.checks import check_whole
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -24,8 +23,6 @@ IMAGE_SUFFIXES = frozenset(
 HELD_OUT_EVERY = 10
 # Folders up to this size are decoded when they are opened, and their digest covers every byte.
 SMALL_FOLDER = 2**28
-# Of larger folders the digest reads this much at the start, in the middle and at the end of each file.
-SAMPLE = 4096
 TRAIN_FOLDER = "train"
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
@@ -90,7 +87,7 @@ class ImageFolder(ImageDataset):
             raise ValueError(f"channels must be 1 or 3 but got {channels}")
         if nested not in (None, "outer", "inner"):
             raise ValueError(f"nested must be 'outer', 'inner' or None but got {nested!r}")
-        size = whole("image_size", image_size, 1, "pixel")
+        size = check_whole("image_size", image_size, 1, "pixel")
         self.root = Path(root)
         self.image_shape = (channels, size, size)
         self._pictures = Pictures(channels, value_range)
@@ -146,20 +143,7 @@ class ImageFolder(ImageDataset):
         Returns:
             16 hexadecimal digits.
         """
-        state = hashlib.blake2b(digest_size=8)
-        for path in self._everything:
-            size = path.stat().st_size
-            state.update(
-                f"{path.relative_to(self.root).as_posix()}\0{size}\0".encode(errors="surrogateescape")
-            )
-            with path.open("rb") as file:
-                if self._bytes <= SMALL_FOLDER or size <= 3 * SAMPLE:
-                    state.update(file.read())
-                    continue
-                for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
-                    file.seek(start)
-                    state.update(file.read(SAMPLE))
-        return state.hexdigest()
+        return digest(self.root, self._everything, whole=self._bytes <= SMALL_FOLDER)
 
     def check(self) -> list[tuple[Path, str]]:
         """Decode every file of this split.

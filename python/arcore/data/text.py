@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arcore._optional import how_to_install
-from arcore.data._checks import whole
 from arcore.data._walk import counted, some, walk
 from arcore.data.text_tokenizers import TextTokenizer
+from arcore.nn.checks import check_whole
 
 # The end of the text is held out: a tenth, but no more than takes a moment to evaluate.
 HELD_OUT = 0.1
@@ -46,7 +46,7 @@ class TokenCrops(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, tokens: Tensor, length: int, stride: int = 1) -> None:
-        length, stride = whole("length", length, 1, "token"), whole("stride", stride, 1, "token")
+        length, stride = check_whole("length", length, 1, "token"), check_whole("stride", stride, 1, "token")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"expected tokens of an integer dtype but got {tokens.dtype}")
         if tokens.dim() != 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.data._checks import whole
+from arcore.nn.checks import check_whole
 
 DEFAULT_BPE_SIZE = 2048
 FILE = "tokenizer.json"
@@ -110,7 +110,7 @@ class BPETokenizer(TextTokenizer):
             ImportError: the library is missing.
             ValueError: `vocab_size` leaves no room for pairs.
         """
-        vocab_size = whole("vocab_size", vocab_size, 0)
+        vocab_size = check_whole("vocab_size", vocab_size, 0)
         if not 257 <= vocab_size <= 2**31:
             raise ValueError(
                 f"byte-pair encoding needs more than the 256 bytes as tokens but got {vocab_size}"

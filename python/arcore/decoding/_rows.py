@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from arcore.nn.checks import check_whole
 
 Decode = Callable[[list[int]], str]
 
@@ -34,18 +37,29 @@ class Ends:
         eos: int | Sequence[int] | None = None,
         stop: Sequence[Sequence[int] | str] = (),
         decode: Decode | None = None,
+        model: Any = None,
     ) -> Ends:
         """Checked ends: `eos` is a token or several, `stop` holds sequences of tokens and strings.
 
+        Args:
+            max_new_tokens: most new tokens.
+            eos: None takes `model.eos_ids` where the model has them.
+            stop: see above.
+            decode: makes text of tokens.
+            model: whose tokens they are, if it is known.
+
         Raises:
-            ValueError: a number or a stop is out of range, or strings come without `decode`.
+            TypeError: a token or a number is no whole number.
+            ValueError: a number, a token or a stop is out of range, or strings come without `decode`.
         """
-        if max_new_tokens < 0:
-            raise ValueError(f"expected max_new_tokens >= 0 but got {max_new_tokens}")
+        max_new_tokens = check_whole("max_new_tokens", max_new_tokens, 0)
+        vocab_size = getattr(model, "vocab_size", None)
+        if eos is None:
+            eos = tuple(getattr(model, "eos_ids", ()))
         if isinstance(stop, str):
             raise ValueError(f"expected a list of stops but got the string {stop!r}; write [{stop!r}]")
-        sequences = [(eos,)] if isinstance(eos, int) else [(one,) for one in eos or ()]
-        sequences += [tuple(one) for one in stop if not isinstance(one, str)]
+        sequences = [_tokens("eos", [one], vocab_size) for one in _several("eos", eos)]
+        sequences += [_tokens("stop", one, vocab_size) for one in stop if not isinstance(one, str)]
         strings = tuple(one for one in stop if isinstance(one, str))
         if not all(sequences) or not all(strings):
             raise ValueError("expected stop sequences of at least one token but got an empty one")
@@ -71,6 +85,25 @@ class Ends:
             text = self.decode(tokens[-(longest + 8) :])
             return any(one in text for one in self.strings)
         return False
+
+
+def _several(name: str, value: Any) -> list[Any]:
+    """One token or several as a list."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"expected {name} as token ids but got the text {value!r}; encode it with the tokenizer")
+    if hasattr(value, "__index__") and not getattr(value, "ndim", 0):
+        return [value]
+    if not hasattr(value, "__iter__"):
+        raise TypeError(f"expected {name} as token ids but got {value!r}")
+    return list(value)
+
+
+def _tokens(name: str, value: Any, vocab_size: int | None) -> tuple[int, ...]:
+    ids = tuple(check_whole(name, one, 0) for one in _several(name, value))
+    for token in ids:
+        if vocab_size is not None and token >= vocab_size:
+            raise ValueError(f"expected {name} from 0 to {vocab_size - 1}, the model's tokens, but got {token}")
+    return ids
 
 
 class Rows:

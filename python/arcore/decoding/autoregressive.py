@@ -47,7 +47,8 @@ def generate(
         top_p: mass of the nucleus.
         min_p: share of the largest probability.
         repetition_penalty: see `arcore.ops.sample`; prompt and new tokens count, 1 changes nothing.
-        eos: token that ends a row, or several.
+        eos: token that ends a row, or several. None takes `model.eos_ids`, which published weights bring with them,
+            if the model has any; `()` ends no row.
         stop: sequences of tokens, and strings, each of which ends a row.
         decode: makes text of tokens, for stops that are strings; e.g. a tokenizer's `decode`.
         seed: one number, or one per row; see `row_seeds`. A token's draw depends on its row's seed, its position in the
@@ -62,8 +63,9 @@ def generate(
         New tokens and how many each row has.
 
     Raises:
-        TypeError: ids are no integers.
-        ValueError: a row is empty, the mask does not fit, an argument is out of range, or the model gave NaN.
+        TypeError: the model is of another kind, ids are no integers, or an argument has a wrong type.
+        ValueError: a row is empty, the mask does not fit, an argument or a token is out of range, or the model gave
+            NaN.
     """
     steps = list(
         next_token(

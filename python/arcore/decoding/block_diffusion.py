@@ -8,8 +8,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from arcore.decoding._arguments import (
+    check_context,
+    check_drawn,
+    check_guidance,
+    check_kind,
+    check_labels,
+    check_solver,
+    check_tensor,
+    dtype_of,
+)
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import RowNormals, check_grid, row_seeds
+from arcore.nn.checks import check_whole
 from arcore.nn.protocols import BlockModel
 from arcore.schedules import DPMSolver2M, Solver
 
@@ -38,7 +49,9 @@ def generate_blocks(
         labels: int64 `[B]`, on the model's device.
         solver: for the model's schedule and prediction; default `DPMSolver2M`.
         times: decreasing times `[S + 1]`, the last one clean, for example from `model.schedule.grid`; default 25 steps
-            with spacing "leading_inner" (all of the schedule's but one where it has fewer).
+            with spacing "linspace_inner", those of the released sampler of ACDiT (all of the schedule's but one where
+            it has fewer). The released sampler of DiT takes `DDPM(..., variance="learned")`, 250 steps with spacing
+            "linspace", `cfg_scale=4` and `guided_channels=3`.
         cfg_scale: strength of guidance; 1 runs the conditional copy alone.
         guided_channels: guide the first entries along the first axis of a block only, and take the others from the
             conditional copy; 3 is what the released sampler of DiT does. None guides all.
@@ -50,8 +63,9 @@ def generate_blocks(
         float32 `[B, T, *S]`, T blocks of shape S, context included.
 
     Raises:
-        TypeError: labels or times have a wrong dtype.
-        ValueError: shapes do not fit, times leave the schedule or do not decrease to clean, or guidance is negative.
+        TypeError: the model is of another kind, or an argument has a wrong type or dtype.
+        ValueError: shapes do not fit, times leave the schedule or do not decrease to clean, guidance is negative, or
+            the model gave NaN.
     """
     blocks = stream_blocks(
         model,
@@ -63,7 +77,8 @@ def generate_blocks(
         context=context,
         seed=seed,
     )
-    return torch.stack([*([] if context is None else context.float().unbind(1)), *blocks], dim=1)
+    new = list(blocks)
+    return torch.stack([*([] if context is None else context.float().unbind(1)), *new], dim=1)
 
 
 @torch.no_grad()
@@ -79,17 +94,20 @@ def stream_blocks(
     seed: int | Sequence[int] = 0,
 ) -> Iterator[Tensor]:
     """Yield the new blocks of `generate_blocks`, float32 `[B, *S]`, as soon as each is clean; arguments as there."""
+    check_kind("model", model, BlockModel)
+    check_solver(solver)
+    check_tensor("times", times)
     solver = solver or DPMSolver2M(model.schedule, model.prediction)
     if times is None:
         most = getattr(model.schedule, "num_steps", 1000) - 1
-        times = model.schedule.grid(min(25, most), "leading_inner")
-    _check(model, labels, times, cfg_scale, context)
+        times = model.schedule.grid(min(25, most), "linspace_inner")
+    _check(model, labels, times, cfg_scale, guided_channels, context)
     batch, device = len(labels), labels.device
     times = times.to(device)
     guided = cfg_scale != 1.0
     classes = torch.stack([labels, torch.full_like(labels, model.null_class)], 1)[:, : 1 + guided]
     normals = RowNormals(row_seeds(seed, batch))
-    dtype = next(iter(model.parameters())).dtype if isinstance(model, torch.nn.Module) else torch.float32
+    dtype = dtype_of(model)
     with evaluating(model):
         cache = model.make_cache(batch, 1 + guided)
         known = [] if context is None else list(context.unbind(1))
@@ -113,6 +131,7 @@ def stream_blocks(
                     noise=noise,
                     variance=variance[:, 0] if variance is not None and solver.learned_variance else None,
                 )
+            check_drawn(x, f"block {index + 1} of {model.num_blocks}")
             if index + 1 < model.num_blocks:
                 model.commit(x.to(dtype), cache)
             yield x
@@ -130,17 +149,16 @@ def _guide(output: Tensor, scale: float, channels: int | None) -> Tensor:
 
 
 def _check(
-    model: BlockModel, labels: Tensor, times: Tensor, cfg_scale: float, context: Tensor | None
+    model: BlockModel,
+    labels: Tensor,
+    times: Tensor,
+    cfg_scale: float,
+    guided_channels: int | None,
+    context: Tensor | None,
 ) -> None:
-    if labels.dim() != 1:
-        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+    check_labels(labels)
     check_grid(model.schedule, times)
-    if not cfg_scale >= 0:
-        raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
-    if context is not None:
-        shape = (len(labels), *model.block_shape)
-        if (context.shape[0], *context.shape[2:]) != shape or not context.shape[1] < model.num_blocks:
-            raise ValueError(
-                f"expected context of shape {(shape[0], 'K', *shape[1:])} with fewer than {model.num_blocks} blocks "
-                f"but got {tuple(context.shape)}"
-            )
+    check_guidance(cfg_scale)
+    if guided_channels is not None:
+        check_whole("guided_channels", guided_channels, 0)
+    check_context(context, len(labels), model.block_shape, model.num_blocks, "blocks")

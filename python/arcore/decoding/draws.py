@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arcore.nn.checks import check_whole
 from arcore.schedules import NoiseSchedule
 
 
@@ -24,12 +25,16 @@ def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str 
         int64 `[batch]`. Row i is the same for every batch larger than i.
 
     Raises:
+        TypeError: a seed is no whole number.
         ValueError: another number of seeds than rows, or one that has more than 64 bits.
     """
-    if isinstance(seed, int):
-        seeds = [_derive(seed, row) for row in range(batch)]
+    if hasattr(seed, "__index__") and not (isinstance(seed, Tensor) and seed.dim()):
+        number = check_whole("seed", seed, -(2**127))
+        seeds = [_derive(number, row) for row in range(batch)]
     else:
-        seeds = [int(one) for one in seed]
+        if isinstance(seed, str | bytes) or not hasattr(seed, "__iter__"):
+            raise TypeError(f"expected seed to be a whole number, or one per row, but got {seed!r}")
+        seeds = [check_whole("seed", one, -(2**127)) for one in seed]
         if len(seeds) != batch:
             raise ValueError(f"expected one seed, or {batch} of them, one per row, but got {len(seeds)}")
         if any(not -(2**63) <= one < 2**63 for one in seeds):
@@ -69,6 +74,8 @@ def check_grid(schedule: NoiseSchedule, times: Tensor, *, ends_clean: bool = Tru
         TypeError: a wrong dtype.
         ValueError: fewer than two times, times outside the schedule, or times in another order.
     """
+    if not isinstance(times, Tensor):
+        raise TypeError(f"expected times to be a tensor but got {type(times).__name__}")
     schedule.check_times("times", times)
     if times.dim() != 1 or len(times) < 2 or bool((times.diff() >= 0).any()):
         raise ValueError(f"expected times that decrease, at least two, but got {times.tolist()}")
@@ -88,8 +95,14 @@ def check_settings(
     """Refuses what `arcore.ops.sample` refuses, and the ways to switch a filter off that are likelier a mistake.
 
     Raises:
+        TypeError: a setting is no number.
         ValueError: a setting is out of range.
     """
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if value is not None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
+            raise TypeError(f"expected {name} to be a number but got {value!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__")):
+        raise TypeError(f"expected top_k to be a whole number but got {top_k!r}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"expected a finite temperature >= 0 but got {temperature}")
     if top_k is not None and top_k < 1:

@@ -12,8 +12,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from arcore.decoding._arguments import (
+    check_context,
+    check_drawn,
+    check_guidance,
+    check_kind,
+    check_labels,
+    check_solver,
+    check_tensor,
+    dtype_of,
+)
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import RowNormals, check_grid, row_seeds
+from arcore.nn.checks import check_whole
 from arcore.nn.protocols import FrameModel
 from arcore.schedules import DDIM, Solver, adaptive_levels, add_noise, sliding_windows
 
@@ -66,8 +77,8 @@ def generate_frames(
         context: clean first frames `[B, K, *S]` to continue, K < `frames`.
         context_time: None is the model's own.
         context_noise: add noise of that time to what is shown of finished frames, to each the same throughout.
-        official_quirks: do what the released sampler of AR-Diffusion does: by default times k * (T // S) + 1,
-            k = S - 1..0, and then 0, so that a trace of noise stays; frames that wait are shown to the network as at
+        official_quirks: do what the released sampler of AR-Diffusion does: by default 1 more than the times of spacing
+            "every", and then 0, so that a trace of noise stays; frames that wait are shown to the network as at
             time T - 1 and finished ones as at the last but one of the times; and finished frames are stepped once more
             in every iteration, which multiplies them by about 1.00002. Nothing is cached, and `context_time` and
             `context_noise` mean nothing.
@@ -77,9 +88,9 @@ def generate_frames(
         float32 `[B, frames, *S]`, frames of shape S, context included.
 
     Raises:
-        TypeError: labels, times or levels have a wrong dtype.
+        TypeError: the model is of another kind, or an argument has a wrong type or dtype.
         ValueError: shapes do not fit, times leave the schedule or do not decrease to clean, levels are no way from S to
-            0, a frame would leave the window before it is finished, or guidance is negative.
+            0, a frame would leave the window before it is finished, guidance is negative, or the model gave NaN.
     """
     steady = (context_time, context_noise)
     options = (lag, frames, levels, solver, times, cfg_scale, context, steady, official_quirks, seed)
@@ -103,6 +114,9 @@ def stream_frames(
     seed: int | Sequence[int] = 0,
 ) -> Iterator[Tensor]:
     """Yield the new frames of `generate_frames`, float32 `[B, *S]`, as soon as each is finished; arguments as there."""
+    check_kind("model", model, FrameModel)
+    check_labels(labels)
+    check_context(context, len(labels), model.frame_shape, frames or model.num_frames, "frames")
     known = 0 if context is None else context.shape[1]
     steady = (context_time, context_noise)
     options = (lag, frames, levels, solver, times, cfg_scale, context, steady, False, seed)
@@ -128,13 +142,21 @@ def _iterations(
     seed: int | Sequence[int],
 ) -> Iterator[tuple[Tensor, int]]:
     """The videos after each iteration, and how many of their first frames are finished."""
+    check_kind("model", model, FrameModel)
+    check_labels(labels)
+    check_solver(solver)
+    check_tensor("times", times)
+    check_tensor("levels", levels)
     batch, device = len(labels), labels.device
     solver = solver or DDIM(model.schedule, model.prediction)
     if times is None:
         times = _default_times(model, official_quirks)
+    total = model.num_frames if frames is None else check_whole("frames", frames, 1)
+    if lag is not None:
+        lag = check_whole("lag", lag, 0, "iterations")
+    check_context(context, batch, model.frame_shape, total, "frames")
     known = 0 if context is None else context.shape[1]
-    total = model.num_frames if frames is None else frames
-    _check(model, labels, times, cfg_scale, context, total, official_quirks)
+    _check(model, times, cfg_scale, total, official_quirks)
     steps = len(times) - 1
     if levels is None:
         own = adaptive_levels(total - known, steps, steps // model.frames_at_once if lag is None else lag)
@@ -152,7 +174,7 @@ def _iterations(
     shrinks = not official_quirks and (context_noise or context_time != model.schedule.clean)
     guided = cfg_scale != 1.0
     rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
-    dtype = next(iter(model.parameters())).dtype if isinstance(model, torch.nn.Module) else torch.float32
+    dtype = dtype_of(model)
     normals = RowNormals(row_seeds(seed, batch))
     x, history = normals.draw(total, *model.frame_shape, device=device), None
     context_eps = (
@@ -213,6 +235,7 @@ def _iterations(
             x, history = solver.step(
                 output, x, now.expand(batch, -1), then.expand(batch, -1), history=history, noise=noise
             )
+            check_drawn(x, f"iteration {iteration + 1} of {len(levels) - 1}")
             yield x, _leading(target == 0)
 
 
@@ -221,7 +244,7 @@ def _default_times(model: FrameModel, official_quirks: bool) -> Tensor:
     if not official_quirks:
         times: Tensor = model.schedule.grid(steps, "linspace")
         return times
-    times = model.schedule.grid(steps, "leading") + 1
+    times = model.schedule.grid(steps, "every") + 1
     if times[0] >= model.schedule.num_steps:
         raise ValueError(
             f"the released times leave a schedule of {model.schedule.num_steps} steps: pass times"
@@ -238,31 +261,13 @@ def _per_frame(flags: Tensor, x: Tensor) -> Tensor:
     return flags.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _check(
-    model: FrameModel,
-    labels: Tensor,
-    times: Tensor,
-    cfg_scale: float,
-    context: Tensor | None,
-    frames: int,
-    official_quirks: bool,
-) -> None:
-    if labels.dim() != 1:
-        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+def _check(model: FrameModel, times: Tensor, cfg_scale: float, frames: int, official_quirks: bool) -> None:
     if frames < model.num_frames:
         raise ValueError(
             f"expected at least {model.num_frames} frames, what the model takes at once, but got {frames}"
         )
     check_grid(model.schedule, times, ends_clean=not official_quirks)
-    if not cfg_scale >= 0:
-        raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
-    if context is not None:
-        shape = (len(labels), *model.frame_shape)
-        if (context.shape[0], *context.shape[2:]) != shape or not context.shape[1] < frames:
-            raise ValueError(
-                f"expected context of shape {(shape[0], 'K', *shape[1:])} with fewer than {frames} frames "
-                f"but got {tuple(context.shape)}"
-            )
+    check_guidance(cfg_scale)
 
 
 def _check_levels(levels: Tensor, steps: int, frames: int, known: int) -> None:

@@ -109,7 +109,7 @@ def jacobi(
         raise ValueError(f'expected coupling "fresh" or "common" but got {coupling!r}')
     chosen = Sampling.of(sampling, **settings)
     fill = repeat_last if initialiser is None else initialiser
-    ends = Ends.of(max_new_tokens, eos, stop, decode)
+    ends = Ends.of(max_new_tokens, eos, stop, decode, model)
     ids, mask = left_padded(prompt, mask)
     seeds = row_seeds(seed, len(ids), ids.device)
     rows = Rows(len(ids), ends)

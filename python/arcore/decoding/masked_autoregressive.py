@@ -10,8 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from arcore.decoding._arguments import (
+    check_drawn,
+    check_guidance,
+    check_kind,
+    check_labels,
+    check_solver,
+    check_tensor,
+    dtype_of,
+)
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import RowNormals, row_seeds
+from arcore.nn.checks import check_number, check_whole
 from arcore.nn.protocols import MaskedModel
 from arcore.schedules import DDPM, Solver
 
@@ -31,7 +41,8 @@ def masked_counts(tokens: int, iterations: int) -> list[int]:
     Raises:
         ValueError: K is out of range.
     """
-    if not 1 <= iterations <= tokens:
+    iterations = check_whole("iterations", iterations, 1)
+    if iterations > tokens:
         raise ValueError(f"expected 1 to {tokens} iterations for {tokens} tokens but got {iterations}")
     counts = [tokens]
     for k in range(1, iterations):
@@ -73,13 +84,15 @@ def generate_masked(
         float32 `[B, L, C]`.
 
     Raises:
-        TypeError: a wrong dtype, or a head in half precision.
-        ValueError: an argument is out of range.
+        TypeError: the model is of another kind, an argument has a wrong type or dtype, or a head is in half precision.
+        ValueError: an argument is out of range, or the model gave NaN.
     """
-    if labels.dim() != 1:
-        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
-    if not cfg_scale >= 0:
-        raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
+    check_kind("model", model, MaskedModel)
+    check_labels(labels)
+    check_solver(solver)
+    check_tensor("times", times)
+    check_guidance(cfg_scale)
+    temperature = check_number("temperature", temperature)
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"expected cfg_schedule to be linear or constant but got {cfg_schedule!r}")
     if solver is not None and temperature != 1.0:
@@ -99,9 +112,9 @@ def generate_masked(
     normals = RowNormals(row_seeds(seed, batch))
     order = normals.draw(length).argsort(dim=1).to(device)
     tokens = torch.zeros(batch, length, channels, device=device)
-    dtype = next(iter(model.parameters())).dtype if isinstance(model, torch.nn.Module) else torch.float32
+    dtype = dtype_of(model)
     with evaluating(model):
-        for missing, rest in pairwise(counts):
+        for iteration, (missing, rest) in enumerate(pairwise(counts), start=1):
             # Sorted: the sum over keys is then the same for the same set.
             visible = order[:, missing:].sort(dim=1).values
             places = order[:, rest:missing]
@@ -125,6 +138,7 @@ def generate_masked(
                 uncond=uncond[0] if guided else None,
                 cfg_scale=scale,
             )
+            check_drawn(fresh, f"iteration {iteration} of {len(counts) - 1}")
             index = places.unsqueeze(-1).expand(-1, -1, channels)
             tokens = tokens.scatter(1, index, fresh.float().unflatten(0, (batch, missing - rest)))
     return tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arcore.decoding._arguments import check_drawn, check_guidance, check_kind, check_labels, dtype_of
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import check_settings, row_seeds
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer
@@ -65,19 +66,20 @@ def generate_next_scale(
 
     Raises:
         ValueError: model and tokenizer differ in scales or codes, an argument is out of range, or the model gave NaN.
-        TypeError: labels are no integers.
+        TypeError: model or tokenizer is of another kind, or labels are no integers.
     """
+    check_kind("model", model, ScaleModel)
+    check_kind("tokenizer", tokenizer, ScaleTokenizer)
+    check_labels(labels)
     if tuple(model.patch_nums) != tuple(tokenizer.patch_nums) or model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             "expected model and tokenizer to have the same scales and codes but got "
             f"patch_nums={tuple(model.patch_nums)}, vocab_size={model.vocab_size} for the model and "
             f"patch_nums={tuple(tokenizer.patch_nums)}, vocab_size={tokenizer.vocab_size} for the tokenizer"
         )
-    if not cfg_scale >= 0:
-        raise ValueError(f"expected cfg_scale >= 0 but got {cfg_scale}")
+    check_guidance(cfg_scale)
     check_settings(temperature=temperature, top_k=top_k, top_p=top_p)
-    if labels.dim() != 1:
-        raise ValueError(f"expected labels of shape [B] but got {tuple(labels.shape)}")
+    dtype = dtype_of(model)
     batch, last = len(labels), len(model.patch_nums) - 1
     guided = cfg_scale > 0 and last > 0
     rows = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
@@ -89,7 +91,8 @@ def generate_next_scale(
     with evaluating(model, tokenizer):
         cache = model.make_cache(len(rows))
         for k, side in enumerate(model.patch_nums):
-            inputs = None if k == 0 else tokenizer.next_input(k - 1, latent)
+            # The tokenizer may have another dtype than the model.
+            inputs = None if k == 0 else tokenizer.next_input(k - 1, latent).to(dtype)
             if guided and inputs is not None:
                 inputs = torch.cat([inputs, inputs])
             logits = model.scale_logits(k, inputs, rows, cache)  # [B or 2B, p_k^2, V]
@@ -117,4 +120,5 @@ def generate_next_scale(
             if previews:
                 shown.append(tokenizer.decode_latent(latent))
         images = shown[-1] if previews else tokenizer.decode_latent(latent)
+    check_drawn(images, "the decoded images")
     return NextScaleOutput(images, indices, shown)

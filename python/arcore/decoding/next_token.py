@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from arcore.decoding._arguments import check_kind
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding._rows import Decode, Ends, Rows
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.sampling import Sampling
-from arcore.nn.checks import dtype_name
+from arcore.nn.checks import check_ids, check_number, check_whole, dtype_name
 from arcore.nn.protocols import TokenModel
 from arcore.ops.sample import Sampled
 
@@ -94,11 +95,13 @@ def next_token(
     Yields:
         A `Step`; ends with the last row.
     """
-    ends = Ends.of(max_new_tokens, eos, stop, decode)
-    if not repetition_penalty > 0:
+    check_kind("model", model, TokenModel)
+    ends = Ends.of(max_new_tokens, eos, stop, decode, model)
+    if not check_number("repetition_penalty", repetition_penalty) > 0:
         raise ValueError(f"expected repetition_penalty > 0 but got {repetition_penalty}; 1 changes nothing")
     chosen = Sampling.of(sampling, **settings)
     ids, mask = left_padded(prompt, mask)
+    check_ids("prompt", ids, model.vocab_size)
     seeds = row_seeds(seed, len(ids), ids.device)
     more = {"return_logprob": "processed" if return_logprobs else None, "return_kept": return_kept}
     return _steps(model, ids, mask, ends, repetition_penalty, seeds, chosen, more)
@@ -157,6 +160,10 @@ def left_padded(
     if isinstance(prompt, Tensor):
         if prompt.dim() != 2:
             raise ValueError(f"expected a prompt of shape [B, L] but got {tuple(prompt.shape)}")
+        if prompt.dtype != torch.int64:
+            raise TypeError(f"expected a prompt of dtype int64 but got {dtype_name(prompt.dtype)}")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"expected mask to be a bool tensor but got {type(mask).__name__}")
         if mask is not None and (mask.shape != prompt.shape or mask.dtype != torch.bool):
             raise ValueError(
                 f"expected a bool mask of shape {tuple(prompt.shape)} but got {dtype_name(mask.dtype)} of shape "
@@ -167,7 +174,13 @@ def left_padded(
         return prompt, mask
     if mask is not None:
         raise ValueError("expected a mask only with a tensor of ids; lists are padded here")
-    rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt]
+    given: Any = prompt
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise TypeError(
+            f"expected the prompt as ids [B, L] or one list of ids per row but got {type(prompt).__name__}; encode a "
+            "text with the tokenizer and give [ids]"
+        )
+    rows = [_row(row) for row in given]
     if any(len(row) == 0 for row in rows):
         raise ValueError("expected at least one token in every row of the prompt")
     longest = max((len(row) for row in rows), default=0)
@@ -177,3 +190,13 @@ def left_padded(
         ids[i, longest - len(row) :] = row
         real[i, longest - len(row) :] = True
     return ids, None if real.all() else real
+
+
+def _row(row: Any) -> Tensor:
+    if isinstance(row, Tensor):
+        if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
+            raise TypeError(f"expected a row of ids [L] but got {dtype_name(row.dtype)} of shape {tuple(row.shape)}")
+        return row.to(torch.int64)
+    if isinstance(row, str | bytes) or not hasattr(row, "__iter__"):
+        raise TypeError(f"expected one list of ids per row of the prompt but a row is {row!r}")
+    return torch.tensor([check_whole("an id of the prompt", one, 0) for one in row], dtype=torch.int64)

@@ -188,7 +188,7 @@ def speculative_tree(
         )
     chosen = Sampling.of(sampling, **settings)
     judge = exact() if verify is None else verify
-    ends = Ends.of(max_new_tokens, eos, stop, decode)
+    ends = Ends.of(max_new_tokens, eos, stop, decode, model)
     ids, mask = left_padded(prompt, mask)
     seeds = row_seeds(seed, len(ids), ids.device)
     rows = Rows(len(ids), ends)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -65,3 +67,68 @@ def check_image_sizes(config: Any, names: Iterable[str]) -> None:
             f"expected patches that tile {config.image_size} x {config.image_size} values but got "
             f"patch_size={config.patch_size}"
         )
+
+
+def check_whole(name: str, value: object, least: int, unit: str = "") -> int:
+    """`value` as an int.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        least: the smallest that is allowed.
+        unit: of the number, for the message.
+
+    Raises:
+        TypeError: it is no whole number; True and False are none.
+        ValueError: it is below `least`.
+    """
+    unit = f" {unit}" if unit else ""
+    number: int | None = None
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        try:
+            number = operator.index(value)
+        except TypeError:  # a tensor of another kind
+            number = None
+    if number is None:
+        raise TypeError(f"{name} must be a whole number{' of' + unit if unit else ''} but got {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}{unit} but got {number}")
+    return number
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a finite float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is infinite or NaN.
+    """
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"expected {name} to be a number but got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected {name} to be a number but got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"expected {name} to be a finite number but got {number}")
+    return number
+
+
+def same_values(theirs: Tensor, ours: Tensor, *, rtol: float = 0.0, atol: float = 1e-5) -> bool:
+    """Whether a table from a file is ours, up to the precision that it was stored in.
+
+    Args:
+        theirs: of any dtype, such as float16.
+        ours: the table as it is computed here.
+        rtol, atol: differences that other ways to compute the table make.
+
+    Returns:
+        False where shapes differ.
+    """
+    if theirs.shape != ours.shape:
+        return False
+    if theirs.is_floating_point():
+        info = torch.finfo(theirs.dtype)
+        # Rounding both to the file's dtype, and one more step, because they may stand on two sides of a tie.
+        rtol, atol = max(rtol, 2 * info.eps), max(atol, 2 * info.smallest_normal * info.eps)
+    return torch.allclose(theirs.double(), ours.double(), rtol=rtol, atol=atol)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +50,14 @@ def diffusion_loss(
 
 
 def variance_bound(
-    output: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor, t: Tensor, schedule: VPSchedule
+    output: Tensor,
+    variance: Tensor,
+    clean: Tensor,
+    noisy: Tensor,
+    t: Tensor,
+    schedule: VPSchedule,
+    *,
+    cdf: Literal["exact", "tanh"] = "exact",
 ) -> Tensor:
     """The variational bound as a function of a learned variance (arXiv:2102.09672, section 3.1).
 
@@ -63,10 +71,17 @@ def variance_bound(
         clean, noisy: like output.
         t: one time per entry of leading axes, at least 0.
         schedule: of the noise.
+        cdf: of the normal distribution at t = 0: `"exact"`, or the approximation by a hyperbolic tangent that the
+            released code of DiT and MAR computes with. They differ by 2e-4 to 5e-3 relative.
 
     Returns:
         float32 like output, in bits.
+
+    Raises:
+        ValueError: an unknown `cdf`.
     """
+    if cdf not in ("exact", "tanh"):
+        raise ValueError(f"expected cdf to be exact or tanh but got {cdf!r}")
     x0 = to_x0("eps", output.detach().float(), noisy.float(), t, schedule)
     bar, before = (schedule.alpha_bar(step) for step in (t, t - 1))
     beta = 1 - bar / before
@@ -95,7 +110,10 @@ def variance_bound(
     inverse = torch.exp(-0.5 * log_variance)
 
     def below(edge: Tensor) -> Tensor:
-        probability: Tensor = torch.special.ndtr((edge - mean) * inverse)
+        z = (edge - mean) * inverse
+        if cdf == "tanh":
+            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        probability: Tensor = torch.special.ndtr(z)
         return probability
 
     data, half = clean.float(), 1 / 255

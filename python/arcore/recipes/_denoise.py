@@ -44,7 +44,7 @@ def solver_of(source: Any, options: Any, steps: int, *, learned: bool) -> tuple[
         learned: the model predicts a variance.
     """
     schedule, kind = source.schedule, options.solver
-    times = schedule.grid(steps, "leading_inner" if kind == "dpm" else "linspace")
+    times = schedule.grid(steps, "linspace_inner" if kind == "dpm" else "linspace")
     if kind != "ddpm":
         return (DDIM if kind == "ddim" else DPMSolver2M)(schedule, source.prediction), times
     variance: Any = "learned" if learned else "posterior"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol, runtime_checkable
+from itertools import accumulate
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Spacing = Literal["leading", "leading_inner", "linspace", "trailing"]
+Spacing = Literal["every", "leading", "leading_inner", "linspace", "linspace_inner", "trailing"]
+# Spacings that leave step 0 out, so that one step fewer fits.
+_INNER = ("leading_inner", "linspace_inner")
 
 
 @runtime_checkable
@@ -157,42 +160,56 @@ class VPSchedule:
     def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
         """Times that a sampler visits, from noise to clean.
 
+        Each spacing is that of a published sampler; for every S they give the same times as its code.
+
         Args:
             steps: evaluations S of the network, at most T.
             spacing: with k counting down
-                `"leading"` k * (T // S), k = S - 1..0 (DDIM);
-                `"leading_inner"` k * (T // (S + 1)), k = S..1, never 0 (the samples of ACDiT; S below T);
-                `"linspace"` S times spread evenly over 0..T - 1, both included (respaced DDPM: DiT, MAR);
+                `"every"` every (T // S)-th time from 0 on, of which there may be more than S (AR-Diffusion, DDIM);
+                `"leading"` k * (T // S), k = S - 1..0 (DDIM, PNDM);
+                `"leading_inner"` k * (T // (S + 1)), k = S..1, never 0 (DPM-Solver with leading times; S below T);
+                `"linspace"` S times spread evenly over 0..T - 1, both included (respaced DDPM: DiT, MAR). The stride is
+                added up in float64 and each sum rounded to even, as the released code does. One step alone starts at
+                T - 1, where that code would start at 0;
+                `"linspace_inner"` round(k * (T - 1) / S), k = S..1, never 0 (DPM-Solver: the released samples of
+                ACDiT; S below T);
                 `"trailing"` round(T * k / S) - 1, k = S..1.
 
         Returns:
             int64 `[S + 1]`, decreasing; the last entry is -1, clean.
 
         Raises:
+            TypeError: `steps` is no whole number.
             ValueError: steps outside the schedule, or unknown spacing.
         """
+        if spacing not in get_args(Spacing):
+            raise ValueError(
+                f"expected spacing to be one of {', '.join(get_args(Spacing))} but got {spacing!r}"
+            )
+        if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+            raise TypeError(f"expected a whole number of sampling steps but got {steps!r}")
         total = self.num_steps
-        most = total - 1 if spacing == "leading_inner" else total
+        most = total - 1 if spacing in _INNER else total
         if not 1 <= steps <= most:
             raise ValueError(
                 f"expected 1 to {most} sampling steps of a schedule of {total} with spacing {spacing!r} but got {steps}"
             )
         k = torch.arange(steps, 0, -1)
-        if spacing == "leading":
+        if spacing == "every":
+            times = torch.arange(0, total, total // steps).flip(0)
+        elif spacing == "leading":
             times = (k - 1) * (total // steps)
         elif spacing == "leading_inner":
             times = k * (total // (steps + 1))
+        elif spacing == "linspace_inner":
+            times = (k.double() * ((total - 1) / steps)).round().long()
         elif spacing == "linspace":
-            # One step alone starts from pure noise.
-            last = torch.tensor([total - 1.0])
-            even = (k - 1).double() * ((total - 1) / max(steps - 1, 1)) if steps > 1 else last
-            times = even.round().long()
-        elif spacing == "trailing":
-            times = (k.double() * (total / steps)).round().long() - 1
+            stride = (total - 1) / max(steps - 1, 1)
+            # Added up and not multiplied: where a time falls between two steps, the errors of the sum decide.
+            sums = list(accumulate([stride] * (steps - 1), initial=0.0)) if steps > 1 else [float(total - 1)]
+            times = torch.tensor([round(time) for time in reversed(sums)])
         else:
-            raise ValueError(
-                f"expected spacing to be leading, leading_inner, linspace or trailing but got {spacing!r}"
-            )
+            times = (k.double() * (total / steps)).round().long() - 1
         return torch.cat([times, torch.tensor([-1])])
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import arcore
 from arcore import masks
-from arcore.decoding import generate_blocks
+from arcore.decoding import generate_blocks, row_seeds
+from arcore.decoding.draws import RowNormals
 from arcore.models import ACDiT
 from arcore.schedules import add_noise
 
@@ -358,3 +359,35 @@ def test_bad_inputs():
         model.commit(clean[:, block], cache)
     with pytest.raises(ValueError, match="all 4 blocks are in the cache"):
         model.denoise(noisy[:, :1], t[:, :1], labels[:, None], cache)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
+@torch.no_grad()
+def test_sampling_as_released():
+    """The default solver and times are those of the released sampler, which makes its scheduler of DDIM's defaults."""
+    diffusers = pytest.importorskip("diffusers")
+    model = make(block_size=16).eval()
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config(diffusers.DDIMScheduler().config)
+    theirs.set_timesteps(25)
+    assert theirs.timesteps[[0, 1, -1]].tolist() == [999, 959, 40]
+    labels = torch.tensor([3, 5])
+    x = RowNormals(row_seeds(7, 2)).draw(*model.block_shape)
+    cache = model.make_cache(2, 2)
+    classes = torch.stack([labels, torch.full_like(labels, model.null_class)], dim=1)
+    for t in theirs.timesteps:
+        rows = x.unsqueeze(1).expand(-1, 2, -1, -1)
+        wanted, other = model.denoise(rows, t.expand(2, 2), classes, cache)[0].unbind(1)
+        x = theirs.step(other + 1.5 * (wanted - other), t, x).prev_sample
+    ours = generate_blocks(model, labels, seed=7)[:, 0]
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_of_the_trainer():
+    video = make("acdit_video_tiny", nd_split="1_1_2")
+    assert video.config.nd_split == (1, 1, 2)
+    assert torch.equal(make(nd_split=(1, 1)).rope.cos, make().rope.cos)
+    assert not torch.equal(make(nd_split=(3, 1)).rope.cos, make().rope.cos)
+    assert not any("q_norm" in name for name in make(no_qk_norm=True).state_dict())
+    for wrong in ("1_1", (1, 1), (0, 1, 1), "a_b_c", 3):
+        with pytest.raises(ValueError, match="nd_split to be 3 shares"):
+            make("acdit_video_tiny", nd_split=wrong)

@@ -350,7 +350,9 @@ def test_published_checkpoint_of_another_model_is_refused(tmp_path: Path):
 def test_a_checkpoint_may_hold_a_namespace_but_no_other_object(tmp_path: Path):
     config = RoMAConfig(**SMALL)
     weights, file = official_weights(config), tmp_path / "checkpoint-3.pth"
-    torch.save({"model": weights, "args": argparse.Namespace(path=Path("x"))}, file)
+    torch.save({"model": weights, "args": argparse.Namespace(path=Path("x"), lr=0.1)}, file)
+    load_weights(RoMA(config), file)
+    torch.save({"model": weights, "args": argparse.Namespace(path=range(3).__iter__())}, file)
     with pytest.raises(ValueError, match="hold more than tensors and plain values, which is not read"):
         load_weights(RoMA(config), file)
 

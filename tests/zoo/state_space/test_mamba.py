@@ -108,7 +108,12 @@ def test_parity_with_transformers(settings: dict[str, Any], tmp_path: Path):
     assert expected.std() > 0.5
     assert (ours(ids) - expected).abs().max() <= 1e-5
     continued = theirs.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)[:, 33:]
-    assert torch.equal(generate(ours, ids, max_new_tokens=40, temperature=0.0).ids, continued)
+    endless = generate(ours, ids, max_new_tokens=40, temperature=0.0, eos=())
+    assert torch.equal(endless.ids, continued)
+    # The token that ends a text comes from the config beside the weights, there and here.
+    ended = theirs.generate(ids, max_new_tokens=40, do_sample=False)[:, 33:]
+    assert ours.eos_ids == (theirs.config.eos_token_id,)
+    assert torch.equal(generate(ours, ids, max_new_tokens=40, temperature=0.0).ids, ended)
 
 
 def test_gradients_equal_those_of_transformers(tmp_path: Path):

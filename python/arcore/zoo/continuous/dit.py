@@ -9,7 +9,10 @@ Legend: B rows, c channels and H side of the latent image, p patch side, N = (H 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from arcore.nn import (
     init_dit,
     sincos_positions,
 )
-from arcore.nn.checks import check_floating, check_image_sizes
+from arcore.nn.checks import check_floating, check_image_sizes, same_values
 from arcore.nn.dit import renamed
 from arcore.nn.patches import unpatchify
 from arcore.schedules import Prediction, VPSchedule
@@ -173,14 +176,23 @@ class DiT(nn.Module):
             ValueError: they are not.
         """
         positions = state.get("pos_embed")
-        if positions is not None and (
-            positions.shape != self.positions.shape
-            or not torch.allclose(positions.float(), self.positions, rtol=0, atol=1e-5)
-        ):
+        if positions is not None and not same_values(positions, self.positions):
             raise ValueError(
                 f"its positions are not those of {self.config.image_size // self.config.patch_size} patches per side"
             )
         return renamed({key: value for key, value in state.items() if key != "pos_embed"})
+
+    @staticmethod
+    def official_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+        """What the command line of the released trainer, stored beside the weights, says about the config."""
+        settings: dict[str, Any] = {}
+        if "image_size" in args:
+            settings["image_size"] = args["image_size"] // 8
+        name = re.fullmatch(r"DiT-(XL|L|B|S)/([248])", str(args.get("model")))
+        if name:
+            settings["num_heads"] = {"XL": 16, "L": 16, "B": 12, "S": 6}[name[1]]
+            settings["patch_size"] = int(name[2])
+        return settings
 
 
 @preset

@@ -14,6 +14,7 @@ Left out: dropout of attention weights, 0.1 in the published training; dropout a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,6 +263,25 @@ class MAR(nn.Module):
                 raise ValueError("they have no fake_latent, the vector of the null class")
             ours["class_embed.weight"] = torch.cat([ours["class_embed.weight"], null])
         return ours
+
+    @staticmethod
+    def official_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+        """What the command line of the released trainer, stored beside the weights, says about the config."""
+        known = {
+            "patch_size": "patch_size",
+            "vae_embed_dim": "in_channels",
+            "buffer_size": "buffer_size",
+            "class_num": "num_classes",
+            "diffloss_d": "head_depth",
+            "diffloss_w": "head_width",
+        }
+        settings = {ours: args[theirs] for theirs, ours in known.items() if theirs in args}
+        if "img_size" in args and "vae_stride" in args:
+            settings["image_size"] = args["img_size"] // args["vae_stride"]
+        heads = {"mar_base": 12, "mar_large": 16, "mar_huge": 16}
+        if args.get("model") in heads:
+            settings["num_heads"] = heads[args["model"]]
+        return settings
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:

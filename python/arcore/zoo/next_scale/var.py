@@ -17,7 +17,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +217,20 @@ class VAR(nn.Module):
         check_floating(
             "inputs", inputs, self.word_embed.weight, "make them with the tokenizer's scale_inputs"
         )
+
+    @staticmethod
+    def official_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+        """What the command line of the released trainer, stored beside the weights, says about the config."""
+        settings: dict[str, Any] = {}
+        if "depth" in args:
+            # The released models have one head per layer.
+            settings |= {"depth": args["depth"], "num_heads": args["depth"]}
+        if args.get("patch_nums") or args.get("pn"):
+            sides = args.get("patch_nums") or str(args["pn"]).replace("-", "_").split("_")
+            settings["patch_nums"] = tuple(int(side) for side in sides)
+        if "anorm" in args:
+            settings["attn_l2_norm"] = bool(args["anorm"])
+        return settings
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a published checkpoint under our names.

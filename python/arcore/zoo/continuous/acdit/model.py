@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,10 @@ class ACDiTConfig:
         block_size: tokens n of a block, from 1 to all. An image's blocks are squares in raster order; a video's are
             runs of tokens, frame after frame.
         rope_layout: arrangement of rotary positions; `"acdit_v0"` loads the released weights, see `arcore.nn.rope`.
+        nd_split: shares of the rotary channels of a head that go to the axes (frame, row, column; an image has no
+            frames); None is (1, 1) for images and (2, 3, 3) for videos. `"2_3_3"`, as the released trainer has it, is
+            read too.
+        no_qk_norm: leave out the norms of queries and keys.
         class_drop: share of rows that are trained without their class, for guidance.
         drop_last_clean: leave the clean copy of the last block out of training sequences; changes no result.
         num_steps: diffusion steps of the linear schedule.
@@ -65,6 +71,8 @@ class ACDiTConfig:
     frames: int = 1
     block_size: int = 256
     rope_layout: RopeLayout = "blockdiag"
+    nd_split: tuple[int, ...] | None = None
+    no_qk_norm: bool = False
     class_drop: float = 0.1
     drop_last_clean: bool = True
     num_steps: int = 1000
@@ -72,6 +80,8 @@ class ACDiTConfig:
     def __post_init__(self) -> None:
         sizes = ("depth", "embed_dim", "num_heads", "num_classes", "image_size", "in_channels", "patch_size")
         check_image_sizes(self, (*sizes, "frames", "block_size"))
+        if self.nd_split is not None:
+            object.__setattr__(self, "nd_split", _split(self.nd_split, 2 if self.frames == 1 else 3))
         side = math.isqrt(self.block_size)
         if self.frames == 1 and (side * side != self.block_size or self.side % side):
             raise ValueError(
@@ -122,7 +132,13 @@ class ACDiT(nn.Module):
         self.time_embed = TimestepEmbedding(dim)
         self.class_embed = ClassEmbedding(config.num_classes, dim, drop=config.class_drop)
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, config.num_heads, round(dim * config.mlp_ratio), norm="rms", qk_norm=True)
+            DiTBlock(
+                dim,
+                config.num_heads,
+                round(dim * config.mlp_ratio),
+                norm="rms",
+                qk_norm=not config.no_qk_norm,
+            )
             for _ in range(config.depth)
         )
         self.rope = _rope(config, self.order)
@@ -263,6 +279,30 @@ class ACDiT(nn.Module):
         """Weights of a published checkpoint under our names. They want `rope_layout="acdit_v0"`."""
         return renamed(state)
 
+    @staticmethod
+    def official_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+        """What the command line of the released trainer, stored beside the weights, says about the config.
+
+        The number of classes is left out: the released samplers do not take it from there.
+        """
+        known = {"block_size": "block_size", "num_frames": "frames", "patch_size": "patch_size"}
+        settings = {ours: args[theirs] for theirs, ours in known.items() if theirs in args}
+        if "vae_latent_size" in args:
+            settings["in_channels"] = args["vae_latent_size"]
+        if "image_size" in args and "vae_patch_pixels" in args:
+            settings["image_size"] = args["image_size"] // args["vae_patch_pixels"]
+        if args.get("nd_split") is not None:
+            settings["nd_split"] = tuple(int(share) for share in str(args["nd_split"]).split("_"))
+        elif "nd_split" in args and "num_frames" in args:
+            settings["nd_split"] = (1, 1) if args["num_frames"] == 1 else (2, 3, 3)
+        if "no_qk_norm" in args:
+            settings["no_qk_norm"] = bool(args["no_qk_norm"])
+        return settings
+
+    def setting(self, name: str) -> Any:
+        """A field of the config, with the value that None stands for."""
+        return _nd_split(self.config) if name == "nd_split" else getattr(self.config, name)
+
 
 @lru_cache(maxsize=64)
 def _denoising_mask(context: int, length: int, copies: int) -> IntervalMask:
@@ -281,16 +321,32 @@ def _token_order(config: ACDiTConfig) -> Tensor:
     return cluster_order(config.side, math.isqrt(config.block_size), torch.device("cpu"))
 
 
+def _split(shares: Any, axes: int) -> tuple[int, ...]:
+    try:
+        split = tuple(int(share) for share in (shares.split("_") if isinstance(shares, str) else shares))
+    except (TypeError, ValueError):
+        split = ()
+    if len(split) != axes or min(split) < 1:
+        raise ValueError(
+            f"expected nd_split to be {axes} shares of at least 1, one per axis, but got {shares!r}"
+        )
+    return split
+
+
+def _nd_split(config: ACDiTConfig) -> tuple[int, ...]:
+    return config.nd_split or ((1, 1) if config.frames == 1 else (2, 3, 3))
+
+
 def _rope(config: ACDiTConfig, order: Tensor) -> Rope:
     side = config.side
     frame, within = order // side**2, order % side**2
-    axes, split, lengths = [within // side, within % side], [1, 1], [side, side]
+    axes, lengths = [within // side, within % side], [side, side]
     if config.frames > 1:
-        axes, split, lengths = [frame, *axes], [2, 3, 3], [config.frames, *lengths]
+        axes, lengths = [frame, *axes], [config.frames, *lengths]
     return rope_table(
         torch.stack(axes),
         config.embed_dim // config.num_heads,
-        split=split,
+        split=list(_nd_split(config)),
         bases=[axis_base(length) for length in lengths],
         layout=config.rope_layout,
         inclusive=True,

@@ -17,7 +17,7 @@ from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import ContextEmbedding, DiTBlock, KVCache, TimestepEmbedding, init_dit, sincos_sequence
 from arcore.nn.adaln import EPS
-from arcore.nn.checks import check_floating
+from arcore.nn.checks import check_floating, same_values
 from arcore.nn.dit import renamed
 from arcore.nn.embed import NullContext
 from arcore.nn.patches import patchify, unpatchify
@@ -305,9 +305,7 @@ class ARDiffusion(nn.Module):
             "betas": (state.get("diffusion_model.betas"), self.schedule.betas.float()),
         }
         for what, (theirs, own) in tables.items():
-            if theirs is not None and (
-                theirs.shape != own.shape or not torch.allclose(theirs.float(), own, rtol=0, atol=1e-5)
-            ):
+            if theirs is not None and not same_values(theirs, own):
                 raise ValueError(
                     f"its {what} are not those of {self.num_frames} frames and {self.config.num_steps} steps"
                 )

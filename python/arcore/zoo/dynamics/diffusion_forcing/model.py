@@ -17,7 +17,7 @@ from arcore import masks
 from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import DiTAttention, KVCache, PostNormBlock
-from arcore.nn.checks import check_floating, check_ids
+from arcore.nn.checks import check_floating, check_ids, same_values
 from arcore.schedules import VPSchedule
 
 
@@ -276,9 +276,7 @@ class DiffusionForcing(nn.Module):
             ValueError: it is not.
         """
         bars, ours = state.get("diffusion_model.alphas_cumprod"), self.schedule.alphas_cumprod
-        if bars is not None and (
-            bars.shape != ours.shape or not torch.allclose(bars.double(), ours, rtol=1e-4, atol=1e-7)
-        ):
+        if bars is not None and not same_values(bars, ours, rtol=1e-4, atol=1e-7):
             raise ValueError(
                 f"its noise schedule is not {self.config.beta_schedule!r} with {len(ours)} steps; "
                 "set beta_schedule and num_steps"

@@ -23,7 +23,7 @@ from arcore.nn import (
     init_mamba_encoder,
     sincos_positions,
 )
-from arcore.nn.checks import check_floating
+from arcore.nn.checks import check_floating, same_values
 from arcore.nn.patches import cluster_order, inverse_order, patchify, standardized, unpatchify
 
 # Decoder blocks, and depths of the encoder that they read.
@@ -318,9 +318,7 @@ class RoMA(nn.Module):
         for name in ("pos_embed", "dec_pos_embed"):
             dim = self.config.embed_dim if name == "pos_embed" else self.config.decoder_dim
             ours = sincos_positions(self.config.side, dim)
-            if name in state and (
-                state[name].shape != ours.shape or not torch.allclose(state[name].float(), ours, atol=1e-4)
-            ):
+            if name in state and not same_values(state[name], ours, rtol=1e-5, atol=1e-4):
                 raise ValueError(
                     f"{name} is not the table of {self.config.side} x {self.config.side} positions"
                 )

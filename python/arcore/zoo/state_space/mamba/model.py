@@ -301,7 +301,7 @@ class Mamba(nn.Module):
         }
         if self.lm_head is None and "embedding.weight" in ours:
             head = ours.pop("lm_head.weight", None)
-            if head is not None and not torch.equal(head, ours["embedding.weight"]):
+            if head is not None and not torch.equal(head.float(), ours["embedding.weight"].float()):
                 raise ValueError(
                     "lm_head.weight is not the embedding, but the config ties them; set tie_embeddings=False"
                 )

@@ -300,6 +300,8 @@ class MultiScaleVQ(nn.Module):
     """
 
     official_entry = "trainer.vae_local"
+    # How often codes were used in training: a file without it, or with that of other scales, is as good.
+    statistics = ("quantize.ema_vocab_hit_SV",)
 
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()

@@ -1,0 +1,38 @@
+"""Real data and weights of Python packages. Nothing is downloaded; a missing one is named with its command."""
+
+from arcore.data.real.files import package_file
+from arcore.data.real.records import (
+    Icon,
+    Pronunciation,
+    airport_weather,
+    co2,
+    elnino,
+    flights,
+    glucose,
+    icons,
+    pronunciations,
+    sea_temperature,
+    stock_prices,
+    sunspots,
+)
+from arcore.data.real.weights import PACKAGED, PackagedWeights, gguf_tokenizer, packaged_weights
+
+__all__ = [
+    "PACKAGED",
+    "Icon",
+    "PackagedWeights",
+    "Pronunciation",
+    "airport_weather",
+    "co2",
+    "elnino",
+    "flights",
+    "gguf_tokenizer",
+    "glucose",
+    "icons",
+    "package_file",
+    "packaged_weights",
+    "pronunciations",
+    "sea_temperature",
+    "stock_prices",
+    "sunspots",
+]

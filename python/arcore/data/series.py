@@ -1,0 +1,421 @@
+"""Series of numbers from tables: windows, normalisation, splits in time, missing values, several series side by side.
+
+A table has one row per time; its columns are channels. Several series stand in one table, told apart by a column, or in
+several files of a folder. Nothing crosses from one series to another, and nothing that is held out is looked at when
+the rest is normalised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from arcore._optional import require
+from arcore.data._walk import counted, some, walk
+from arcore.nn.checks import check_whole
+
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
+Missing = Literal["refuse", "drop", "forward", "linear", "keep"]
+Normalise = Literal["train", "window"]
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One series.
+
+    Attributes:
+        name: of the series.
+        columns: names of its C channels.
+        values: float64 `[T, C]`, oldest first; NaN where a value is missing.
+        times: int64 `[T]`, growing: nanoseconds since 1970 for dates, else the numbers of the table; None where the
+            table has no times.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    values: Tensor
+    times: Tensor | None = None
+
+
+class Window(NamedTuple):
+    """A piece of a series.
+
+    Attributes:
+        values: float32 `[L, C]`, normalised; 0 where a value is missing.
+        observed: bool `[L, C]`, False where a value is missing.
+        mean, std: float32 `[C]`; `values * std + mean` is what the table has.
+        series: number of the series that it is from.
+    """
+
+    values: Tensor
+    observed: Tensor
+    mean: Tensor
+    std: Tensor
+    series: int
+
+
+def read_tables(
+    source: str | Path,
+    *,
+    time: str | None = None,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> list[Series]:
+    """Read a table, or a folder of tables, as series.
+
+    Args:
+        source: a `.csv`, `.tsv` or `.parquet` file; or a folder of them, each one series (or several, by `group`).
+        time: column of dates or numbers that orders the rows; None takes them in the order of the file.
+        group: column whose values tell series apart.
+        columns: channels; None takes all columns but `time` and `group`, which must then all be numbers.
+
+    Returns:
+        Series, sorted by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: pandas, or for parquet pyarrow, is missing.
+        ValueError: a column is missing or holds text, times are no dates or numbers or come twice in a series, or the
+            table is empty (file, column and row are named).
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the table {path} does not exist: expected a .csv or .parquet file, or a folder of them"
+        )
+    files = [path]
+    if path.is_dir():
+        found = walk(path)
+        if found.dangling:
+            raise ValueError(counted(found.dangling, "{} without a target", "link", "links"))
+        files = [file for file in found.files if file.suffix.lower() in TABLE_SUFFIXES]
+        others = [file for file in found.files if file.suffix.lower() not in TABLE_SUFFIXES]
+        if others or not files:
+            known = ", ".join(sorted(TABLE_SUFFIXES))
+            raise ValueError(
+                counted(
+                    others,
+                    f"{{}} of {path} no tables (known endings: {known}); move away",
+                    "file is",
+                    "files are",
+                )
+                if others
+                else f"the folder {path} holds no tables ({known})"
+            )
+    series = []
+    for file in files:
+        name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+        try:
+            series += series_of_table(_read(file), time=time, group=group, columns=columns, name=name)
+        except ValueError as error:
+            raise ValueError(f"the table {file}: {error}") from error
+    return sorted(series, key=lambda one: one.name)
+
+
+def series_of_table(
+    table: Any,
+    *,
+    time: str | None = None,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+    name: str = "",
+) -> list[Series]:
+    """The series of a `pandas.DataFrame`; arguments and errors are those of `read_tables`.
+
+    Args:
+        table: the frame.
+        time, group, columns: see `read_tables`.
+        name: of the series, or put before the names that `group` gives.
+    """
+    pandas = require("pandas", extra="series")
+    if not len(table):
+        raise ValueError("it has no rows")
+    repeated = sorted(set(table.columns[table.columns.duplicated()]))
+    if repeated:
+        raise ValueError(f"it has several columns of the name {some(repeated)}")
+    if isinstance(columns, str):
+        raise TypeError(f"expected columns as a list of names but got the text {columns!r}")
+    wanted = [one for one in table.columns if one not in (time, group)] if columns is None else list(columns)
+    for one in (*wanted, *(() if time is None else (time,)), *(() if group is None else (group,))):
+        if one not in table.columns:
+            raise ValueError(f"it has no column {one!r}: it has {', '.join(map(str, table.columns))}")
+    if not wanted:
+        raise ValueError("it has no columns of values")
+    for one in wanted:
+        _check_numbers(pandas, table, one)
+    parts = (
+        [("", table)]
+        if group is None
+        else [(str(key), part) for key, part in table.groupby(group, sort=True)]
+    )
+    if group is not None and table[group].isna().any():
+        raise ValueError(f"the column {group!r} has empty entries, so that rows belong to no series")
+    made = []
+    for key, part in parts:
+        label = f"{name}/{key}" if name and key else (name or key)
+        times = None
+        if time is not None:
+            times = _times(pandas, part[time], time)
+            order = times.argsort(stable=True)
+            times, part = times[order], part.iloc[order.numpy()]
+            twice = (times.diff() == 0).nonzero()
+            if len(twice):
+                at = part[time].iloc[int(twice[0, 0])]
+                where = f" of the series {label!r}" if group else ""
+                hint = (
+                    ""
+                    if group
+                    else "; if it holds several series, name the column that tells them apart (group)"
+                )
+                raise ValueError(f"the time {at} comes twice in the column {time!r}{where}{hint}")
+        values = torch.tensor(part[wanted].to_numpy("float64", na_value=math.nan))
+        if values.isinf().any():
+            row, column = values.isinf().nonzero()[0].tolist()
+            raise ValueError(
+                f"the column {wanted[column]!r} has an infinite value in row {row + 1} of {label or 'it'}"
+            )
+        made.append(Series(label, tuple(map(str, wanted)), values, times))
+    return made
+
+
+def fill_missing(series: Series, how: Missing) -> Series:
+    """Deal with missing values.
+
+    Args:
+        series: the series.
+        how: `"refuse"` raises where one is missing; `"drop"` leaves out rows in which one is; `"forward"` repeats the
+            last value and `"linear"` draws a line between the values around, both in the order of rows, where rows
+            before a channel's first value are left out (and `"linear"` repeats the last value at the end); `"keep"`
+            leaves NaN.
+
+    Returns:
+        The series, with fewer rows perhaps.
+
+    Raises:
+        ValueError: a value is missing, or no row is left, or there is no such way.
+    """
+    filled, keep = _filled(series, how)
+    if filled is series.values:
+        return series
+    times = None if series.times is None else series.times[keep]
+    return replace(series, values=filled[keep], times=times)
+
+
+def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
+    """Values without holes, and which rows stay."""
+    values, gone = series.values, series.values.isnan()
+    if how not in ("refuse", "drop", "forward", "linear", "keep"):
+        raise ValueError(f"missing must be refuse, drop, forward, linear or keep but got {how!r}")
+    everything = torch.ones(len(values), dtype=torch.bool)
+    if how == "keep" or not gone.any():
+        return values, everything
+    if how == "refuse":
+        counts = {name: int(count) for name, count in zip(series.columns, gone.sum(0), strict=True) if count}
+        shown = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
+        raise ValueError(
+            f"the series {series.name!r} lacks values: {shown} of {len(values)} rows; say missing='drop', 'forward', "
+            "'linear' or 'keep'"
+        )
+    if how == "drop":
+        filled, keep = values.clone(), ~gone.any(dim=1)
+    else:
+        place = torch.arange(len(values)).unsqueeze(1).expand_as(values)
+        before = torch.where(gone, -1, place).cummax(dim=0).values
+        filled = last = values.gather(0, before.clamp(min=0))
+        if how == "linear":
+            size = len(values)
+            after = torch.where(gone, size, place).flip(0).cummin(dim=0).values.flip(0)
+            following = values.gather(0, after.clamp(max=size - 1))
+            share = (place - before).double() / (after - before).clamp(min=1)
+            inside = gone & (after < size) & (before >= 0)
+            filled = torch.where(inside, last + share * (following - last), last)
+        keep = (before >= 0).all(dim=1)
+    if not keep.any():
+        raise ValueError(f"no row of the series {series.name!r} has all its values")
+    return filled, keep
+
+
+class SeriesWindows(Dataset[Window]):
+    """Windows of series, split in time.
+
+    Of each series the last part in time is held out. A window of `"train"` lies before it entirely. A window of
+    `"test"` has its last `horizon` rows in it, and may begin before: what is predicted was never trained on.
+
+    Args:
+        series: of the same columns.
+        length: rows L of a window.
+        horizon: rows at the end of a window that are to be predicted, at most L; L holds out whole windows.
+        stride: rows from the start of a window to that of the next.
+        split: `"train"`, `"test"` or `"all"`.
+        held_out: share of the rows of each series that are held out.
+        normalise: `"train"` by mean and deviation of each channel over the training rows of all series; `"window"` by
+            those of the first L - `horizon` rows of each window; None leaves values as they are. A channel that does
+            not vary is not scaled.
+        missing: see `fill_missing`.
+
+    Attributes:
+        mean, std: float64 `[C]` of the training rows.
+        notes: sentences on series that are too short.
+
+    Raises:
+        TypeError: a length is no whole number.
+        ValueError: the series have other columns than each other, values are missing, a length or share is out of
+            range, or no series is long enough.
+    """
+
+    def __init__(
+        self,
+        series: Sequence[Series],
+        *,
+        length: int,
+        horizon: int = 1,
+        stride: int = 1,
+        split: Literal["train", "test", "all"] = "train",
+        held_out: float = 0.1,
+        normalise: Normalise | None = "train",
+        missing: Missing = "refuse",
+    ) -> None:
+        self.length = check_whole("length", length, 1, "rows")
+        self.horizon = check_whole("horizon", horizon, 1, "rows")
+        stride = check_whole("stride", stride, 1, "rows")
+        if self.horizon > self.length:
+            raise ValueError(f"horizon must be at most length={length} but got {horizon}")
+        if normalise == "window" and self.horizon == self.length:
+            raise ValueError("normalise='window' needs rows before the horizon: make it shorter than length")
+        if split not in ("train", "test", "all"):
+            raise ValueError(f"split must be 'train', 'test' or 'all' but got {split!r}")
+        if normalise not in ("train", "window", None):
+            raise ValueError(f"normalise must be 'train', 'window' or None but got {normalise!r}")
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be a share between 0 and 1 but got {held_out}")
+        if not series:
+            raise ValueError("there are no series")
+        others = [one.name for one in series if one.columns != series[0].columns]
+        if others:
+            raise ValueError(
+                f"the series {some(others)} have other columns than {series[0].name!r}: {', '.join(series[0].columns)}"
+            )
+        self.columns = series[0].columns
+        self.names = tuple(one.name for one in series)
+        self.normalise = normalise
+        self._original = tuple(series)
+        # The training part is filled by itself: a line to the first held-out value would give that away.
+        self._series, borders, training = [], [], []
+        for one in series:
+            border = len(one.values) - math.ceil(len(one.values) * held_out)
+            training.append(
+                fill_missing(replace(one, values=one.values[:border], times=None), missing).values
+            )
+            values, keep = _filled(one, missing)
+            self._series.append(training[-1] if split == "train" else values[keep])
+            borders.append(int(keep[:border].sum()))
+        self.mean, self.std = _moments(torch.cat(training))
+        self._starts: list[tuple[int, int]] = []
+        short = []
+        for number, (values, border) in enumerate(zip(self._series, borders, strict=True)):
+            first, last = 0, len(values) - self.length
+            if split == "test":
+                first = max(0, border + self.horizon - self.length)
+            if last < first:
+                short.append(series[number].name)
+            self._starts += [(number, start) for start in range(first, last + 1, stride)]
+        self.notes: tuple[str, ...] = ()
+        if short:
+            self.notes = (
+                counted(short, f"{{}} too short for a window of {length} rows", "series is", "series are"),
+            )
+        if not self._starts:
+            longest = max(map(len, self._series))
+            raise ValueError(
+                f"no series is long enough for a {split} window of {length} rows: the longest has {longest}; give more "
+                "rows or a smaller length"
+            )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Window:
+        number, start = self._starts[index]
+        values = self._series[number][start : start + self.length]
+        observed = ~values.isnan()
+        mean, std = self.mean, self.std
+        if self.normalise == "window":
+            mean, std = _moments(values[: self.length - self.horizon])
+        elif self.normalise is None:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        scaled = torch.where(observed, (values - mean) / std, 0.0)
+        return Window(scaled.float(), observed, mean.float(), std.float(), number)
+
+    def digest(self) -> str:
+        """Identifies the content of all series, whatever the split: 16 hexadecimal digits."""
+        state = hashlib.blake2b(repr(self.columns).encode(), digest_size=8)
+        for one in self._original:
+            state.update(f"{one.name}\0{tuple(one.values.shape)}\0".encode())
+            for part in (one.values, one.times):
+                if part is not None:
+                    state.update(part.contiguous().view(torch.uint8).numpy())
+        return state.hexdigest()
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over what is observed; 0 and 1 where nothing is, 1 where nothing varies."""
+    mean = values.nanmean(dim=0).nan_to_num()
+    std = (values - mean).square().nanmean(dim=0).sqrt().nan_to_num()
+    # Rounding errors of a mean are no variation.
+    return mean, torch.where(std > 1e-12 * mean.abs(), std, 1.0)
+
+
+def _read(path: Path) -> Any:
+    pandas = require("pandas", extra="series")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            require("pyarrow", extra="series")
+            return pandas.read_parquet(path, engine="pyarrow")
+        return pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+    except ImportError:
+        raise
+    # Both libraries raise classes of their own for damaged files.
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"it cannot be read: {reason}") from error
+
+
+def _check_numbers(pandas: Any, table: Any, name: str) -> None:
+    kind = table[name].dtype
+    if pandas.api.types.is_numeric_dtype(kind) and not pandas.api.types.is_complex_dtype(kind):
+        return
+    hint = "leave the column out with columns=[...], or name it as time or group"
+    if pandas.api.types.is_datetime64_any_dtype(kind):
+        raise ValueError(f"the column {name!r} holds dates; {hint}")
+    # A single cell with a thousands separator or a remark makes a whole column text.
+    numbers = pandas.to_numeric(table[name], errors="coerce")
+    bad = table[name][numbers.isna() & table[name].notna()]
+    shown = f"{bad.iloc[0]!r} in row {int(table.index.get_loc(bad.index[0])) + 1}" if len(bad) else str(kind)
+    raise ValueError(f"the column {name!r} holds no numbers but for example {shown}; {hint}")
+
+
+def _times(pandas: Any, column: Any, name: str) -> Tensor:
+    if column.isna().any():
+        raise ValueError(f"the column {name!r} has empty entries, so that rows have no time")
+    if pandas.api.types.is_integer_dtype(column.dtype):
+        return torch.tensor(column.to_numpy("int64"))
+    if pandas.api.types.is_numeric_dtype(column.dtype):
+        numbers = column.to_numpy("float64")
+        if not (numbers == numbers.round()).all():
+            raise ValueError(f"the column {name!r} has times that are no whole numbers or dates")
+        return torch.tensor(numbers).long()
+    try:
+        dates = pandas.to_datetime(column, utc=True)
+    except (ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the column {name!r} holds no dates: {reason}") from error
+    return torch.tensor(dates.dt.tz_localize(None).to_numpy("datetime64[ns]").astype("int64"))

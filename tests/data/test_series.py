@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcore.data import Series, SeriesWindows, fill_missing, read_tables
+
+pandas = pytest.importorskip("pandas")
+NAN = math.nan
+
+
+def series(values, name: str = "a", columns=("x",)) -> Series:
+    table = torch.tensor(values, dtype=torch.float64)
+    return Series(name, columns, table.unsqueeze(1) if table.dim() == 1 else table)
+
+
+def test_a_table_in_order_of_time(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("when,x,y\n2020-01-03,3,30\n2020-01-01,1,10\n2020-01-02,2,\n")
+    (one,) = read_tables(path, time="when")
+    assert one.name == "t"
+    assert one.columns == ("x", "y")
+    assert one.values[:, 0].tolist() == [1, 2, 3]
+    assert one.values[1, 1].isnan()
+    day = 24 * 3600 * 10**9
+    assert one.times.diff().tolist() == [day, day]
+    (chosen,) = read_tables(path, time="when", columns=["y"])
+    assert chosen.columns == ("y",)
+
+
+def test_several_series(tmp_path: Path):
+    table = pandas.DataFrame({"who": ["b", "a", "b", "a"], "t": [2, 1, 1, 2], "v": [20.0, 1.0, 10.0, 2.0]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    for suffix in ("csv", "parquet", "tsv"):
+        path = tmp_path / f"t.{suffix}"
+        if suffix == "parquet":
+            pytest.importorskip("pyarrow")
+            table.to_parquet(path)
+        else:
+            table.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+        found = read_tables(path, time="t", group="who")
+        assert [one.name for one in found] == ["t/a", "t/b"]
+        assert [one.values.flatten().tolist() for one in found] == [[1, 2], [10, 20]]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("two", "one"):
+        table[["v"]].to_csv(folder / f"{name}.CSV", index=False)
+    assert [one.name for one in read_tables(folder)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("x\n1\nn/a?\n", {}, r"column 'x' holds no numbers but for example 'n/a\?' in row 2"),
+        ('x\n1\n"1,234"\n', {}, r"'1,234' in row 2"),
+        ("t,x\n2020-01-01,1\n", {}, "column 't' holds no numbers"),
+        (
+            "t,x\n1,1\n1,2\n",
+            {"time": "t"},
+            "the time 1 comes twice in the column 't'; if it holds several series",
+        ),
+        ("t,x\nsoon,1\n", {"time": "t"}, "'t' holds no dates"),
+        ("t,x\n,1\n2020-01-01,2\n", {"time": "t"}, "'t' has empty entries"),
+        ("t,x\n0.5,1\n", {"time": "t"}, "no whole numbers or dates"),
+        ("g,x\n,1\na,2\n", {"group": "g"}, "'g' has empty entries"),
+        ("x\n1\n", {"time": "t"}, "no column 't': it has x"),
+        ("x\n1\n", {"columns": ["y"]}, "no column 'y'"),
+        ("t\n1\n", {"time": "t"}, "no columns of values"),
+        ("x\n1\ninf\n", {}, "'x' has an infinite value in row 2"),
+        ("x\n", {}, "it has no rows"),
+        ("", {}, "cannot be read"),
+    ],
+)
+def test_tables_that_cannot_be_understood(tmp_path: Path, text: str, options: dict, says: str):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"the table .*t\.csv: .*{says}"):
+        read_tables(path, **options)
+
+
+def test_places_without_tables(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist: expected a \.csv or \.parquet"):
+        read_tables(tmp_path / "gone.csv")
+    with pytest.raises(ValueError, match="holds no tables"):
+        read_tables(tmp_path)
+    (tmp_path / "a.xlsx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 file is of .* no tables .*a\.xlsx"):
+        read_tables(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"a\.parquet: it cannot be read"):
+        read_tables(tmp_path / "a.parquet")
+
+
+def test_missing_values():
+    holes = series([NAN, 1.0, NAN, NAN, 4.0, NAN])
+    ways = {
+        "drop": [1, 4],
+        "forward": [1, 1, 1, 4, 4],
+        "linear": [1, 2, 3, 4, 4],
+    }
+    for how, expected in ways.items():
+        assert fill_missing(holes, how).values.flatten().tolist() == expected
+    assert fill_missing(holes, "keep") is holes
+    with pytest.raises(ValueError, match="'a' lacks values: 4 in 'x' of 6 rows; say missing='drop'"):
+        fill_missing(holes, "refuse")
+    with pytest.raises(ValueError, match="missing must be"):
+        fill_missing(holes, "guess")
+    with pytest.raises(ValueError, match="no row of the series 'a' has all its values"):
+        fill_missing(series([[NAN, 1], [1, NAN]], columns=("x", "y")), "drop")
+    both = Series("b", ("x",), holes.values, torch.arange(6))
+    assert fill_missing(both, "drop").times.tolist() == [1, 4]
+
+
+def test_windows_are_split_in_time():
+    one = series(list(range(20)))
+    train = SeriesWindows([one], length=4, horizon=1, held_out=0.2, normalise=None)
+    test = SeriesWindows([one], length=4, horizon=1, held_out=0.2, normalise=None, split="test")
+    whole = SeriesWindows([one], length=4, horizon=4, held_out=0.2, normalise=None, split="test")
+    assert [int(w.values[0, 0]) for w in (train[i] for i in range(len(train)))] == list(range(13))
+    assert [int(w.values[-1, 0]) for w in (test[i] for i in range(len(test)))] == [16, 17, 18, 19]
+    assert [int(w.values[0, 0]) for w in (whole[i] for i in range(len(whole)))] == [16]
+    strided = SeriesWindows([one], length=4, stride=5, split="all", normalise=None)
+    assert [int(strided[i].values[0, 0]) for i in range(len(strided))] == [0, 5, 10, 15]
+
+
+def test_windows_never_cross_series():
+    both = [series(range(10)), series(range(100, 103), "short"), series(range(200, 210), "b")]
+    windows = SeriesWindows(both, length=4, split="all", normalise=None)
+    assert len(windows) == 14
+    assert {w.series for w in (windows[i] for i in range(14))} == {0, 2}
+    for i in range(14):
+        assert windows[i].values.diff(dim=0).unique().tolist() == [1]
+    assert windows.notes == ("1 series is too short for a window of 4 rows: short",)
+
+
+def test_what_is_held_out_is_not_looked_at():
+    """Neither the mean nor a line that fills a hole at the border knows the held-out values."""
+    values = [0.0, 1, 2, 3, 4, 5, 6, NAN, 1000, 2000]
+    for how in ("forward", "linear"):
+        train = SeriesWindows([series(values)], length=2, held_out=0.2, missing=how)
+        rows = [0.0, 1, 2, 3, 4, 5, 6, 6]
+        assert train.mean.item() == pytest.approx(sum(rows) / 8)
+        last = train[len(train) - 1]
+        assert (last.values * last.std + last.mean).flatten().tolist() == pytest.approx([6, 6])
+        test = SeriesWindows([series(values)], length=2, held_out=0.2, missing=how, split="test")
+        shown = [(w.values * w.std + w.mean)[-1].item() for w in (test[i] for i in range(len(test)))]
+        assert shown == pytest.approx([1000, 2000])
+    dropped = SeriesWindows(
+        [series(values)], length=2, held_out=0.2, missing="drop", split="test", normalise=None
+    )
+    assert dropped[0].values.flatten().tolist() == [6, 1000]
+
+
+def test_normalisation_can_be_undone():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 3, generator=generator, dtype=torch.float64) * torch.tensor([1, 100, 0]) + 7
+    one = Series("a", ("x", "y", "constant"), table)
+    for how in ("train", "window", None):
+        windows = SeriesWindows([one], length=10, horizon=3, normalise=how)
+        window = windows[5]
+        torch.testing.assert_close(
+            (window.values * window.std + window.mean).double(), table[5:15], rtol=1e-5, atol=1e-4
+        )
+        assert window.values.isfinite().all()
+        assert (window.values[:, 2] == (7 if how is None else 0)).all()
+    window = SeriesWindows([one], length=10, horizon=3, normalise="window")[5]
+    assert window.values[:7, :2].mean(0).abs().max() < 1e-5
+    assert window.values[:7, 1].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    train = SeriesWindows([one], length=10)
+    torch.testing.assert_close(train.mean[0], table[:45, 0].mean())
+
+
+def test_holes_may_stay():
+    windows = SeriesWindows([series([1.0, NAN, 3, 4, 5, 6, 7, 8, 9, 10])], length=3, missing="keep")
+    window = windows[0]
+    assert window.observed.flatten().tolist() == [True, False, True]
+    assert window.values[1, 0] == 0
+    assert windows.mean.item() == pytest.approx((1 + sum(range(3, 10))) / 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"length": 0}, ValueError, "length must be at least 1 rows"),
+        ({"length": 2.5}, TypeError, "length must be a whole number of rows"),
+        ({"length": 4, "stride": 0}, ValueError, "stride must be at least 1"),
+        ({"length": 4, "horizon": 5}, ValueError, "horizon must be at most length=4"),
+        ({"length": 4, "horizon": 4, "normalise": "window"}, ValueError, "needs rows before the horizon"),
+        ({"length": 4, "split": "val"}, ValueError, "split must be"),
+        ({"length": 4, "normalise": "min"}, ValueError, "normalise must be"),
+        ({"length": 4, "held_out": 1}, ValueError, "held_out must be a share"),
+        ({"length": 40}, ValueError, "no series is long enough for a train window of 40 rows"),
+    ],
+)
+def test_bad_windows(options: dict, error: type, says: str):
+    with pytest.raises(error, match=says):
+        SeriesWindows([series(range(10))], **options)
+
+
+def test_series_of_other_columns():
+    with pytest.raises(ValueError, match="the series b have other columns than 'a': x"):
+        SeriesWindows([series(range(10)), series(range(10), "b", ("y",))], length=2)
+    with pytest.raises(ValueError, match="there are no series"):
+        SeriesWindows([], length=2)
+
+
+def test_digest_of_series():
+    first = SeriesWindows([series(range(10))], length=2).digest()
+    assert SeriesWindows([series(range(10))], length=3, split="test").digest() == first
+    assert SeriesWindows([series([*range(9), 10])], length=2).digest() != first
+    assert SeriesWindows([series(range(10), "b")], length=2).digest() != first
+
+
+def test_windows_collate():
+    windows = SeriesWindows([series(range(20))], length=4)
+    batch = next(iter(torch.utils.data.DataLoader(windows, batch_size=3)))
+    assert batch.values.shape == (3, 4, 1)
+    assert batch.series.tolist() == [0, 0, 0]
