@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arcore.data import InMemoryImages, held_out_mask, load_digits, load_moving_digits, open_dataset
+from arcore.data import (
+    InMemoryImages,
+    held_out_mask,
+    load_digits,
+    load_moving_digits,
+    load_photos,
+    open_dataset,
+)
 
 pytest.importorskip("sklearn")
 
@@ -108,3 +115,31 @@ def test_digits_need_room_to_move():
         load_moving_digits(image_size=8)
     with pytest.raises(ValueError, match="grey but the model takes 3"):
         open_dataset("moving_digits", image_size=16, channels=3, frames=8)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: load_digits(image_size=8.0),
+        lambda: load_moving_digits(frames=2.5),
+        lambda: load_moving_digits(image_size="16"),
+        lambda: load_photos(image_size=24.0),
+        lambda: held_out_mask(torch.zeros(4), every=2.5),
+        lambda: open_dataset("digits", image_size=8.5, channels=1),
+        lambda: open_dataset("moving_digits", image_size=16, channels=1, frames=True),
+    ],
+)
+def test_sizes_are_whole_numbers(call):
+    with pytest.raises(TypeError, match="must be a whole number"):
+        call()
+
+
+@pytest.mark.parametrize("source", [None, 3, b"digits"])
+def test_sources_are_names_or_paths(source):
+    with pytest.raises(TypeError, match="expected data as digits, mnist"):
+        open_dataset(source, image_size=8, channels=1)
+
+
+def test_close_names_are_suggested():
+    with pytest.raises(FileNotFoundError, match="did you mean 'digits'"):
+        open_dataset("digit", image_size=8, channels=1)

@@ -91,6 +91,7 @@ def test_times_to_train_on():
         ("linspace", [999, 749, 500, 250, 0, -1]),
         ("linspace_inner", [999, 799, 599, 400, 200, -1]),
         ("trailing", [999, 799, 599, 399, 199, -1]),
+        ("trailing_floor", [999, 799, 599, 399, 199, -1]),
         ("every", [800, 600, 400, 200, 0, -1]),
     ],
 )
@@ -98,7 +99,7 @@ def test_grids(spacing, expected):
     assert VPSchedule().grid(5, spacing).tolist() == expected
 
 
-SPACINGS = ["leading", "leading_inner", "linspace", "linspace_inner", "trailing"]
+SPACINGS = ["leading", "leading_inner", "linspace", "linspace_inner", "trailing", "trailing_floor"]
 
 
 def test_times_of_released_samplers():

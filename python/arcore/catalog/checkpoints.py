@@ -66,8 +66,8 @@ TRAINING_ONLY = {
     "gate_init",
     "restart_below",
 }
-# Settings that shapes tell, where files have other words for the same: 50277 rows padded to 50280, or 50280 rows. A model
-# may also be used for longer texts than it was made for.
+# Settings that shapes tell, where files have other words for the same: 50277 rows padded to 50280, or 50280 rows. A
+# model may also be used for longer texts than it was made for.
 TOLD = {"vocab_size", "pad_vocab_size_multiple", "tie_embeddings", "head_dim", "dt_rank", "max_length"}
 NAMES_SHOWN = 3
 
@@ -356,7 +356,10 @@ def _check_settings(path: Path, module: nn.Module, settings: Mapping[str, Any]) 
     differing = [
         (name, value, value_of(name))
         for name, value in settings.items()
-        if name in known and name not in TRAINING_ONLY and _tuples(value) != _tuples(value_of(name))
+        if name in known
+        and name not in TRAINING_ONLY
+        # A config may leave open what a file spells out.
+        and _tuples(value) not in (_tuples(value_of(name)), _tuples(getattr(config, name)))
     ]
     if differing:
         theirs = ", ".join(f"{name}={value!r}" for name, value, _ in differing)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from arcore._optional import require
 from arcore.data.images import InMemoryImages, check_split, held_out_mask
+from arcore.nn.checks import check_whole
 
 
 def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
@@ -29,6 +30,7 @@ def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
         ValueError: unknown split, or another `image_size`.
     """
     check_split(split)
+    image_size = check_whole("image_size", image_size, 0, "pixels")
     if image_size != 8 and (image_size < 16 or image_size % 16):
         raise ValueError(f"the digits have 8 pixels per side, or any multiple of 16, but not {image_size}")
     bunch = require("sklearn.datasets", extra="train").load_digits()
@@ -60,6 +62,7 @@ def load_moving_digits(split: str = "train", *, frames: int = 8, image_size: int
         ImportError: scikit-learn is missing.
         ValueError: unknown split, no frames, or frames too small to move in.
     """
+    frames, image_size = check_whole("frames", frames, 0), check_whole("image_size", image_size, 0, "pixels")
     if frames < 1 or image_size < 9:
         raise ValueError(
             f"digits move over frames of at least 9 pixels per side, but got frames={frames} and "

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from arcore.nn.checks import check_whole
+
 SPLITS = ("train", "test", "all")
 
 
@@ -90,6 +92,7 @@ def held_out_mask(labels: Tensor, every: int = 5) -> Tensor:
     Returns:
         bool tensor `[N]`, True for held-out images.
     """
+    every = check_whole("every", every, 1)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)

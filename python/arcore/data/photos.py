@@ -6,6 +6,7 @@ import torch
 
 from arcore._optional import require
 from arcore.data.images import InMemoryImages, check_split
+from arcore.nn.checks import check_whole
 
 # Crops overlap by half. The right fifth of each photograph is held out, and no training crop touches it.
 HELD_OUT = 0.2
@@ -27,7 +28,8 @@ def load_photos(split: str = "train", *, image_size: int = 48, channels: int = 3
         ValueError: unknown split, or a size or number of channels that there is none of.
     """
     check_split(split)
-    if channels not in (1, 3) or not 2 <= image_size <= 128:
+    image_size = check_whole("image_size", image_size, 0, "pixels")
+    if isinstance(channels, bool) or channels not in (1, 3) or not 2 <= image_size <= 128:
         raise ValueError(
             f"expected 1 or 3 channels and an image_size from 2 to 128 but got {channels} and {image_size}"
         )

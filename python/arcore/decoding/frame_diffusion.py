@@ -71,7 +71,7 @@ def generate_frames(
             it is finished.
         solver: for the model's schedule and prediction; default `DDIM`.
         times: decreasing times `[S + 1]`, the last one clean, for example from `model.schedule.grid`; default 50 steps
-            (all of the schedule's where it has fewer) with spacing "linspace".
+            (all of the schedule's where it has fewer) with the spacing that the model has as `spacing`, or "linspace".
         cfg_scale: weight w of the conditional prediction c, u + w (c - u) with the unconditional u; 1 leaves the
             unconditional rows out.
         context: clean first frames `[B, K, *S]` to continue, K < `frames`.
@@ -242,7 +242,7 @@ def _iterations(
 def _default_times(model: FrameModel, official_quirks: bool) -> Tensor:
     steps = min(50, getattr(model.schedule, "num_steps", 50))
     if not official_quirks:
-        times: Tensor = model.schedule.grid(steps, "linspace")
+        times: Tensor = model.schedule.grid(steps, getattr(model, "spacing", "linspace"))
         return times
     times = model.schedule.grid(steps, "every") + 1
     if times[0] >= model.schedule.num_steps:

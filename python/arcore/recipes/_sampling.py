@@ -69,8 +69,6 @@ def sample(
     else:
         assert preset is not None
         assert weights is not None
-        if str(weights) != PACKAGE and not weights.exists():
-            raise FileNotFoundError(f"the weights {weights} do not exist")
         networks, facts = recipe.published(preset, weights, options)
     networks = {name: network.to(place).eval() for name, network in networks.items()}
     return recipe.sample(networks, facts, options, show)

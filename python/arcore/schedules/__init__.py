@@ -14,7 +14,7 @@ from arcore.schedules.asynchronous import (
     table_times,
     trapezoid_levels,
 )
-from arcore.schedules.noise import FlowSchedule, NoiseSchedule, VPSchedule, add_noise, broadcast_time
+from arcore.schedules.noise import FlowSchedule, NoiseSchedule, Spacing, VPSchedule, add_noise, broadcast_time
 from arcore.schedules.prediction import PREDICTIONS, Prediction, target, to_eps, to_x0
 from arcore.schedules.solvers import DDIM, DDPM, DPMSolver2M, History, Solver
 
@@ -28,6 +28,7 @@ __all__ = [
     "NoiseSchedule",
     "Prediction",
     "Solver",
+    "Spacing",
     "VPSchedule",
     "Windows",
     "adaptive_levels",

@@ -9,7 +9,9 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-Spacing = Literal["every", "leading", "leading_inner", "linspace", "linspace_inner", "trailing"]
+Spacing = Literal[
+    "every", "leading", "leading_inner", "linspace", "linspace_inner", "trailing", "trailing_floor"
+]
 # Spacings that leave step 0 out, so that one step fewer fits.
 _INNER = ("leading_inner", "linspace_inner")
 
@@ -173,7 +175,9 @@ class VPSchedule:
                 T - 1, where that code would start at 0;
                 `"linspace_inner"` round(k * (T - 1) / S), k = S..1, never 0 (DPM-Solver: the released samples of
                 ACDiT; S below T);
-                `"trailing"` round(T * k / S) - 1, k = S..1.
+                `"trailing"` round(T * k / S) - 1, k = S..1 (diffusers);
+                `"trailing_floor"` floor(T * k / S) - 1, k = S..1, in float32 as the released code of Diffusion Forcing
+                computes it, which may round T * k / S down by one where it is whole.
 
         Returns:
             int64 `[S + 1]`, decreasing; the last entry is -1, clean.
@@ -208,6 +212,10 @@ class VPSchedule:
             # Added up and not multiplied: where a time falls between two steps, the errors of the sum decide.
             sums = list(accumulate([stride] * (steps - 1), initial=0.0)) if steps > 1 else [float(total - 1)]
             times = torch.tensor([round(time) for time in reversed(sums)])
+        elif spacing == "trailing_floor":
+            times = (
+                torch.linspace(-1, total - 1, steps + 1, dtype=torch.float32, device="cpu").long()[1:].flip(0)
+            )
         else:
             times = (k.double() * (total / steps)).round().long() - 1
         return torch.cat([times, torch.tensor([-1])])

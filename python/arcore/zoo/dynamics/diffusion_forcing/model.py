@@ -18,7 +18,7 @@ from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import DiTAttention, KVCache, PostNormBlock
 from arcore.nn.checks import check_floating, check_ids, same_values
-from arcore.schedules import VPSchedule
+from arcore.schedules import Spacing, VPSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,7 @@ class DiffusionForcing(nn.Module):
     """
 
     official_entry = "state_dict"
+    spacing: Spacing = "trailing_floor"
     mean: Tensor
     std: Tensor
 
