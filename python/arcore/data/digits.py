@@ -30,7 +30,7 @@ def load_digits(split: str = "train", *, image_size: int = 8) -> InMemoryImages:
         ValueError: unknown split, or another `image_size`.
     """
     check_split(split)
-    image_size = check_whole("image_size", image_size, 0, "pixels")
+    image_size = check_whole("image_size", image_size, -(2**63))
     if image_size != 8 and (image_size < 16 or image_size % 16):
         raise ValueError(f"the digits have 8 pixels per side, or any multiple of 16, but not {image_size}")
     bunch = require("sklearn.datasets", extra="train").load_digits()

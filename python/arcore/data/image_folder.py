@@ -219,10 +219,10 @@ class _Listing:
             raise ValueError(
                 f"{root / held} has classes that {root / train} has not: {some(strange)}; both need the same names"
             )
-        for held_out, group in ((False, classes), (True, others)):
+        for part, group in ((False, classes), (True, others)):
             for name, files in group.items():
                 label = self.class_names.index(name)
-                self.images += [_Image(path, label, held_out) for path in files]
+                self.images += [_Image(path, label, part) for path in files]
 
     def _refuse_useless(self, found: Found) -> None:
         """Files that are no images and dangling links: an error, or left out."""

@@ -72,7 +72,8 @@ class InMemoryImages(ImageDataset):
         """See `ImageDataset`; of all values, labels and class names."""
         state = hashlib.blake2b(repr((self.class_names, tuple(self.images.shape))).encode(), digest_size=8)
         for values in (self.images, self.labels):
-            state.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            plain = values.detach().cpu().contiguous().flatten().view(torch.uint8)
+            state.update(memoryview(plain.numpy()))
         return state.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

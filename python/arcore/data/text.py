@@ -151,15 +151,15 @@ def load_text(
     reader.warn()
     data = text.encode()
     state = hashlib.blake2b(data, digest_size=8)
-    facts = {"notes": tuple(reader.notes), "skipped": tuple(reader.skipped)}
+    facts = tuple(reader.notes), tuple(reader.skipped)
     if held_out is not None:
         state.update(f"\0{len(data)}\0{held_out}".encode())
-        return Text(text, held_out, state.hexdigest(), **facts)
+        return Text(text, held_out, state.hexdigest(), *facts)
     border = len(data) - min(int(len(data) * HELD_OUT), HELD_OUT_BYTES)
     # Continuation bytes of UTF-8 are 10xxxxxx; a character is not cut.
     while border < len(data) and data[border] & 0xC0 == 0x80:
         border += 1
-    return Text(data[:border].decode(), data[border:].decode(), state.hexdigest(), **facts)
+    return Text(data[:border].decode(), data[border:].decode(), state.hexdigest(), *facts)
 
 
 def load_kjv() -> str:
@@ -244,11 +244,11 @@ class _Reader:
             return [text]
         documents = []
         # JSON lines end with \n alone: a text may hold the other characters that end lines.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
+        for number, row in enumerate(text.split("\n"), start=1):
+            if not row.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = json.loads(row)
                 document = entry["text"]
                 if not isinstance(document, str):
                     raise TypeError

@@ -90,7 +90,9 @@ class Ends:
 def _several(name: str, value: Any) -> list[Any]:
     """One token or several as a list."""
     if isinstance(value, str | bytes):
-        raise TypeError(f"expected {name} as token ids but got the text {value!r}; encode it with the tokenizer")
+        raise TypeError(
+            f"expected {name} as token ids but got the text {value!r}; encode it with the tokenizer"
+        )
     if hasattr(value, "__index__") and not getattr(value, "ndim", 0):
         return [value]
     if not hasattr(value, "__iter__"):
@@ -102,7 +104,9 @@ def _tokens(name: str, value: Any, vocab_size: int | None) -> tuple[int, ...]:
     ids = tuple(check_whole(name, one, 0) for one in _several(name, value))
     for token in ids:
         if vocab_size is not None and token >= vocab_size:
-            raise ValueError(f"expected {name} from 0 to {vocab_size - 1}, the model's tokens, but got {token}")
+            raise ValueError(
+                f"expected {name} from 0 to {vocab_size - 1}, the model's tokens, but got {token}"
+            )
     return ids
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,14 @@ def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str 
         TypeError: a seed is no whole number.
         ValueError: another number of seeds than rows, or one that has more than 64 bits.
     """
-    if hasattr(seed, "__index__") and not (isinstance(seed, Tensor) and seed.dim()):
-        number = check_whole("seed", seed, -(2**127))
+    given: Any = seed
+    if hasattr(given, "__index__") and not getattr(given, "ndim", 0):
+        number = check_whole("seed", given, -(2**127))
         seeds = [_derive(number, row) for row in range(batch)]
     else:
-        if isinstance(seed, str | bytes) or not hasattr(seed, "__iter__"):
+        if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
             raise TypeError(f"expected seed to be a whole number, or one per row, but got {seed!r}")
-        seeds = [check_whole("seed", one, -(2**127)) for one in seed]
+        seeds = [check_whole("seed", one, -(2**127)) for one in given]
         if len(seeds) != batch:
             raise ValueError(f"expected one seed, or {batch} of them, one per row, but got {len(seeds)}")
         if any(not -(2**63) <= one < 2**63 for one in seeds):

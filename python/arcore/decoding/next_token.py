@@ -195,7 +195,9 @@ def left_padded(
 def _row(row: Any) -> Tensor:
     if isinstance(row, Tensor):
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
-            raise TypeError(f"expected a row of ids [L] but got {dtype_name(row.dtype)} of shape {tuple(row.shape)}")
+            raise TypeError(
+                f"expected a row of ids [L] but got {dtype_name(row.dtype)} of shape {tuple(row.shape)}"
+            )
         return row.to(torch.int64)
     if isinstance(row, str | bytes) or not hasattr(row, "__iter__"):
         raise TypeError(f"expected one list of ids per row of the prompt but a row is {row!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arcore.catalog import load_checkpoint
-from arcore.recipes._recipe import PACKAGE, Recipe, recipe_for
+from arcore.recipes._recipe import Recipe, recipe_for
 from arcore.training import checkpoint
 
 

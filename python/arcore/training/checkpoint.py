@@ -68,20 +68,24 @@ def begun(run: Path) -> bool:
     return (run / RECORD).is_file() or newest(run) is not None
 
 
+class NoCheckpointError(FileNotFoundError, ValueError):
+    """A place that was named holds no checkpoint: a missing file, and an argument that does not fit."""
+
+
 def find(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest one of a run folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        NoCheckpointError: there is none.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist (expected a folder)")
+        raise NoCheckpointError(f"the checkpoint {path} does not exist (expected a folder)")
     found = newest(path)
     if found is None:
-        raise FileNotFoundError(
+        raise NoCheckpointError(
             f"{path} holds no checkpoint: expected {CONFIG} or folders named step-00000500 in it"
         )
     return found
