@@ -73,7 +73,7 @@ class InMemoryImages(ImageDataset):
         state = hashlib.blake2b(repr((self.class_names, tuple(self.images.shape))).encode(), digest_size=8)
         for values in (self.images, self.labels):
             plain = values.detach().cpu().contiguous().flatten().view(torch.uint8)
-            state.update(memoryview(plain.numpy()))
+            state.update(plain.numpy().data)
         return state.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -361,7 +361,7 @@ class SeriesWindows(Dataset[Window]):
             state.update(f"{one.name}\0{tuple(one.values.shape)}\0".encode())
             for part in (one.values, one.times):
                 if part is not None:
-                    state.update(memoryview(part.contiguous().view(torch.uint8).numpy()))
+                    state.update(part.contiguous().view(torch.uint8).numpy().data)
         return state.hexdigest()
 
 

@@ -14,7 +14,7 @@ from arcore.decoding._evaluating import evaluating
 from arcore.decoding._rows import Decode, Ends, Rows
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.sampling import Sampling
-from arcore.nn.checks import check_ids, check_number, check_whole, dtype_name
+from arcore.nn.checks import check_number, check_whole, dtype_name
 from arcore.nn.protocols import TokenModel
 from arcore.ops.sample import Sampled
 
@@ -101,7 +101,6 @@ def next_token(
         raise ValueError(f"expected repetition_penalty > 0 but got {repetition_penalty}; 1 changes nothing")
     chosen = Sampling.of(sampling, **settings)
     ids, mask = left_padded(prompt, mask)
-    check_ids("prompt", ids, model.vocab_size)
     seeds = row_seeds(seed, len(ids), ids.device)
     more = {"return_logprob": "processed" if return_logprobs else None, "return_kept": return_kept}
     return _steps(model, ids, mask, ends, repetition_penalty, seeds, chosen, more)
