@@ -36,7 +36,7 @@ def test_every_command_explains_itself_with_an_example(arcore, command):
 # bench hands what it does not know to pytest.
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
 def test_unknown_option_is_one_line(fails, command):
-    preset = {"train": ["var_tiny"], "data": ["check", "."]}.get(command, [])
+    preset = {"train": ["var_tiny"], "data": ["check", "."], "run": ["reusable_holdout"]}.get(command, [])
     assert "--no-such-option" in fails(command, *preset, "--no-such-option")
 
 

@@ -1,41 +1,98 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from arcore.models import list_models, model_info
+from arcore.catalog import list_models, list_systems, model_info
 
 
-def test_lists_every_preset_with_its_size(arcore):
+def test_lists_every_preset_with_its_size_and_every_other_system(arcore):
     outcome = arcore("zoo")
     assert outcome.code == 0
-    lines = {line.split()[0]: line for line in outcome.out.splitlines()[1:]}
+    presets, _, others = outcome.out.partition("\n\n")
+    lines = {line.split()[0]: line for line in presets.splitlines()[1:]}
     assert sorted(lines) == list_models()
     assert "310 M" in lines["var_d16"]
     assert "next_scale" in lines["var_d16"]
+    assert [line.split()[0] for line in others.splitlines()[1:]] == [
+        name for name in list_systems() if not model_info(name).presets
+    ]
 
 
 def test_filter(arcore, fails):
     names = [line.split()[0] for line in arcore("zoo", "--filter", "*_tiny").out.splitlines()[1:]]
     assert names == list_models("*_tiny")
     assert "no preset matches 'zzz*'" in fails("zoo", "--filter", "zzz*")
+    assert "leave out the words" in fails("zoo", "--filter", "*", "var")
 
 
-def test_shows_a_system(arcore):
-    out = arcore("zoo", "var").out
+@pytest.mark.parametrize("words", [("var",), ("VAR",), ("var_d16",)])
+def test_shows_a_system(arcore, words):
+    out = arcore("zoo", *words).out
     info = model_info("var")
     assert "arXiv:2404.02905" in out
     assert f"zoo/next_scale/var.py:{info.line}" in out
     assert info.claim in out
-    assert "settings of" not in out
+    assert f"on {info.checked_on}; `arcore check var` repeats it" in out
+    assert ("settings of var_d16" in out) is (words == ("var_d16",))
 
 
-def test_shows_a_preset_with_its_settings(arcore):
-    out = arcore("zoo", "var_tiny").out
-    assert "settings of var_tiny" in out
-    assert "patch_nums" in out
-    assert "(1, 2, 3, 4)" in out
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("2404.02905",), {"var", "msvq"}),
+        (("https://arxiv.org/abs/2412.07720",), {"acdit"}),
+        (("arXiv:2503.10392",), {"roma", "roma_classifier"}),
+        (("Multi-scale VQ",), {"msvq"}),
+        (("multi-scale", "vq"), {"msvq"}),
+        (("estimator",), {"reusable_holdout"}),
+        (("state_space",), {"mamba", "mamba2"}),
+        (("video", "frame"), {"ar_diffusion"}),
+    ],
+)
+def test_finds_by_title_number_topic_kind_and_words(arcore, words, found):
+    outcome = arcore("zoo", *words, "--json")
+    assert {entry["name"] for entry in json.loads(outcome.out)} >= found
+    text = arcore("zoo", *words).out
+    for name in found:
+        assert name in text
+        assert f":{model_info(name).line}" in text
 
 
-@pytest.mark.parametrize("name", ["var_tinny", "VAR_TINY", "nothing_like_it"])
-def test_unknown_name_is_one_line(fails, name):
-    assert f"there is no model {name!r}" in fails("zoo", name)
+def test_json_has_what_programs_need(arcore):
+    content = json.loads(arcore("zoo", "--json").out)
+    assert [entry["name"] for entry in content] == list_systems()
+    [var] = [entry for entry in content if entry["name"] == "var"]
+    fields = {
+        "name",
+        "title",
+        "paper",
+        "topic",
+        "kind",
+        "summary",
+        "claim",
+        "checked_on",
+        "path",
+        "line",
+        "presets",
+    }
+    assert fields <= var.keys()
+    assert Path(var["path"]).read_text().splitlines()[var["line"] - 1].startswith("class VAR")
+    assert "var_tiny" in var["presets"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("var_tinny",), "did you mean var_tiny"),
+        (("Mutli-scale VQ",), "did you mean Multi-scale VQ"),
+        (("2404.02950",), "did you mean arXiv:2404.02905"),
+        (("nothing_like_it_at_all",), "`arcore zoo` lists all"),
+    ],
+)
+def test_unknown_words_are_one_line_with_suggestions(fails, words, hint):
+    line = fails("zoo", *words)
+    assert "nothing in the zoo fits" in line
+    assert hint in line

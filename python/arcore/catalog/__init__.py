@@ -14,6 +14,7 @@ from arcore.catalog.lookup import (
     list_models,
     list_systems,
     model_info,
+    search,
 )
 from arcore.catalog.system import CHECKED_ON, KINDS, System, preset
 
@@ -38,4 +39,5 @@ __all__ = [
     "model_info",
     "preset",
     "save_checkpoint",
+    "search",
 ]

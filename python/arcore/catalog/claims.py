@@ -105,19 +105,26 @@ class Outcome:
 
 
 def at_most(what: str, measured: Any, limit: float) -> Row:
-    """A row that holds when the value is no more than the limit; NaN is."""
-    return Row(what, float(measured), f"<= {limit:g}", float(measured) <= limit)
+    """A row that holds when the value is no more than the limit; NaN is not."""
+    value = _number(measured)
+    return Row(what, value, f"<= {limit:g}", value <= limit)
 
 
 def at_least(what: str, measured: Any, limit: float) -> Row:
-    """A row that holds when the value is no less than the limit; NaN is."""
-    return Row(what, float(measured), f">= {limit:g}", float(measured) >= limit)
+    """A row that holds when the value is no less than the limit; NaN is not."""
+    value = _number(measured)
+    return Row(what, value, f">= {limit:g}", value >= limit)
 
 
 def equals(what: str, measured: Any, wanted: float, *, tolerance: float = 0.0) -> Row:
     """A row that holds when the value is the wanted one, up to `tolerance`."""
     required = f"= {wanted:g}" if tolerance == 0 else f"{wanted:g} +- {tolerance:g}"
-    return Row(what, float(measured), required, abs(float(measured) - wanted) <= tolerance)
+    value = _number(measured)
+    return Row(what, value, required, abs(value - wanted) <= tolerance)
+
+
+def _number(measured: Any) -> float:
+    return float(measured.detach() if isinstance(measured, torch.Tensor) else measured)
 
 
 def steps(count: int, what: str) -> Iterator[int]:

@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -260,6 +260,56 @@ def find(name: str) -> Found:
         if close and not difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             raise ValueError(f"there is no model {name!r}; {close[0]} is the system {others[close[0]]!r}")
     raise ValueError(f"there is no model {name!r}{hint(name, known)}")
+
+
+def search(words: str = "") -> list[Entry]:
+    """Systems by name, preset, title, arXiv number, topic, kind, or words about them.
+
+    Args:
+        words: an exact name, title or number comes first; else every word must occur somewhere in what the system says
+            about itself. Case does not matter. Nothing finds all.
+
+    Returns:
+        Sorted by name, at least one.
+
+    Raises:
+        ValueError: nothing fits; the message suggests close names, titles and numbers.
+    """
+    every = list(catalog().values())
+    wanted = " ".join(words.split()).casefold()
+    if not wanted:
+        return every
+    number = wanted.removeprefix("arxiv:").rpartition("/")[2]
+    exact: list[Callable[[Entry], bool]] = [
+        lambda entry: wanted == entry.system.name or wanted in entry.presets,
+        lambda entry: wanted == entry.system.title.casefold(),
+        lambda entry: number == entry.system.paper.rpartition(":")[2].casefold(),
+        lambda entry: wanted in (entry.system.topic, entry.system.kind),
+    ]
+    for fits in exact:
+        if found := [entry for entry in every if fits(entry)]:
+            return found
+    found = [entry for entry in every if all(word in _about(entry) for word in wanted.split())]
+    if found:
+        return found
+    known = {text: text for entry in every for text in (entry.system.name, *entry.presets)}
+    for entry in every:
+        known[entry.system.title.casefold()] = entry.system.title
+        known[entry.system.paper.removeprefix("arXiv:").casefold()] = entry.system.paper
+        known |= {text: text for text in (entry.system.topic, entry.system.kind)}
+    close = difflib.get_close_matches(number, known, n=3, cutoff=0.6)
+    end = (
+        f"; did you mean {' or '.join(known[name] for name in close)}?"
+        if close
+        else "; `arcore zoo` lists all"
+    )
+    raise ValueError(f"nothing in the zoo fits {words!r}{end}")
+
+
+def _about(entry: Entry) -> str:
+    system = entry.system
+    parts = (system.name, system.title, system.paper, system.topic, system.kind, system.recipe or "")
+    return " ".join((*parts, system.summary, system.claim, entry.doc, *entry.presets)).casefold()
 
 
 def load(place: Place, name: str) -> Any:

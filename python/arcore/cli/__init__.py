@@ -15,13 +15,14 @@ COMMANDS = {
     "train": "train a model of the zoo on your images or text",
     "sample": "draw images or text from a trained model",
     "data": "look through a folder of images, videos or text, or a table, before training on it",
+    "run": "use a system that is neither trained nor sampled: an estimator, an analysis, an agent",
     "check": "ask systems of the zoo to prove their papers' claims",
-    "zoo": "list the systems and presets, or show one",
+    "zoo": "list the systems and presets, find or show some",
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",
 }
 # Their options are read by tyro; the others work with torch alone.
-_EXTRA = {"demo": "train", "train": "train", "sample": "train"}
+_EXTRA = {"demo": "train", "train": "train", "sample": "train", "run": "zoo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

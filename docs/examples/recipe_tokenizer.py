@@ -1,0 +1,16 @@
+"""An image to token maps, coarse to fine, and back."""
+
+import sys
+
+import torch
+
+import arcore
+
+model = arcore.create_model(sys.argv[1]).eval()
+config = model.config
+images = torch.rand(2, config.in_channels, config.image_size, config.image_size) * 2 - 1
+with torch.no_grad():
+    codes = model.encode(images)
+    again = model.decode(codes)
+print("tokens per scale:", [scale.shape[1] for scale in codes])
+print("images:", tuple(again.shape))

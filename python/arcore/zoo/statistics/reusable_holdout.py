@@ -1,0 +1,272 @@
+"""The reusable holdout: a held-out set that may be asked again and again (Dwork et al., arXiv:1411.2664).
+
+Whoever looks at a held-out set, changes what is measured, and looks again, soon measures the held-out set and not the
+world. Thresholdout answers each question from the training data as long as the two sets agree up to a noisy threshold;
+only where they disagree does it tell what the held-out set says, with Laplace noise, and charges its budget. So
+overfitting to the training data shows, and little is learnt about the held-out rows. The paper's mechanisms for
+exponentially many questions (private multiplicative weights) are left out; this is its practical form, algorithm
+Thresholdout of the companion paper in Science (arXiv:1506.02629).
+
+It is an estimator of means: a question is a value in [0, 1] for every training row and every held-out row.
+
+Legend: n rows, d columns, T threshold, sigma rate of the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from arcore.catalog import System
+from arcore.catalog.claims import Claim, at_least, at_most, steps
+from arcore.catalog.running import Report
+
+SYSTEM = System(
+    name="reusable_holdout",
+    title="Reusable holdout",
+    paper="arXiv:1411.2664",
+    topic="statistics",
+    kind="estimator",
+    summary="Answers questions about a held-out set that depend on earlier answers, without overfitting to it.",
+    claim=(
+        "After features were selected on pure noise with its help, a plain held-out set reports skill and the guarded "
+        "one does not."
+    ),
+    checked_on="synthetic data",
+)
+
+try:
+    from sklearn.base import BaseEstimator
+except ImportError:
+    BaseEstimator = object
+
+
+class Thresholdout(BaseEstimator):  # type: ignore[misc]
+    """Guards a held-out set.
+
+        guard = Thresholdout().fit(right_on_training_rows, right_on_held_out_rows)
+        guard.answer(training_values, held_out_values)      # as often as wanted
+
+    Args:
+        threshold: T, how far the sets may differ before the held-out one is told; None takes 2 / sqrt(n), which is four
+            standard deviations of the mean of n coins.
+        sigma: rate of the noise; None takes T / 16. The threshold's own noise has 2 sigma, the comparison's 4 sigma,
+            an answer's sigma.
+        budget: how many answers may come from the held-out set; None for as many as asked for.
+        seed: decides the noise.
+
+    Attributes:
+        answer_: answer to the question that `fit` was given.
+        spent_: answers from the held-out set so far.
+        rows_: held-out rows n.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        sigma: float | None = None,
+        budget: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.threshold = threshold
+        self.sigma = sigma
+        self.budget = budget
+        self.seed = seed
+
+    def fit(self, train: ArrayLike, holdout: ArrayLike) -> Thresholdout:
+        """Begin anew, with a first question.
+
+        Args:
+            train: `[n_train]` in [0, 1], a value of each training row.
+            holdout: `[n]` in [0, 1], of each held-out row.
+
+        Raises:
+            ValueError: values outside [0, 1] or no rows, or a setting is out of range.
+        """
+        for name in ("threshold", "sigma"):
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"expected {name} to be a number of at least 0 but got {value!r}")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"expected budget to be at least 0 but got {self.budget!r}")
+        self.rows_ = len(_values("holdout", holdout))
+        self.spent_ = 0
+        self._random = np.random.default_rng(self.seed)
+        self._noisy_threshold = self._fresh_threshold()
+        self.answer_ = self.answer(train, holdout)
+        return self
+
+    def answer(self, train: ArrayLike, holdout: ArrayLike) -> float:
+        """The mean of a question, from the training rows unless the held-out rows clearly disagree.
+
+        Arguments are those of `fit`; the held-out rows must be as many as there.
+
+        Raises:
+            ValueError: see `fit`.
+            RuntimeError: `fit` was not called, or the budget is spent.
+        """
+        if not hasattr(self, "_random"):
+            raise RuntimeError("arcore.Thresholdout: expected fit() before answer()")
+        mean = float(_values("train", train).mean())
+        held_out = _values("holdout", holdout)
+        if len(held_out) != self.rows_:
+            raise ValueError(
+                f"expected holdout to have {self.rows_} rows, as in fit(), but got {len(held_out)}"
+            )
+        if self.budget is not None and self.spent_ >= self.budget:
+            raise RuntimeError(
+                f"the budget of {self.budget} answers from the held-out set is spent: its next answers would no "
+                "longer be worth more than those of the training rows"
+            )
+        true = float(held_out.mean())
+        if abs(mean - true) <= self._noisy_threshold + self._noise(4):
+            return mean
+        self.spent_ += 1
+        self._noisy_threshold = self._fresh_threshold()
+        return true + self._noise(1)
+
+    def _fresh_threshold(self) -> float:
+        return self._limit + self._noise(2)
+
+    @property
+    def _limit(self) -> float:
+        return 2 / self.rows_**0.5 if self.threshold is None else self.threshold
+
+    def _noise(self, times: float) -> float:
+        sigma = self._limit / 16 if self.sigma is None else self.sigma
+        return float(self._random.laplace(scale=times * sigma)) if sigma > 0 else 0.0
+
+
+def _values(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or not len(found):
+        raise ValueError(f"expected {name} to have one value per row, [n] with n >= 1, but got {found.shape}")
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(
+            f"expected the values of {name} to lie in [0, 1] but got {found.min()} to {found.max()}"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """An analyst who selects columns of pure noise by what the held-out set says.
+
+    Attributes:
+        rows: rows of each of the three sets.
+        columns: columns of noise.
+        chosen: how many columns the analyst keeps.
+        seed: decides the data and the answers' noise.
+    """
+
+    rows: int = 1500
+    columns: int = 3000
+    chosen: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "chosen"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1 but got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Accuracies of the analyst's classifier.
+
+    Attributes:
+        reported: by the held-out set, as the analyst reads it.
+        fresh: on rows that nobody has looked at.
+    """
+
+    reported: float
+    fresh: float
+
+
+def analyse(options: Options, *, guarded: bool) -> Found:
+    """The paper's experiment: keep columns whose correlation with the label has the same sign in both sets.
+
+    The analyst asks the held-out set about every column, keeps the `chosen` strongest whose signs agree, lets them
+    vote, and asks how good that vote is.
+
+    Args:
+        options: data and sizes.
+        guarded: whether the held-out set is asked through `Thresholdout`.
+    """
+    random = np.random.default_rng(options.seed)
+    (train, holdout, fresh), labels = _data(options, random)
+    # A question in [0, 1] per column: how often column and label agree.
+    agree = [
+        np.where(x * y[:, None] > 0, 1.0, 0.0) for x, y in zip((train, holdout), labels[:2], strict=True)
+    ]
+    guard = Thresholdout(seed=options.seed).fit(agree[0][:, 0], agree[1][:, 0]) if guarded else None
+    in_train = agree[0].mean(0) - 0.5
+    if guard is None:
+        in_holdout = agree[1].mean(0) - 0.5
+    else:
+        columns = zip(agree[0].T, agree[1].T, strict=True)
+        in_holdout = np.array([guard.answer(one, other) for one, other in columns]) - 0.5
+    strength = np.where(in_train * in_holdout > 0, np.abs(in_train) + np.abs(in_holdout), -1.0)
+    kept = np.argsort(-strength)[: options.chosen]
+    signs = np.sign(in_train[kept])
+    right = [
+        ((np.sign(x[:, kept]) @ signs >= 0) == (y > 0)).astype(float)
+        for x, y in zip((train, holdout, fresh), labels, strict=True)
+    ]
+    reported = float(right[1].mean()) if guard is None else guard.answer(right[0], right[1])
+    return Found(reported, float(right[2].mean()))
+
+
+def _data(options: Options, random: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Training, held-out and fresh rows, and labels of -1 and 1 that have nothing to do with them."""
+    sets = [random.standard_normal((options.rows, options.columns)) for _ in range(3)]
+    return sets, [random.integers(0, 2, len(x)) * 2 - 1 for x in sets]
+
+
+def run(options: Options) -> Report:
+    """Both analysts on the same data."""
+    naive, guarded = analyse(options, guarded=False), analyse(options, guarded=True)
+    lines = [f"{'':22}{'reported':>10}{'fresh rows':>12}"]
+    for name, found in (("plain held-out set", naive), ("reusable holdout", guarded)):
+        lines.append(f"{name:22}{found.reported:10.3f}{found.fresh:12.3f}")
+    lines.append("There is nothing to find: accuracy is 0.5 for any classifier.")
+    values = {
+        "naive": {"reported": naive.reported, "fresh": naive.fresh},
+        "guarded": {"reported": guarded.reported, "fresh": guarded.fresh},
+    }
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for place, found in enumerate((naive, guarded)):
+            axes.bar([place - 0.2, place + 0.2], [found.reported, found.fresh], 0.38, color=["C1", "C0"])
+        axes.axhline(0.5, color="0.4", linewidth=1)
+        axes.set(xticks=[0, 1], xticklabels=["plain held-out set", "reusable holdout"], ylim=(0.4, 0.75))
+        axes.set_ylabel("accuracy: reported (orange), on fresh rows (blue)")
+
+    return Report("\n".join(lines), values, draw)
+
+
+def claim(*, quick: bool) -> Claim:
+    """Noise of the paper's kind: what a plain and a guarded held-out set report, over seeds."""
+    seeds = range(1 if quick else 10)
+    naive, guarded = [], []
+    for seed in steps(len(seeds), "analysing"):
+        naive.append(analyse(Options(seed=seed), guarded=False))
+        guarded.append(analyse(Options(seed=seed), guarded=True))
+    return Claim(
+        (
+            at_least(
+                "accuracy that a plain held-out set reports", min(found.reported for found in naive), 0.62
+            ),
+            at_most("accuracy of the same choice on fresh rows", max(found.fresh for found in naive), 0.55),
+            at_most(
+                "guarded: reported accuracy against fresh rows, largest distance",
+                max(abs(found.reported - found.fresh) for found in guarded),
+                0.04,
+            ),
+        )
+    )
