@@ -96,9 +96,9 @@ def index(recorded: dict[str, Any]) -> str:
     lines = [
         "# Zoo",
         "",
-        f"{len(catalog())} published systems, one file or folder each. `arcore zoo WORDS` finds one in a terminal by name,",
-        "title, arXiv number or topic; `arcore check NAME` repeats the check of its claim. [Papers](papers.md) lists",
-        "them by number. This page is generated from what the systems declare.",
+        f"{len(catalog())} published systems, one file or folder each. `arcore zoo WORDS` finds one in a terminal by",
+        "name, title, arXiv number or topic; `arcore check NAME` repeats the check of its claim.",
+        "[Papers](papers.md) lists them by number. This page is generated from what the systems declare.",
     ]
     for topic, entries in by_topic().items():
         lines += [
@@ -221,7 +221,7 @@ def _example(entry: Entry) -> list[str]:
         return ["## Example", "", "```sh", f"arcore run {name} --help", f"arcore run {name}", "```", ""]
     found = example(entry)
     if found is None:
-        return []
+        return ["## Example", "", "```sh", f"arcore check {name} --quick", "```", ""]
     path, argument = found
     command = f"python {path.relative_to(ROOT).as_posix()} {argument}".rstrip()
     return [

@@ -79,7 +79,7 @@ def test_stale_table_is_found_and_mended(tmp_path: Path, capsys: pytest.CaptureF
     assert "README.md is out of date" in capsys.readouterr().out
     assert zoo_table.main([], root=tmp_path) == 0
     assert zoo_table.main(["--check"], root=tmp_path) == 0
-    assert "old" not in readme.read_text()
+    assert "| old |" not in readme.read_text()
 
 
 def test_missing_markers_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,15 @@
 Systems declare themselves (`System`, `preset`); nothing lists them. `arcore.models` offers the same functions to users.
 """
 
-from arcore.catalog.checkpoints import build, describe, load_checkpoint, load_weights, save_checkpoint
+from arcore.catalog.checkpoints import (
+    build,
+    describe,
+    from_pretrained,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_pretrained,
+)
 from arcore.catalog.discovery import CatalogError, Entry, catalog
 from arcore.catalog.lookup import (
     ModelInfo,
@@ -16,21 +24,24 @@ from arcore.catalog.lookup import (
     model_info,
     search,
 )
-from arcore.catalog.system import CHECKED_ON, KINDS, System, preset
+from arcore.catalog.system import CHECKED_ON, KINDS, NOT_PUBLIC, Published, System, preset
 
 __all__ = [
     "CHECKED_ON",
     "KINDS",
+    "NOT_PUBLIC",
     "CatalogError",
     "Entry",
     "ModelInfo",
     "PresetInfo",
+    "Published",
     "System",
     "build",
     "catalog",
     "create_model",
     "describe",
     "find",
+    "from_pretrained",
     "get_config",
     "list_models",
     "list_systems",
@@ -39,5 +50,6 @@ __all__ = [
     "model_info",
     "preset",
     "save_checkpoint",
+    "save_pretrained",
     "search",
 ]

@@ -142,6 +142,41 @@ def save_checkpoint(
         (temporary / CONFIG).write_text(text, encoding="utf-8")
 
 
+def save_pretrained(module: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write one module as a folder for the model hub: config.json and model.safetensors.
+
+    Arguments and errors are those of `save_checkpoint`, which this is for one module.
+    """
+    save_checkpoint(folder, {"model": module})
+
+
+def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
+    """The module that `save_pretrained` wrote.
+
+    Args:
+        source: its folder, or `"owner/name"` on the model hub, from where the two files are fetched through the library
+            `huggingface_hub`. An existing folder of that name comes first.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: see `load_checkpoint`, or it holds other modules than one.
+        OSError: the hub cannot be reached; the message names the files.
+        ImportError: safetensors or huggingface_hub is missing.
+    """
+    folder = Path(source)
+    if isinstance(source, str) and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        from arcore.catalog.hub import download
+
+        folder = download(source, ("model.safetensors", CONFIG), source).parent
+    modules, _ = load_checkpoint(folder)
+    if set(modules) != {"model"}:
+        raise ValueError(
+            f"expected one module, 'model', in {folder} but it has {', '.join(sorted(modules)) or 'none'}; "
+            "arcore.models.load_checkpoint reads all of them"
+        )
+    return modules["model"]
+
+
 def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """Rebuild the modules of a checkpoint folder.
 

@@ -105,7 +105,8 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
         name: a preset, e.g. `"var_tiny"`; `list_models()` has them all. With weights that have a config.json beside
             them also a system, e.g. `"mamba"`: then the config is read from there.
         weights: file or folder to load, see `arcore.models.load_weights`; `"file.pt#ema"` takes the entry `ema` of a
-            file that holds several tables. None leaves random weights.
+            file that holds several tables; `"hub"` fetches what the preset's authors have published. None leaves
+            random weights.
         **overrides: fields of the preset's config to change, e.g. `num_classes=5`.
 
     Returns:
@@ -115,9 +116,15 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
         TypeError: `name` is no text, or `weights` no path.
         ValueError: unknown name (the message suggests close ones), unknown or unfit override, unfit weights.
         FileNotFoundError: `weights` does not exist.
+        OSError: weights on the hub cannot be fetched; the message names the files.
+        ImportError: a package that the weights need is missing.
     """
     if weights is not None and not isinstance(weights, str | os.PathLike):
         raise TypeError(f"expected weights to be the path of a file or folder but got {_kind(weights)}")
+    if weights == "hub":
+        from arcore.catalog.hub import fetch
+
+        weights = fetch(name)
     entry, preset = find(name)
     if preset is None and weights is not None and entry.system.model is not None:
         from arcore.catalog.checkpoints import config_beside

@@ -108,15 +108,37 @@ class System:
         return f"{places[kind]}{number}" if kind in places else self.paper
 
 
+# What a preset says whose authors have published no weights.
+NOT_PUBLIC = "not public"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where weights are on the model hub.
+
+    Attributes:
+        repository: `"owner/name"`.
+        file: the weights.
+        beside: other files that belong to them, such as config.json.
+    """
+
+    repository: str
+    file: str
+    beside: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class PresetFacts:
     """What `@preset` says about a preset, besides its function.
 
     Attributes:
         tokenizer: preset of the tokenizer that the model was made for, or None.
+        weights: where they are on the hub; `NOT_PUBLIC` where the authors keep them; None where they are elsewhere, or
+            there are none.
     """
 
     tokenizer: str | None = None
+    weights: Published | str | None = None
 
 
 @overload
@@ -124,18 +146,25 @@ def preset(function: ConfigFunction, /) -> ConfigFunction: ...
 
 
 @overload
-def preset(*, tokenizer: str | None = None) -> Callable[[ConfigFunction], ConfigFunction]: ...
+def preset(
+    *, tokenizer: str | None = None, weights: Published | str | None = None
+) -> Callable[[ConfigFunction], ConfigFunction]: ...
 
 
-def preset(function: Any = None, /, *, tokenizer: str | None = None) -> Any:
+def preset(
+    function: Any = None, /, *, tokenizer: str | None = None, weights: Published | str | None = None
+) -> Any:
     """Mark a function that returns a config as a preset of the file's `SYSTEM`.
 
     The function's name starts with the system's or with one of its aliases; the first line of its docstring is the
     preset's summary. Arguments are the fields of `PresetFacts`.
     """
 
+    if isinstance(weights, str) and weights != NOT_PUBLIC:
+        raise ValueError(f"expected weights to be a Published or {NOT_PUBLIC!r} but got {weights!r}")
+
     def mark(target: Any) -> Any:
-        target.preset = PresetFacts(tokenizer)
+        target.preset = PresetFacts(tokenizer, weights)
         return target
 
     return mark if function is None else mark(function)

@@ -35,7 +35,8 @@ class ModelOptions:
     Attributes:
         model: checkpoint or run folder of arcore train or arcore demo, or a preset to load published weights into.
         checkpoint: the same folder, as an option.
-        weights: file or folder of published weights, for a preset; `package` where an installed package ships them.
+        weights: file or folder of published weights, for a preset; `package` where an installed package ships them,
+            `hub` to fetch them from the model hub (extra hub).
         ema: take the moving average of the weights (of a run with --ema).
         device: where to compute: cpu, cuda, cuda:1, ...
     """

@@ -18,12 +18,14 @@ from arcore.catalog import PresetInfo as PresetInfo
 from arcore.catalog import build as build
 from arcore.catalog import create_model as create_model
 from arcore.catalog import describe as describe
+from arcore.catalog import from_pretrained as from_pretrained
 from arcore.catalog import get_config as get_config
 from arcore.catalog import list_models as list_models
 from arcore.catalog import load_checkpoint as load_checkpoint
 from arcore.catalog import load_weights as load_weights
 from arcore.catalog import model_info as model_info
 from arcore.catalog import save_checkpoint as save_checkpoint
+from arcore.catalog import save_pretrained as save_pretrained
 from arcore.catalog.lookup import class_named, class_names
 
 

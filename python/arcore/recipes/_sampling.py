@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from arcore.catalog import load_checkpoint
+from arcore.catalog.hub import HUB, fetch
 from arcore.recipes._recipe import Recipe, recipe_for
 from arcore.training import checkpoint
 
@@ -69,6 +70,8 @@ def sample(
     else:
         assert preset is not None
         assert weights is not None
+        if str(weights) == HUB:
+            weights = fetch(preset)
         networks, facts = recipe.published(preset, weights, options)
     networks = {name: network.to(place).eval() for name, network in networks.items()}
     return recipe.sample(networks, facts, options, show)

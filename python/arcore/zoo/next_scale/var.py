@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore import masks
-from arcore.catalog import System, preset
+from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, AdaLNBlock, AdaLNHead, ClassEmbedding, KVCache, LevelEmbedding, SelfAttention
@@ -290,25 +290,25 @@ def _published(depth: int) -> VARConfig:
     return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24)
 
 
-@preset(tokenizer="msvq_ch160")
+@preset(tokenizer="msvq_ch160", weights=Published("FoundationVision/var", "var_d16.pth"))
 def var_d16() -> VARConfig:
     """ImageNet, 256 pixels, depth 16; weights: var_d16.pth."""
     return _published(16)
 
 
-@preset(tokenizer="msvq_ch160")
+@preset(tokenizer="msvq_ch160", weights=Published("FoundationVision/var", "var_d20.pth"))
 def var_d20() -> VARConfig:
     """ImageNet, 256 pixels, depth 20; weights: var_d20.pth."""
     return _published(20)
 
 
-@preset(tokenizer="msvq_ch160")
+@preset(tokenizer="msvq_ch160", weights=Published("FoundationVision/var", "var_d24.pth"))
 def var_d24() -> VARConfig:
     """ImageNet, 256 pixels, depth 24; weights: var_d24.pth."""
     return _published(24)
 
 
-@preset(tokenizer="msvq_ch160")
+@preset(tokenizer="msvq_ch160", weights=Published("FoundationVision/var", "var_d30.pth"))
 def var_d30() -> VARConfig:
     """ImageNet, 256 pixels, depth 30; weights: var_d30.pth."""
     return _published(30)

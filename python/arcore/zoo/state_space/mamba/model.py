@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import preset
+from arcore.catalog import Published, preset
 from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
@@ -314,31 +314,31 @@ def mamba_tiny() -> MambaConfig:
     return MambaConfig(d_model=128, n_layer=4, vocab_size=256)
 
 
-@preset
+@preset(weights=Published("state-spaces/mamba-130m", "pytorch_model.bin", ("config.json",)))
 def mamba_130m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-130m."""
     return MambaConfig(d_model=768, n_layer=24)
 
 
-@preset
+@preset(weights=Published("state-spaces/mamba-370m", "pytorch_model.bin", ("config.json",)))
 def mamba_370m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-370m."""
     return MambaConfig(d_model=1024, n_layer=48)
 
 
-@preset
+@preset(weights=Published("state-spaces/mamba-790m", "pytorch_model.bin", ("config.json",)))
 def mamba_790m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-790m."""
     return MambaConfig(d_model=1536, n_layer=48)
 
 
-@preset
+@preset(weights=Published("state-spaces/mamba-1.4b", "pytorch_model.bin", ("config.json",)))
 def mamba_1_4b() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-1.4b."""
     return MambaConfig(d_model=2048, n_layer=48)
 
 
-@preset
+@preset(weights=Published("state-spaces/mamba-2.8b", "pytorch_model.bin", ("config.json",)))
 def mamba_2_8b() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-2.8b."""
     return MambaConfig(d_model=2560, n_layer=64)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.catalog import preset
+from arcore.catalog import Published, preset
 from arcore.nn.checks import check_floating, check_ids, check_patch_nums
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 
@@ -486,7 +486,7 @@ def msvq_tiny() -> MultiScaleVQConfig:
     )
 
 
-@preset
+@preset(weights=Published("FoundationVision/var", "vae_ch160v4096z32.pth"))
 def msvq_ch160() -> MultiScaleVQConfig:
     """The tokenizer of the published VAR models, 256 pixels; weights: vae_ch160v4096z32.pth."""
     return MultiScaleVQConfig()
