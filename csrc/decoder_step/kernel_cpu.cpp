@@ -1,5 +1,5 @@
-// CPU kernels of one decoder layer for single tokens; compiled once per instruction set. README.md beside this file
-// describes the passes.
+// CPU kernels of one decoder layer for single tokens; compiled once per instruction set. README.md beside
+// this file describes the passes.
 #include "common/vec.h"
 #include "decoder_step/params.h"
 
@@ -10,7 +10,9 @@ namespace {
 // Rows of weights that are read side by side: as many streams as prefetchers follow well.
 constexpr int64_t kRows = 4;
 
-inline float sum_of(Vec x) { return reduce_add(x); }
+inline float sum_of(Vec x) {
+  return reduce_add(x);
+}
 
 void normalise(const Args& args, const float* weight) {
   for (int64_t b = 0; b < args.batch; ++b) {
@@ -28,10 +30,13 @@ void normalise(const Args& args, const float* weight) {
   }
 }
 
-// Products of kCount rows of weights with kTokens tokens. Each (row, token) is summed by itself in the same order
-// whatever the counts are, so a token's result does not depend on the others.
+// Products of kCount rows of weights with kTokens tokens. Each (row, token) is summed by itself in the same
+// order whatever the counts are, so a token's result does not depend on the others.
+//
+// Rows are short, so processors that fetch ahead by themselves start anew at each; `ahead` elements on, where
+// the next rows lie, is asked for here. Beyond the last row that is a hint without effect.
 template <int64_t kCount, int64_t kTokens>
-inline void products(const float* const* rows, const float* in, int64_t in_row, int64_t cols,
+inline void products(const float* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t ahead,
                      float (*sums)[kTokens]) {
   Vec acc[kCount][kTokens];
   for (int64_t r = 0; r < kCount; ++r)
@@ -42,6 +47,7 @@ inline void products(const float* const* rows, const float* in, int64_t in_row, 
     for (int64_t t = 0; t < kTokens; ++t)
       x[t] = load(in + t * in_row + i);
     for (int64_t r = 0; r < kCount; ++r) {
+      if (ahead != 0) __builtin_prefetch(rows[r] + i + ahead, 0, 2);
       const Vec w = load(rows[r] + i);
       for (int64_t t = 0; t < kTokens; ++t)
         acc[r][t] = fma(w, x[t], acc[r][t]);
@@ -53,10 +59,10 @@ inline void products(const float* const* rows, const float* in, int64_t in_row, 
 }
 
 template <int64_t kCount, int64_t kTokens, typename F>
-inline void for_tokens(const float* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t first,
-                       const F& use) {
+inline void for_tokens(const float* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t ahead,
+                       int64_t first, const F& use) {
   float sums[kCount][kTokens];
-  products<kCount, kTokens>(rows, in + first * in_row, in_row, cols, sums);
+  products<kCount, kTokens>(rows, in + first * in_row, in_row, cols, first == 0 ? ahead : 0, sums);
   for (int64_t t = 0; t < kTokens; ++t) {
     float of_token[kCount];
     for (int64_t r = 0; r < kCount; ++r)
@@ -68,15 +74,15 @@ inline void for_tokens(const float* const* rows, const float* in, int64_t in_row
 // Calls use(token, sums[kCount]) for every token.
 template <int64_t kCount, typename F>
 inline void each_token(const float* const* rows, int64_t batch, const float* in, int64_t in_row, int64_t cols,
-                       const F& use) {
+                       int64_t ahead, const F& use) {
   int64_t t = 0;
   for (; t + 4 <= batch; t += 4)
-    for_tokens<kCount, 4>(rows, in, in_row, cols, t, use);
+    for_tokens<kCount, 4>(rows, in, in_row, cols, ahead, t, use);
   if (t + 2 <= batch) {
-    for_tokens<kCount, 2>(rows, in, in_row, cols, t, use);
+    for_tokens<kCount, 2>(rows, in, in_row, cols, ahead, t, use);
     t += 2;
   }
-  if (t < batch) for_tokens<kCount, 1>(rows, in, in_row, cols, t, use);
+  if (t < batch) for_tokens<kCount, 1>(rows, in, in_row, cols, ahead, t, use);
 }
 
 template <int64_t kCount>
@@ -85,7 +91,7 @@ inline void multiply_rows(const Weights& w, int64_t batch, const float* in, int6
   const float* rows[kCount];
   for (int64_t r = 0; r < kCount; ++r)
     rows[r] = w.weight + (row + r) * w.cols;
-  each_token<kCount>(rows, batch, in, in_row, w.cols, [&](int64_t token, const float* sums) {
+  each_token<kCount>(rows, batch, in, in_row, w.cols, kCount * w.cols, [&](int64_t token, const float* sums) {
     float* dst = out + token * out_row + row;
     for (int64_t r = 0; r < kCount; ++r) {
       const float value = sums[r] + (w.bias != nullptr ? w.bias[row + r] : 0.0f);
@@ -115,18 +121,19 @@ void gate(const Args& args, int64_t begin, int64_t end) {
       rows[p] = w.weight + row * w.cols;
       rows[kPairs + p] = w.weight + (args.hidden + row) * w.cols;
     }
-    each_token<kRows>(rows, args.batch, args.normed, args.dim, w.cols, [&](int64_t token, const float* sums) {
-      for (int64_t p = 0; p < kPairs && f + p < end; ++p) {
-        float gated = sums[p], up = sums[kPairs + p];
-        if (w.bias != nullptr) {
-          gated += w.bias[f + p];
-          up += w.bias[args.hidden + f + p];
-        }
-        float lanes[kLanes];
-        store(lanes, silu(Vec(gated)));
-        args.activated[token * args.hidden + f + p] = lanes[0] * up;
-      }
-    });
+    each_token<kRows>(rows, args.batch, args.normed, args.dim, w.cols, kPairs * w.cols,
+                      [&](int64_t token, const float* sums) {
+                        for (int64_t p = 0; p < kPairs && f + p < end; ++p) {
+                          float gated = sums[p], up = sums[kPairs + p];
+                          if (w.bias != nullptr) {
+                            gated += w.bias[f + p];
+                            up += w.bias[args.hidden + f + p];
+                          }
+                          float lanes[kLanes];
+                          store(lanes, silu(Vec(gated)));
+                          args.activated[token * args.hidden + f + p] = lanes[0] * up;
+                        }
+                      });
   }
 }
 

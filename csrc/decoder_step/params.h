@@ -41,8 +41,8 @@ struct CpuKernels {
   // normed = rms_norm(x) * weight, for all rows.
   void (*normalise)(const Args&, const float* weight);
   // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end).
-  void (*multiply)(const Weights&, int64_t batch, const float* in, int64_t in_row, float* out, int64_t out_row,
-                   bool add, int64_t begin, int64_t end);
+  void (*multiply)(const Weights&, int64_t batch, const float* in, int64_t in_row, float* out,
+                   int64_t out_row, bool add, int64_t begin, int64_t end);
   // activated[b, f] = silu(gate) * up for f in [begin, end).
   void (*gate)(const Args&, int64_t begin, int64_t end);
   // Rotates, writes the cache and attends, for (row, key head) in [begin, end).

@@ -36,7 +36,9 @@ void check_float(const char* name, const Tensor& t, std::initializer_list<int64_
   check_shape(kOp, name, t, shape);
 }
 
-float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+float* data(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
+}
 
 Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bias, int64_t rows,
                 int64_t cols) {
@@ -72,8 +74,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.hidden = gate_up.size(0) / 2;
   for (const auto& [name, size] :
        {std::pair{"dim", args.dim}, {"head_dim", args.head_dim}, {"hidden", args.hidden}})
-    ARCORE_CHECK(size > 0 && size % kMultiple == 0, kOp, "expected ", name, " to be a multiple of ", kMultiple,
-                 " but got ", size);
+    ARCORE_CHECK(size > 0 && size % kMultiple == 0, kOp, "expected ", name, " to be a multiple of ",
+                 kMultiple, " but got ", size);
   ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
   const int64_t width = heads * args.head_dim;
   check_float("x", x, {args.batch, args.dim});
@@ -131,9 +133,9 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
 
   const CpuKernels& kernels = cpu_kernels();
   const auto threads = [&](const Weights& w) {
-    return threads_for(static_cast<double>(args.batch) * static_cast<double>(w.rows) *
-                           static_cast<double>(w.cols),
-                       kWorkPerThread);
+    return threads_for(
+        static_cast<double>(args.batch) * static_cast<double>(w.rows) * static_cast<double>(w.cols),
+        kWorkPerThread);
   };
   const auto multiply = [&](const Weights& w, const float* in, float* result, bool add) {
     run_tasks(w.rows, threads(w), [&](int64_t begin, int64_t end) {

@@ -14,6 +14,7 @@ from arcore.nn.decoder import DecoderLayer
 from arcore.nn.protocols import Extended, Parents
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
+from arcore.ops import decoder_step
 from arcore.ops.decoder_step import MAX_ROWS as STEP_ROWS
 
 
@@ -114,13 +115,16 @@ class CausalDecoder(nn.Module):
 
     def _fits_step(self, cache: TokenCache) -> bool:
         """Whether one op per layer can do a step, which spares a CPU most of what is not the product itself."""
-        return (
-            0 < cache.batch <= STEP_ROWS
-            and cache.keys.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
-        )
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return False
+        if not cache.derived:
+            fits = (
+                0 < cache.batch <= STEP_ROWS
+                and cache.keys.dtype == torch.float32
+                and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
+            )
+            cache.derived = {i: layer.step_weights() if fits else None for i, layer in enumerate(self.layers)}
+        return cache.derived[0] is not None and cache.batch <= STEP_ROWS
 
     def _step(self, ids: Tensor, cache: TokenCache) -> Tensor:
         """What comes from behind the last norm for one token per row: int64 `[B]` to `[B, C]`."""
@@ -131,15 +135,25 @@ class CausalDecoder(nn.Module):
         x = self.embed(ids.unsqueeze(1))[:, 0].contiguous()
         lengths = torch.tensor(cache.lengths, dtype=torch.int64)
         start = cache.lengths[0]
+        ragged = cache.ragged
         angles = (
-            self.rotary.at(lengths.unsqueeze(1))
-            if cache.ragged
-            else self.rotary.span(start, start + 1, x.device)
+            self.rotary.at(lengths.unsqueeze(1)) if ragged else self.rotary.span(start, start + 1, x.device)
         )
+        cos, sin = (angle.view(-1, angle.shape[-1]) for angle in angles)
         cache.open(1)
-        for i, layer in enumerate(self.layers):
+        for i, weights in cache.derived.items():
             if i not in self.skipped:
-                layer.step(x, angles, lengths, cache, i, self.window)
+                keys, values = cache.layer(i)
+                decoder_step(
+                    x,
+                    **weights,
+                    keys=keys,
+                    values=values,
+                    cos=cos,
+                    sin=sin,
+                    lengths=lengths,
+                    window=self.window,
+                )
         out: Tensor = self.norm(x)
         return out
 

@@ -13,7 +13,7 @@ from arcore.nn.linear import Linear
 from arcore.nn.norm import RMSNorm
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
-from arcore.ops import block_sparse_attention, decoder_step
+from arcore.ops import block_sparse_attention
 from arcore.ops.decoder_step import MULTIPLE as STEP_MULTIPLE
 
 Mask = IntervalMask | TreeMask
@@ -147,8 +147,9 @@ class DecoderLayer(nn.Module):
         return out
 
     def fits_step(self) -> bool:
-        """Whether `step` can take this layer: float32 on a CPU, plain parts, sizes that the op takes."""
-        attention, mlp = self.attention, self.mlp
+        """Whether `arcore.ops.decoder_step` can take this layer: float32 on a CPU, plain parts, fitting sizes."""
+        attention: Any = self.attention
+        mlp: Any = self.mlp
         if (
             type(self) is not DecoderLayer
             or type(self.norm1) is not RMSNorm
@@ -159,7 +160,7 @@ class DecoderLayer(nn.Module):
             or not all(type(part) is Linear for part in (attention.qkv, attention.out, mlp.gate_up, mlp.down))
         ):
             return False
-        weight = attention.qkv.weight
+        weight: Tensor = attention.qkv.weight
         sizes = (weight.shape[1], attention.head_dim, mlp.down.weight.shape[1])
         return (
             weight.is_cpu
@@ -167,45 +168,25 @@ class DecoderLayer(nn.Module):
             and not any(size % STEP_MULTIPLE for size in sizes)
         )
 
-    def step(
-        self, x: Tensor, angles: Angles, lengths: Tensor, cache: TokenCache, layer: int, window: int | None
-    ) -> None:
-        """`forward` of one token per row by `arcore.ops.decoder_step`, in place.
-
-        Args:
-            x: float32 `[B, C]`.
-            angles: of the tokens.
-            lengths: int64 `[B]`, tokens of each row in the cache, in which room is open for one more.
-            cache: receives the token's key and value.
-            layer: which layer of the cache is ours.
-            window: a token sees only so many places back, itself included.
-        """
+    def step_weights(self) -> dict[str, Any]:
+        """What `arcore.ops.decoder_step` asks of the layer, by the names of its arguments."""
         attention: Any = self.attention
         mlp: Any = self.mlp
         norm1: Any = self.norm1
-        keys, values = cache.layer(layer)
-        dim = attention.head_dim
-        decoder_step(
-            x,
-            norm1=norm1.weight,
-            qkv=attention.qkv.weight,
-            out=attention.out.weight,
-            norm2=self.norm2.weight,
-            gate_up=mlp.gate_up.weight,
-            down=mlp.down.weight,
-            keys=keys,
-            values=values,
-            cos=angles.cos.view(-1, dim),
-            sin=angles.sin.view(-1, dim),
-            lengths=lengths,
-            num_heads=attention.num_heads,
-            qkv_bias=attention.qkv.bias,
-            out_bias=attention.out.bias,
-            gate_up_bias=mlp.gate_up.bias,
-            down_bias=mlp.down.bias,
-            window=window,
-            eps=self.norm2.eps,
-        )
+        return {
+            "norm1": norm1.weight,
+            "qkv": attention.qkv.weight,
+            "out": attention.out.weight,
+            "norm2": self.norm2.weight,
+            "gate_up": mlp.gate_up.weight,
+            "down": mlp.down.weight,
+            "num_heads": attention.num_heads,
+            "qkv_bias": attention.qkv.bias,
+            "out_bias": attention.out.bias,
+            "gate_up_bias": mlp.gate_up.bias,
+            "down_bias": mlp.down.bias,
+            "eps": self.norm2.eps,
+        }
 
 
 def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -219,4 +200,5 @@ def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:
         num_heads: heads H of it.
     """
     heads = weight.unflatten(0, (num_heads, -1, 2))
-    return heads.transpose(1, 2).reshape(weight.shape)
+    halves: Tensor = heads.transpose(1, 2).reshape(weight.shape)
+    return halves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class TokenCache:
     Attributes:
         keys, values: the storage, each `[A, B, H, max_length, D]`, where A counts the layers that are not absent.
         max_length: as given.
+        derived: what a decoder looked up about its weights for this cache, by layer; a cache belongs to the weights
+            that fill it.
 
     Raises:
         ValueError: a size is negative, or `absent` names all layers or one that does not exist.
@@ -79,6 +82,7 @@ class TokenCache:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self._lengths: tuple[int, ...] = (0,) * batch
         self._staged = 0
+        self.derived: dict[int, Any] = {}
         # The lengths that each cut left: a snapshot is void once a later cut went below its lengths.
         self._cuts: list[tuple[int, ...]] = []
 
