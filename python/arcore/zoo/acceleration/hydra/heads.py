@@ -336,10 +336,10 @@ def claim(*, quick: bool) -> Claim:
     text = load_text("kjv")
     words = ByteTokenizer()
     tokens, held_out = (
-        words.tensor(text.train[: 200_000 if quick else 2_000_000]),
+        words.tensor(text.train[: 100_000 if quick else 2_000_000]),
         words.tensor(text.test[:20_000]),
     )
-    count, context = (60, 48) if quick else (400, 96)
+    count, context = (30, 40) if quick else (400, 96)
     model = train_base(tokens, 256, count=count, context=context)
     shape = TreeShape.from_paths(
         [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0),
@@ -347,7 +347,7 @@ def claim(*, quick: bool) -> Claim:
     )  # fmt: skip
     rows = 4 if quick else 20
     prompts = [held_out[i * 500 : i * 500 + 20 + i].long().tolist() for i in range(rows)]
-    options: dict[str, Any] = {"max_new_tokens": 24 if quick else 100, "temperature": 0.0}
+    options: dict[str, Any] = {"max_new_tokens": 16 if quick else 100, "temperature": 0.0}
     expected = generate(model, prompts, **options).rows()
     speed: dict[str, float] = {}
     wrong = 0
