@@ -319,12 +319,42 @@ def test_strings_end_rows_and_log_probabilities_are_those_of_the_draw() -> None:
     assert torch.equal(torch.stack([step.tokens for step in steps], 1), free.ids[:, :3])
 
 
+class Undraftable:
+    """A model that reads one token after the other only."""
+
+    vocab_size = 11
+
+    def make_cache(self, batch: int, max_length: int) -> Any: ...
+
+    def prefill(self, ids: Tensor, cache: Any, mask: Tensor | None = None) -> Any: ...
+
+    def step(self, ids: Tensor, cache: Any) -> Any: ...
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_model_with_a_state_reads_chains_of_drafts(temperature: float) -> None:
+    torch.manual_seed(0)
+    model = arcore.create_model("mamba_tiny", d_model=32, n_layer=2, vocab_size=11, pad_vocab_size_multiple=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    options: dict[str, Any] = {"max_new_tokens": 20, "temperature": temperature, "seed": 5, "eos": 3}
+    plain = generate(model, PROMPTS, **options).rows()
+    assert speculative_chain(model, LookupDrafter(count=4), PROMPTS, **options).rows() == plain
+    assert jacobi(model, PROMPTS, window=4, coupling="common", **options).rows() == plain
+    with pytest.raises(ValueError, match="a state has no branches"):
+        speculative_tree(model, ModelDrafter(language_model(), shape=TREE), PROMPTS, **options)
+
+
 def test_refuses_what_does_not_fit() -> None:
     model = language_model()
-    with pytest.raises(TypeError, match="it has no `extend`"):
-        speculative_chain(arcore.create_model("mamba_tiny"), LookupDrafter(), [[1]], max_new_tokens=1)
-    with pytest.raises(TypeError, match="it has no `extend`"):
-        jacobi(arcore.create_model("mamba_tiny"), [[1]], max_new_tokens=1)
+    for run in (
+        lambda one: speculative_chain(one, LookupDrafter(), [[1]], max_new_tokens=1),
+        lambda one: jacobi(one, [[1]], max_new_tokens=1),
+        lambda one: Session(one, [[1]], max_length=4),
+    ):
+        with pytest.raises(TypeError, match=r"Undraftable cannot .*: it has no `extend`"):
+            run(Undraftable())
     with pytest.raises(ValueError, match="vocabularies must be the same"):
         speculative_chain(model, ModelDrafter(language_model(4)), PROMPTS, max_new_tokens=3)
     with pytest.raises(ValueError, match="made for texts of 2048 tokens"):

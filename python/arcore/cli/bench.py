@@ -19,10 +19,16 @@ DESCRIPTION = """\
 Run the pytest-benchmark suites on one thread, each op beside its peers.
 They are part of the source checkout and not of an installed package: with that, call this in the checkout.
 
-Example: arcore bench block_sparse_attention -k forward"""
+Example: arcore bench block_sparse_attention -k forward
+
+`arcore bench decoding MODEL` compares decoding loops on a language model instead, and needs no checkout."""
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "decoding":
+        from arcore.cli._decoding import main as decoding
+
+        return decoding(argv[1:])
     parser = PlainParser("bench", DESCRIPTION)
     parser.usage = "arcore bench [-h] [OP] [pytest options ...]"
     parser.add_argument("op", metavar="OP", nargs="?", help="folder of bench/ to run (default: all of them)")

@@ -17,7 +17,7 @@ from arcore.decoding._rows import Decode, Ends, Rows
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.next_token import left_padded
 from arcore.decoding.sampling import Sampling
-from arcore.decoding.speculative import SpeculativeOutput, draw_first
+from arcore.decoding.speculative import SpeculativeOutput, draw_first, forget
 from arcore.nn.protocols import DraftableModel
 from arcore.ops import verify_jacobi
 
@@ -144,8 +144,8 @@ def jacobi(
                         f"expected the initialiser to give {wanted} tokens from 0 to {vocab - 1} but got {guesses}"
                     )
                 drafts[row] = have + guesses
-            table = [row + [-1] * (size - len(row)) for row in drafts]
-            tokens = torch.tensor(table, dtype=torch.int64, device=ids.device).view(len(texts), size)
+            padded = [row + [-1] * (size - len(row)) for row in drafts]
+            tokens = torch.tensor(padded, dtype=torch.int64, device=ids.device).view(len(texts), size)
             before = None
             if coupling == "fresh":
                 before = torch.zeros(len(texts), size, vocab, device=ids.device)
@@ -177,8 +177,7 @@ def jacobi(
                 texts[row] += new[: rows.add(row, new)]
                 drafts[row] = [token for token in fresh[row] if token >= 0]
                 kept.append(probs[row, n + 1 : n + 1 + len(drafts[row])])
-            # A row that reached its end may have taken fewer than stood.
-            cache.truncate([min(n, len(text)) for n, text in zip(cache.lengths, texts, strict=True)])
+            forget(cache, texts)
             drawn_from = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1.0)
     table, lengths = rows.table(pad_id)
     return SpeculativeOutput(table, lengths, calls=calls, rounds=torch.tensor(counts))

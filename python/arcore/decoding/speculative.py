@@ -211,7 +211,7 @@ def speculative_tree(
             limits = [max(max_new_tokens - len(new), 1) for new in rows.new]
             context = Context(texts, seeds, calls - 1, limits, ids.device, hidden)
             draft = drafter.propose(context)
-            verified, hidden = _round(model, cache, context, draft, chosen, judge)
+            verified, hidden = _round(model, cache, context, draft, chosen, judge, rows.active)
             calls += 1
             emitted = verified.tokens.tolist()
             for row, accepted in enumerate(verified.accepted.tolist()):
@@ -219,12 +219,7 @@ def speculative_tree(
                     counts[row] += 1
                     new = emitted[row][: accepted + 1]
                     texts[row] += new[: rows.add(row, new)]
-                # A row that has ended stands still, so that its cache does not overflow.
-            standing = [
-                len(text) - 1 if active else min(len(text) - 1, have)
-                for text, active, have in zip(texts, rows.active, cache.lengths, strict=True)
-            ]
-            cache.truncate(standing)
+            forget(cache, texts)
     table, lengths = rows.table(pad_id)
     return SpeculativeOutput(table, lengths, calls=calls, rounds=torch.tensor(counts))
 
@@ -237,10 +232,22 @@ def draw_first(logits: Tensor, texts: list[list[int]], seeds: Tensor, sampling: 
     return list(drawn.tolist())
 
 
+def forget(cache: Any, texts: list[list[int]]) -> None:
+    """Cut what a row that has just ended read beyond its text; a state cannot be cut and needs no room."""
+    if hasattr(cache, "truncate"):
+        cache.truncate([min(len(text) - 1, have) for text, have in zip(texts, cache.lengths, strict=True)])
+
+
 def _round(
-    model: DraftableModel, cache: Any, context: Context, draft: Draft, sampling: Sampling, judge: Verify
+    model: DraftableModel,
+    cache: Any,
+    context: Context,
+    draft: Draft,
+    sampling: Sampling,
+    judge: Verify,
+    active: list[bool],
 ) -> tuple[Verified, Tensor]:
-    """Read a draft behind each text's last token, verify it, keep what stands."""
+    """Read a draft behind each text's last token, verify it, keep what stands in the rows that go on."""
     tokens, vocab = draft.tokens, model.vocab_size
     last = torch.tensor([[text[-1]] for text in context.texts], device=context.device)
     parents: Any = None
@@ -257,7 +264,8 @@ def _round(
         row = int((~verified.valid).nonzero()[0])
         raise ValueError(f"the model gave no distribution for row {row}: its logits are NaN or all -inf")
     path = torch.cat([torch.zeros_like(last), torch.where(verified.path >= 0, verified.path + 1, -1)], 1)
-    cache.keep(path)
+    going = torch.tensor(active, device=path.device).unsqueeze(1)
+    cache.keep(path.masked_fill(~going, -1))
     end = path.gather(1, verified.accepted.unsqueeze(1))
     index = end.unsqueeze(2).expand(-1, -1, out.hidden.shape[2])
     return verified, out.hidden.gather(1, index).squeeze(1)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from arcore.data.text_tokenizers import (
     TextTokenizer,
     make_tokenizer,
 )
-from arcore.decoding import generate, stream
+from arcore.decoding import LookupDrafter, generate, jacobi, speculative_chain, stream
 from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
 from arcore.training import checkpoint
 from arcore.training.checks import number
@@ -71,6 +71,9 @@ class TextSampling:
         temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
         top_k: keep the K likeliest tokens of each draw. Default: all.
         top_p: keep the smallest set of tokens with this much probability, 0 to 1. Default: all.
+        decoder: plain (a token per call of the model), lookup (drafts from what stood in the text before) or jacobi
+            (a window of guesses); all write the same text, those with drafts in fewer calls where they guess well.
+        window: tokens that a call reads with lookup and jacobi.
     """
 
     prompt: str | None = None
@@ -81,8 +84,14 @@ class TextSampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    decoder: Literal["plain", "lookup", "jacobi"] = "plain"
+    window: int = 8
 
     def __post_init__(self) -> None:
+        if self.decoder not in ("plain", "lookup", "jacobi"):
+            raise ValueError(f"--decoder {self.decoder}: choose plain, lookup or jacobi")
+        if self.window < 2:
+            raise ValueError(f"--window must be at least 2 but got {self.window}")
         for name, flag in (("num", "-n"), ("max_new_tokens", "--max-new-tokens")):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag} must be at least 1 but got {getattr(self, name)}")
@@ -241,6 +250,8 @@ class Language(Recipe):
                 "not belong together"
             )
         device = next(model.parameters()).device
+        if options.decoder != "plain":
+            return _drafted(model, tokenizer, ids, options, show)
         texts = []
         for turn in range(options.num):
             if options.num > 1:
@@ -265,6 +276,29 @@ class Language(Recipe):
             show(f"{piece}\n")
             texts.append(text)
         return Texts(texts)
+
+
+def _drafted(
+    model: Any, tokenizer: TextTokenizer, ids: list[int], options: Any, show: Callable[[str], None]
+) -> Texts:
+    """Texts by a loop that reads drafts; they are those of plain decoding."""
+    texts = []
+    for turn in range(options.num):
+        settings: dict[str, Any] = {
+            "max_new_tokens": options.max_new_tokens,
+            "seed": options.seed + turn,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
+        prompt = torch.tensor([ids], device=next(model.parameters()).device)
+        if options.decoder == "jacobi":
+            out = jacobi(model, prompt, window=options.window, coupling="common", **settings)
+        else:
+            out = speculative_chain(model, LookupDrafter(count=options.window - 1), prompt, **settings)
+        texts.append(options.prompt + tokenizer.decode(out.rows()[0]))
+        show(f"{texts[-1]}\n({out.tokens_per_round:.2f} tokens per call of the model)\n")
+    return Texts(texts)
 
 
 def tokenizer_of(folder: Path, facts: Mapping[str, Any]) -> TextTokenizer:
