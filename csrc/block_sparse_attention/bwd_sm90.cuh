@@ -145,7 +145,7 @@ __device__ __forceinline__ void repair_gradient_row(const BackwardParams& p, con
           grad_weight += to_float<Element>(grad_out[d]) * to_float<Element>(v[d]);
         }
         const int64_t number = (work.batch * problem.heads + head) * problem.nq + query;
-        weight = gradient_weight(score, problem.scale, weight_shift(a.lse[number]));
+        weight = gradient_weight(score, p.scale_log2e, weight_shift(a.lse[number]));
         gradient = weight * (grad_weight - p.cuda.delta[number]);
       }
       for (uint32_t left = __ballot_sync(0xffffffffu, allowed); left != 0; left &= left - 1) {
@@ -269,6 +269,11 @@ struct GradientConsumer {
     cute::warpgroup_fence_operand(first);
   }
   __device__ __forceinline__ void finish_second() {
+    float sum = 0.0f;  // of some weights: the others are computed between them
+#pragma unroll
+    for (int i = 0; i < kPairs; i += 4)
+      sum += first[i];
+    hold_until(sum);
     wait_products<0>();
     cute::warpgroup_fence_operand(second);
   }
@@ -287,12 +292,12 @@ struct GradientConsumer {
           forbidden_pairs<kByKey>(problem, work.batch, tile.head, row, start + fragment_column(thread, 0));
   }
   __device__ __forceinline__ void weigh(int stage) {
-    const float scale = p.cuda.args.problem.scale;
+    const float factor = p.scale_log2e;
     const int column = fragment_column(thread, 0);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float by = kByKey ? s.shift[stage][column + i / 4 * 8 + i % 2] : shift[fragment_half(i)];
-      const float weight = gradient_weight(first[i], scale, by);
+      const float weight = gradient_weight(first[i], factor, by);
       first[i] = (forbidden >> i & 1u) != 0 ? 0.0f : weight;
     }
   }
@@ -400,15 +405,9 @@ int start_gradient(const BackwardParams& params, int64_t multiprocessors, void* 
   if (units == 0) return 0;
   const auto kernel = backward_kernel<Element, kDim, kByKey>;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess) {
-    kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  } else {
-    (void)cudaGetLastError();
-  }
-  return static_cast<int>(error);
+  if (const int error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes); error != 0) return error;
+  kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <int kDim>

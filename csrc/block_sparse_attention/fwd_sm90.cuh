@@ -86,7 +86,7 @@ __device__ __forceinline__ void repair_row(const ForwardParams& p, int32_t batch
   const KeyRanges ranges = row_ranges(problem.mask, batch, head, row, problem.nq, problem.nk);
   const int32_t* key_bounds = key_bounds_of(problem.mask, batch);
   const uint16_t* q = at(p.args.q, head, row);
-  const float shift = softmax_shift(largest);
+  const float shift = softmax_shift(largest, p.scale_log2e);
   float total[kPerLane] = {};
 #pragma unroll 1
   for (int range = 0; range < 2; ++range) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const WorkIte
   for (int half = 0; half < 2; ++half) {
     const int32_t r = row + 8 * half;
     const bool exists = r < problem.nq, sees = sum[half] != 0.0f;
-    if (exists && lane % 4 == 0) lse[r] = row_lse(largest[half], sum[half], problem.scale);
+    if (exists && lane % 4 == 0) lse[r] = row_lse(softmax_shift(largest[half], p.scale_log2e), sum[half]);
     const float inverse = 1.0f / sum[half];
     store_row<Element, kDim>(base + r * out.row, exists, p.wide_stores, problem.dim, half, lane,
                              [&](int i) { return sees ? output[i] * inverse : 0.0f; });
@@ -238,6 +238,7 @@ struct Consumer {
     cute::warpgroup_fence_operand(scores);
   }
   __device__ __forceinline__ void finish_output() {
+    hold_until(sum[0] + sum[1]);
     wait_products<0>();
     cute::warpgroup_fence_operand(output);
   }
@@ -252,8 +253,8 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const float before = largest[half];
       largest[half] = quad_max(largest_score<kScores>(scores, half, before));
-      shift[half] = softmax_shift(largest[half]);
-      rescale[half] = softmax_weight(before, shift[half], p.scale_log2e);
+      shift[half] = softmax_shift(largest[half], p.scale_log2e);
+      rescale[half] = softmax_rescale(before, softmax_shift(before, p.scale_log2e), shift[half]);
       sum[half] *= rescale[half];
     }
     weigh_scores<kScores>(scores, shift, p.scale_log2e, sum);
@@ -317,15 +318,9 @@ int start(const ForwardParams& params, unsigned blocks, void* stream) {
   constexpr int kBytes = static_cast<int>(sizeof(SharedStorage<Element, kDim>));
   static_assert(kBytes <= 227 * 1024);
   const auto kernel = forward_kernel<Element, kDim>;
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess) {
-    kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  } else {
-    (void)cudaGetLastError();
-  }
-  return static_cast<int>(error);
+  if (const int error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes); error != 0) return error;
+  kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <int kDim>

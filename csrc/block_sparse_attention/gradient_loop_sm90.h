@@ -151,14 +151,15 @@ ARCORE_HOST_DEVICE uint32_t forbidden_pairs(const Problem& problem, int64_t batc
   return forbidden;
 }
 
-// What is subtracted in the exponent: the lse, or +inf where all weights are 0.
+// What is subtracted in the exponent: the lse in powers of two, or +inf where all weights are 0.
 ARCORE_HOST_DEVICE float weight_shift(float lse) {
-  return lse == kNegativeInfinity ? -kNegativeInfinity : lse;
+  return lse == kNegativeInfinity ? -kNegativeInfinity : lse * 1.44269504f;
 }
 
-// exp(score * scale - shift). One rounding before the exponential is relative to the difference.
-ARCORE_HOST_DEVICE float gradient_weight(float score, float scale, float shift) {
-  return power_of_two(fmaf(score, scale, -shift) * 1.44269504f);
+// exp(score * scale - lse), factor = scale * log2(e): one fused multiply-add. What the shift was rounded by,
+// 2^-24 of the lse, is common to all weights of a row.
+ARCORE_HOST_DEVICE float gradient_weight(float score, float factor, float shift) {
+  return power_of_two(fmaf(score, factor, -shift));
 }
 
 }  // namespace arcore::block_sparse_attention::sm90

@@ -30,6 +30,7 @@ struct BackwardParams {
   Operand grad_out, q, k, v;  // boxes of 64 rows
   BackwardCuda cuda;
   Schedule by_query, by_key;
+  float scale_log2e;
   bool wide_grad_q, wide_grad_k, wide_grad_v;
 };
 

@@ -44,11 +44,12 @@ ARCORE_DEVICE int classify_by_warp(const int32_t* rows, int intervals, const int
 ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   auto* kinds = reinterpret_cast<int32_t*>(shared_memory());  // [kPlanColumns]
   const int lane = lane_index(), warp = warp_index();
-  const int64_t row = block_x(), head = block_y(), batch = block_z();
+  const int64_t row = block_x() % args.rows, grid = block_x() / args.rows, head = grid % args.heads,
+                batch = grid / args.heads;
   const int32_t* rows = args.mask.bounds + batch * args.mask.batch + head * args.mask.head;
   const int32_t* keys =
       args.mask.key_bounds == nullptr ? nullptr : args.mask.key_bounds + batch * args.mask.key_batch;
-  int32_t* out = args.plan + ((batch * args.heads + head) * args.rows + row) * (2 + args.columns);
+  int32_t* out = args.plan + block_x() * (2 + args.columns);
   int32_t count = 0;
   for (int64_t first = 0; first < args.columns; first += kPlanColumns) {
     const int here =
@@ -79,7 +80,7 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
 // A block per grid: the place of each row among the rows by falling counts, ties by rising rows.
 ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   const int64_t pitch = 2 + args.columns;
-  int32_t* plan = args.plan + (block_z() * args.heads + block_y()) * args.rows * pitch;
+  int32_t* plan = args.plan + block_x() * args.rows * pitch;
   for (int64_t row = thread_index(); row < args.rows; row += block_threads()) {
     const int32_t count = plan[row * pitch];
     int64_t place = 0;
@@ -92,9 +93,10 @@ ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
 }
 
 inline int launch_plan(const PlanArgs& args, void* stream) {
+  const int64_t grids = args.heads * args.batch;
   const int error =
-      launch(plan_rows, {args.rows, args.heads, args.batch, kPlanThreads, kPlanColumns * 4}, stream, args);
-  return error != 0 ? error : launch(order_rows, {1, args.heads, args.batch, kPlanThreads, 0}, stream, args);
+      launch(plan_rows, {args.rows * grids, 1, 1, kPlanThreads, kPlanColumns * 4}, stream, args);
+  return error != 0 ? error : launch(order_rows, {grids, 1, 1, kPlanThreads, 0}, stream, args);
 }
 
 }  // namespace arcore::block_sparse_attention

@@ -239,15 +239,22 @@ ARCORE_HOST_DEVICE float largest_score(const Fragment& scores, int half, float s
   return largest;
 }
 
-// What is subtracted from the scores: 0 for a row that has seen no key, so that -inf - (-inf) never arises.
-ARCORE_HOST_DEVICE float softmax_shift(float largest) {
-  return largest == kNegativeInfinity ? 0.0f : largest;
+// What is subtracted in the exponent, scale * log2(e) of the largest score; 0 for a row that has seen no key,
+// so that -inf - (-inf) never arises. factor = scale * log2(e).
+ARCORE_HOST_DEVICE float softmax_shift(float largest, float factor) {
+  return largest == kNegativeInfinity ? 0.0f : largest * factor;
 }
 
-// 2^((score - shift) * factor), factor = scale * log2(e). Subtracting first keeps the error of a weight
-// relative to the distance from the maximum, not to the logits themselves.
+// 2^(score * factor - shift): one fused multiply-add. What `shift` was rounded by is common to all weights of
+// a row and to its lse, which is taken from the same shift, so it cancels.
 ARCORE_HOST_DEVICE float softmax_weight(float score, float shift, float factor) {
-  return power_of_two((score - shift) * factor);
+  return power_of_two(fmaf(score, factor, -shift));
+}
+
+// What weights under the shift `before` are multiplied by when `now` takes its place; 0 where `largest` says
+// that there were none.
+ARCORE_HOST_DEVICE float softmax_rescale(float largest, float before, float now) {
+  return largest == kNegativeInfinity ? 0.0f : power_of_two(before - now);
 }
 
 // Scores become weights; this thread's part of the two rows' sums grows by them.
@@ -269,8 +276,8 @@ ARCORE_HOST_DEVICE void scale_rows(Fragment& values, const float (&by)[2]) {
 }
 
 // No weight at all: no key allowed, or every logit -inf.
-ARCORE_HOST_DEVICE float row_lse(float largest, float sum, float scale) {
-  return sum == 0.0f ? kNegativeInfinity : largest * scale + logf(sum);
+ARCORE_HOST_DEVICE float row_lse(float shift, float sum) {
+  return sum == 0.0f ? kNegativeInfinity : fmaf(shift, 0.693147181f, logf(sum));
 }
 
 // ---- four lanes that share a row exchange words, so that each stores 16 contiguous bytes ----

@@ -26,6 +26,7 @@ struct Call {
   TilePlan by_query, by_key;
   const float* delta;
   int64_t section;
+  float scale_log2e;
   bool half;
   Mistake mistake;
   std::vector<int> done;
@@ -296,7 +297,7 @@ struct Consumer {
       for (int i = 0; i < kPairs; ++i) {
         const float by = kByKey ? b.shift[s].data[static_cast<size_t>(fragment_column(t, i))]
                                 : thread.shift[fragment_half(i)];
-        const float weight = gradient_weight(thread.first[i], b.call.args.problem.scale, by);
+        const float weight = gradient_weight(thread.first[i], b.call.scale_log2e, by);
         thread.first[i] = (thread.forbidden >> i & 1u) != 0 ? 0.0f : weight;
       }
     }
@@ -377,7 +378,7 @@ struct Consumer {
           grad_weight += grad_out[d] * v[d];
         }
         const int64_t number = (work.batch * p.heads + head) * p.nq + query;
-        const float weight = gradient_weight(score, p.scale, weight_shift(a.lse[number]));
+        const float weight = gradient_weight(score, b.call.scale_log2e, weight_shift(a.lse[number]));
         const float gradient = weight * (grad_weight - b.call.delta[number]);
         for (int64_t d = 0; d < p.dim; ++d) {
           by_gradient[static_cast<size_t>(d)] += gradient * (kByKey ? q : k)[d];
@@ -465,6 +466,7 @@ extern "C" void arcore_model_backward_sm90(const int64_t* shape, float scale, in
   a.lse = lse;
   call.delta = delta;
   call.section = section;
+  call.scale_log2e = static_cast<float>(static_cast<double>(scale) * 1.4426950408889634074);
   call.half = half != 0;
   call.mistake = static_cast<Mistake>(mistake);
   std::string failure = "unsupported strides";

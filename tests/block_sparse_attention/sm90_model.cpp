@@ -288,14 +288,16 @@ struct ModelConsumer {
         for (int t = quad; t < quad + 4; ++t) {
           Thread& thread = threads[static_cast<size_t>(t)];
           thread.rescale[half] =
-              softmax_weight(thread.largest[half], softmax_shift(largest), b.call.scale_log2e);
+              softmax_rescale(thread.largest[half], softmax_shift(thread.largest[half], b.call.scale_log2e),
+                              softmax_shift(largest, b.call.scale_log2e));
           thread.largest[half] = largest;
           thread.sum[half] *= thread.rescale[half];
         }
       }
     }
     for (Thread& thread : threads) {
-      const float shift[2] = {softmax_shift(thread.largest[0]), softmax_shift(thread.largest[1])};
+      const float shift[2] = {softmax_shift(thread.largest[0], b.call.scale_log2e),
+                              softmax_shift(thread.largest[1], b.call.scale_log2e)};
       weigh_scores<kScores>(thread.scores, shift, b.call.scale_log2e, thread.sum);
     }
   }
@@ -330,7 +332,8 @@ struct ModelConsumer {
           sum += lanes[t].sum[half];
         if (row >= p.nq) continue;
         const float largest = lanes[0].largest[half];
-        b.call.args.lse[(work.batch * p.heads + work.head) * p.nq + row] = row_lse(largest, sum, p.scale);
+        b.call.args.lse[(work.batch * p.heads + work.head) * p.nq + row] =
+            row_lse(softmax_shift(largest, b.call.scale_log2e), sum);
         store_row(lanes, half, row, sum);
         bool finite = true;
         for (int t = 0; t < 4; ++t)
@@ -390,7 +393,8 @@ struct ModelConsumer {
       float score = 0.0f;
       for (int64_t d = 0; d < p.dim; ++d)
         score += at(args.q, work.head, row)[d] * at(args.k, kv_head, key)[d];
-      const float weight = softmax_weight(score, softmax_shift(largest), b.call.scale_log2e);
+      const float weight =
+          softmax_weight(score, softmax_shift(largest, b.call.scale_log2e), b.call.scale_log2e);
       for (int64_t d = 0; d < p.dim; ++d)
         total[static_cast<size_t>(d)] += weight * at(args.v, kv_head, key)[d];
     }

@@ -1,3 +1,4 @@
+// sass forward_kernel: HGMMA >= 20; MUFU.EX2 >= 64 between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0; STG.E.128 >= 2; no LDL; no STL
 #include "block_sparse_attention/fwd_sm90.cuh"
 
 namespace arcore::block_sparse_attention::sm90 {

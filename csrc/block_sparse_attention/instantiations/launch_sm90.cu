@@ -67,6 +67,10 @@ bool wide_rows(const Tensor4& t) {
          t.batch % 8 == 0;
 }
 
+float log2e_times(float scale) {
+  return static_cast<float>(static_cast<double>(scale) * 1.4426950408889634074);
+}
+
 // Bytes of two operands of one head.
 int64_t pair_bytes(const Problem& problem, int64_t rows) {
   return 2 * rows * problem.dim * 2;
@@ -97,7 +101,7 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   params.args = args;
   params.plan = plan;
   params.schedule = {pairs, plan.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
-  params.scale_log2e = static_cast<float>(static_cast<double>(problem.scale) * 1.4426950408889634074);
+  params.scale_log2e = log2e_times(problem.scale);
   params.wide_stores = wide_rows(args.out);
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
@@ -129,6 +133,7 @@ int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
   params.by_query = {pairs, cuda.by_query.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
   params.by_key = {kv_pairs, cuda.by_key.rows,
                    section_pairs(pair_bytes(problem, problem.nq) * group, 1, kv_pairs)};
+  params.scale_log2e = log2e_times(problem.scale);
   params.wide_grad_q = wide_rows(args.grad_q);
   params.wide_grad_k = wide_rows(args.grad_k);
   params.wide_grad_v = wide_rows(args.grad_v);
