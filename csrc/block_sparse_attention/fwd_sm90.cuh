@@ -16,13 +16,13 @@ template <typename Element, int kDim>
 struct SharedStorage {
   static constexpr int kStages = stages(kDim);
   // 1024 bytes: the period of the widest swizzle.
-  alignas(1024) Element q[kTileQ * kDim];
+  alignas(1024) Element q[kQueryStages][kTileQ * kDim];
   alignas(1024) Element k[kStages][kTileK * kDim];
   alignas(1024) Element v[kStages][kTileK * kDim];
-  uint64_t q_full, q_empty;
+  uint64_t q_full[kQueryStages], q_empty[kQueryStages];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  WorkItem work;           // guarded as q is
-  int32_t entry[kStages];  // the plan's entry of a key tile, guarded as k is
+  WorkItem work[kQueryStages];  // guarded as q is
+  int32_t entry[kStages];       // the plan's entry of a key tile, guarded as k is
 };
 
 // ---- the producer: one thread ----
@@ -33,36 +33,47 @@ struct Producer {
   const ForwardParams& p;
   SharedStorage<Element, kDim>& s;
   int32_t group;  // query heads per kv head
+  int64_t unit;   // the first one, and then all that are left, from a counter that the blocks share
 
+  __device__ __forceinline__ int64_t next_unit() {
+    const int64_t next = unit;
+    if (p.counter != nullptr)
+      unit = int64_t{gridDim.x} + atomicAdd(p.counter, 1);
+    else
+      unit = p.schedule.pairs * p.schedule.rows;
+    return next;
+  }
   __device__ __forceinline__ void wait_keys_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.k_empty[stage], parity);
   }
   __device__ __forceinline__ void wait_values_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.v_empty[stage], parity);
   }
-  __device__ __forceinline__ void wait_queries_empty(uint32_t parity) { mbarrier_wait(s.q_empty, parity); }
+  __device__ __forceinline__ void wait_queries_empty(int stage, uint32_t parity) {
+    mbarrier_wait(s.q_empty[stage], parity);
+  }
 
   __device__ __forceinline__ void load_keys(int stage, const WorkItem& work, int32_t entry) {
     s.entry[stage] = entry;
     mbarrier_arrive_expecting(s.k_full[stage], kTileBytes);
-    copy_tile<kTileK, kDim>(p.k, s.k_full[stage], s.k[stage], entry_tile(entry) * kTileK, work.head / group,
+    copy_tile<kTileK, kDim>(p.k, s.k_full[stage], s.k[stage], halved_tile(entry) * kTileK, work.head / group,
                             work.batch);
   }
   __device__ __forceinline__ void load_values(int stage, const WorkItem& work, int32_t entry) {
     mbarrier_arrive_expecting(s.v_full[stage], kTileBytes);
-    copy_tile<kTileK, kDim>(p.v, s.v_full[stage], s.v[stage], entry_tile(entry) * kTileK, work.head / group,
+    copy_tile<kTileK, kDim>(p.v, s.v_full[stage], s.v[stage], halved_tile(entry) * kTileK, work.head / group,
                             work.batch);
   }
-  __device__ __forceinline__ void load_queries(const WorkItem& work) {
-    s.work = work;
+  __device__ __forceinline__ void load_queries(int stage, const WorkItem& work) {
+    s.work[stage] = work;
     if (work.count == 0) {
-      mbarrier_arrive(s.q_full);
+      mbarrier_arrive(s.q_full[stage]);
       return;
     }
-    mbarrier_arrive_expecting(s.q_full, kTileQ * kDim * sizeof(Element));
+    mbarrier_arrive_expecting(s.q_full[stage], kTileQ * kDim * sizeof(Element));
 #pragma unroll
     for (int c = 0; c < kConsumers; ++c) {
-      copy_tile<kConsumerRows, kDim>(p.q, s.q_full, s.q + c * kConsumerRows * kDim,
+      copy_tile<kConsumerRows, kDim>(p.q, s.q_full[stage], s.q[stage] + c * kConsumerRows * kDim,
                                      work.tile * kTileQ + c * kConsumerRows, work.head, work.batch);
     }
   }
@@ -167,7 +178,7 @@ struct Consumer {
 
   const ForwardParams& p;
   SharedStorage<Element, kDim>& s;
-  int consumer, thread;
+  int consumer, thread, q_stage;
   typename S::Scores scores;
   typename S::Output output;
   Weights weights;
@@ -186,10 +197,12 @@ struct Consumer {
     __syncwarp();
     if (thread % 32 == 0) mbarrier_arrive(barrier);
   }
-  __device__ __forceinline__ void release_queries() { release(s.q_empty); }
+  __device__ __forceinline__ void release_queries(int stage) { release(s.q_empty[stage]); }
   __device__ __forceinline__ void release_keys(int stage) { release(s.k_empty[stage]); }
   __device__ __forceinline__ void release_values(int stage) { release(s.v_empty[stage]); }
-  __device__ __forceinline__ void wait_queries(uint32_t parity) { mbarrier_wait(s.q_full, parity); }
+  __device__ __forceinline__ void wait_queries(int stage, uint32_t parity) {
+    mbarrier_wait(s.q_full[stage], parity);
+  }
   __device__ __forceinline__ void wait_keys(int stage, uint32_t parity) {
     mbarrier_wait(s.k_full[stage], parity);
   }
@@ -198,12 +211,13 @@ struct Consumer {
   }
   __device__ __forceinline__ void take_turn() { named_barrier_sync(kFirstTurnBarrier + consumer, 256); }
   __device__ __forceinline__ void pass_turn() { named_barrier_arrive(kFirstTurnBarrier + 1 - consumer, 256); }
-  __device__ __forceinline__ WorkItem announced() { return s.work; }
+  __device__ __forceinline__ WorkItem announced(int stage) { return s.work[stage]; }
   __device__ __forceinline__ int32_t entry(int stage) { return s.entry[stage]; }
 
-  __device__ __forceinline__ void begin(const WorkItem& item) {
+  __device__ __forceinline__ void begin(const WorkItem& item, int stage) {
     const Problem& problem = p.args.problem;
     work = item;
+    q_stage = stage;
     row = work.tile * kTileQ + consumer * kConsumerRows + fragment_row(thread);
     largest[0] = largest[1] = kNegativeInfinity;
     sum[0] = sum[1] = 0.0f;
@@ -218,7 +232,7 @@ struct Consumer {
     using cute::_;
     typename S::ScoreProduct product;
     auto slice = product.get_slice(thread);
-    auto queries = cute::make_tensor(cute::make_smem_ptr(s.q), typename S::Queries{});
+    auto queries = cute::make_tensor(cute::make_smem_ptr(s.q[q_stage]), typename S::Queries{});
     auto keys = cute::make_tensor(cute::make_smem_ptr(s.k[0]), typename S::Keys{});
     auto a = slice.partition_fragment_A(queries(_, _, consumer));
     auto b = slice.partition_fragment_B(keys);
@@ -245,7 +259,7 @@ struct Consumer {
 
   // Scores become weights; what was accumulated before is to be multiplied by `rescale`.
   __device__ __forceinline__ void softmax(int32_t entry) {
-    const int32_t first_key = entry_tile(entry) * kTileK, nk = static_cast<int32_t>(p.args.problem.nk);
+    const int32_t first_key = halved_tile(entry) * kTileK, nk = static_cast<int32_t>(p.args.problem.nk);
     if (!entry_full(entry) || first_key + kTileK > nk)
       mask_scores<kScores>(scores, upper, lower, key_bounds, row, first_key + fragment_column(thread, 0), nk);
     float shift[2];
@@ -286,8 +300,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     // Swizzles are functions of the address: a base that is not aligned would give wrong results, not a
     // fault.
     if (shared_address(shared) % 1024 != 0) __trap();
-    mbarrier_init(s.q_full, 1);
-    mbarrier_init(s.q_empty, kConsumerWarps);
+#pragma unroll
+    for (int i = 0; i < kQueryStages; ++i) {
+      mbarrier_init(s.q_full[i], 1);
+      mbarrier_init(s.q_empty[i], kConsumerWarps);
+    }
 #pragma unroll
     for (int i = 0; i < Storage::kStages; ++i) {
       mbarrier_init(s.k_full[i], 1);
@@ -303,8 +320,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     lower_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       const Problem& problem = p.args.problem;
-      Producer<Element, kDim> producer{p, s, static_cast<int32_t>(problem.heads / problem.kv_heads)};
-      produce_units<Storage::kStages>(producer, problem, p.plan, p.schedule, blockIdx.x, gridDim.x);
+      Producer<Element, kDim> producer{p, s, static_cast<int32_t>(problem.heads / problem.kv_heads),
+                                       blockIdx.x};
+      produce_units<Storage::kStages>(producer, problem, p.plan, p.schedule);
     }
   } else {
     raise_registers<kConsumerRegisters>();

@@ -59,7 +59,23 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
       const int64_t q0 = tq * args.tile_q, k0 = tk * args.tile_k;
       const int64_t q1 = q0 + args.tile_q < args.nq ? q0 + args.tile_q : args.nq;
       const int64_t k1 = k0 + args.tile_k < args.nk ? k0 + args.tile_k : args.nk;
-      const int kind = classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k1);
+      int kind = 0;
+      if (!args.halves) {
+        kind = classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k1);
+      } else {
+        const int64_t q = q0 + args.tile_q / 2 < q1 ? q0 + args.tile_q / 2 : q1;
+        const int64_t k = k0 + args.tile_k / 2 < k1 ? k0 + args.tile_k / 2 : k1;
+        const int first = args.by_key
+                              ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k)
+                              : classify_by_warp(rows, args.mask.intervals, keys, q0, q, k0, k1);
+        const int second = args.by_key
+                               ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k, k1)
+                               : classify_by_warp(rows, args.mask.intervals, keys, q, q1, k0, k1);
+        // A half that lies outside of the matrix has no pair, and none that is forbidden.
+        const bool one = args.by_key ? k == k1 : q == q1;
+        const int full = first >> 1 & (one ? 1 : second >> 1);
+        kind = (first & 1) << 1 | (one ? 0 : (second & 1) << 2) | full;
+      }
       if (lane == 0) kinds[c] = kind;
     }
     sync_threads();
@@ -68,7 +84,10 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
         const int kind = c + lane < here ? kinds[c + lane] : 0;
         const uint32_t taken = ballot(kind != 0);
         const int before = count_bits(taken & ((1u << lane) - 1u));
-        if (kind != 0) out[2 + count + before] = static_cast<int32_t>((first + c + lane) << 1 | (kind >> 1));
+        const int64_t column = first + c + lane;
+        if (kind != 0)
+          out[2 + count + before] =
+              static_cast<int32_t>(args.halves ? column << 3 | kind : column << 1 | (kind >> 1));
         count += count_bits(taken);
       }
     }

@@ -84,9 +84,16 @@ int count_multiprocessors(int& count) {
   return static_cast<int>(error);
 }
 
+int clear_counters(int32_t* counters, void* stream) {
+  const cudaError_t error =
+      cudaMemsetAsync(counters, 0, kCountersSm90 * sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 }  // namespace
 
-int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* stream) {
+int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, int32_t* counters, void* stream) {
   const Problem& problem = args.problem;
   const int64_t pairs = problem.batch * problem.heads, units = pairs * plan.rows;
   if (units == 0) return 0;
@@ -106,6 +113,10 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
+  if (units > multiprocessors) {
+    if (const int error = clear_counters(counters, stream); error != 0) return error;
+    params.counter = counters;
+  }
   switch (padded_dim(problem.dim)) {
     case 64:
       return start_forward_d64(params, blocks, stream);
@@ -116,7 +127,7 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   }
 }
 
-int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
+int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stream) {
   const BackwardArgs& args = cuda.args;
   const Problem& problem = args.problem;
   if (problem.batch * problem.heads * problem.nq == 0) return 0;
@@ -139,6 +150,9 @@ int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
   params.wide_grad_v = wide_rows(args.grad_v);
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
+
+  if (const int error = clear_counters(counters, stream); error != 0) return error;
+  params.counters = counters;
 
   BackwardKernelArgs deltas{};
   deltas.cuda = cuda;

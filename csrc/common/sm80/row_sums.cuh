@@ -41,8 +41,10 @@ ARCORE_DEVICE RowState empty_row() {
 
 // Two parts of a row, the first one first.
 ARCORE_DEVICE RowState merge_rows(const RowState& a, const RowState& b, double inverse_temperature) {
-  RowState out = a.max >= b.max ? a : b;
-  const RowState& low = a.max >= b.max ? b : a;
+  // Field by field: a choice between the structures would put them into local memory.
+  const bool first = a.max >= b.max;
+  RowState out{first ? a.max : b.max, first ? a.sum : b.sum, first ? a.weighted : b.weighted, 0.0};
+  const RowState low{first ? b.max : a.max, first ? b.sum : a.sum, first ? b.weighted : a.weighted, 0.0};
   out.target = a.target > b.target ? a.target : b.target;
   if (a.target != a.target || b.target != b.target) out.target = a.target != a.target ? a.target : b.target;
   if (low.max == -HUGE_VAL) {
