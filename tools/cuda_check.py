@@ -7,9 +7,9 @@ registers, ptxas could not keep wgmma asynchronous, or the code is not what a co
     // sass backward_rows: STG.E.128 >= 1; no STG.E.U16; no LDL
     // sass forward_kernel: MUFU.EX2 >= 60 between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0
 
-The machine code is read with nvdisasm, of the CUDA toolkit or of PyPI's nvidia-cuda-nvdisasm. "sass NAME" holds for every
-kernel whose name contains NAME, on every architecture; "between" counts from the first instruction to the next. Reports
-of files that have not changed are kept under build/.
+The machine code is read with nvdisasm, of the CUDA toolkit or of PyPI's nvidia-cuda-nvdisasm. "sass NAME" holds for
+every kernel whose name contains NAME, on every architecture; "between" counts from the first instruction to the next.
+Reports of files that have not changed are kept under build/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ GAVE_WAY = re.compile(r"wgmma.*serialized|warpgroup.wait is injected|setmaxnreg.
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 CLAIMS = re.compile(r"^// claims: (.+)$", re.MULTILINE)
 SASS_CLAIMS = re.compile(r"^// sass ([^:]+): (.+)$", re.MULTILINE)
-CLAUSE = re.compile(r"no (?P<absent>\S.*)|(?P<token>\S.*?) >= (?P<count>\d+)(?: between (?P<first>.+) and (?P<last>.+))?")
+CLAUSE = re.compile(
+    r"no (?P<absent>\S.*)|(?P<token>\S.*?) >= (?P<count>\d+)(?: between (?P<first>.+) and (?P<last>.+))?"
+)
 TARGET = re.compile(r"^\s*\.target\s+(\w+)", re.MULTILINE)
 SECTION = re.compile(r"^\.text\.(\w+):")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;")

@@ -47,4 +47,6 @@ def test_work_that_no_grid_holds() -> None:
 
 
 def test_too_little_shared_memory() -> None:
-    assert "more shared memory per block than this one of compute capability 8.6" in message(SHARED_TOO_LARGE, 86)
+    assert "more shared memory per block than this one of compute capability 8.6" in message(
+        SHARED_TOO_LARGE, 86
+    )

@@ -109,7 +109,9 @@ def test_claims_are_checked_in_what_nvcc_writes(
     source = tmp_path / "csrc" / "op" / "copy_sm80.cu"
     source.parent.mkdir(parents=True)
     (tmp_path / "csrc" / "common").mkdir()
-    source.write_text(f"// sass copy: {claim}\n__global__ void copy(float* p) {{ p[threadIdx.x] *= p[0] + 1; }}\n")
+    source.write_text(
+        f"// sass copy: {claim}\n__global__ void copy(float* p) {{ p[threadIdx.x] *= p[0] + 1; }}\n"
+    )
     monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
     monkeypatch.setattr(cuda_check, "CACHE", tmp_path / "cache")
     report = cuda_check.check(nvcc, "test", source, cuda_check.QUICK, nvdisasm=nvdisasm)
