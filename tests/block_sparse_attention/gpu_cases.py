@@ -273,7 +273,7 @@ def _check_batch_mates(device: str, mask: IntervalMask, dtypes: tuple[torch.dtyp
 
 
 def check_full_rings(device: str, small: bool) -> None:
-    """More key tiles than any ring of buffers holds, and three units or more for each block, at each padded head dim."""
+    """More key tiles than any ring of buffers holds, and three units or more per block, at each padded head dim."""
     # 11 tiles of 128 rows; 36 pairs make 396 units, three for each of 132 multiprocessors.
     n, heads = (200, 2) if small else (1350, 36)
     mask, there = masks.causal(n), masks.causal(n).to(device)

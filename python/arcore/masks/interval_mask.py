@@ -208,8 +208,8 @@ class IntervalMask(Value):
         """
         if self.key_bounds is not None:
             raise NotImplementedError(
-                "arcore.masks.IntervalMask.to_cudnn: expected a mask without key_bounds but got one with them; build it "
-                "with from_bool, whose bounds are per query"
+                "arcore.masks.IntervalMask.to_cudnn: expected a mask without key_bounds but got one with them; "
+                "build it with from_bool, whose bounds are per query"
             )
         size = self.batch if batch is None else batch
         if self.batch not in (1, size):
