@@ -77,8 +77,8 @@ struct Wave {
 
 // Which tiles a CUDA kernel visits, for each grid (batch entry and head of the mask, stride 0 where
 // broadcast): row r of the plan holds a count, the r-th row to start with (longest first), and `columns`
-// places for the tiles, (column << 1) | full, ascending; with `halves` (column << 3) | seen << 1 | full, where
-// bit h of `seen` says that half h of the row's side of the tile has an allowed pair. Built by
+// places for the tiles, (column << 1) | full, ascending; with `halves` (column << 3) | seen << 1 | full,
+// where bit h of `seen` says that half h of the row's side of the tile has an allowed pair. Built by
 // interval_tile_plan.
 struct TilePlan {
   const int32_t* data;  // int32 [Bm, Hm, rows, 2 + columns] contiguous
