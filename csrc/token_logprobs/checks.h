@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "common/check.h"
 #include "token_logprobs/params.h"
@@ -134,8 +135,10 @@ inline Problem check_tile(const char* op, const Tensor& tile, const Tensor& targ
                           const OptionalTensor& temperature_rows, const OptionalTensor& mask,
                           double temperature, double softcap, int64_t ignore_index, int64_t first_column,
                           int64_t vocab) {
+  // As a difference: the sum could overflow.
   ARCORE_CHECK(
-      tile.dim() == 2 && first_column >= 0 && first_column % 32 == 0 && first_column + tile.size(1) <= vocab,
+      tile.dim() == 2 && vocab >= 0 && first_column >= 0 && first_column % 32 == 0 && first_column <= vocab &&
+          tile.size(1) <= vocab - first_column,
       op, "expected a tile [rows, columns] that starts at a multiple of 32 columns and ends by vocab=", vocab,
       " but got ", shape_of(tile), " from column ", first_column);
   check_device(op, "target", target, tile);
@@ -146,6 +149,43 @@ inline Problem check_tile(const char* op, const Tensor& tile, const Tensor& targ
   p.first_column = first_column;
   p.columns = tile.size(1);
   return p;
+}
+
+// What an op that writes into `written` asks of its other arguments.
+inline void check_apart(const char* op, const char* written_name, const Tensor& written, const char* name,
+                        const Tensor& t) {
+  auto bytes_of = [](const Tensor& x) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d)
+      last += (x.size(d) - 1) * x.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+    const int64_t elements = x.numel() == 0 ? 0 : last + 1;
+    return std::pair(begin, begin + static_cast<uintptr_t>(elements) * x.element_size());
+  };
+  const auto [begin, end] = bytes_of(written);
+  const auto [other_begin, other_end] = bytes_of(t);
+  ARCORE_CHECK(begin == end || other_begin == other_end || end <= other_begin || other_end <= begin, op,
+               "expected ", name, " apart from ", written_name,
+               ", which is written in place, but their memory overlaps; pass ", name, ".clone()");
+}
+
+inline void check_apart(const char* op, const char* written_name, const Tensor& written, const char* name,
+                        const OptionalTensor& t) {
+  if (t.has_value()) check_apart(op, written_name, written, name, *t);
+}
+
+inline void check_no_overlap(const char* op, const char* name, const Tensor& tile) {
+  ARCORE_CHECK(tile.size(0) <= 1 || tile.stride(0) >= tile.size(1), op, "expected ", name,
+               " whose rows do not overlap, since it is written in place, but got row stride ",
+               tile.stride(0), " for ", tile.size(1), " columns; pass ", name, ".contiguous()");
+}
+
+// Where the gradient goes: laid out as the logits, unless these overlap or their rows are no vectors.
+inline Tensor gradient_like(const Tensor& logits) {
+  Tensor grad = torch::stable::empty_like(logits);
+  const int64_t last = logits.dim() - 1;
+  if (grad.size(last) <= 1 || grad.stride(last) == 1) return grad;
+  return torch::stable::new_empty(logits, logits.sizes());
 }
 
 inline RowState* state_of(const char* op, const Tensor& state, int64_t rows) {

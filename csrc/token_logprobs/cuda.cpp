@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> backward_cuda(const OptionalTensor& grad_logp,
   const Problem& p = args.problem;
   args.state = state_of(kBackwardOp, state, p.rows);
   set_grads(kBackwardOp, args, grad_logp, grad_logsumexp, grad_entropy);
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = gradient_like(logits);
   Tensor grad_temperature =
       torch::stable::new_empty(logits, {temperature_rows.has_value() ? p.rows : 0}, ScalarType::Float);
   if (temperature_rows.has_value()) args.grad_temperature = static_cast<float*>(grad_temperature.data_ptr());
@@ -122,6 +122,15 @@ Tensor tile_backward_cuda(const OptionalTensor& grad_logp, const OptionalTensor&
   args.problem = check_tile(kTileBackwardOp, tile, target, temperature_rows, mask, temperature, softcap,
                             ignore_index, first_column, vocab);
   args.state = state_of(kTileBackwardOp, state, args.problem.rows);
+  check_no_overlap(kTileBackwardOp, "tile", tile);
+  for (const auto& [name, t] : {std::pair{"target", &target}, {"state", &state}})
+    check_apart(kTileBackwardOp, "tile", tile, name, *t);
+  for (const auto& [name, t] : {std::pair{"mask", &mask},
+                                {"temperature_rows", &temperature_rows},
+                                {"grad_logp", &grad_logp},
+                                {"grad_logsumexp", &grad_logsumexp},
+                                {"grad_entropy", &grad_entropy}})
+    check_apart(kTileBackwardOp, "tile", tile, name, *t);
   set_grads(kTileBackwardOp, args, grad_logp, grad_logsumexp, grad_entropy);
   Tensor grad_temperature =
       torch::stable::new_empty(state, {need_temperature ? args.problem.rows : 0}, ScalarType::Float);

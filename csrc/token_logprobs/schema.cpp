@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const OptionalTensor& grad_logp, const O
   args.grad_logp = grads.logp;
   args.grad_logsumexp = grads.logsumexp;
   args.grad_entropy = grads.entropy;
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = gradient_like(logits);
   Tensor grad_temperature =
       torch::stable::new_empty(logits, {temperature_rows.has_value() ? p.rows : 0}, ScalarType::Float);
   if (temperature_rows.has_value()) args.grad_temperature = static_cast<float*>(grad_temperature.data_ptr());
@@ -100,6 +100,10 @@ void update_cpu(const Tensor& tile, const Tensor& target, const OptionalTensor& 
   const Problem p = check_tile(kUpdateOp, tile, target, temperature_rows, mask, temperature, softcap,
                                ignore_index, first_column, vocab);
   RowState* states = state_of(kUpdateOp, state, p.rows);
+  for (const auto& [name, t] : {std::pair{"tile", &tile}, {"target", &target}})
+    check_apart(kUpdateOp, "state", state, name, *t);
+  check_apart(kUpdateOp, "state", state, "mask", mask);
+  check_apart(kUpdateOp, "state", state, "temperature_rows", temperature_rows);
   if (p.rows > 0) run_update({p, rows_of(kUpdateOp, "tile", tile), states, entropy});
 }
 
@@ -121,6 +125,15 @@ Tensor tile_backward_cpu(const OptionalTensor& grad_logp, const OptionalTensor& 
   args.problem = check_tile(kTileBackwardOp, tile, target, temperature_rows, mask, temperature, softcap,
                             ignore_index, first_column, vocab);
   args.state = state_of(kTileBackwardOp, state, args.problem.rows);
+  check_no_overlap(kTileBackwardOp, "tile", tile);
+  for (const auto& [name, t] : {std::pair{"target", &target}, {"state", &state}})
+    check_apart(kTileBackwardOp, "tile", tile, name, *t);
+  for (const auto& [name, t] : {std::pair{"mask", &mask},
+                                {"temperature_rows", &temperature_rows},
+                                {"grad_logp", &grad_logp},
+                                {"grad_logsumexp", &grad_logsumexp},
+                                {"grad_entropy", &grad_entropy}})
+    check_apart(kTileBackwardOp, "tile", tile, name, *t);
   const RowGrads grads =
       check_grads(kTileBackwardOp, grad_logp, grad_logsumexp, grad_entropy, args.problem.rows);
   args.grad_logp = grads.logp;

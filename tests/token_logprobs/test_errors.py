@@ -40,7 +40,7 @@ SHARED = {
     "mask_rows": (dict(mask=torch.ones(5, 3, 70, dtype=torch.bool)), r"but got \(5, 3, 70\)"),
     "device": (
         dict(target=TARGET.to("meta")),
-        r"target and mask on .*'s device cpu but got meta",
+        r"expected (target|mask) on the device of .*, cpu, but got meta",
     ),
 }
 TYPES = {
@@ -51,9 +51,9 @@ TYPES = {
     ),
     "temperature": (
         dict(temperature=torch.ones(2, 3, dtype=torch.long)),
-        r"floating-point temperature on cpu but got int64 on cpu",
+        r"temperature of a floating-point dtype but got int64",
     ),
-    "ignore_index": (dict(ignore_index=1.5), r"ignore_index to be an int but got 1.5"),
+    "ignore_index": (dict(ignore_index=1.5), r"ignore_index to be an integer but got 1.5"),
 }
 FUNCTIONS = {
     "token_logprobs": lambda target=TARGET, **o: token_logprobs(LOGITS, target, **o),
@@ -121,7 +121,7 @@ def test_linear():
         linear_logprobs(HIDDEN, WEIGHT.bfloat16(), TARGET)
     with pytest.raises(TypeError, match=r"hidden of dtype float32, bfloat16 or float16 but got float64"):
         linear_logprobs(HIDDEN.double(), WEIGHT.double(), TARGET)
-    with pytest.raises(ValueError, match=r"weight on hidden's device cpu but got meta"):
+    with pytest.raises(ValueError, match=r"weight on the device of hidden, cpu, but got meta"):
         linear_logprobs(HIDDEN, WEIGHT.to("meta"), TARGET)
     for tile in ((0, 32), (1, 0), (1, 33)):
         with pytest.raises(ValueError, match=r"a positive multiple of 32 columns\) but got \("):

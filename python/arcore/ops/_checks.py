@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,3 +62,21 @@ def int64(op: str, name: str, value: Any) -> int:
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: expected {name} to fit into int64 but got {value}")
     return number
+
+
+class WrongValue(ValueError, RuntimeError):
+    """A value in a tensor that an op cannot work with. Kernels find it; they can only raise a RuntimeError."""
+
+
+def checked_call(kernel: Callable[..., Any], *args: Any) -> Any:
+    """``kernel(*args)``, whose complaints about values in tensors become a `WrongValue` of the public function."""
+    if torch.compiler.is_compiling():
+        return kernel(*args)
+    try:
+        return kernel(*args)
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0]
+        if not text.startswith("arcore::") or ": expected " not in text:
+            raise
+        message = text.replace("arcore::", "arcore.", 1)
+    raise WrongValue(message)

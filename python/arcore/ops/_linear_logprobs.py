@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from arcore.ops._registration import forbid_second_derivative
+from arcore.ops._checks import checked_call, integer, same_device
+from arcore.ops._registration import forbid_derivative, register_derivatives
 from arcore.ops.token_logprobs import (
     MASK_BITS,
     TokenLogprobs,
@@ -51,8 +52,10 @@ def linear_logprobs(
     Works through tiles of rows and columns of the logits; the backward computes each tile again (a third more
     multiplications than a head that keeps its logits). The logits of a tile have hidden's dtype, as those of `linear`
     do; gradients that add up over tiles are summed in float32. Differentiable through all outputs in hidden, weight,
-    bias and a temperature tensor; gradients that nobody needs, such as that of a frozen head, are not computed.
-    Under autocast hidden, weight and bias take its dtype.
+    bias and a temperature tensor, in reverse and in forward mode, which takes three products per tile and output;
+    gradients that nobody needs, such as that of a frozen head, are not computed. Under autocast hidden, weight and bias
+    take its dtype. The products are torch's, and what rounding does to a row in them depends on how many rows there
+    are: alone and in a batch a row may differ in its last bits.
 
     Args:
         hidden: ``[..., H]``, float32, bfloat16 or float16.
@@ -71,12 +74,11 @@ def linear_logprobs(
 
     Raises:
         TypeError: unsupported or mixed dtypes.
-        ValueError: shapes or devices do not fit; temperature, softcap or tile is out of range.
-        RuntimeError: a target is neither in [0, V) nor `ignore_index`, or an element of a temperature tensor is not
-            positive and finite.
+        ValueError: shapes or devices do not fit; temperature, softcap or tile is out of range; or, on a CPU, a target
+            is neither in [0, V) nor `ignore_index`.
     """
     op = "linear_logprobs"
-    if torch.is_autocast_enabled(hidden.device.type):
+    if _autocasts(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -84,7 +86,9 @@ def linear_logprobs(
     check_dtype(op, "hidden", hidden)
     scalar, rows = split_temperature(op, temperature, target)
     count = target.numel()
-    tile_rows, tile_columns = _default_tile(count) if tile is None else tile
+    tile_rows, tile_columns = (
+        _default_tile(count) if tile is None else (integer(f"arcore.{op}", "tile", size) for size in tile)
+    )
     if tile_rows < 1 or tile_columns < MASK_BITS or tile_columns % MASK_BITS:
         raise ValueError(
             f"arcore.{op}: expected tile to be (rows >= 1, a positive multiple of 32 columns) but got {tile}"
@@ -95,9 +99,10 @@ def linear_logprobs(
         mask = mask.reshape(1, width) if alike else mask.expand(*target.shape, width).reshape(count, width)
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(count, width)
     flat = None if rows is None else float_rows(rows.reshape(-1))
-    logp, lse, entropy, _ = torch.ops.arcore.linear_logprobs(
-        hidden.reshape(count, hidden.shape[-1]), weight, bias, index_rows(target).view(-1), flat, mask,
-        scalar, softcap or 0.0, ignore_index, return_entropy, tile_rows, tile_columns,
+    logp, lse, entropy, _ = checked_call(
+        torch.ops.arcore.linear_logprobs, hidden.reshape(count, hidden.shape[-1]), weight, bias,
+        index_rows(target).view(-1), flat, mask, scalar, float(softcap or 0.0), ignore_index, return_entropy,
+        tile_rows, tile_columns,
     )  # fmt: skip
     return TokenLogprobs(
         logp.view(target.shape),
@@ -137,6 +142,7 @@ def _check(
     ignore_index: int,
 ) -> None:
     op = "linear_logprobs"
+    same_device(f"arcore.{op}", hidden=hidden, weight=weight, bias=bias, target=target, mask=mask)
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"arcore.{op}: expected weight of shape (V, H={hidden.shape[-1] if hidden.dim() else '?'}), to fit hidden "
@@ -153,11 +159,12 @@ def _check(
                 f"arcore.{op}: expected {name} of hidden's dtype {str(hidden.dtype).removeprefix('torch.')} but got "
                 f"{str(x.dtype).removeprefix('torch.')}; convert one, or run under torch.autocast"
             )
-        if x is not None and x.device != hidden.device:
-            raise ValueError(
-                f"arcore.{op}: expected {name} on hidden's device {hidden.device} but got {x.device}"
-            )
     check_rows(op, "hidden", hidden, weight.shape[0], target, softcap, mask, ignore_index)
+
+
+def _autocasts(hidden: Tensor) -> bool:
+    kind = hidden.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _default_tile(rows: int) -> tuple[int, int]:
@@ -183,7 +190,6 @@ def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     return torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
-@torch.library.custom_op("arcore::linear_logprobs", mutates_args=(), device_types="cpu")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -215,7 +221,6 @@ def _forward(
     return logp, lse, entropies, state
 
 
-@_forward.register_fake
 def _fake(
     hidden: Tensor,
     weight: Tensor,
@@ -230,13 +235,16 @@ def _fake(
     tile_rows: int,
     tile_columns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.linear_logprobs", hidden=hidden, weight=weight, bias=bias, target=target,
+        temperature_rows=temperature_rows, mask=mask,
+    )  # fmt: skip
     rows = hidden.shape[0]
     logp, lse = (hidden.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     entropies = hidden.new_empty((rows if entropy else 0,), dtype=torch.float32)
     return logp, lse, entropies, hidden.new_empty((rows, 4), dtype=torch.float64)
 
 
-@torch.library.custom_op("arcore::linear_logprobs_backward", mutates_args=(), device_types="cpu")
 def _gradients(
     grad_logp: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -303,7 +311,6 @@ def _gradients(
     return sum_hidden.to(hidden.dtype), grad_weight, grad_bias, grad_temperature
 
 
-@_gradients.register_fake
 def _fake_gradients(
     grad_logp: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -322,6 +329,11 @@ def _fake_gradients(
     tile_columns: int,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.linear_logprobs_backward", hidden=hidden, weight=weight, bias=bias, target=target,
+        temperature_rows=temperature_rows, mask=mask, state=state, grad_logp=grad_logp,
+        grad_logsumexp=grad_logsumexp, grad_entropy=grad_entropy,
+    )  # fmt: skip
     rows, (vocab, width) = hidden.shape[0], weight.shape
     return (
         hidden.new_empty((rows, width) if need[0] else (0,)),
@@ -362,5 +374,122 @@ def _backward(
     return grads[0], grads[1], grads[2], None, grads[3], *(None,) * 7
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
-forbid_second_derivative("linear_logprobs")
+def _tangents(
+    inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], moving: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, target, rows, mask, temperature, softcap, ignore_index, entropy, *tile = inputs
+    given = [moving[0], moving[1], moving[2], moving[4]]
+    fixed = (hidden, weight, bias, target, rows, mask, outputs[3], temperature, softcap, ignore_index, *tile)
+    results = [_tangent(wanted, given, *fixed) for wanted in range(3 if entropy else 2)]
+    return (*results, *([] if entropy else [None]), None)
+
+
+def _tangent(
+    wanted: int,
+    tangents: list[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature_rows: Tensor | None,
+    mask: Tensor | None,
+    state: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    tile_rows: int,
+    tile_columns: int,
+) -> Tensor:
+    """Tangent of output `wanted`: its derivatives by the logits of a tile times the tangents of these."""
+    d_hidden, d_weight, d_bias, d_temperature = tangents
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    sums = []
+    for r0, r1 in _spans(rows, tile_rows):
+        total = torch.zeros(r1 - r0, dtype=torch.float32, device=hidden.device)
+        one = torch.ones_like(total)
+        grads = [one if i == wanted else None for i in range(3)]
+        for v0, v1 in _spans(vocab, tile_columns):
+            part, head = hidden[r0:r1], weight[v0:v1]
+            logits = linear(part, head, _part(bias, v0, v1))
+            share, by_temperature = torch.ops.arcore.linear_logprobs_tile_gradient(
+                *grads, logits, target[r0:r1], _part(temperature_rows, r0, r1), _part(mask, r0, r1), state[r0:r1],
+                temperature, softcap, ignore_index, v0, vocab,
+            )  # fmt: skip
+            change = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            if d_hidden is not None:
+                change = change + linear(d_hidden[r0:r1], head).float()
+            if d_weight is not None:
+                change = change + linear(part, d_weight[v0:v1]).float()
+            if d_bias is not None:
+                change = change + d_bias[v0:v1].float()
+            total = total + torch.where(share == 0, 0.0, share * change).sum(dim=1)
+            if d_temperature is not None and temperature_rows is not None:
+                total = total + by_temperature * d_temperature[r0:r1]
+        sums.append(total)
+    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float32, device=hidden.device)
+
+
+def _tile_gradient(
+    grad_logp: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_entropy: Tensor | None,
+    tile: Tensor,
+    target: Tensor,
+    temperature_rows: Tensor | None,
+    mask: Tensor | None,
+    state: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    first_column: int,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """token_logprobs_tile_backward_ in float32, into memory of its own."""
+    share = tile.float().clone() if tile.dtype == torch.float32 else tile.float()
+    by_temperature = torch.ops.arcore.token_logprobs_tile_backward_(
+        grad_logp, grad_logsumexp, grad_entropy, share, target, temperature_rows, mask, state, temperature, softcap,
+        ignore_index, first_column, vocab, True,
+    )  # fmt: skip
+    return share, by_temperature
+
+
+def _fake_tile_gradient(*args: Any) -> tuple[Tensor, Tensor]:
+    tile = args[3]
+    return tile.new_empty(tile.shape, dtype=torch.float32), tile.new_empty(
+        tile.shape[:1], dtype=torch.float32
+    )
+
+
+def _vmap_by_loop(op: str) -> Any:
+    """One call per example: a head or gradients of one's own leave nothing to share."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        kernel = getattr(torch.ops.arcore, op)
+        calls = []
+        for i in range(info.batch_size):
+            example = [
+                x.select(d, i).contiguous() if isinstance(x, Tensor) and d is not None else x
+                for x, d in zip(args, in_dims, strict=True)
+            ]
+            calls.append(kernel(*example))
+        return tuple(torch.stack(part) for part in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
+
+
+_library = torch.library.Library("arcore", "FRAGMENT")
+for _name, _kernel, _fake_kernel in (
+    ("linear_logprobs", _forward, _fake),
+    ("linear_logprobs_backward", _gradients, _fake_gradients),
+    ("linear_logprobs_tile_gradient", _tile_gradient, _fake_tile_gradient),
+):
+    _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
+    _library.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"arcore::{_name}", _fake_kernel, lib=_library)
+    torch.library.register_vmap(f"arcore::{_name}", _vmap_by_loop(_name), lib=_library)
+register_derivatives("linear_logprobs", _backward, _setup_context, _tangents)
+for _name in ("linear_logprobs_backward", "linear_logprobs_tile_gradient"):
+    forbid_derivative(
+        _name,
+        "arcore::linear_logprobs has no second derivative; use reference_linear_logprobs where you need one",
+    )

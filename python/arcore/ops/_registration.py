@@ -196,3 +196,30 @@ def mark_written(*tensors: Tensor | None) -> None:
     for t in tensors:
         if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)
+
+
+def register_in_place(op: str, written: str) -> None:
+    """Let ``arcore::<op>``, which writes into `written` and has no derivative, do as torch's own ops do.
+
+    The version of what is written goes up; arguments that require grad or have a forward-mode tangent are refused.
+    """
+    overload = getattr(torch.ops.arcore, op).default
+    place = [a.name for a in overload._schema.arguments].index(written)
+
+    def refuse(keyset: Any, *args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if recorded or (torch._C._is_fwd_grad_enabled() and any(_tangent(x) is not None for x in tensors)):
+            raise RuntimeError(
+                f"arcore::{op} writes in place and has no derivative, but an argument requires grad; "
+                "call it under torch.no_grad() or with detached tensors"
+            )
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def count(keyset: Any, *args: Any) -> Any:
+        result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        mark_written(args[place])
+        return result
+
+    _LIBRARY.impl(op, refuse, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op, count, "ADInplaceOrView", with_keyset=True)

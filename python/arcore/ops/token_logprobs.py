@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._registration import forbid_second_derivative
+from arcore.ops._checks import checked_call, integer, same_device
+from arcore.ops._registration import forbid_derivative, register_derivatives, register_in_place
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASK_BITS = 32
@@ -52,9 +53,12 @@ def token_logprobs(
         entropy   = -sum(p * log(p)),  p = exp(z - logsumexp)
 
     fp32 arithmetic whatever the storage type, with sums across blocks of columns in float64. Differentiable through
-    all three outputs, in logits and in a temperature tensor. The gradient is written in one pass, in the logits'
-    dtype; apart from it, forward and backward hold 44 bytes a row. Results do not depend on the number of threads,
-    the layout or the other rows.
+    all three outputs, in logits and in a temperature tensor, in reverse and in forward mode (``torch.func.grad``,
+    ``jvp``, ``vmap`` and what is made of them; a second derivative is refused). The gradient is written in one pass, in
+    the logits' dtype; apart from it, forward and backward hold 44 bytes a row. Forward mode takes a pass like the
+    gradient's for each output and a float32 copy of the logits. Results do not depend on the number of threads, the
+    layout or the other rows. Rows with a temperature or a softcap outside of [1e-30, 1e30] are computed in float64,
+    several times slower.
 
     Args:
         logits: ``[..., V]``, float32, bfloat16 or float16; contiguous in the last dimension, any strides in the others
@@ -77,9 +81,8 @@ def token_logprobs(
 
     Raises:
         TypeError: an unsupported dtype.
-        ValueError: shapes, strides or devices do not fit, or temperature or softcap is not positive and finite.
-        RuntimeError: a target is neither in [0, V) nor `ignore_index`, or an element of a temperature tensor is not
-            positive and finite.
+        ValueError: shapes, strides or devices do not fit, temperature or softcap is not positive and finite, or, on a
+            CPU, a target is neither in [0, V) nor `ignore_index`.
     """
     op = "token_logprobs"
     check_rows(op, "logits", logits, logits.shape[-1:].numel(), target, softcap, mask, ignore_index)
@@ -92,16 +95,10 @@ def token_logprobs(
             )
     scalar, rows = split_temperature(op, temperature, target)
     kept = None if mask is None else mask.expand(*target.shape, mask.shape[-1])
-    logp, lse, entropy, _ = torch.ops.arcore.token_logprobs(
-        logits,
-        index_rows(target),
-        float_rows(rows),
-        kept,
-        scalar,
-        softcap or 0.0,
-        ignore_index,
-        return_entropy,
-    )
+    logp, lse, entropy, _ = checked_call(
+        torch.ops.arcore.token_logprobs, logits, index_rows(target), float_rows(rows), kept, scalar,
+        float(softcap or 0.0), ignore_index, return_entropy,
+    )  # fmt: skip
     return TokenLogprobs(logp, lse, entropy if return_entropy else None)
 
 
@@ -180,6 +177,7 @@ def check_rows(
     ignore_index: int,
 ) -> None:
     """What both public functions ask of `target`, `mask` and `softcap`; `rows` is the tensor of shape ``[..., _]``."""
+    same_device(f"arcore.{op}", **{name: rows, "target": target, "mask": mask})
     if rows.dim() == 0:
         raise ValueError(f"arcore.{op}: expected {name} of shape [..., V] but got a scalar")
     if target.shape != rows.shape[:-1]:
@@ -191,18 +189,11 @@ def check_rows(
         raise TypeError(
             f"arcore.{op}: expected target of dtype int64 or int32 but got {str(target.dtype).removeprefix('torch.')}"
         )
-    if target.device != rows.device or (mask is not None and mask.device != rows.device):
-        others = [target.device] + ([] if mask is None else [mask.device])
-        raise ValueError(
-            f"arcore.{op}: expected target and mask on {name}'s device {rows.device} but got "
-            f"{' and '.join(map(str, others))}"
-        )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(
             f"arcore.{op}: expected softcap to be positive and finite but got {softcap}; pass None for none"
         )
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"arcore.{op}: expected ignore_index to be an int but got {ignore_index!r}")
+    integer(f"arcore.{op}", "ignore_index", ignore_index)
     if mask is None:
         return
     if mask.dtype not in (torch.bool, torch.int32):
@@ -226,16 +217,21 @@ def check_rows(
 def split_temperature(op: str, temperature: float | Tensor, target: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, a float tensor of target's shape that keeps its path to autograd)."""
     if not isinstance(temperature, Tensor):
+        if isinstance(temperature, (str, list, tuple)) or temperature is None:
+            raise TypeError(
+                f"arcore.{op}: expected temperature to be a number or a tensor but got {temperature!r}"
+            )
         if not 0 < temperature < math.inf:
             raise ValueError(
                 f"arcore.{op}: expected temperature to be positive and finite but got {temperature}; "
                 "for the most likely token take argmax"
             )
         return float(temperature), None
-    if not temperature.is_floating_point() or temperature.device != target.device:
+    same_device(f"arcore.{op}", target=target, temperature=temperature)
+    if not temperature.is_floating_point():
         raise TypeError(
-            f"arcore.{op}: expected a floating-point temperature on {target.device} but got "
-            f"{str(temperature.dtype).removeprefix('torch.')} on {temperature.device}"
+            f"arcore.{op}: expected temperature of a floating-point dtype but got "
+            f"{str(temperature.dtype).removeprefix('torch.')}; convert it with .float()"
         )
     leading = tuple(temperature.shape)
     if len(leading) > target.dim() or any(
@@ -268,6 +264,9 @@ def _fake(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.token_logprobs", logits=logits, target=target, temperature_rows=temperature_rows, mask=mask
+    )
     logp, lse = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
     entropies = logits.new_empty(target.shape if entropy else (0,), dtype=torch.float32)
     return logp, lse, entropies, logits.new_empty((target.numel(), 4), dtype=torch.float64)
@@ -287,8 +286,15 @@ def _fake_backward(
     softcap: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
+    same_device(
+        "arcore.token_logprobs_backward", logits=logits, target=target, temperature_rows=temperature_rows, mask=mask,
+        state=state, grad_logp=grad_logp, grad_logsumexp=grad_logsumexp, grad_entropy=grad_entropy,
+    )  # fmt: skip
     rows = 0 if temperature_rows is None else target.numel()
-    return torch.empty_like(logits), logits.new_empty((rows,), dtype=torch.float32)
+    grad = torch.empty_like(logits)
+    if grad.shape[-1] > 1 and grad.stride(-1) != 1:  # logits that overlap have no dense layout to follow
+        grad = logits.new_empty(logits.shape)
+    return grad, logits.new_empty((rows,), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -318,5 +324,76 @@ def _backward(
     return grad, None, grad_temperature, None, None, None, None, None
 
 
-torch.library.register_autograd("arcore::token_logprobs", _backward, setup_context=_setup_context)
-forbid_second_derivative("token_logprobs")
+def _tangents(
+    inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], moving: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Per row and output: its gradient times the tangents, in float32."""
+    logits, target, temperature_rows, mask, *numbers, with_entropy = inputs
+    state, d_logits, d_temperature = outputs[3], moving[0], moving[2]
+    x = logits.float()
+    x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    one = torch.ones(target.shape, dtype=torch.float32, device=logits.device)
+    results: list[Tensor | None] = []
+    for wanted in range(3 if with_entropy else 2):
+        grads = [one if i == wanted else None for i in range(3)]
+        grad, grad_rows = torch.ops.arcore.token_logprobs_backward(
+            *grads, x, target, temperature_rows, mask, state, *numbers
+        )
+        total = torch.zeros_like(one)
+        if d_logits is not None:
+            # Columns without a share say nothing, whatever their tangents are.
+            total = total + torch.where(grad == 0, 0.0, grad * d_logits.float()).sum(dim=-1)
+        if d_temperature is not None:
+            total = total + torch.where(grad_rows == 0, 0.0, grad_rows).view(target.shape) * d_temperature
+        results.append(total)
+    return (*results, *([] if with_entropy else [None]), None)
+
+
+def _to_front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The batch of vmap as first dimension."""
+    if x is None:
+        return None
+    return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _rows_to_front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    full = _to_front(x, dim, size)
+    return None if full is None else full.contiguous()
+
+
+def _columns_to_front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    full = _to_front(x, dim, size)
+    return full if full is None or full.shape[-1] <= 1 or full.stride(-1) == 1 else full.contiguous()
+
+
+@torch.library.register_vmap("arcore::token_logprobs")
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    size, entropy = info.batch_size, args[7]
+    logits, mask = (_columns_to_front(args[i], in_dims[i], size) for i in (0, 3))
+    target, rows = (_rows_to_front(args[i], in_dims[i], size) for i in (1, 2))
+    logp, lse, entropies, state = torch.ops.arcore.token_logprobs(logits, target, rows, mask, *args[4:])
+    return (logp, lse, entropies, state.view(size, -1, 4)), (0, 0, 0 if entropy else None, 0)
+
+
+@torch.library.register_vmap("arcore::token_logprobs_backward")
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    size = info.batch_size
+    grads = [_rows_to_front(args[i], in_dims[i], size) for i in range(3)]
+    logits, mask = (_columns_to_front(args[i], in_dims[i], size) for i in (3, 6))
+    target, rows, state = (_rows_to_front(args[i], in_dims[i], size) for i in (4, 5, 7))
+    assert state is not None
+    grad, grad_rows = torch.ops.arcore.token_logprobs_backward(
+        *grads, logits, target, rows, mask, state.view(-1, 4), *args[8:]
+    )
+    if rows is None:
+        return (grad, grad_rows), (0, None)
+    return (grad, grad_rows.view(size, -1)), (0, 0)
+
+
+register_derivatives("token_logprobs", _backward, _setup_context, _tangents)
+forbid_derivative(
+    "token_logprobs_backward",
+    "arcore::token_logprobs has no second derivative; use reference_token_logprobs where you need one",
+)
+register_in_place("token_logprobs_update_", "state")
+register_in_place("token_logprobs_tile_backward_", "tile")
