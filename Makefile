@@ -80,7 +80,7 @@ docs: $(STAMPS)/build $(STAMPS)/dev  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: open site/index.html"
 
-cuda-check: $(STAMPS)/torch third_party/cutlass/VERSION  ## compile every CUDA file with nvcc; needs no GPU
+cuda-check: $(STAMPS)/cuda third_party/cutlass/VERSION  ## compile every CUDA file with nvcc; needs no GPU
 	$(PY) tools/cuda_check.py
 
 build: $(STAMPS)/build  ## build the extension into the environment, editable
@@ -123,7 +123,7 @@ $(STAMPS)/build: $(STAMPS)/torch $(NATIVE) pyproject.toml
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(STAMPS)/train $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml tools/extras.py
+$(STAMPS)/train $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/cuda $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/torch pyproject.toml tools/extras.py
 	@echo "arcore: installing the packages of the extra '$*'"
 	@$(PY) tools/extras.py $* > $(STAMPS)/$*.txt
 	@$(PIP) install --constraint $(CONSTRAINTS) --requirement $(STAMPS)/$*.txt

@@ -1,6 +1,7 @@
 """Builds the two native parts of arcore with CMake + Ninja; everything else is declared in pyproject.toml.
 
-Environment: ARCORE_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CMAKE_{C,CXX,CUDA}_COMPILER_LAUNCHER (ccache).
+Environment: ARCORE_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, ARCORE_OPS_LIBRARY (an _ops.so built elsewhere), MAX_JOBS,
+CMAKE_{C,CXX,CUDA}_COMPILER_LAUNCHER (ccache).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class CMakeBuild(build_ext):
         except ImportError:
             sys.exit("arcore: torch>=2.11 must be installed before arcore is built: pip install torch")
         import cutlass
-        from cuda_config import detect_cuda
+        from cuda_config import DEFAULT_ARCHS, detect_cuda
 
         torch_root = Path(torch.__file__).parent
         cuda = detect_cuda(torch.version.cuda)
@@ -57,6 +58,11 @@ class CMakeBuild(build_ext):
             f"arcore: torch {torch.__version__}, CUDA {cuda.summary}, jobs {jobs}",
             flush=True,
         )
+        # _ops.so depends on neither Python nor, from 2.11 on, torch's version: one that was built for CUDA elsewhere
+        # is taken as it is, and TORCH_CUDA_ARCH_LIST says for what.
+        ahead = os.environ.get("ARCORE_OPS_LIBRARY")
+        if ahead and not Path(ahead).is_file():
+            sys.exit(f"arcore: ARCORE_OPS_LIBRARY: expected a file but got {ahead!r}")
         cute = cutlass.include_folder()
         if cuda.gencode_sm90a and cute is None:
             print(f"arcore: built without the sm_90a kernels: {cutlass.ABSENT}", flush=True)
@@ -75,20 +81,25 @@ class CMakeBuild(build_ext):
             "ARCORE_CUDA_ARCHS": " ".join(cuda.archs),
             "ARCORE_NVCC_JOBS": str(cuda.jobs),
         }
-        if cuda.enabled:
+        if ahead:
+            archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+            definitions |= {"ARCORE_CUDA": "OFF", "ARCORE_CUDA_ARCHS": archs.replace(";", " ")}
+        elif cuda.enabled:
             definitions["CMAKE_CUDA_COMPILER"] = cuda.nvcc
         if shutil.which("ccache") and "CMAKE_CXX_COMPILER_LAUNCHER" not in os.environ:
             definitions["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
         configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder]
         subprocess.run([*configure, *(f"-D{k}={v}" for k, v in definitions.items())], check=True)
-        subprocess.run([tool("cmake"), "--build", folder, "--parallel", jobs], check=True)
+        targets = ["--target", "_C"] if ahead else []
+        subprocess.run([tool("cmake"), "--build", folder, "--parallel", jobs, *targets], check=True)
 
         target = Path(self.get_ext_fullpath("arcore._C")).parent
         target.mkdir(parents=True, exist_ok=True)
-        for name in (f"_C{suffix}", "_ops.so"):
+        copies = {f"_C{suffix}": folder / f"_C{suffix}", "_ops.so": ahead or folder / "_ops.so"}
+        for name, source in copies.items():
             # A running process may have the old file mapped: replace it, never write into it.
             fresh = target / f".{name}.new"
-            shutil.copy2(folder / name, fresh)
+            shutil.copy2(source, fresh)
             os.replace(fresh, target / name)
 
     def get_outputs(self) -> list[str]:

@@ -37,23 +37,37 @@ def reason_to_skip_cuda() -> str | None:
     return None
 
 
-def with_strides(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """`x` with exactly these strides; dimensions of stride 0 are expanded. Differentiable."""
-    if list(x.stride()) == list(strides):
+LINE = 128  # bytes; allocators start tensors at multiples of it or of half of it
+
+
+def with_strides(x: Tensor, strides: Sequence[int], skew: int = 0) -> Tensor:
+    """`x` with exactly these strides; dimensions of stride 0 are expanded. Differentiable.
+
+    Its first element lies `skew` bytes behind a multiple of 64, so that what was not aligned is not aligned here.
+    """
+    if list(x.stride()) == list(strides) and x.data_ptr() % 64 == skew:
         return x
     kept = [1 if stride == 0 else size for size, stride in zip(x.shape, strides, strict=True)]
     dense = x[tuple(slice(0, size) for size in kept)]
     # What an allocation of gaps holds is NaN under the tests' fill: nobody may read it.
-    fresh = torch.empty_strided(kept, strides, dtype=x.dtype, device=x.device)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(kept, strides, strict=True) if size > 0)
+    storage = torch.empty(max(extent, 0) + LINE, dtype=x.dtype, device=x.device)
+    offset = (skew - storage.data_ptr()) % 64 // x.element_size()
+    fresh = storage.as_strided(kept, strides, offset)
     return fresh.copy_(dense).expand(x.shape)
 
 
+def skew_of(x: Tensor) -> int:
+    """Bytes by which the first element misses a multiple of 64."""
+    return x.data_ptr() % 64 // x.element_size() * x.element_size()
+
+
 def moved(x: Any, device: str) -> Any:
-    """A tensor or mask on `device`, with the same strides; anything else as it is."""
+    """A tensor or mask on `device`, with the same strides and alignment; anything else as it is."""
     if isinstance(x, IntervalMask):
         return x.to(device)
     if isinstance(x, Tensor) and x.device.type != device:
-        return with_strides(x.to(device), x.stride())
+        return with_strides(x.to(device), x.stride(), skew_of(x))
     return x
 
 
@@ -134,7 +148,7 @@ class Replay:
 
     def __init__(self, device: str, function: Callable[..., Any], *inputs: Tensor) -> None:
         self._function = function
-        self._inputs = [with_strides(x.detach().clone(), x.stride()).to(device) for x in inputs]
+        self._inputs = [with_strides(x.detach().clone().to(device), x.stride(), skew_of(x)) for x in inputs]
         self._inputs = [a.requires_grad_(b.requires_grad) for a, b in zip(self._inputs, inputs, strict=True)]
         self._graph = None
         if device == "cuda":

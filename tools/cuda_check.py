@@ -1,8 +1,15 @@
 """Compiles every .cu file and reports registers, shared memory, stack and spills of its kernels.
 
 No GPU and no CUDA build of torch is needed: `make cuda-check`. Fails if a file does not compile, a kernel spills
-registers, ptxas could not keep wgmma asynchronous, or the code lacks an instruction that the file claims in a comment
-such as `// claims: mma.sync, cp.async, ldmatrix`. Reports of files that have not changed are kept under build/.
+registers, ptxas could not keep wgmma asynchronous, or the code is not what a comment of the file claims:
+
+    // claims: mma.sync, cp.async                     in the PTX of the file
+    // sass backward_rows: STG.E.128 >= 1; no STG.E.U16; no LDL
+    // sass forward_kernel: MUFU.EX2 >= 60 between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0
+
+The machine code is read with nvdisasm, of the CUDA toolkit or of PyPI's nvidia-cuda-nvdisasm. "sass NAME" holds for
+every kernel whose name contains NAME, on every architecture; "between" counts from the first instruction to the next.
+Reports of files that have not changed are kept under build/.
 """
 
 from __future__ import annotations
@@ -11,8 +18,10 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cutlass
-from cuda_config import _nvcc_jobs, find_nvcc, gencodes, nvcc_version
+from cuda_config import _nvcc_jobs, find_nvcc, flags_of, gencodes, nvcc_version
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "cuda_check"
@@ -35,6 +44,17 @@ SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 GAVE_WAY = re.compile(r"wgmma.*serialized|warpgroup.wait is injected|setmaxnreg.*ignored")
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 CLAIMS = re.compile(r"^// claims: (.+)$", re.MULTILINE)
+SASS_CLAIMS = re.compile(r"^// sass ([^:]+): (.+)$", re.MULTILINE)
+CLAUSE = re.compile(
+    r"no (?P<absent>\S.*)|(?P<token>\S.*?) >= (?P<count>\d+)(?: between (?P<first>.+) and (?P<last>.+))?"
+)
+TARGET = re.compile(r"^\s*\.target\s+(\w+)", re.MULTILINE)
+SECTION = re.compile(r"^\.text\.(\w+):")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;")
+NO_NVDISASM = (
+    "claims about machine code cannot be checked: nvdisasm was not found; "
+    "install it with `pip install nvidia-cuda-nvdisasm`"
+)
 
 
 @dataclass
@@ -45,6 +65,7 @@ class Kernel:
     shared: int = 0
     stack: int = 0
     spilled: int = 0
+    instructions: int = 0
 
 
 @dataclass
@@ -92,6 +113,85 @@ def missing_claims(source: str, ptx: str) -> list[str]:
     return [claim for claim in claims if claim not in ptx]
 
 
+def find_nvdisasm(nvcc: str) -> str | None:
+    """That of the CUDA toolkit or on PATH, else the one of PyPI's nvidia-cuda-nvdisasm in this environment."""
+    found = shutil.which("nvdisasm", path=str(Path(nvcc).resolve().parent)) or shutil.which("nvdisasm")
+    packages = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))]
+    others = sorted(path for folder in packages for path in folder.glob("nvidia/*/bin/nvdisasm"))
+    return found or (str(others[-1]) if others else None)
+
+
+def read_sass(text: str) -> dict[str, list[str]]:
+    """The instructions of each kernel, without predicates, by mangled name."""
+    kernels: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in text.splitlines():
+        if match := SECTION.match(line):
+            current = kernels.setdefault(match.group(1), [])
+        elif current is not None and (match := INSTRUCTION.match(line)):
+            current.append(match.group(1))
+    return kernels
+
+
+def count_between(code: list[str], token: str, first: str, last: str) -> int:
+    """The most instructions `token` between an instruction `first` and the next `last`."""
+    best, inside = 0, None
+    for line in code:
+        if line.startswith(first):
+            inside = 0
+        elif inside is not None and line.startswith(last):
+            best, inside = max(best, inside), None
+        elif inside is not None and line.startswith(token):
+            inside += 1
+    return best
+
+
+def broken_sass_claims(source: str, kernels: dict[str, list[str]]) -> list[str]:
+    """What the source claims of the machine code and is not so; `kernels` by readable name."""
+    faults = []
+    for name, clauses in SASS_CLAIMS.findall(source):
+        found = {k: code for k, code in kernels.items() if name in k}
+        if not found:
+            faults.append(f"claims machine code of {name}, which is no kernel of this file")
+        for clause in (c.strip() for c in clauses.split(";")):
+            match = CLAUSE.fullmatch(clause)
+            if match is None:
+                faults.append(f"claims {clause!r}, which is no claim this program knows")
+                continue
+            for kernel, code in found.items():
+                if match["absent"]:
+                    got = sum(line.startswith(match["absent"]) for line in code)
+                    good = got == 0
+                elif match["first"]:
+                    got = count_between(code, match["token"], match["first"], match["last"])
+                    good = got >= int(match["count"])
+                else:
+                    got = sum(line.startswith(match["token"]) for line in code)
+                    good = got >= int(match["count"])
+                if not good:
+                    faults.append(f"{kernel} claims {clause!r} but has {got}")
+    return faults
+
+
+def check_sass(nvdisasm: str | None, source: str, folder: str, report: Report) -> None:
+    """Reads the machine code that nvcc left in `folder`."""
+    if nvdisasm is None:
+        report.faults += [NO_NVDISASM] if SASS_CLAIMS.search(source) else []
+        return
+    for cubin in sorted(Path(folder).glob("*.cubin")):
+        result = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            report.faults.append(f"{cubin.name} cannot be read by nvdisasm: {result.stderr.strip()}")
+            continue
+        by_name = {short_name(symbol): code for symbol, code in read_sass(result.stdout).items()}
+        match = TARGET.search(result.stdout)
+        arch = match.group(1) if match else "unknown architecture"
+        for kernel in report.kernels:
+            if kernel.arch == arch:
+                kernel.instructions = len(by_name.get(kernel.name, ()))
+        report.faults += [f"[{arch}] {fault}" for fault in broken_sass_claims(source, by_name)]
+
+
 def key_of(source: Path, command: list[str], version: str) -> str:
     """Changes with everything that the compiler sees of our own."""
     op = source.parent.parent if source.parent.name == "instantiations" else source.parent
@@ -103,11 +203,19 @@ def key_of(source: Path, command: list[str], version: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def check(nvcc: str, version: str, source: Path, gencode: list[str], cute: Path | None) -> Report:
+def check(
+    nvcc: str,
+    version: str,
+    source: Path,
+    gencode: list[str],
+    cute: Path | None = None,
+    nvdisasm: str | None = None,
+    sass: bool = True,
+) -> Report:
     report = Report(str(source.relative_to(ROOT)))
     include = ["-isystem", str(cute)] if cute else []
-    command = [nvcc, *FLAGS, *include, *gencode, "-c", str(source)]
-    kept = CACHE / f"{key_of(source, command, version)}.json"
+    command = [nvcc, *FLAGS, *flags_of(source), *include, *gencode, "-c", str(source)]
+    kept = CACHE / f"{key_of(source, [*command, str(sass)], version)}.json"
     if kept.is_file():
         stored = json.loads(kept.read_text())
         report.seconds = stored["seconds"]
@@ -118,11 +226,13 @@ def check(nvcc: str, version: str, source: Path, gencode: list[str], cute: Path 
         keep = ["--keep", "--keep-dir", folder, "-o", f"{folder}/out.o"]
         result = subprocess.run([*command, *keep], capture_output=True, text=True, check=False)
         ptx = "\n".join(path.read_text(errors="replace") for path in Path(folder).glob("*.ptx"))
+        read_log(result.stderr, report)
+        if result.returncode == 0 and sass:
+            check_sass(nvdisasm, source.read_text(), folder, report)
     report.seconds = time.perf_counter() - start
     if result.returncode != 0:
         report.faults.append(f"does not compile\n{result.stderr}")
         return report
-    read_log(result.stderr, report)
     report.faults += [f"claims {c} but its code has none" for c in missing_claims(source.read_text(), ptx)]
     if not report.faults:
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -134,6 +244,7 @@ def show(report: Report) -> None:
     print(f"{report.file}: {report.seconds:.1f} s")
     for k in report.kernels:
         notes = [f"{k.registers} registers"]
+        notes += [f"{k.instructions} instructions"] if k.instructions else []
         notes += [f"{k.shared} B shared"] if k.shared else []
         notes += [f"{k.stack} B stack"] if k.stack else []
         notes += [f"{k.spilled} B SPILLED"] if k.spilled else []
@@ -154,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("cuda_check: nvcc was not found; install the CUDA toolkit, or set CUDA_HOME", file=sys.stderr)
         return 1
     names, sm80, sm90a = gencodes(nvcc)
-    version = nvcc_version(nvcc)
+    version, nvdisasm = nvcc_version(nvcc), find_nvdisasm(nvcc)
     print(f"nvcc {version}, {'sm_80 only' if options.quick else 'architectures ' + ' '.join(names)}")
     sources, cute = sorted((ROOT / "csrc").glob("**/*.cu")), cutlass.include_folder()
     reports = []
@@ -168,7 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
                 reports.append(Report(str(source.relative_to(ROOT)), faults=[cutlass.ABSENT]))
                 continue
             gencode = QUICK if options.quick else sm90a if hopper else sm80
-            tasks.append(pool.submit(check, nvcc, version, source, gencode, cute if hopper else None))
+            headers = cute if hopper else None
+            tasks.append(
+                pool.submit(check, nvcc, version, source, gencode, headers, nvdisasm, not options.quick)
+            )
         reports += [task.result() for task in tasks]
     bad = [report for report in reports if report.faults]
     for report in reports if not options.quick else bad:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
+# Ops that promise equal bits: no a * b + c may become a fused multiply-add by itself (CMakeLists.txt has the list too).
+EXACT = ("sample", "speculative", "token_logprobs")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def _known_to_nvcc(nvcc: str) -> set[str]:
 def gencodes(nvcc: str, arch_list: str | None = None) -> tuple[list[str], list[str], list[str]]:
     """(names, flags of the sm_80 kernels, flags of the sm_90a kernels) for an arch list like "8.0+PTX;9.0a".
 
-    Kernels named `_sm80` are compiled for every listed architecture except 9.0a; those named `_sm90` for 9.0a only,
-    because sm_90a code runs on compute capability 9.0 and nothing else.
+    Kernels named `_sm80` are compiled for every listed architecture, for 9.0 where 9.0a is listed: a GPU of that kind
+    runs them as the machine code of its own, not through the driver's compiler. Those named `_sm90` are compiled for
+    9.0a only, because sm_90a code runs on compute capability 9.0 and nothing else.
     """
     text = arch_list or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     known = _known_to_nvcc(nvcc)
@@ -84,15 +87,16 @@ def gencodes(nvcc: str, arch_list: str | None = None) -> tuple[list[str], list[s
         names.append(item)
         if plain == "90":
             sm90a.append("-gencode=arch=compute_90a,code=sm_90a")
-        if number == "90a":
-            continue
-        sm80.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        portable = "90" if number == "90a" else number
+        sm80.append(f"-gencode=arch=compute_{portable},code=sm_{portable}")
         if ptx:
-            sm80.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if names and not sm80:
-        # The portable kernels are the fallback of every op, so they are always there.
-        sm80 = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80"]
-    return names, sm80, sm90a
+            sm80.append(f"-gencode=arch=compute_{portable},code=compute_{portable}")
+    return names, list(dict.fromkeys(sm80)), list(dict.fromkeys(sm90a))
+
+
+def flags_of(source: Path) -> list[str]:
+    """Compiler flags of one .cu file beside those that all have."""
+    return ["-fmad=false"] if source.parent.parent.name in EXACT else []
 
 
 def _nvcc_jobs() -> int:

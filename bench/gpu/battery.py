@@ -1,10 +1,20 @@
-"""Everything that a machine with a GPU settles, in one run: build, tests, sanitizers, benchmarks (bench/gpu.sh).
+"""Everything that a machine with a GPU settles, in one run (bench/gpu.sh): what is known earliest comes first.
 
-Each stage has its own time limit and runs in processes of its own; one that fails or hangs does not stop the next,
-and the exit code tells. A benchmark of an op whose tests are red is not run. What comes out, in OUTPUT_DIR:
+    machine    what the GPU is
+    build      for this GPU; with --library only the small part that depends on Python, beside a library built before
+    smoke      one small call of each op, each in a process of its own: a hang or a broken context names its op
+    bench      arcore's own times of every op, the sm_90a kernels too, whatever the tests will say of them
+    tests      pytest -m cuda, one process per op; what failed runs once more alone
+    peers      one process per op and implementation
+    sanitizer  compute-sanitizer: synccheck, then memcheck and racecheck; Nsight Compute on the attention kernels
 
-    <gpu>-<date>.json   for bench/results/: machine, tests, sanitizers, ceilings, benchmarks in the form of cpu-*.json
-    build.log  tests.log  tests.xml  sanitizer.log  bench.log
+Each stage has a time limit and writes what it has as it goes, so that one that is cut leaves what it had. What comes
+out, in OUTPUT_DIR (a second run with other --stages adds to it):
+
+    <gpu>-<date>.json   for bench/results/: machine, tests, sanitizers, ceilings, benchmarks in the form of cpu-*.json;
+                        a benchmark whose op has red tests or whose result was wrong is marked "red"
+    battery.json        the same, for the next run into this folder
+    build.log  smoke.log  tests.log  tests.xml  sanitizer.log  bench.log
 
 The process reads the state of the card and changes none of it. With --dry-run the CPU takes the GPU's part, nothing
 is built, inputs are tiny, and the JSON is named dry-run-<date>.json: a test of this program, not of any kernel.
@@ -15,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -44,8 +55,25 @@ OPS = (
 # Tested, never measured: it must refuse a GPU.
 REFUSING = ("ssd",)
 # Seconds that a stage may take, and what later stages are left at least.
-LIMITS = {"machine": 60, "build": 280, "tests": 190, "sanitizer": 90, "bench": 200}
-LEAST = {"machine": 10, "build": 60, "tests": 60, "sanitizer": 30, "bench": 90}
+LIMITS = {
+    "machine": 60, "build": 400, "smoke": 90, "bench": 300, "tests": 420, "peers": 420, "sanitizer": 300,
+}  # fmt: skip
+LEAST = {"machine": 10, "build": 60, "smoke": 30, "bench": 90, "tests": 90, "peers": 60, "sanitizer": 30}
+STAGES = tuple(LIMITS)
+SMOKE_SECONDS = 20.0  # for one op, its start included
+OWN = "arcore,arcore_sm90a"
+# Implementations beside arcore's, best known first; attention's are those of bench/gpu/attention.py.
+PEERS = {
+    "block_sparse_attention": (
+        "sdpa_loop_cudnn", "cudnn_flex", "flex_flash", "flex_compiled", "sdpa_causal", "varlen", "sdpa_loop_flash",
+        "sdpa_loop", "sdpa_loop_efficient", "sdpa_mask",
+    ),
+    "selective_scan": ("mamba_ssm", "mambapy", "transformers"),
+    "sample": ("torch",),
+    "selective_state_update": ("torch",),
+    "causal_conv1d": ("conv1d",),
+    "token_logprobs": ("cross_entropy",),
+}  # fmt: skip
 # One check of each op that needs no GPU and no time.
 DRY_CHECK = {"speculative": "many_rows-cpu", "sample": "bad_rows_stay_alone-cpu"}
 LOG_BYTES = 8 << 20
@@ -92,6 +120,40 @@ class Battery:
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     sanitizer: dict[str, dict[str, str]] = field(default_factory=dict)
     bench: dict[str, Any] = field(default_factory=dict)
+    smoke: dict[str, str] = field(default_factory=dict)
+    chosen: tuple[str, ...] = STAGES
+    library: Path | None = None
+    date: str = ""
+
+    def load(self) -> None:
+        """What an earlier run into this folder has found."""
+        path = self.folder / "battery.json"
+        if path.is_file():
+            for name, value in json.loads(path.read_text()).items():
+                setattr(self, name, value)
+
+    def save(self) -> None:
+        """Everything that is known, to be read by people and by the next run; called as things become known."""
+        kept = {n: getattr(self, n) for n in ("machine", "stages", "tests", "sanitizer", "bench", "smoke")}
+        names = [(self.folder / "battery.json", kept)]
+        if self.date:
+            names.append((self.folder / result_name(self, self.date[:10]), result(self)))
+        for path, content in names:
+            fresh = path.with_suffix(".new")
+            fresh.write_text(json.dumps(content, indent=1) + "\n")
+            fresh.replace(path)
+
+    def add_records(self, path: Path) -> None:
+        """Takes over what a benchmark process wrote, in the place of older records of the same measurement."""
+        if not path.is_file():
+            return
+        fresh = json.loads(path.read_text())
+        keys = ("op", "case", "impl", "direction")
+        for name in ("records", "skipped"):
+            new = {tuple(r[k] for k in keys) for r in fresh[name]}
+            old = [r for r in self.bench.get(name, []) if tuple(r[k] for k in keys) not in new]
+            self.bench[name] = old + fresh[name]
+        self.bench["ceilings"] = fresh["ceilings"]
 
     @property
     def device(self) -> str:
@@ -99,7 +161,7 @@ class Battery:
 
     def limit(self, stage: str) -> float:
         """Seconds for a stage: its own limit, or less where the later ones need the rest."""
-        names = list(LIMITS)
+        names = [name for name in LIMITS if name in self.chosen or name == stage]
         later = sum(LEAST[name] for name in names[names.index(stage) + 1 :])
         return max(5.0, min(LIMITS[stage], self.deadline - time.monotonic() - later))
 
@@ -114,6 +176,7 @@ class Battery:
             good = False
         seconds = round(time.monotonic() - start, 1)
         self.stages[stage] = {"good": good, "seconds": seconds}
+        self.save()
         print(f"== {stage}: {'good' if good else 'NOT GOOD'}, {seconds} s", flush=True)
         return good
 
@@ -137,6 +200,7 @@ def environment(cores: int) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of its processes outlives the benchmark that started it
     }
 
 
@@ -218,6 +282,9 @@ def build(battery: Battery, seconds: float) -> bool:
     # Machine code for this GPU and no other: half the compile time, and nothing is left to the driver's compiler.
     variables["TORCH_CUDA_ARCH_LIST"] = battery.machine["compute_capability"]
     battery.machine["built_for"] = battery.machine["compute_capability"]
+    if battery.library is not None:
+        variables |= {"ARCORE_OPS_LIBRARY": str(battery.library.resolve()), "ARCORE_CUDA": "off"}
+        variables["TORCH_CUDA_ARCH_LIST"] = battery.machine["built_for"] = "8.0+PTX 9.0a"
     outcome = run_one([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, variables)
     battery.log("build.log", outcome.output)
     absent = re.search(r"built without the sm_90a kernels:.*", outcome.output)
@@ -231,6 +298,27 @@ def build(battery: Battery, seconds: float) -> bool:
     return outcome.good
 
 
+def smoke(battery: Battery, seconds: float) -> bool:
+    """The first small check of each op alone."""
+    ended = time.monotonic() + seconds
+    names = list(battery.ops)
+    commands = {
+        op: [sys.executable, "bench/gpu/sanitize.py", op, "--first", "--device", battery.device]
+        for op in names
+    }
+    if battery.machine.get("sm_90a") and ATTENTION in names:
+        commands[SM90A] = ["env", "ARCORE_SM90A=1", *commands[ATTENTION]]
+    for op, command in commands.items():
+        limit = max(5.0, min(SMOKE_SECONDS * (6 if battery.dry else 1), ended - time.monotonic()))
+        outcome = run_one(command, limit, environment(1))
+        battery.log("smoke.log", f"==== {op}: {outcome.how}\n{outcome.output}\n")
+        last = (outcome.output.strip().splitlines() or [""])[-1][:200]
+        battery.smoke[op] = "good" if outcome.good else f"{outcome.how}: {last}"
+        print(f"   {op}: {battery.smoke[op]} ({outcome.seconds:.1f} s)", flush=True)
+        battery.save()
+    return all(said == "good" for said in battery.smoke.values())
+
+
 def test(battery: Battery, seconds: float) -> bool:
     """pytest -m cuda, one process per op: a kernel that corrupts its context takes no other op with it."""
     names = [*battery.ops, *(() if battery.dry else REFUSING)]
@@ -242,10 +330,23 @@ def test(battery: Battery, seconds: float) -> bool:
             reports[SM90A] = Path(folder) / f"{SM90A}.xml"
             commands[SM90A] = ["env", "ARCORE_SM90A=1", *_pytest(battery, ATTENTION, reports[SM90A])]
         cores = 1 if battery.dry else max(1, (os.cpu_count() or 1) // len(names))
-        outcomes = run_all(commands, seconds, environment(cores))
+        started = time.monotonic()
+        outcomes = run_all(commands, 0.8 * seconds, environment(cores))
         for name, outcome in outcomes.items():
             battery.log("tests.log", f"==== {name}: {outcome.how}\n{outcome.output}\n")
             battery.tests[name] = counts(reports[name], outcome)
+        battery.save()
+        # Side by side, one op's use of memory can fail another's check: what failed gets a second chance alone.
+        for name, counted in battery.tests.items():
+            left = seconds - (time.monotonic() - started)
+            if name not in commands or not counted["failures"] or left < 10:
+                continue
+            again = Path(folder) / f"{name}-alone.xml"
+            cases = [line.partition(":")[0].partition("[")[2].rstrip("]") for line in counted["failures"]]
+            command = [part.replace(str(reports[name]), str(again)) for part in commands[name]]
+            outcome = run_one([*command, "-k", " or ".join(filter(None, cases))], left, environment(cores))
+            battery.log("tests.log", f"==== {name}, what failed, alone: {outcome.how}\n{outcome.output}\n")
+            counted["alone"] = counts(again, outcome)
         merge_reports(list(reports.values()), battery.folder / "tests.xml")
     for name, result in battery.tests.items():
         print(f"   {name}: {describe(result)}")
@@ -260,6 +361,8 @@ def _pytest(battery: Battery, name: str, report: Path) -> list[str]:
     command += ["-W", "default", "-p", "no:cacheprovider", "--tb=short", "-o", "junit_family=xunit2"]
     # What checks print belongs into the report; where one hangs, a traceback shows in which call.
     command += ["-o", "junit_logging=system-out", "-o", "faulthandler_timeout=60"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["-p", "pytest_timeout", "--timeout", "150", "--timeout-method", "thread"]
     if not battery.dry:
         return [*command, "-m", "cuda"]
     return [*command, "-k", DRY_CHECK.get(name, "batch_mates-cpu")]
@@ -292,7 +395,10 @@ def counts(report: Path, outcome: Outcome) -> dict[str, Any]:
 
 
 def red(result: dict[str, Any]) -> bool:
-    """Nothing passed, something failed, or the run broke off."""
+    """Nothing passed, something failed (and failed again alone), or the run broke off."""
+    alone = result.get("alone")
+    if alone and result["finished"] and alone["finished"] and not alone["failed"] and alone["passed"]:
+        return result["passed"] == 0
     return not result["finished"] or result["failed"] > 0 or result["passed"] == 0
 
 
@@ -314,27 +420,34 @@ def merge_reports(reports: list[Path], target: Path) -> None:
 def sanitize(battery: Battery, seconds: float) -> bool:
     program = _compute_sanitizer()
     if program is None:
-        print("   compute-sanitizer was not found: memcheck and racecheck did not run")
-        battery.sanitizer = {op: {"memcheck": "not run", "racecheck": "not run"} for op in battery.ops}
+        print("   compute-sanitizer was not found: synccheck, memcheck and racecheck did not run")
+        battery.sanitizer = {
+            op: {tool: "not run" for tool in ("synccheck", "memcheck", "racecheck")} for op in battery.ops
+        }
         return True
-    green = [op for op in battery.ops if not red(battery.tests[op])]
     commands = {
         f"{op} {tool}": [
             program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all",
             sys.executable, "bench/gpu/sanitize.py", op,
         ]
-        for op in green
-        for tool in ("memcheck", "racecheck")
+        for tool in ("synccheck", "memcheck", "racecheck")
+        for op in battery.ops
     }  # fmt: skip
     # PyTorch's cache would hide accesses past the end of a tensor.
     variables = environment(1) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     battery.sanitizer = {op: {} for op in battery.ops}
-    for name, outcome in run_all(commands, seconds, variables).items():
-        op, tool = name.split()
-        battery.log("sanitizer.log", f"==== {name}: {outcome.how}\n{outcome.output}\n")
-        battery.sanitizer[op][tool] = sanitizer_verdict(outcome)
+    ended = time.monotonic() + 0.9 * seconds
+    for tools in (("synccheck",), ("memcheck", "racecheck")):
+        some = {name: command for name, command in commands.items() if name.split()[1] in tools}
+        limit = max(5.0, (ended - time.monotonic()) / (2 if tools == ("synccheck",) else 1))
+        for name, outcome in run_all(some, limit, variables).items():
+            op, tool = name.split()
+            battery.log("sanitizer.log", f"==== {name}: {outcome.how}\n{outcome.output}\n")
+            battery.sanitizer[op][tool] = sanitizer_verdict(outcome)
+        battery.save()
+    profile(battery, max(5.0, 0.1 * seconds))
     for op, results in battery.sanitizer.items():
-        print(f"   {op}: {', '.join(f'{t} {r}' for t, r in results.items()) or 'not run, its tests are red'}")
+        print(f"   {op}: {', '.join(f'{t} {r}' for t, r in results.items())}")
     return all(verdict == "clean" for results in battery.sanitizer.values() for verdict in results.values())
 
 
@@ -357,27 +470,93 @@ def _compute_sanitizer() -> str | None:
     return found or next((str(path) for path in candidates if path.is_file()), None)
 
 
-def measure(battery: Battery, seconds: float) -> bool:
-    green = [op for op in battery.ops if not red(battery.tests[op])]
-    held_back = [op for op in battery.ops if op not in green]
-    for op in held_back:
-        print(f"   {op}: no number, its tests are red ({describe(battery.tests[op])})")
+def profile(battery: Battery, seconds: float) -> None:
+    """Hardware counters of the attention kernels, where Nsight Compute is installed and may read them."""
+    program = shutil.which("ncu")
+    if program is None or ATTENTION not in battery.ops:
+        return
+    command = [program, "--clock-control", "none", "--set", "base", "--launch-count", "4", "--kernel-name",
+               "regex:forward|backward", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]  # fmt: skip
+    outcome = run_one(
+        command, seconds, environment(1) | {"ARCORE_SM90A": "1" if battery.machine.get("sm_90a") else "0"}
+    )
+    battery.log("sanitizer.log", f"==== ncu: {outcome.how}\n{outcome.output}\n")
+    print(f"   ncu: {outcome.how}")
+
+
+def benchmark(battery: Battery, op: str, impls: str, seconds: float) -> bool:
+    """One process of bench/gpu/benchmark.py; what it measured before its end is kept."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bench.json"
-        command = [sys.executable, "bench/gpu/benchmark.py", "--out", str(target), "--ops", ",".join(green)]
-        command += ["--device", battery.device]
-        variables = environment(1 if battery.dry else os.cpu_count() or 1)
-        if SM90A not in battery.tests or red(battery.tests[SM90A]):
-            variables["ARCORE_SM90A_HELD_BACK"] = "1"
-        outcome = run_one(command, seconds, variables)
-        battery.log("bench.log", outcome.output)
-        if target.is_file():
-            battery.bench = json.loads(target.read_text())
+        command = [
+            sys.executable,
+            "bench/gpu/benchmark.py",
+            "--out",
+            str(target),
+            "--ops",
+            op,
+            "--impls",
+            impls,
+        ]
+        command += ["--ceilings", str(battery.folder / "ceilings.json"), "--device", battery.device]
+        outcome = run_one(command, seconds, environment(1 if battery.dry else os.cpu_count() or 1))
+        battery.log("bench.log", f"==== {op} {impls}: {outcome.how}\n{outcome.output}\n")
+        battery.add_records(target)
+    battery.save()
     if not outcome.good:
-        print(
-            f"   the benchmarks did not all run ({outcome.how}); the end of bench.log:\n{outcome.output[-1500:]}"
-        )
-    return outcome.good and not held_back
+        print(f"   {op} {impls}: {outcome.how}; the end of its output:\n{outcome.output[-600:]}", flush=True)
+    return outcome.good
+
+
+def measure(battery: Battery, seconds: float) -> bool:
+    """arcore's own times, green or red; an op may take what the others leave."""
+    ended, good = time.monotonic() + seconds, True
+    for i, op in enumerate(battery.ops):
+        left = ended - time.monotonic()
+        good &= benchmark(battery, op, OWN, max(5.0, left if i == len(battery.ops) - 1 else left / 2))
+    return good
+
+
+def measure_peers(battery: Battery, seconds: float) -> bool:
+    """Peers, one process each: one that breaks its context or hangs takes no other with it."""
+    ended = time.monotonic() + seconds
+    todo = [(op, impl) for op in battery.ops for impl in PEERS.get(op, ())]
+    for i, (op, impl) in enumerate(todo):
+        left = ended - time.monotonic()
+        if left < 5:
+            print(f"   no time for {', '.join(' '.join(pair) for pair in todo[i:])}")
+            return False
+        benchmark(battery, op, impl, max(5.0, min(90.0, left)))
+    judge(battery)
+    return True
+
+
+def judge(battery: Battery) -> None:
+    """Which goals are met, over all records that there are."""
+    if not battery.bench.get("records"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.json"
+        path.write_text(json.dumps({**battery.bench, "skipped": []}))
+        command = [
+            sys.executable,
+            "bench/gpu/benchmark.py",
+            "--verdicts",
+            str(path),
+            "--device",
+            battery.device,
+        ]
+        outcome = run_one(command, 60, environment(1))
+    if outcome.good:
+        battery.bench["verdicts"] = json.loads(outcome.output.strip().splitlines()[-1])
+
+
+def is_red(battery: Battery, record: dict[str, Any]) -> bool:
+    """Whether a number of arcore's own is of a kernel that was seen to be wrong."""
+    if not record["impl"].startswith("arcore"):
+        return False
+    tested = battery.tests.get(SM90A if record["impl"] == "arcore_sm90a" else record["op"])
+    return "wrong" in record or (tested is not None and red(tested))
 
 
 def result_name(battery: Battery, date: str) -> str:
@@ -388,21 +567,22 @@ def result_name(battery: Battery, date: str) -> str:
     return f"{(match.group() if match else gpu.replace(' ', '-')).lower()}-{date}.json"
 
 
-def result(battery: Battery, now: datetime.datetime) -> dict[str, Any]:
+def result(battery: Battery) -> dict[str, Any]:
     """The JSON: benchmarks as pytest-benchmark writes them, with what was tested beside them."""
     benchmarks = [
         {
             "name": f"{r['op']}-{r['case']}-{r['impl']}-{r['direction']}",
-            "extra_info": r,
+            "extra_info": {**r, "red": is_red(battery, r)},
             "stats": {"median": r["seconds"], "rounds": r["rounds"]},
         }
         for r in battery.bench.get("records", [])
     ]
     return {
         "machine_info": battery.machine,
-        "datetime": now.isoformat(timespec="seconds"),
+        "datetime": battery.date,
         "dry_run": battery.dry,
         "stages": battery.stages,
+        "smoke": battery.smoke,
         "tests": battery.tests,
         "sanitizer": battery.sanitizer,
         "ceilings": battery.bench.get("ceilings"),
@@ -427,6 +607,7 @@ def table(content: dict[str, Any]) -> list[str]:
             f"ceilings: bf16 matmul {ceilings['matmul_tflops']:.0f} TFLOP/s, "
             f"copy {ceilings['copy_gb_per_s']:.0f} GB/s, launch in a graph {ceilings['launch_seconds'] * 1e6:.2f} us"
         )
+    lines += [f"SMOKE {op}: {said}" for op, said in content["smoke"].items() if said != "good"]
     for op, result in content["tests"].items():
         checked = content["sanitizer"].get(op, {})
         found = ", ".join(f"{tool} {verdict}" for tool, verdict in checked.items())
@@ -441,7 +622,7 @@ def table(content: dict[str, Any]) -> list[str]:
         elif "times_floor" in r:
             extra = f"{r['times_floor']:7.2f} x floor"
         lines.append(f"{r['op'][:22]:<22} {r['case']:<18} {r['direction']:<8} {r['impl']:<16} "
-                     f"{r['seconds'] * 1e3:9.4f} ms {extra}")  # fmt: skip
+                     f"{r['seconds'] * 1e3:9.4f} ms {extra}{' RED' if r['red'] else ''}")  # fmt: skip
     reasons = {(s["op"], s["impl"], s["reason"]) for s in content["skipped"]}
     lines += [f"skipped {op} {impl}: {reason[:120]}" for op, impl, reason in sorted(reasons)]
     lines += content["verdicts"]
@@ -456,7 +637,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR")
-    parser.add_argument("--seconds", type=float, default=570.0, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=1700.0, help="for everything together")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in this order")
+    parser.add_argument(
+        "--library", type=Path, help="an _ops.so built for CUDA elsewhere: only _C is built here"
+    )
     parser.add_argument("--ops", default=",".join(OPS), help="comma-separated")
     parser.add_argument("--dry-run", action="store_true", help="the CPU in place of a GPU, nothing is built")
     options = parser.parse_args(argv)
@@ -464,19 +649,33 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         parser.error(f"unknown ops {', '.join(unknown)}; choose from {', '.join(OPS)}")
+    chosen = tuple(name for name in STAGES if name in options.stages.split(","))
+    unknown = sorted(set(options.stages.split(",")) - set(STAGES))
+    if unknown:
+        parser.error(f"unknown stages {', '.join(unknown)}; choose from {', '.join(STAGES)}")
+    if options.library and not options.library.is_file():
+        parser.error(f"--library: expected a file but got {options.library}")
     options.output.mkdir(parents=True, exist_ok=True)
-    battery = Battery(options.output, ops, time.monotonic() + options.seconds, options.dry_run)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    battery = Battery(options.output, ops, time.monotonic() + options.seconds, options.dry_run, chosen=chosen)
+    battery.library = options.library
+    battery.load()
+    # The machine is looked at in every run, since it may be another one.
     good = battery.run("machine", lambda s: examine(battery, s))
-    if good and not battery.dry:
-        good = battery.run("build", lambda s: build(battery, s))
-    if good:
-        good = battery.run("tests", lambda s: test(battery, s))
-        good &= battery.run("sanitizer", lambda s: sanitize(battery, s)) if not battery.dry else True
-        good &= battery.run("bench", lambda s: measure(battery, s))
-    content = result(battery, now)
-    path = options.output / result_name(battery, now.date().isoformat())
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    battery.date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    work = {"build": build, "smoke": smoke, "bench": measure, "tests": test, "peers": measure_peers,
+            "sanitizer": sanitize}  # fmt: skip
+    if battery.dry:
+        work = {name: stage for name, stage in work.items() if name not in ("build", "sanitizer")}
+    for name, stage in work.items():
+        if name not in chosen or not battery.stages["machine"]["good"]:
+            continue
+        good &= battery.run(name, lambda s, stage=stage: stage(battery, s))
+        if name == "build" and not good:
+            break
+    judge(battery)
+    battery.save()
+    content = result(battery)
+    path = options.output / result_name(battery, battery.date[:10])
     print("\n".join(table(content)))
     print(f"{'good' if good else 'NOT GOOD'}: {path}")
     return 0 if good else 1

@@ -18,7 +18,7 @@ import sampling
 import scan
 import torch
 from report import Report
-from timing import measure_ceilings
+from timing import Ceilings, measure_ceilings
 
 RUNNERS = {
     "block_sparse_attention": attention.run,
@@ -35,13 +35,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--ops", default=",".join(RUNNERS), help="comma-separated, measured in this order")
+    parser.add_argument("--impls", help="comma-separated; the others are not measured")
+    parser.add_argument("--ceilings", type=Path, help="a file with those of an earlier run on this machine")
+    parser.add_argument("--verdicts", type=Path, help="only judge the records of this file, and print JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
+    if options.verdicts:
+        content = json.loads(options.verdicts.read_text())
+        judged = Report(options.device, Ceilings(**content["ceilings"]), lambda report: None)
+        judged.records = content["records"]
+        print(
+            json.dumps([line for module in (attention, scan, sampling) for line in module.verdicts(judged)])
+        )
+        return 0
     torch.manual_seed(0)
-    ceilings = measure_ceilings(options.device)
-    print(f"ceilings: {ceilings}", flush=True)
+    if options.ceilings and options.ceilings.is_file():
+        ceilings = Ceilings(**json.loads(options.ceilings.read_text()))
+    else:
+        ceilings = measure_ceilings(options.device)
+        print(f"ceilings: {ceilings}", flush=True)
+        if options.ceilings:
+            options.ceilings.write_text(json.dumps(ceilings.as_dict()))
 
     def save(report: Report) -> None:
         verdicts = [line for module in (attention, scan, sampling) for line in module.verdicts(report)]
@@ -55,7 +71,8 @@ def main() -> int:
         fresh.write_text(json.dumps(content))
         os.replace(fresh, options.out)
 
-    report = Report(options.device, ceilings, save)
+    wanted = frozenset(options.impls.split(",")) if options.impls else None
+    report = Report(options.device, ceilings, save, wanted=wanted)
     save(report)
     failed = False
     for op in filter(None, options.ops.split(",")):
@@ -63,7 +80,8 @@ def main() -> int:
             RUNNERS[op](report)
         except Exception as error:  # the next op may still be measured
             report.skip(op, "all", "arcore", "all", f"{type(error).__name__}: {error}")
-        failed |= report.find(op=op, impl="arcore") is None
+        if wanted is None or "arcore" in wanted:
+            failed |= report.find(op=op, impl="arcore") is None
     return int(failed)
 
 

@@ -18,6 +18,10 @@ class Report:
     save: Callable[[Report], None]
     records: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    # Implementations that are measured here; None: all.
+    wanted: frozenset[str] | None = None
+    # What is wrong with the results of the implementation that is measured now, if it is arcore's.
+    wrong: list[str] = field(default_factory=list)
 
     @property
     def gpu(self) -> bool:
@@ -54,6 +58,10 @@ class Report:
         `names` are the keys of the record; a callable value is computed from the seconds.
         """
         where = {key: names[key] for key in ("op", "case", "impl", "direction")}
+        if self.wanted is not None and names["impl"] not in self.wanted:
+            return
+        OWN[0], self.wrong = names["impl"].startswith("arcore"), []
+        WRONG[0] = self.wrong
         try:
             runs = make_runs()
             timing = time_graph(runs, self.device) if graph else time_calls(runs, self.device)
@@ -64,8 +72,21 @@ class Report:
             self.skip(**where, reason=f"{type(error).__name__}: {error}")
             return
         extra = {key: value(timing.seconds) if callable(value) else value for key, value in names.items()}
+        if self.wrong:
+            extra["wrong"] = "; ".join(dict.fromkeys(self.wrong))
         self.add(timing=timing, **extra)
 
 
 class WrongResultError(Exception):
     """A result is further from the float64 one than its precision explains."""
+
+
+OWN, WRONG = [False], [[""]]
+
+
+def wrong_result(what: str) -> None:
+    """A peer that is wrong gets no number; arcore's own gets one, marked red: the time of a kernel is worth knowing."""
+    if not OWN[0]:
+        raise WrongResultError(what)
+    WRONG[0].append(what)
+    print(f"wrong result: {what}", flush=True)

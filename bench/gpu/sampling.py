@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from report import Report, WrongResultError
+from report import Report, wrong_result
 from timing import Run, copies_for, time_calls
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def run_sample(report: Report) -> None:
             probs = filter_probs(x[0], **s, **guidance)
             error = (probs - _pipeline(x[0], x[1] if len(x) == 2 else None, s)).abs().max().item()
             if not error <= 1e-3:
-                raise WrongResultError(f"probabilities differ by {error:.1e} from torch's")
+                wrong_result(f"probabilities differ by {error:.1e} from torch's")
 
         floor = (size + 8 * rows) / (report.ceilings.copy_gb_per_s * 1e9) + report.ceilings.launch_seconds
         for impl, function in (("arcore", ours), ("torch", torch_calls)):
@@ -113,7 +113,7 @@ def run_token_logprobs(report: Report) -> None:
                     (f(sets[0])[:8].cpu() - reference_token_logprobs(few, target[:8].cpu()).logp).abs().max()
                 )
                 if not error.item() <= 1e-3:
-                    raise WrongResultError(f"log-probabilities are off by {error.item():.1e}")
+                    wrong_result(f"log-probabilities are off by {error.item():.1e}")
                 if direction == "forward":
                     return [lambda x=x: f(x) for x in sets]
                 leaves = [x.detach().requires_grad_() for x in sets]
@@ -147,7 +147,7 @@ def run_speculative(report: Report) -> None:
     def runs() -> list[Run]:
         step = verify_chain(*sets[0], seed=seeds, offset=offsets)
         if not bool(step.valid.all()):
-            raise WrongResultError("a row is called no distribution")
+            wrong_result("a row is called no distribution")
         return [lambda x=x: verify_chain(*x, seed=seeds, offset=offsets) for x in sets]
 
     # At least the rows that decide: two for the residual of the first token that is refused.

@@ -14,13 +14,14 @@ constexpr int kGradientProducerRegisters = 56, kGradientConsumerRegisters = 224;
 template <typename Element, int kDim>
 struct GradientStorage {
   static constexpr int kStages = gradient_stages(kDim);
-  alignas(1024) Element own[2][kOwnRows * kDim];
+  alignas(1024) Element own[kOwnStages][2][kOwnRows * kDim];
   alignas(1024) Element other[2][kStages][kOtherRows * kDim];
   // Where the other side are queries: their lse, as weight_shift() of it, and delta.
   float shift[kStages][kOtherRows], delta[kStages][kOtherRows];
-  uint64_t own_full, own_empty, other_full[kStages], other_empty[kStages];
-  WorkItem work;            // guarded as own is
-  OtherTile tile[kStages];  // guarded as other is
+  uint64_t own_full[kOwnStages], own_empty[kOwnStages], other_full[kStages], other_empty[kStages];
+  WorkItem work[kOwnStages];  // guarded as own is
+  OtherTile tile[kStages];    // guarded as other is
+  int64_t unit[2];            // from one producer to the other, in turns
 };
 
 // ---- the producers ----
@@ -36,35 +37,56 @@ struct Sides {
   }
 };
 
-// One thread, which copies tiles.
+constexpr int kUnitBarrier = 1;  // named barrier of the two producer warps
+
+// One warp, whose first lane copies tiles. It takes the units from a counter that the blocks share.
 template <typename Element, int kDim, bool kByKey>
 struct TileProducer {
   const BackwardParams& p;
   GradientStorage<Element, kDim>& s;
   int32_t group;
+  int64_t unit;
+  int turn = 0;
 
-  __device__ __forceinline__ void wait_own_empty(uint32_t parity) { mbarrier_wait(s.own_empty, parity); }
+  __device__ __forceinline__ int64_t next_unit() {
+    const int64_t next = __shfl_sync(0xffffffffu, unit, 0);
+    const bool leads = threadIdx.x % 32 == 0;
+    if (leads) unit = int64_t{gridDim.x} + atomicAdd(p.counters + (kByKey ? 0 : 1), 1);
+    if constexpr (kByKey) {
+      // The other producer has read what lay here two turns ago: it came to the barrier since.
+      if (leads) s.unit[turn] = next;
+      turn ^= 1;
+      __syncwarp();
+      named_barrier_sync(kUnitBarrier, 64);
+    }
+    return next;
+  }
+  __device__ __forceinline__ void wait_own_empty(int stage, uint32_t parity) {
+    mbarrier_wait(s.own_empty[stage], parity);
+  }
   __device__ __forceinline__ void wait_other_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.other_empty[stage], parity);
   }
-  __device__ __forceinline__ void load_own(const WorkItem& work) {
-    s.work = work;
+  __device__ __forceinline__ void load_own(int stage, const WorkItem& work) {
+    if (threadIdx.x % 32 != 0) return;
+    s.work[stage] = work;
     if (work.count == 0) {
-      mbarrier_arrive(s.own_full);
+      mbarrier_arrive(s.own_full[stage]);
       return;
     }
-    mbarrier_arrive_expecting(s.own_full, 2 * kOwnRows * kDim * sizeof(Element));
+    mbarrier_arrive_expecting(s.own_full[stage], 2 * kOwnRows * kDim * sizeof(Element));
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
 #pragma unroll
       for (int c = 0; c < kConsumers; ++c) {
-        copy_tile<kConsumerRows, kDim>(Sides<kByKey>::own(p, which), s.own_full,
-                                       s.own[which] + c * kConsumerRows * kDim,
+        copy_tile<kConsumerRows, kDim>(Sides<kByKey>::own(p, which), s.own_full[stage],
+                                       s.own[stage][which] + c * kConsumerRows * kDim,
                                        work.tile * kOwnRows + c * kConsumerRows, work.head, work.batch);
       }
     }
   }
   __device__ __forceinline__ void load_other(int stage, const WorkItem& work, const OtherTile& tile) {
+    if (threadIdx.x % 32 != 0) return;
     s.tile[stage] = tile;
     mbarrier_arrive_expecting(s.other_full[stage], 2 * kOtherRows * kDim * sizeof(Element));
     const int32_t head = kByKey ? tile.head : tile.head / group;
@@ -82,9 +104,16 @@ template <typename Element, int kDim>
 struct NumbersProducer {
   const BackwardParams& p;
   GradientStorage<Element, kDim>& s;
+  int turn = 0;
 
-  __device__ __forceinline__ void wait_own_empty(uint32_t) {}
-  __device__ __forceinline__ void load_own(const WorkItem&) {}
+  __device__ __forceinline__ int64_t next_unit() {
+    named_barrier_sync(kUnitBarrier, 64);
+    const int64_t next = s.unit[turn];
+    turn ^= 1;
+    return next;
+  }
+  __device__ __forceinline__ void wait_own_empty(int, uint32_t) {}
+  __device__ __forceinline__ void load_own(int, const WorkItem&) {}
   __device__ __forceinline__ void wait_other_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.other_empty[stage], parity);
   }
@@ -145,7 +174,7 @@ __device__ __forceinline__ void repair_gradient_row(const BackwardParams& p, con
           grad_weight += to_float<Element>(grad_out[d]) * to_float<Element>(v[d]);
         }
         const int64_t number = (work.batch * problem.heads + head) * problem.nq + query;
-        weight = gradient_weight(score, problem.scale, weight_shift(a.lse[number]));
+        weight = gradient_weight(score, p.scale_log2e, weight_shift(a.lse[number]));
         gradient = weight * (grad_weight - p.cuda.delta[number]);
       }
       for (uint32_t left = __ballot_sync(0xffffffffu, allowed); left != 0; left &= left - 1) {
@@ -190,7 +219,7 @@ struct GradientConsumer {
 
   const BackwardParams& p;
   GradientStorage<Element, kDim>& s;
-  int consumer, thread;
+  int consumer, thread, own_stage;
   typename S::Pairs first, second;  // scores, then weights; then dP, then dS
   Factors weights, gradients;
   typename S::Gradient by_gradient, by_weight;  // dQ or dK; dV
@@ -207,18 +236,21 @@ struct GradientConsumer {
     __syncwarp();
     if (thread % 32 == 0) mbarrier_arrive(barrier);
   }
-  __device__ __forceinline__ void release_own() { release(s.own_empty); }
+  __device__ __forceinline__ void release_own(int stage) { release(s.own_empty[stage]); }
   __device__ __forceinline__ void release_other(int stage) { release(s.other_empty[stage]); }
-  __device__ __forceinline__ void wait_own(uint32_t parity) { mbarrier_wait(s.own_full, parity); }
+  __device__ __forceinline__ void wait_own(int stage, uint32_t parity) {
+    mbarrier_wait(s.own_full[stage], parity);
+  }
   __device__ __forceinline__ void wait_other(int stage, uint32_t parity) {
     mbarrier_wait(s.other_full[stage], parity);
   }
-  __device__ __forceinline__ WorkItem announced() { return s.work; }
+  __device__ __forceinline__ WorkItem announced(int stage) { return s.work[stage]; }
   __device__ __forceinline__ OtherTile other(int stage) { return s.tile[stage]; }
 
-  __device__ __forceinline__ void begin(const WorkItem& item) {
+  __device__ __forceinline__ void begin(const WorkItem& item, int stage) {
     const Problem& problem = p.cuda.args.problem;
     work = item;
+    own_stage = stage;
     row = work.tile * kOwnRows + consumer * kConsumerRows + fragment_row(thread);
     cute::clear(by_gradient);
     if constexpr (kByKey) {
@@ -239,7 +271,7 @@ struct GradientConsumer {
     using cute::_;
     typename S::PairProduct product;
     auto slice = product.get_slice(thread);
-    auto own = cute::make_tensor(cute::make_smem_ptr(s.own[which]), typename S::Own{});
+    auto own = cute::make_tensor(cute::make_smem_ptr(s.own[own_stage][which]), typename S::Own{});
     auto others = cute::make_tensor(cute::make_smem_ptr(s.other[which][0]), typename S::Other{});
     auto a = slice.partition_fragment_A(own(_, _, consumer));
     auto b = slice.partition_fragment_B(others);
@@ -269,6 +301,11 @@ struct GradientConsumer {
     cute::warpgroup_fence_operand(first);
   }
   __device__ __forceinline__ void finish_second() {
+    float sum = 0.0f;  // of some weights: the others are computed between them
+#pragma unroll
+    for (int i = 0; i < kPairs; i += 4)
+      sum += first[i];
+    hold_until(sum);
     wait_products<0>();
     cute::warpgroup_fence_operand(second);
   }
@@ -287,12 +324,12 @@ struct GradientConsumer {
           forbidden_pairs<kByKey>(problem, work.batch, tile.head, row, start + fragment_column(thread, 0));
   }
   __device__ __forceinline__ void weigh(int stage) {
-    const float scale = p.cuda.args.problem.scale;
+    const float factor = p.scale_log2e;
     const int column = fragment_column(thread, 0);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float by = kByKey ? s.shift[stage][column + i / 4 * 8 + i % 2] : shift[fragment_half(i)];
-      const float weight = gradient_weight(first[i], scale, by);
+      const float weight = gradient_weight(first[i], factor, by);
       first[i] = (forbidden >> i & 1u) != 0 ? 0.0f : weight;
     }
   }
@@ -359,8 +396,11 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
 
   if (threadIdx.x == 0) {
     if (shared_address(shared) % 1024 != 0) __trap();  // as in the forward
-    mbarrier_init(s.own_full, 1);
-    mbarrier_init(s.own_empty, kConsumerWarps);
+#pragma unroll
+    for (int i = 0; i < kOwnStages; ++i) {
+      mbarrier_init(s.own_full[i], 1);
+      mbarrier_init(s.own_empty[i], kConsumerWarps);
+    }
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(s.other_full[i], kByKey ? 2 : 1);
@@ -375,14 +415,14 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   const Schedule& schedule = kByKey ? p.by_key : p.by_query;
   if (warp < 4) {
     lower_registers<kGradientProducerRegisters>();
-    if (threadIdx.x == 0) {
-      TileProducer<Element, kDim, kByKey> producer{p, s,
-                                                   static_cast<int32_t>(problem.heads / problem.kv_heads)};
-      produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule, blockIdx.x, gridDim.x);
+    if (warp == 0) {
+      TileProducer<Element, kDim, kByKey> producer{
+          p, s, static_cast<int32_t>(problem.heads / problem.kv_heads), blockIdx.x};
+      produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule);
     }
     if (kByKey && warp == 1) {
       NumbersProducer<Element, kDim> producer{p, s};
-      produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule, blockIdx.x, gridDim.x);
+      produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule);
     }
   } else {
     raise_registers<kGradientConsumerRegisters>();
@@ -400,15 +440,9 @@ int start_gradient(const BackwardParams& params, int64_t multiprocessors, void* 
   if (units == 0) return 0;
   const auto kernel = backward_kernel<Element, kDim, kByKey>;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess) {
-    kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  } else {
-    (void)cudaGetLastError();
-  }
-  return static_cast<int>(error);
+  if (const int error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes); error != 0) return error;
+  kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <int kDim>

@@ -164,7 +164,7 @@ inline const float* check_rows(const char* op, const char* name, const Tensor& t
 
 // All but the plan itself.
 inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_t nk, int64_t tile_q,
-                           int64_t tile_k, bool by_key) {
+                           int64_t tile_k, bool by_key, bool halves) {
   ARCORE_CHECK(bounds.scalar_type() == ScalarType::Int && bounds.dim() == 4 && bounds.is_contiguous() &&
                    (bounds.size(3) == 2 || bounds.size(3) == 4),
                kPlanOp, "expected bounds int32 of shape [B, H, Nq, 2 or 4], contiguous, but got ",
@@ -172,6 +172,8 @@ inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bound
   ARCORE_CHECK(tile_q >= 1 && tile_q <= 1 << 20 && tile_k >= 1 && tile_k <= 1 << 20, kPlanOp,
                "expected tile_q and tile_k from 1 to 2^20 but got ", tile_q, " and ", tile_k);
   ARCORE_CHECK(nk >= 0, kPlanOp, "expected nk >= 0 but got ", nk);
+  ARCORE_CHECK(!halves || (by_key ? tile_k : tile_q) % 2 == 0, kPlanOp,
+               "expected an even tile where halves are asked for but got ", by_key ? tile_k : tile_q);
   PlanArgs args{};
   args.batch = bounds.size(0);
   args.heads = bounds.size(1);
@@ -196,6 +198,7 @@ inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bound
   args.tile_q = static_cast<int>(tile_q);
   args.tile_k = static_cast<int>(tile_k);
   args.by_key = by_key;
+  args.halves = halves;
   const int64_t across_q = (args.nq + tile_q - 1) / tile_q, across_k = (nk + tile_k - 1) / tile_k;
   args.rows = by_key ? across_k : across_q;
   args.columns = by_key ? across_q : across_k;

@@ -19,8 +19,8 @@ namespace arcore::block_sparse_attention {
 namespace {
 
 Tensor build_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_t nk, int64_t tile_q,
-                  int64_t tile_k, bool by_key) {
-  PlanArgs args = check_plan(bounds, key_bounds, nk, tile_q, tile_k, by_key);
+                  int64_t tile_k, bool by_key, bool halves) {
+  PlanArgs args = check_plan(bounds, key_bounds, nk, tile_q, tile_k, by_key, halves);
   const CudaScope scope(bounds);
   Tensor plan = torch::stable::new_empty(bounds, {args.batch, args.heads, args.rows, 2 + args.columns});
   args.plan = static_cast<int32_t*>(plan.data_ptr());
@@ -28,9 +28,17 @@ Tensor build_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_
   return plan;
 }
 
-TilePlan plan_of(const Tensor& plan, const Problem& p, bool by_key) {
-  const int64_t tile_q = by_key ? kBackwardTileQ : kForwardTileQ,
-                tile_k = by_key ? kBackwardTileK : kForwardTileK;
+// The tiles that a plan is for.
+struct Tiles {
+  int64_t q, k;
+  bool by_key, halves;
+};
+constexpr Tiles kByQuery{kForwardTileQ, kForwardTileK, false, false},
+    kByKey{kBackwardTileQ, kBackwardTileK, true, false};
+
+TilePlan plan_of(const Tensor& plan, const Problem& p, const Tiles& tiles) {
+  const int64_t tile_q = tiles.q, tile_k = tiles.k;
+  const bool by_key = tiles.by_key;
   const int64_t across_q = (p.nq + tile_q - 1) / tile_q, across_k = (p.nk + tile_k - 1) / tile_k;
   const int64_t rows = by_key ? across_k : across_q, columns = by_key ? across_q : across_k;
   ARCORE_CHECK(
@@ -45,10 +53,10 @@ TilePlan plan_of(const Tensor& plan, const Problem& p, bool by_key) {
 }
 
 Tensor plan_or_build(const OptionalTensor& plan, const Tensor& bounds, const OptionalTensor& key_bounds,
-                     const Problem& p, bool by_key) {
-  if (plan.has_value()) return *plan;
-  return build_plan(bounds, key_bounds, p.nk, by_key ? kBackwardTileQ : kForwardTileQ,
-                    by_key ? kBackwardTileK : kForwardTileK, by_key);
+                     const Problem& p, const Tiles& tiles) {
+  return plan.has_value()
+             ? *plan
+             : build_plan(bounds, key_bounds, p.nk, tiles.q, tiles.k, tiles.by_key, tiles.halves);
 }
 
 void check_supported(const char* op, const Problem& p, const Tensor& q, const Tensor& v) {
@@ -66,55 +74,89 @@ void check_supported(const char* op, const Problem& p, const Tensor& q, const Te
                p.dim, "; move the tensors to the CPU or split the heads");
 }
 
-// Parts of each query tile's keys: where the query tiles alone do not fill the GPU. A function of shapes and
-// the device, so that a shape always gives the same result.
-int64_t splits_for(const Problem& p, const TilePlan& plan) {
-  const int64_t blocks = p.batch * p.heads * plan.rows, room = 2 * multiprocessors();
-  if (blocks * 2 > room || plan.columns < 8) return 1;
-  return std::clamp<int64_t>(std::min(room / blocks, plan.columns / 4), 1, 64);
+// Parts of each query tile's keys, where there are few queries: what then fills a GPU. A function of the
+// numbers of queries and keys alone: neither what else is in the batch nor the GPU may change a bit.
+int64_t splits_for(const Problem& p) {
+  if (p.nq > 2 * kForwardTileQ || p.dtype == StorageType::kFloat32) return 1;
+  const int64_t tiles = (p.nk + kForwardTileK - 1) / kForwardTileK;
+  // A part's sums are written and read again as float32: its keys must be worth it.
+  const int64_t each = p.nq <= kForwardTileQ / 2 ? 8 : 16;
+  return std::clamp<int64_t>((tiles + each - 1) / each, 1, 64);
 }
 
-// The sm_90a kernels have not been seen on a GPU yet, so they are used only where ARCORE_SM90A=1 asks for
-// them.
-bool wants_sm90() {
+// Whether the sm_90a kernels run: the environment says. They are off until a GPU was seen to agree with them.
+enum class Sm90 { kOff, kWherePossible, kRequired };
+
+Sm90 sm90_wish() {
 #if defined(ARCORE_CUDA_HOST)
-  return false;
+  return Sm90::kOff;
 #else
   const char* wish = std::getenv("ARCORE_SM90A");
-  if (wish == nullptr || std::strcmp(wish, "1") != 0) return false;
+  if (wish == nullptr || *wish == '\0' || std::strcmp(wish, "0") == 0) return Sm90::kOff;
+  const bool required = std::strcmp(wish, "require") == 0;
+  ARCORE_CHECK(required || std::strcmp(wish, "1") == 0, kOp,
+               "expected ARCORE_SM90A to be 0, 1 or require but got ", wish);
 #if defined(ARCORE_WITH_SM90)
-  return compute_capability() == 90;
+  return required ? Sm90::kRequired : Sm90::kWherePossible;
 #else
-  fail("arcore::", kOp,
-       ": ARCORE_SM90A=1 but this build has no sm_90a kernels; unpack CuTe with tools/cutlass.py and "
-       "build with 9.0a in TORCH_CUDA_ARCH_LIST, or unset it");
+  fail("arcore::", kOp, ": ARCORE_SM90A=", wish,
+       " but this build has no sm_90a kernels; unpack CuTe with tools/cutlass.py and build with 9.0a in "
+       "TORCH_CUDA_ARCH_LIST, or unset it");
 #endif
 #endif
 }
+
+// With ARCORE_SM90A=require a call that other kernels would do is an error.
+[[maybe_unused]] int refuse_sm90(const char* op, Sm90 wish, const char* reason) {
+  if (wish == Sm90::kRequired)
+    fail("arcore::", op, ": ARCORE_SM90A=require but the sm_90a kernels cannot do this call: ", reason,
+         "; with ARCORE_SM90A=1 it takes the sm_80 kernels");
+  return kUnsupportedSm90;
+}
+
+#if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
+constexpr Tiles kTilesSm90{kTileQSm90, kTileKSm90, false, true};
+constexpr const char* kNoCopies =
+    "head_dim, lengths, scale, addresses or strides are outside of what they take "
+    "(csrc/block_sparse_attention/"
+    "README.md, sm_90a)";
+#endif
 
 // kUnsupportedSm90 where the sm_90a kernels are not wanted or cannot do the call.
 int launch_forward_on_sm90([[maybe_unused]] const ForwardCuda& cuda, [[maybe_unused]] const Tensor& bounds,
-                           [[maybe_unused]] const OptionalTensor& key_bounds, [[maybe_unused]] void* stream) {
+                           [[maybe_unused]] const OptionalTensor& key_bounds,
+                           [[maybe_unused]] const OptionalTensor& plan_sm90, [[maybe_unused]] void* stream) {
+  const Sm90 wish = sm90_wish();
+  if (wish == Sm90::kOff) return kUnsupportedSm90;
 #if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
   const Problem& p = cuda.args.problem;
-  if (cuda.splits == 1 && p.dtype != StorageType::kFloat32 && wants_sm90()) {
-    const Tensor plan = build_plan(bounds, key_bounds, p.nk, kTileQSm90, kTileKSm90, false);
-    const TilePlan tiles{static_cast<const int32_t*>(plan.data_ptr()), plan.size(0) == 1 ? 0 : plan.stride(0),
-                         plan.size(1) == 1 ? 0 : plan.stride(1), plan.size(2), plan.size(3) - 2};
-    return launch_forward_sm90(cuda.args, tiles, stream);
-  }
+  if (compute_capability() != 90) return refuse_sm90(kOp, wish, "the GPU is not of compute capability 9.0");
+  if (p.dtype == StorageType::kFloat32) return refuse_sm90(kOp, wish, "float32");
+  if (cuda.splits > 1) return refuse_sm90(kOp, wish, "few queries of many keys, whose keys are split");
+  const Tensor plan = plan_or_build(plan_sm90, bounds, key_bounds, p, kTilesSm90);
+  const Tensor counters = torch::stable::new_empty(bounds, {kCountersSm90});
+  const int error = launch_forward_sm90(cuda.args, plan_of(plan, p, kTilesSm90),
+                                        static_cast<int32_t*>(counters.data_ptr()), stream);
+  return error == kUnsupportedSm90 ? refuse_sm90(kOp, wish, kNoCopies) : error;
 #else
-  (void)wants_sm90();
-#endif
   return kUnsupportedSm90;
+#endif
 }
 
-int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_unused]] void* stream) {
+int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_unused]] const Tensor& bounds,
+                            [[maybe_unused]] void* stream) {
+  const Sm90 wish = sm90_wish();
+  if (wish == Sm90::kOff) return kUnsupportedSm90;
 #if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
-  if (cuda.args.problem.dtype != StorageType::kFloat32 && wants_sm90())
-    return launch_backward_sm90(cuda, stream);
-#endif
+  if (compute_capability() != 90)
+    return refuse_sm90(kBackwardOp, wish, "the GPU is not of compute capability 9.0");
+  if (cuda.args.problem.dtype == StorageType::kFloat32) return refuse_sm90(kBackwardOp, wish, "float32");
+  const Tensor counters = torch::stable::new_empty(bounds, {kCountersSm90});
+  const int error = launch_backward_sm90(cuda, static_cast<int32_t*>(counters.data_ptr()), stream);
+  return error == kUnsupportedSm90 ? refuse_sm90(kBackwardOp, wish, kNoCopies) : error;
+#else
   return kUnsupportedSm90;
+#endif
 }
 
 int launch_forward(const ForwardCuda& cuda, void* stream) {
@@ -148,7 +190,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
                                         const Tensor& bounds, const OptionalTensor& key_bounds, double scale,
                                         const OptionalTensor& plan_by_query, const OptionalTensor&,
                                         const OptionalTensor& tree_words, const OptionalTensor& tree_prefix,
-                                        const OptionalTensor& key_bias) {
+                                        const OptionalTensor& key_bias, const OptionalTensor& plan_sm90) {
   ForwardCuda cuda{};
   cuda.args.problem =
       check_problem(kOp, q, k, v, {bounds, key_bounds, tree_words, tree_prefix}, key_bias, scale);
@@ -161,14 +203,14 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
   const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
                v_rows = with_contiguous_rows(v);
   Tensor out_rows = writable(out);
-  const Tensor plan = plan_or_build(plan_by_query, bounds, key_bounds, p, false);
-  cuda.plan = plan_of(plan, p, false);
+  const Tensor plan = plan_or_build(plan_by_query, bounds, key_bounds, p, kByQuery);
+  cuda.plan = plan_of(plan, p, kByQuery);
   cuda.args.q = view(q_rows);
   cuda.args.k = view(k_rows);
   cuda.args.v = view(v_rows);
   cuda.args.out = view(out_rows);
   cuda.args.lse = static_cast<float*>(lse.data_ptr());
-  cuda.splits = p.dtype == StorageType::kFloat32 ? 1 : splits_for(p, cuda.plan);
+  cuda.splits = splits_for(p);
   Tensor partial = lse;  // keeps the workspace until the kernels are queued
   if (cuda.splits > 1) {
     const int64_t rows = cuda.splits * p.batch * p.heads * p.nq;
@@ -176,7 +218,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
     cuda.partial_out = static_cast<float*>(partial.data_ptr());
     cuda.partial_lse = cuda.partial_out + rows * p.dim;
   }
-  int error = launch_forward_on_sm90(cuda, bounds, key_bounds, scope.stream());
+  int error = launch_forward_on_sm90(cuda, bounds, key_bounds, plan_sm90, scope.stream());
   if (error == kUnsupportedSm90) error = launch_forward(cuda, scope.stream());
   check_launch(kOp, error);
   if (out.stride(3) != 1) torch::stable::copy_(out, out_rows);
@@ -216,11 +258,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
     cuda.args.grad_lse = check_rows(kBackwardOp, "grad_lse", grad_lse_rows, q, p);
   }
   Tensor grad_q_rows = writable(grad_q), grad_k_rows = writable(grad_k), grad_v_rows = writable(grad_v);
-  const Tensor by_query = plan_or_build(plan_by_query, bounds, key_bounds, p, false);
-  const Tensor by_key = plan_or_build(plan_by_key, bounds, key_bounds, p, true);
+  const Tensor by_query = plan_or_build(plan_by_query, bounds, key_bounds, p, kByQuery);
+  const Tensor by_key = plan_or_build(plan_by_key, bounds, key_bounds, p, kByKey);
   const Tensor delta = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
-  cuda.by_query = plan_of(by_query, p, false);
-  cuda.by_key = plan_of(by_key, p, true);
+  cuda.by_query = plan_of(by_query, p, kByQuery);
+  cuda.by_key = plan_of(by_key, p, kByKey);
   cuda.delta = static_cast<float*>(delta.data_ptr());
   cuda.args.grad_out = view(grad_out_rows);
   cuda.args.q = view(q_rows);
@@ -230,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   cuda.args.grad_q = view(grad_q_rows);
   cuda.args.grad_k = view(grad_k_rows);
   cuda.args.grad_v = view(grad_v_rows);
-  int error = launch_backward_on_sm90(cuda, scope.stream());
+  int error = launch_backward_on_sm90(cuda, bounds, scope.stream());
   if (error == kUnsupportedSm90) error = launch_backward(cuda, scope.stream());
   check_launch(kBackwardOp, error);
   if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);

@@ -16,13 +16,13 @@ template <typename Element, int kDim>
 struct SharedStorage {
   static constexpr int kStages = stages(kDim);
   // 1024 bytes: the period of the widest swizzle.
-  alignas(1024) Element q[kTileQ * kDim];
+  alignas(1024) Element q[kQueryStages][kTileQ * kDim];
   alignas(1024) Element k[kStages][kTileK * kDim];
   alignas(1024) Element v[kStages][kTileK * kDim];
-  uint64_t q_full, q_empty;
+  uint64_t q_full[kQueryStages], q_empty[kQueryStages];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  WorkItem work;           // guarded as q is
-  int32_t entry[kStages];  // the plan's entry of a key tile, guarded as k is
+  WorkItem work[kQueryStages];  // guarded as q is
+  int32_t entry[kStages];       // the plan's entry of a key tile, guarded as k is
 };
 
 // ---- the producer: one thread ----
@@ -33,36 +33,47 @@ struct Producer {
   const ForwardParams& p;
   SharedStorage<Element, kDim>& s;
   int32_t group;  // query heads per kv head
+  int64_t unit;   // the first one, and then all that are left, from a counter that the blocks share
 
+  __device__ __forceinline__ int64_t next_unit() {
+    const int64_t next = unit;
+    if (p.counter != nullptr)
+      unit = int64_t{gridDim.x} + atomicAdd(p.counter, 1);
+    else
+      unit = p.schedule.pairs * p.schedule.rows;
+    return next;
+  }
   __device__ __forceinline__ void wait_keys_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.k_empty[stage], parity);
   }
   __device__ __forceinline__ void wait_values_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.v_empty[stage], parity);
   }
-  __device__ __forceinline__ void wait_queries_empty(uint32_t parity) { mbarrier_wait(s.q_empty, parity); }
+  __device__ __forceinline__ void wait_queries_empty(int stage, uint32_t parity) {
+    mbarrier_wait(s.q_empty[stage], parity);
+  }
 
   __device__ __forceinline__ void load_keys(int stage, const WorkItem& work, int32_t entry) {
     s.entry[stage] = entry;
     mbarrier_arrive_expecting(s.k_full[stage], kTileBytes);
-    copy_tile<kTileK, kDim>(p.k, s.k_full[stage], s.k[stage], entry_tile(entry) * kTileK, work.head / group,
+    copy_tile<kTileK, kDim>(p.k, s.k_full[stage], s.k[stage], halved_tile(entry) * kTileK, work.head / group,
                             work.batch);
   }
   __device__ __forceinline__ void load_values(int stage, const WorkItem& work, int32_t entry) {
     mbarrier_arrive_expecting(s.v_full[stage], kTileBytes);
-    copy_tile<kTileK, kDim>(p.v, s.v_full[stage], s.v[stage], entry_tile(entry) * kTileK, work.head / group,
+    copy_tile<kTileK, kDim>(p.v, s.v_full[stage], s.v[stage], halved_tile(entry) * kTileK, work.head / group,
                             work.batch);
   }
-  __device__ __forceinline__ void load_queries(const WorkItem& work) {
-    s.work = work;
+  __device__ __forceinline__ void load_queries(int stage, const WorkItem& work) {
+    s.work[stage] = work;
     if (work.count == 0) {
-      mbarrier_arrive(s.q_full);
+      mbarrier_arrive(s.q_full[stage]);
       return;
     }
-    mbarrier_arrive_expecting(s.q_full, kTileQ * kDim * sizeof(Element));
+    mbarrier_arrive_expecting(s.q_full[stage], kTileQ * kDim * sizeof(Element));
 #pragma unroll
     for (int c = 0; c < kConsumers; ++c) {
-      copy_tile<kConsumerRows, kDim>(p.q, s.q_full, s.q + c * kConsumerRows * kDim,
+      copy_tile<kConsumerRows, kDim>(p.q, s.q_full[stage], s.q[stage] + c * kConsumerRows * kDim,
                                      work.tile * kTileQ + c * kConsumerRows, work.head, work.batch);
     }
   }
@@ -86,7 +97,7 @@ __device__ __forceinline__ void repair_row(const ForwardParams& p, int32_t batch
   const KeyRanges ranges = row_ranges(problem.mask, batch, head, row, problem.nq, problem.nk);
   const int32_t* key_bounds = key_bounds_of(problem.mask, batch);
   const uint16_t* q = at(p.args.q, head, row);
-  const float shift = softmax_shift(largest);
+  const float shift = softmax_shift(largest, p.scale_log2e);
   float total[kPerLane] = {};
 #pragma unroll 1
   for (int range = 0; range < 2; ++range) {
@@ -138,7 +149,7 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const WorkIte
   for (int half = 0; half < 2; ++half) {
     const int32_t r = row + 8 * half;
     const bool exists = r < problem.nq, sees = sum[half] != 0.0f;
-    if (exists && lane % 4 == 0) lse[r] = row_lse(largest[half], sum[half], problem.scale);
+    if (exists && lane % 4 == 0) lse[r] = row_lse(softmax_shift(largest[half], p.scale_log2e), sum[half]);
     const float inverse = 1.0f / sum[half];
     store_row<Element, kDim>(base + r * out.row, exists, p.wide_stores, problem.dim, half, lane,
                              [&](int i) { return sees ? output[i] * inverse : 0.0f; });
@@ -167,7 +178,7 @@ struct Consumer {
 
   const ForwardParams& p;
   SharedStorage<Element, kDim>& s;
-  int consumer, thread;
+  int consumer, thread, q_stage;
   typename S::Scores scores;
   typename S::Output output;
   Weights weights;
@@ -186,10 +197,12 @@ struct Consumer {
     __syncwarp();
     if (thread % 32 == 0) mbarrier_arrive(barrier);
   }
-  __device__ __forceinline__ void release_queries() { release(s.q_empty); }
+  __device__ __forceinline__ void release_queries(int stage) { release(s.q_empty[stage]); }
   __device__ __forceinline__ void release_keys(int stage) { release(s.k_empty[stage]); }
   __device__ __forceinline__ void release_values(int stage) { release(s.v_empty[stage]); }
-  __device__ __forceinline__ void wait_queries(uint32_t parity) { mbarrier_wait(s.q_full, parity); }
+  __device__ __forceinline__ void wait_queries(int stage, uint32_t parity) {
+    mbarrier_wait(s.q_full[stage], parity);
+  }
   __device__ __forceinline__ void wait_keys(int stage, uint32_t parity) {
     mbarrier_wait(s.k_full[stage], parity);
   }
@@ -198,12 +211,13 @@ struct Consumer {
   }
   __device__ __forceinline__ void take_turn() { named_barrier_sync(kFirstTurnBarrier + consumer, 256); }
   __device__ __forceinline__ void pass_turn() { named_barrier_arrive(kFirstTurnBarrier + 1 - consumer, 256); }
-  __device__ __forceinline__ WorkItem announced() { return s.work; }
+  __device__ __forceinline__ WorkItem announced(int stage) { return s.work[stage]; }
   __device__ __forceinline__ int32_t entry(int stage) { return s.entry[stage]; }
 
-  __device__ __forceinline__ void begin(const WorkItem& item) {
+  __device__ __forceinline__ void begin(const WorkItem& item, int stage) {
     const Problem& problem = p.args.problem;
     work = item;
+    q_stage = stage;
     row = work.tile * kTileQ + consumer * kConsumerRows + fragment_row(thread);
     largest[0] = largest[1] = kNegativeInfinity;
     sum[0] = sum[1] = 0.0f;
@@ -218,7 +232,7 @@ struct Consumer {
     using cute::_;
     typename S::ScoreProduct product;
     auto slice = product.get_slice(thread);
-    auto queries = cute::make_tensor(cute::make_smem_ptr(s.q), typename S::Queries{});
+    auto queries = cute::make_tensor(cute::make_smem_ptr(s.q[q_stage]), typename S::Queries{});
     auto keys = cute::make_tensor(cute::make_smem_ptr(s.k[0]), typename S::Keys{});
     auto a = slice.partition_fragment_A(queries(_, _, consumer));
     auto b = slice.partition_fragment_B(keys);
@@ -238,13 +252,14 @@ struct Consumer {
     cute::warpgroup_fence_operand(scores);
   }
   __device__ __forceinline__ void finish_output() {
+    hold_until(sum[0] + sum[1]);
     wait_products<0>();
     cute::warpgroup_fence_operand(output);
   }
 
   // Scores become weights; what was accumulated before is to be multiplied by `rescale`.
   __device__ __forceinline__ void softmax(int32_t entry) {
-    const int32_t first_key = entry_tile(entry) * kTileK, nk = static_cast<int32_t>(p.args.problem.nk);
+    const int32_t first_key = halved_tile(entry) * kTileK, nk = static_cast<int32_t>(p.args.problem.nk);
     if (!entry_full(entry) || first_key + kTileK > nk)
       mask_scores<kScores>(scores, upper, lower, key_bounds, row, first_key + fragment_column(thread, 0), nk);
     float shift[2];
@@ -252,8 +267,8 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const float before = largest[half];
       largest[half] = quad_max(largest_score<kScores>(scores, half, before));
-      shift[half] = softmax_shift(largest[half]);
-      rescale[half] = softmax_weight(before, shift[half], p.scale_log2e);
+      shift[half] = softmax_shift(largest[half], p.scale_log2e);
+      rescale[half] = softmax_rescale(before, softmax_shift(before, p.scale_log2e), shift[half]);
       sum[half] *= rescale[half];
     }
     weigh_scores<kScores>(scores, shift, p.scale_log2e, sum);
@@ -285,8 +300,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     // Swizzles are functions of the address: a base that is not aligned would give wrong results, not a
     // fault.
     if (shared_address(shared) % 1024 != 0) __trap();
-    mbarrier_init(s.q_full, 1);
-    mbarrier_init(s.q_empty, kConsumerWarps);
+#pragma unroll
+    for (int i = 0; i < kQueryStages; ++i) {
+      mbarrier_init(s.q_full[i], 1);
+      mbarrier_init(s.q_empty[i], kConsumerWarps);
+    }
 #pragma unroll
     for (int i = 0; i < Storage::kStages; ++i) {
       mbarrier_init(s.k_full[i], 1);
@@ -302,8 +320,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     lower_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       const Problem& problem = p.args.problem;
-      Producer<Element, kDim> producer{p, s, static_cast<int32_t>(problem.heads / problem.kv_heads)};
-      produce_units<Storage::kStages>(producer, problem, p.plan, p.schedule, blockIdx.x, gridDim.x);
+      Producer<Element, kDim> producer{p, s, static_cast<int32_t>(problem.heads / problem.kv_heads),
+                                       blockIdx.x};
+      produce_units<Storage::kStages>(producer, problem, p.plan, p.schedule);
     }
   } else {
     raise_registers<kConsumerRegisters>();
@@ -317,15 +336,9 @@ int start(const ForwardParams& params, unsigned blocks, void* stream) {
   constexpr int kBytes = static_cast<int>(sizeof(SharedStorage<Element, kDim>));
   static_assert(kBytes <= 227 * 1024);
   const auto kernel = forward_kernel<Element, kDim>;
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess) {
-    kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    error = cudaGetLastError();
-  } else {
-    (void)cudaGetLastError();
-  }
-  return static_cast<int>(error);
+  if (const int error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes); error != 0) return error;
+  kernel<<<blocks, kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
+  return static_cast<int>(cudaGetLastError());
 }
 
 template <int kDim>

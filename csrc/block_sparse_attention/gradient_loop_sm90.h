@@ -32,21 +32,25 @@ struct OtherTile {
   int32_t head, entry;
 };
 
+// Buffers for own tiles: the next unit's arrive while this one's are in use.
+constexpr int kOwnStages = 2;
+
 // The copying side. A unit is an own tile of one query head, or (kByKey) of one kv head with the other sides
 // of all its query heads; `machine` is called as in produce_units.
 template <int kStages, bool kByKey, typename Machine>
 ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem& problem,
-                                                const TilePlan& plan, const Schedule& schedule, int64_t block,
-                                                int64_t blocks) {
+                                                const TilePlan& plan, const Schedule& schedule) {
   const int64_t units = schedule.pairs * schedule.rows;
   const int64_t own_heads = kByKey ? problem.kv_heads : problem.heads;
   const int32_t group = kByKey ? static_cast<int32_t>(problem.heads / problem.kv_heads) : 1;
-  StageClock clock = producer_clock();
-  uint32_t own_parity = producer_clock().parity;
+  StageClock clock = producer_clock(), own_clock = producer_clock();
+  const auto load_own = [&](const WorkItem& work) {
+    machine.wait_own_empty(own_clock.stage, own_clock.parity);
+    machine.load_own(own_clock.stage, work);
+    advance<kOwnStages>(own_clock);
+  };
 
-  for (int64_t round = 0; round * blocks < units; ++round) {
-    const int64_t index = unit_index(block, blocks, round);
-    if (index >= units) continue;
+  for (int64_t index = machine.next_unit(); index < units; index = machine.next_unit()) {
     const Unit unit = unit_at(schedule, index);
     WorkItem work;
     work.batch = static_cast<int32_t>(unit.pair / own_heads);
@@ -56,42 +60,29 @@ ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem&
     work.count = 0;
     for (int32_t h = first_head; h < first_head + group; ++h)
       work.count += tile_list(plan, tile_grid(plan, work.batch, h), work.tile).count;
-
-    bool announced = false;
-    const auto announce = [&] {
-      machine.wait_own_empty(own_parity);
-      own_parity ^= 1;
-      machine.load_own(work);
-      announced = true;
-    };
+    load_own(work);
     for (int32_t h = first_head; h < first_head + group; ++h) {
       const TileList list = tile_list(plan, tile_grid(plan, work.batch, h), work.tile);
       for (int32_t i = 0; i < list.count; ++i) {
         machine.wait_other_empty(clock.stage, clock.parity);
         machine.load_other(clock.stage, work, OtherTile{h, list.entries[i]});
         advance<kStages>(clock);
-        // The consumers still read the last unit's own tiles while the first other tile is on its way.
-        if (!announced) announce();
       }
     }
-    if (!announced) announce();
   }
-  machine.wait_own_empty(own_parity);
-  machine.load_own({0, 0, kStop, 0});
+  load_own({0, 0, kStop, 0});
 }
 
 // The computing side. The weights are computed while the second product runs; the two consumers are not
 // synchronised and fill each other's gaps.
 template <int kStages, bool kByKey, typename Machine>
 ARCORE_CONTROL_SM90 void consume_gradient_units(Machine& machine) {
-  StageClock clock = consumer_clock();
-  uint32_t own_parity = consumer_clock().parity;
+  StageClock clock = consumer_clock(), own_clock = consumer_clock();
   while (true) {
-    machine.wait_own(own_parity);
-    own_parity ^= 1;
-    const WorkItem work = machine.announced();
+    machine.wait_own(own_clock.stage, own_clock.parity);
+    const WorkItem work = machine.announced(own_clock.stage);
     if (work.tile == kStop) break;
-    machine.begin(work);
+    machine.begin(work, own_clock.stage);
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
@@ -112,7 +103,8 @@ ARCORE_CONTROL_SM90 void consume_gradient_units(Machine& machine) {
       machine.release_other(clock.stage);
       advance<kStages>(clock);
     }
-    machine.release_own();
+    machine.release_own(own_clock.stage);
+    advance<kOwnStages>(own_clock);
     machine.store();
   }
 }
@@ -151,14 +143,15 @@ ARCORE_HOST_DEVICE uint32_t forbidden_pairs(const Problem& problem, int64_t batc
   return forbidden;
 }
 
-// What is subtracted in the exponent: the lse, or +inf where all weights are 0.
+// What is subtracted in the exponent: the lse in powers of two, or +inf where all weights are 0.
 ARCORE_HOST_DEVICE float weight_shift(float lse) {
-  return lse == kNegativeInfinity ? -kNegativeInfinity : lse;
+  return lse == kNegativeInfinity ? -kNegativeInfinity : lse * 1.44269504f;
 }
 
-// exp(score * scale - shift). One rounding before the exponential is relative to the difference.
-ARCORE_HOST_DEVICE float gradient_weight(float score, float scale, float shift) {
-  return power_of_two(fmaf(score, scale, -shift) * 1.44269504f);
+// exp(score * scale - lse), factor = scale * log2(e): one fused multiply-add. What the shift was rounded by,
+// 2^-24 of the lse, is common to all weights of a row.
+ARCORE_HOST_DEVICE float gradient_weight(float score, float factor, float shift) {
+  return power_of_two(fmaf(score, factor, -shift));
 }
 
 }  // namespace arcore::block_sparse_attention::sm90

@@ -22,6 +22,7 @@ struct ForwardParams {
   ForwardArgs args;
   TilePlan plan;
   Schedule schedule;
+  int32_t* counter;  // 0 at the start, or null where every unit has a block of its own
   float scale_log2e;
   bool wide_stores;  // rows of `out` start at multiples of 16 bytes
 };
@@ -30,6 +31,8 @@ struct BackwardParams {
   Operand grad_out, q, k, v;  // boxes of 64 rows
   BackwardCuda cuda;
   Schedule by_query, by_key;
+  int32_t* counters;  // by key, by query; as above
+  float scale_log2e;
   bool wide_grad_q, wide_grad_k, wide_grad_v;
 };
 

@@ -77,7 +77,9 @@ struct Wave {
 
 // Which tiles a CUDA kernel visits, for each grid (batch entry and head of the mask, stride 0 where
 // broadcast): row r of the plan holds a count, the r-th row to start with (longest first), and `columns`
-// places for the tiles, (column << 1) | full, ascending. Built by interval_tile_plan.
+// places for the tiles, (column << 1) | full, ascending; with `halves` (column << 3) | seen << 1 | full,
+// where bit h of `seen` says that half h of the row's side of the tile has an allowed pair. Built by
+// interval_tile_plan.
 struct TilePlan {
   const int32_t* data;  // int32 [Bm, Hm, rows, 2 + columns] contiguous
   int64_t batch, head;  // strides in int32
@@ -94,7 +96,7 @@ struct PlanArgs {
   int64_t batch, heads;  // grids
   int64_t nq, nk;
   int tile_q, tile_k;
-  bool by_key;
+  bool by_key, halves;
   int32_t* plan;
   int64_t rows, columns;
 };
@@ -125,13 +127,14 @@ int launch_backward_bf16_sm80(const BackwardCuda&, void* stream);
 int launch_backward_f16_sm80(const BackwardCuda&, void* stream);
 int launch_backward_fp32_sm80(const BackwardCuda&, void* stream);
 
-// sm_90a, for Hopper only; the forward takes a plan for tiles of its own. 0, a cudaError_t, or
+// sm_90a, for Hopper only; the forward takes a plan for tiles of its own, with halves. 0, a cudaError_t, or
 // kUnsupportedSm90: nothing was started because the kernel cannot do the call (README.md, "sm_90a").
-constexpr int kTileQSm90 = 128, kTileKSm90 = 128;
+// `counters` is int32 scratch of kCountersSm90 numbers.
+constexpr int kTileQSm90 = 128, kTileKSm90 = 128, kCountersSm90 = 2;
 constexpr int kUnsupportedSm90 = -1;
-int launch_forward_sm90(const ForwardArgs&, const TilePlan&, void* stream);
+int launch_forward_sm90(const ForwardArgs&, const TilePlan&, int32_t* counters, void* stream);
 // Both plans are those of the sm_80 backward.
-int launch_backward_sm90(const BackwardCuda&, void* stream);
+int launch_backward_sm90(const BackwardCuda&, int32_t* counters, void* stream);
 
 // Every stage runs over tasks [begin, end); `scratch` is memory of the calling thread alone, as many floats
 // as the function named like the stage says.

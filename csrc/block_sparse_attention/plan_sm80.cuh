@@ -44,11 +44,12 @@ ARCORE_DEVICE int classify_by_warp(const int32_t* rows, int intervals, const int
 ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   auto* kinds = reinterpret_cast<int32_t*>(shared_memory());  // [kPlanColumns]
   const int lane = lane_index(), warp = warp_index();
-  const int64_t row = block_x(), head = block_y(), batch = block_z();
+  const int64_t row = block_x() % args.rows, grid = block_x() / args.rows, head = grid % args.heads,
+                batch = grid / args.heads;
   const int32_t* rows = args.mask.bounds + batch * args.mask.batch + head * args.mask.head;
   const int32_t* keys =
       args.mask.key_bounds == nullptr ? nullptr : args.mask.key_bounds + batch * args.mask.key_batch;
-  int32_t* out = args.plan + ((batch * args.heads + head) * args.rows + row) * (2 + args.columns);
+  int32_t* out = args.plan + block_x() * (2 + args.columns);
   int32_t count = 0;
   for (int64_t first = 0; first < args.columns; first += kPlanColumns) {
     const int here =
@@ -58,7 +59,23 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
       const int64_t q0 = tq * args.tile_q, k0 = tk * args.tile_k;
       const int64_t q1 = q0 + args.tile_q < args.nq ? q0 + args.tile_q : args.nq;
       const int64_t k1 = k0 + args.tile_k < args.nk ? k0 + args.tile_k : args.nk;
-      const int kind = classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k1);
+      int kind = 0;
+      if (!args.halves) {
+        kind = classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k1);
+      } else {
+        const int64_t q = q0 + args.tile_q / 2 < q1 ? q0 + args.tile_q / 2 : q1;
+        const int64_t k = k0 + args.tile_k / 2 < k1 ? k0 + args.tile_k / 2 : k1;
+        const int first = args.by_key
+                              ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k)
+                              : classify_by_warp(rows, args.mask.intervals, keys, q0, q, k0, k1);
+        const int second = args.by_key
+                               ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k, k1)
+                               : classify_by_warp(rows, args.mask.intervals, keys, q, q1, k0, k1);
+        // A half that lies outside of the matrix has no pair, and none that is forbidden.
+        const bool one = args.by_key ? k == k1 : q == q1;
+        const int full = first >> 1 & (one ? 1 : second >> 1);
+        kind = (first & 1) << 1 | (one ? 0 : (second & 1) << 2) | full;
+      }
       if (lane == 0) kinds[c] = kind;
     }
     sync_threads();
@@ -67,7 +84,10 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
         const int kind = c + lane < here ? kinds[c + lane] : 0;
         const uint32_t taken = ballot(kind != 0);
         const int before = count_bits(taken & ((1u << lane) - 1u));
-        if (kind != 0) out[2 + count + before] = static_cast<int32_t>((first + c + lane) << 1 | (kind >> 1));
+        const int64_t column = first + c + lane;
+        if (kind != 0)
+          out[2 + count + before] =
+              static_cast<int32_t>(args.halves ? column << 3 | kind : column << 1 | (kind >> 1));
         count += count_bits(taken);
       }
     }
@@ -79,7 +99,7 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
 // A block per grid: the place of each row among the rows by falling counts, ties by rising rows.
 ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   const int64_t pitch = 2 + args.columns;
-  int32_t* plan = args.plan + (block_z() * args.heads + block_y()) * args.rows * pitch;
+  int32_t* plan = args.plan + block_x() * args.rows * pitch;
   for (int64_t row = thread_index(); row < args.rows; row += block_threads()) {
     const int32_t count = plan[row * pitch];
     int64_t place = 0;
@@ -92,9 +112,10 @@ ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
 }
 
 inline int launch_plan(const PlanArgs& args, void* stream) {
+  const int64_t grids = args.heads * args.batch;
   const int error =
-      launch(plan_rows, {args.rows, args.heads, args.batch, kPlanThreads, kPlanColumns * 4}, stream, args);
-  return error != 0 ? error : launch(order_rows, {1, args.heads, args.batch, kPlanThreads, 0}, stream, args);
+      launch(plan_rows, {args.rows * grids, 1, 1, kPlanThreads, kPlanColumns * 4}, stream, args);
+  return error != 0 ? error : launch(order_rows, {grids, 1, 1, kPlanThreads, 0}, stream, args);
 }
 
 }  // namespace arcore::block_sparse_attention

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
                                        const Tensor& bounds, const OptionalTensor& key_bounds, double scale,
                                        const OptionalTensor&, const OptionalTensor&,
                                        const OptionalTensor& tree_words, const OptionalTensor& tree_prefix,
-                                       const OptionalTensor& key_bias) {
+                                       const OptionalTensor& key_bias, const OptionalTensor&) {
   ForwardArgs args{};
   args.problem = check_problem(kOp, q, k, v, {bounds, key_bounds, tree_words, tree_prefix}, key_bias, scale);
   const Problem& p = args.problem;
@@ -244,7 +244,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bounds, Tensor? key_bounds, float scale,"
       " Tensor? plan_by_query=None, Tensor? plan_by_key=None, Tensor? tree_words=None,"
-      " Tensor? tree_prefix=None, Tensor? key_bias=None) -> (Tensor out, Tensor lse)");
+      " Tensor? tree_prefix=None, Tensor? key_bias=None, Tensor? plan_sm90=None)"
+      " -> (Tensor out, Tensor lse)");
   m.def(
       "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
       " Tensor out, Tensor lse, Tensor bounds, Tensor? key_bounds, float scale, Tensor? plan_by_query=None,"
@@ -256,8 +257,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       " float scale, Tensor? tree_words=None, Tensor? tree_prefix=None, Tensor? key_bias=None)"
       " -> (Tensor tangent_out, Tensor tangent_lse)");
   m.def(
-      "interval_tile_plan(Tensor bounds, Tensor? key_bounds, int nk, int tile_q, int tile_k, bool by_key) -> "
-      "Tensor");
+      "interval_tile_plan(Tensor bounds, Tensor? key_bounds, int nk, int tile_q, int tile_k, bool by_key,"
+      " bool halves=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {

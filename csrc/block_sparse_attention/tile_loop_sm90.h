@@ -36,6 +36,8 @@ constexpr int padded_dim(int64_t dim) {
 constexpr int block_columns(int padded) {
   return padded % 64 == 0 ? 64 : 32;
 }
+// Buffers for query tiles: the next unit's queries arrive while this one's are in use.
+constexpr int kQueryStages = 2;
 // Buffers for key tiles, and as many for value tiles: what fits beside the queries, 4 at most.
 constexpr int stages(int padded) {
   return padded <= 64 ? 4 : padded <= 96 ? 3 : 2;
@@ -69,12 +71,6 @@ ARCORE_HOST_DEVICE Unit unit_at(const Schedule& s, int64_t index) {
   const int64_t rest = index - first * s.rows;
   const int64_t width = s.pairs - first < s.section ? s.pairs - first : s.section;
   return {first + rest % width, rest / width};
-}
-
-// The unit that block `block` of `blocks` does in its `round`-th turn, at most s.pairs * s.rows. Every other
-// round goes backwards: who got the longest unit of a round gets the shortest of the next.
-ARCORE_HOST_DEVICE int64_t unit_index(int64_t block, int64_t blocks, int64_t round) {
-  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
 }
 
 // ---- tensors as the copy engine sees them ----
@@ -116,6 +112,13 @@ ARCORE_HOST_DEVICE int32_t entry_tile(int32_t entry) {
 // Every key of the tile that exists may be seen from every query of the tile that exists.
 ARCORE_HOST_DEVICE bool entry_full(int32_t entry) {
   return (entry & 1) != 0;
+}
+// Of a plan with halves: the tile, and whether the consumer's half of the queries sees one of its keys.
+ARCORE_HOST_DEVICE int32_t halved_tile(int32_t entry) {
+  return entry >> 3;
+}
+ARCORE_HOST_DEVICE bool half_seen(int32_t entry, int consumer) {
+  return (entry >> 1 >> consumer & 1) != 0;
 }
 
 // The list of query tile `row`, and which tile is the `rank`-th longest; `grid` is tile_grid().
@@ -239,15 +242,22 @@ ARCORE_HOST_DEVICE float largest_score(const Fragment& scores, int half, float s
   return largest;
 }
 
-// What is subtracted from the scores: 0 for a row that has seen no key, so that -inf - (-inf) never arises.
-ARCORE_HOST_DEVICE float softmax_shift(float largest) {
-  return largest == kNegativeInfinity ? 0.0f : largest;
+// What is subtracted in the exponent, scale * log2(e) of the largest score; 0 for a row that has seen no key,
+// so that -inf - (-inf) never arises. factor = scale * log2(e).
+ARCORE_HOST_DEVICE float softmax_shift(float largest, float factor) {
+  return largest == kNegativeInfinity ? 0.0f : largest * factor;
 }
 
-// 2^((score - shift) * factor), factor = scale * log2(e). Subtracting first keeps the error of a weight
-// relative to the distance from the maximum, not to the logits themselves.
+// 2^(score * factor - shift): one fused multiply-add. What `shift` was rounded by is common to all weights of
+// a row and to its lse, which is taken from the same shift, so it cancels.
 ARCORE_HOST_DEVICE float softmax_weight(float score, float shift, float factor) {
-  return power_of_two((score - shift) * factor);
+  return power_of_two(fmaf(score, factor, -shift));
+}
+
+// What weights under the shift `before` are multiplied by when `now` takes its place; 0 where `largest` says
+// that there were none.
+ARCORE_HOST_DEVICE float softmax_rescale(float largest, float before, float now) {
+  return largest == kNegativeInfinity ? 0.0f : power_of_two(before - now);
 }
 
 // Scores become weights; this thread's part of the two rows' sums grows by them.
@@ -269,8 +279,8 @@ ARCORE_HOST_DEVICE void scale_rows(Fragment& values, const float (&by)[2]) {
 }
 
 // No weight at all: no key allowed, or every logit -inf.
-ARCORE_HOST_DEVICE float row_lse(float largest, float sum, float scale) {
-  return sum == 0.0f ? kNegativeInfinity : largest * scale + logf(sum);
+ARCORE_HOST_DEVICE float row_lse(float shift, float sum) {
+  return sum == 0.0f ? kNegativeInfinity : fmaf(shift, 0.693147181f, logf(sum));
 }
 
 // ---- four lanes that share a row exchange words, so that each stores 16 contiguous bytes ----
@@ -302,14 +312,19 @@ struct WorkItem {
 };
 constexpr int32_t kStop = -1;
 
-// The copying side of a block. Machine waits for buffers to be empty and starts copies; load_queries also
-// announces the unit, and copies nothing if it has no key tiles.
+// The copying side of a block. Machine says which unit is next (any order that gives each unit to one block
+// will do), waits for buffers to be empty and starts copies; load_queries also announces the unit, and copies
+// nothing if it has no key tiles.
 template <int kStages, typename Machine>
 ARCORE_CONTROL_SM90 void produce_units(Machine& machine, const Problem& problem, const TilePlan& plan,
-                                       const Schedule& schedule, int64_t block, int64_t blocks) {
+                                       const Schedule& schedule) {
   const int64_t units = schedule.pairs * schedule.rows;
-  StageClock k_clock = producer_clock(), v_clock = producer_clock();
-  uint32_t q_parity = producer_clock().parity;
+  StageClock k_clock = producer_clock(), v_clock = producer_clock(), q_clock = producer_clock();
+  const auto load_queries = [&](const WorkItem& work) {
+    machine.wait_queries_empty(q_clock.stage, q_clock.parity);
+    machine.load_queries(q_clock.stage, work);
+    advance<kQueryStages>(q_clock);
+  };
   const auto load_keys = [&](const WorkItem& work, int32_t entry) {
     machine.wait_keys_empty(k_clock.stage, k_clock.parity);
     machine.load_keys(k_clock.stage, work, entry);
@@ -321,9 +336,7 @@ ARCORE_CONTROL_SM90 void produce_units(Machine& machine, const Problem& problem,
     advance<kStages>(v_clock);
   };
 
-  for (int64_t round = 0; round * blocks < units; ++round) {
-    const int64_t index = unit_index(block, blocks, round);
-    if (index >= units) continue;
+  for (int64_t index = machine.next_unit(); index < units; index = machine.next_unit()) {
     const Unit unit = unit_at(schedule, index);
     WorkItem work;
     work.batch = static_cast<int32_t>(unit.pair / problem.heads);
@@ -332,85 +345,88 @@ ARCORE_CONTROL_SM90 void produce_units(Machine& machine, const Problem& problem,
     work.tile = ranked_tile(plan, grid, unit.rank);
     const TileList list = tile_list(plan, grid, work.tile);
     work.count = list.count;
-
+    load_queries(work);
     int32_t entry = 0;
-    if (work.count > 0) {
-      entry = list.entries[0];
-      load_keys(work, entry);
-    }
-    // The consumers still read the last unit's queries while the first key tile is on its way.
-    machine.wait_queries_empty(q_parity);
-    q_parity ^= 1;
-    machine.load_queries(work);
-    if (work.count == 0) continue;
-    for (int32_t i = 1; i < work.count; ++i) {
+    for (int32_t i = 0; i < work.count; ++i) {
       const int32_t next = list.entries[i];
       load_keys(work, next);
-      load_values(work, entry);
+      if (i > 0) load_values(work, entry);
       entry = next;
     }
-    load_values(work, entry);
+    if (work.count > 0) load_values(work, entry);
   }
-  machine.wait_queries_empty(q_parity);
-  machine.load_queries({0, 0, kStop, 0});
+  load_queries({0, 0, kStop, 0});
 }
 
 // The computing side: one of kConsumers. S(i) = Q K(i) is issued before O += P(i - 1) V(i - 1), so that the
 // softmax of tile i runs while the second product does; between take_turn and pass_turn this consumer alone
-// issues products, so that its softmax runs beside the other's products.
+// issues products, so that its softmax runs beside the other's products. Each consumer takes one turn for
+// every tile, also for one that it passes over because none of its rows sees a key of it.
 template <int kStages, typename Machine>
 ARCORE_CONTROL_SM90 void consume_units(Machine& machine, int consumer) {
-  StageClock k_clock = consumer_clock(), v_clock = consumer_clock();
-  uint32_t q_parity = consumer_clock().parity;
+  StageClock k_clock = consumer_clock(), v_clock = consumer_clock(), q_clock = consumer_clock();
   if (consumer == 1) machine.pass_turn();  // consumer 0 goes first
 
   while (true) {
-    machine.wait_queries(q_parity);
-    q_parity ^= 1;
-    const WorkItem work = machine.announced();
+    machine.wait_queries(q_clock.stage, q_clock.parity);
+    const WorkItem work = machine.announced(q_clock.stage);
     if (work.tile == kStop) break;
-    machine.begin(work);
-    if (work.count == 0) {
-      machine.release_queries();
-      machine.store();
-      continue;
-    }
-    machine.wait_keys(k_clock.stage, k_clock.parity);
-    int32_t entry = machine.entry(k_clock.stage);
-    machine.issue_scores(k_clock.stage);
-    machine.template finish_scores<0>();
-    machine.release_keys(k_clock.stage);
-    advance<kStages>(k_clock);
-    machine.softmax(entry);
-    machine.pack_weights();
+    machine.begin(work, q_clock.stage);
+    bool pending = false;  // weights wait for their product with the values
+    const auto finish_pending = [&] {
+      machine.wait_values(v_clock.stage, v_clock.parity);
+      machine.issue_output(v_clock.stage);
+      machine.finish_output();
+      machine.release_values(v_clock.stage);
+      advance<kStages>(v_clock);
+      pending = false;
+    };
 
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
-    for (int32_t i = 1; i < work.count; ++i) {
+    for (int32_t i = 0; i < work.count; ++i) {
       machine.wait_keys(k_clock.stage, k_clock.parity);
-      entry = machine.entry(k_clock.stage);
+      const int32_t entry = machine.entry(k_clock.stage);
       machine.take_turn();
-      machine.issue_scores(k_clock.stage);
-      machine.wait_values(v_clock.stage, v_clock.parity);
-      machine.issue_output(v_clock.stage);
-      machine.pass_turn();
-      machine.template finish_scores<1>();
-      machine.release_keys(k_clock.stage);
-      advance<kStages>(k_clock);
-      machine.softmax(entry);
-      machine.finish_output();
-      machine.release_values(v_clock.stage);
-      advance<kStages>(v_clock);
-      machine.rescale_output();
-      machine.pack_weights();
+      if (!half_seen(entry, consumer)) {
+        machine.pass_turn();
+        machine.release_keys(k_clock.stage);
+        advance<kStages>(k_clock);
+        // The buffers are a ring: what this consumer still holds must go before it can wait for the next.
+        if (pending) finish_pending();
+        machine.wait_values(v_clock.stage, v_clock.parity);
+        machine.release_values(v_clock.stage);
+        advance<kStages>(v_clock);
+      } else if (!pending) {
+        machine.issue_scores(k_clock.stage);
+        machine.pass_turn();
+        machine.template finish_scores<0>();
+        machine.release_keys(k_clock.stage);
+        advance<kStages>(k_clock);
+        machine.softmax(entry);
+        machine.rescale_output();
+        machine.pack_weights();
+        pending = true;
+      } else {
+        machine.issue_scores(k_clock.stage);
+        machine.wait_values(v_clock.stage, v_clock.parity);
+        machine.issue_output(v_clock.stage);
+        machine.pass_turn();
+        machine.template finish_scores<1>();
+        machine.release_keys(k_clock.stage);
+        advance<kStages>(k_clock);
+        machine.softmax(entry);
+        machine.finish_output();
+        machine.release_values(v_clock.stage);
+        advance<kStages>(v_clock);
+        machine.rescale_output();
+        machine.pack_weights();
+      }
     }
-    machine.release_queries();
-    machine.wait_values(v_clock.stage, v_clock.parity);
-    machine.issue_output(v_clock.stage);
-    machine.finish_output();
-    machine.release_values(v_clock.stage);
-    advance<kStages>(v_clock);
+    machine.release_queries(q_clock.stage);
+    advance<kQueryStages>(q_clock);
+    if (pending) finish_pending();
     machine.store();
   }
   if (consumer == 0) machine.take_turn();  // the turn that consumer 1 passed last: barriers end as they began

@@ -12,6 +12,7 @@
 #include "block_sparse_attention/launch_sm90.h"
 #include "block_sparse_attention/layouts_sm90.h"
 #include "block_sparse_attention/tile_loop_sm90.h"
+#include "common/allow_shared.h"
 #include "common/sm90/device.h"
 
 namespace arcore::block_sparse_attention::sm90 {
@@ -69,6 +70,17 @@ template <int kInFlight>
 __device__ __forceinline__ void wait_products() {
   __syncwarp();
   cute::warpgroup_wait<kInFlight>();
+}
+
+// Keeps a wait behind the arithmetic that `value` comes from: ptxas moves wgmma.wait_group ahead of what does
+// not use the product, and then the exponentials run behind the product that they are there to hide. It does
+// not move it over a loop, which this is as far as it can tell: `value` is never below -1.
+__device__ __forceinline__ void hold_until(float value) {
+#pragma unroll 1
+  while (__any_sync(0xffffffffu, value < -1.0f)) {
+    __nanosleep(20);
+    value += 1.0f;
+  }
 }
 
 // Issues C += A B (or C = A B); the caller waits.

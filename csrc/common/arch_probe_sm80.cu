@@ -27,4 +27,19 @@ int cuda_arch_probe() {
   return error == cudaSuccess ? arch : -static_cast<int>(error);
 }
 
+// Whether all work before the cudaEvent_t has ended: 1, 0, or minus the CUDA error. A capture that is under
+// way on this thread forbids the question unless the thread's mode is relaxed; asking records nothing.
+int cuda_event_done(void* event) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return -static_cast<int>(error);
+  const cudaError_t answer = cudaEventQuery(static_cast<cudaEvent_t>(event));
+  error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (answer != cudaSuccess)
+    (void)cudaGetLastError();  // not ready is an answer, not a failure to report later
+  if (error != cudaSuccess) return -static_cast<int>(error);
+  if (answer == cudaErrorNotReady) return 0;
+  return answer == cudaSuccess ? 1 : -static_cast<int>(answer);
+}
+
 }  // namespace arcore::machine

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/launch_errors.h"
 
 #if defined(ARCORE_CUDA_HOST)
 #define ARCORE_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(arcore_cuda_host, CPU, m)
@@ -76,6 +77,13 @@ inline int multiprocessors() {
 inline std::string launch_error(int error, const char* name, int capability, const char* built_archs) {
   constexpr int kNoKernelImage = 209,
                 kUnsupportedPtx = 222;  // cudaErrorNoKernelImageForDevice, ...UnsupportedPtxVersion
+  if (error == kGridTooLarge)
+    return "expected work of at most " + std::to_string(kMostBlocks) +
+           " blocks, which is what one launch holds, but got more; split the call along its batch";
+  if (error == kSharedTooLarge)
+    return "expected a GPU with more shared memory per block than this one of compute capability " +
+           std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+           " has for the sizes of this call; make them smaller or move the tensors to the CPU";
   const std::string arch = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   if (error == kNoKernelImage || error == kUnsupportedPtx) {
     if (capability < 80)

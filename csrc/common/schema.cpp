@@ -18,7 +18,9 @@
 namespace arcore::machine {
 
 #if defined(ARCORE_WITH_CUDA)
-int cuda_arch_probe();  // arch_probe_sm80.cu
+// arch_probe_sm80.cu
+int cuda_arch_probe();
+int cuda_event_done(void* event);
 #endif
 
 ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
@@ -108,6 +110,12 @@ int64_t probe_arch() {
   check_launch("cuda_arch_probe", result > 0 ? 0 : -result);
   return result;
 }
+
+bool event_done(int64_t event) {
+  const int result = cuda_event_done(reinterpret_cast<void*>(event));
+  check_launch("cuda_event_done", result >= 0 ? 0 : -result);
+  return result == 1;
+}
 #endif
 
 }  // namespace
@@ -126,6 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("inverse_cdf(Tensor probs, Tensor bits) -> Tensor");
 #if defined(ARCORE_WITH_CUDA)
   m.def("cuda_arch_probe() -> int");
+  m.def("cuda_event_done(int event) -> bool");
 #endif
 }
 
@@ -140,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("run_exp", TORCH_BOX(&arcore::machine::run_exp));
 #if defined(ARCORE_WITH_CUDA)
   m.impl("cuda_arch_probe", TORCH_BOX(&arcore::machine::probe_arch));
+  m.impl("cuda_event_done", TORCH_BOX(&arcore::machine::event_done));
 #endif
 }
 

@@ -139,8 +139,7 @@ ARCORE_KERNEL backward_rows(ARCORE_KERNEL_ARGS BackwardArgs args) {
   const double grad_entropy = value_or_zero(args.grad_entropy, row);
   const bool unused = grad_logp == 0.0 && grad_lse == 0.0 && grad_entropy == 0.0;
   if (p.target[row] == p.ignore_index || s.sum == 0.0 || unused) {
-    for (int64_t column = thread_index(); column < p.columns; column += kRowThreads)
-      grad[column] = from_float<T>(0.0f);
+    clear_columns(grad, p.columns);
     if (thread_index() == 0 && args.grad_temperature != nullptr) args.grad_temperature[row] = 0.0f;
     return;
   }
@@ -156,7 +155,7 @@ ARCORE_KERNEL backward_rows(ARCORE_KERNEL_ARGS BackwardArgs args) {
   const int64_t target = p.target[row] - p.first_column;
   const bool own = grad_logp != 0.0 && target >= 0 && target < p.columns;
   float moment = 0.0f;
-  for_each_column(logits, 0, p.columns, [&](int64_t column, float x) {
+  transform_columns(logits, grad, p.columns, [&](int64_t column, float x) {
     const float y = view.y(column, x);
     const float d = (y - shift) * over_temperature, bounded = d < kExpIsZero ? kExpIsZero : d;
     float out = expf(d) * fmaf(-slope, bounded, constant);
@@ -165,14 +164,13 @@ ARCORE_KERNEL backward_rows(ARCORE_KERNEL_ARGS BackwardArgs args) {
       const float ratio = fmaxf(-1.0f, y * inverse_cap);
       out *= fmaf(-ratio, ratio, 1.0f);
     }
-    if (!own || column != target) grad[column] = from_float<T>(out);
+    return out;
   });
   double target_share = 0.0;
   if (own) {
     const double logp = log_prob(s, inverse_temperature), ratio = s.target * static_cast<double>(inverse_cap);
     const double dz = exp(logp) * (level - grad_entropy * logp) + grad_logp;
-    // The gradient may lie where the logits do, whose target another thread has to read first.
-    sync_threads();
+    sync_threads();  // another thread has written there
     if (thread_index() == 0)
       grad[target] = from_float<T>(static_cast<float>(dz * inverse_temperature * (1.0 - ratio * ratio)));
     target_share = grad_logp * (s.target - s.max) * inverse_temperature;

@@ -39,7 +39,7 @@ def pointer(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def plan_of(allowed: Tensor, tile_rows: int, tile_columns: int) -> Tensor:
+def plan_of(allowed: Tensor, tile_rows: int, tile_columns: int, halves: bool = False) -> Tensor:
     """The tile plan of a dense mask [Bm, Hm, rows, columns], in the layout of interval_tile_plan."""
     batch, heads, m, n = allowed.shape
     rows, columns = -(-m // tile_rows), -(-n // tile_columns)
@@ -52,8 +52,12 @@ def plan_of(allowed: Tensor, tile_rows: int, tile_columns: int) -> Tensor:
                 for c in range(columns):
                     i, j = r * tile_rows, c * tile_columns
                     tile = allowed[b, h, i : i + tile_rows, j : j + tile_columns]
-                    if tile.any():
-                        entries.append(c << 1 | int(tile.all()))
+                    if not tile.any():
+                        continue
+                    seen = [bool(half.any()) for half in tile.split(tile_rows // 2)] if halves else [True]
+                    entries.append(c << (3 if halves else 1) | int(tile.all()))
+                    if halves:
+                        entries[-1] |= sum(int(s) << (1 + i) for i, s in enumerate(seen))
                 plan[b, h, r, 0] = len(entries)
                 plan[b, h, r, 2 : 2 + len(entries)] = torch.tensor(entries, dtype=torch.int32)
                 counts.append(len(entries))

@@ -26,6 +26,7 @@ struct Call {
   TilePlan by_query, by_key;
   const float* delta;
   int64_t section;
+  float scale_log2e;
   bool half;
   Mistake mistake;
   std::vector<int> done;
@@ -36,13 +37,17 @@ struct Block {
   static constexpr int kStages = gradient_stages(kDim);
   Call& call;
   Fibers& fibers;
-  Buffer own[2];
+  std::vector<Buffer> own[2];
   std::vector<Buffer> other[2];
   // Loads of the numbers of queries, as Buffer::loads.
   std::vector<Buffer> shift, delta;
-  Barrier own_full{1}, own_empty{kConsumerWarps};
-  std::vector<Barrier> other_full, other_empty;
-  WorkItem work{};
+  std::vector<Barrier> own_full, own_empty, other_full, other_empty;
+  std::vector<WorkItem> work{kOwnStages};
+  std::vector<int64_t> units;  // those of this block, in their order
+  // From one producer to the other, where both walk the tiles.
+  int64_t unit[2] = {-1, -1};
+  int at_barrier = 0;
+  uint64_t barriers = 0;
   std::vector<OtherTile> tile;
 
   Block(Call& c, Fibers& f)
@@ -50,11 +55,15 @@ struct Block {
         fibers(f),
         shift(kStages),
         delta(kStages),
+        own_full(kOwnStages, Barrier(1)),
+        own_empty(kOwnStages, Barrier(kConsumerWarps)),
         other_full(kStages, Barrier(kByKey ? 2 : 1)),
         other_empty(kStages, Barrier(kConsumerWarps)),
         tile(kStages) {
     for (int which = 0; which < 2; ++which) {
-      own[which].data.assign(kOwnRows * kDim, kNaN);
+      own[which].resize(kOwnStages);
+      for (Buffer& b : own[which])
+        b.data.assign(kOwnRows * kDim, kNaN);
       other[which].resize(kStages);
       for (Buffer& b : other[which])
         b.data.assign(kOtherRows * kDim, kNaN);
@@ -66,6 +75,16 @@ struct Block {
 
   void wait(const Barrier& barrier, uint32_t parity) {
     fibers.wait([&barrier, parity] { return barrier.passed(parity); });
+  }
+  // The named barrier of the two producers.
+  void meet_producer() {
+    const uint64_t before = barriers;
+    if (++at_barrier == 2) {
+      at_barrier = 0;
+      ++barriers;
+      return;
+    }
+    fibers.wait([this, before] { return barriers != before; });
   }
   const Tensor4& tensor(bool keys, int which) const {
     const BackwardArgs& a = call.args;
@@ -79,24 +98,37 @@ struct Block {
 template <int kDim, bool kByKey>
 struct TileProducer {
   Block<kDim, kByKey>& b;
+  size_t next = 0;
 
-  void wait_own_empty(uint32_t parity) {
+  int64_t next_unit() {
     b.fibers.maybe_switch();
-    if (b.call.mistake != kNoEmptyOwn) b.wait(b.own_empty, parity);
+    const int64_t unit = next < b.units.size() ? b.units[next] : std::numeric_limits<int64_t>::max();
+    if constexpr (kByKey) {
+      b.unit[next % 2] = unit;
+      b.fibers.maybe_switch();
+      b.meet_producer();
+    }
+    ++next;
+    return unit;
+  }
+  void wait_own_empty(int stage, uint32_t parity) {
+    b.fibers.maybe_switch();
+    if (b.call.mistake != kNoEmptyOwn) b.wait(b.own_empty[static_cast<size_t>(stage)], parity);
   }
   void wait_other_empty(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
     if (b.call.mistake != kNoEmptyOther) b.wait(b.other_empty[static_cast<size_t>(stage)], parity);
   }
-  void load_own(const WorkItem& work) {
-    b.work = work;
+  void load_own(int stage, const WorkItem& work) {
+    const auto s = static_cast<size_t>(stage);
+    b.work[s] = work;
     if (work.count == 0) {
-      b.own_full.arrive();
+      b.own_full[s].arrive();
       return;
     }
-    b.own_full.arrive_expecting(2 * kOwnRows * kDim * 2);
+    b.own_full[s].arrive_expecting(2 * kOwnRows * kDim * 2);
     for (int which = 0; which < 2; ++which)
-      start_copy(b.fibers, b.own[which], b.own_full, b.tensor(kByKey, which), b.map(kByKey, which),
+      start_copy(b.fibers, b.own[which][s], b.own_full[s], b.tensor(kByKey, which), b.map(kByKey, which),
                  work.batch, work.head, int64_t{work.tile} * kOwnRows, kOwnRows, kDim);
   }
   void load_other(int stage, const WorkItem& work, const OtherTile& tile) {
@@ -115,9 +147,15 @@ struct TileProducer {
 template <int kDim>
 struct NumbersProducer {
   Block<kDim, true>& b;
+  size_t turn = 0;
 
-  void wait_own_empty(uint32_t) {}
-  void load_own(const WorkItem&) {}
+  int64_t next_unit() {
+    b.meet_producer();
+    b.fibers.maybe_switch();
+    return b.unit[turn++ % 2];
+  }
+  void wait_own_empty(int, uint32_t) {}
+  void load_own(int, const WorkItem&) {}
   void wait_other_empty(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
     if (b.call.mistake != kNoEmptyNumbers) b.wait(b.other_empty[static_cast<size_t>(stage)], parity);
@@ -160,36 +198,38 @@ struct Consumer {
   std::vector<Thread> threads{kThreads};
   std::vector<Product> in_flight{};
   WorkItem work{};
+  size_t own_stage = 0;
 
   void release(Barrier& barrier) {
     b.fibers.maybe_switch();
     barrier.arrive(kConsumerWarps / kConsumers);
   }
-  void release_own() {
+  void release_own(int stage) {
     require_idle(kFirst), require_idle(kSecond);
-    release(b.own_empty);
+    release(b.own_empty[static_cast<size_t>(stage)]);
   }
   void release_other(int stage) {
     if (b.call.mistake == kForgetsRelease && consumer == 1) return;
     if (b.call.mistake == kEarlyRelease && consumer == 0) return;
     release(b.other_empty[static_cast<size_t>(stage)]);
   }
-  void wait_own(uint32_t parity) {
+  void wait_own(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
-    b.wait(b.own_full, parity);
+    b.wait(b.own_full[static_cast<size_t>(stage)], parity);
   }
   void wait_other(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
     if (b.call.mistake != kNoFullOther) b.wait(b.other_full[static_cast<size_t>(stage)], parity);
   }
-  WorkItem announced() { return b.work; }
+  WorkItem announced(int stage) { return b.work[static_cast<size_t>(stage)]; }
   OtherTile other(int stage) { return b.tile[static_cast<size_t>(stage)]; }
   void require_idle(Kind kind) {
     for (const Product& p : in_flight)
       if (p.kind == kind) b.fibers.fail("registers used under a product");
   }
 
-  void begin(const WorkItem& item) {
+  void begin(const WorkItem& item, int stage) {
+    own_stage = static_cast<size_t>(stage);
     const Problem& p = b.call.args.problem;
     if (!in_flight.empty()) b.fibers.fail("a unit begins under a product");
     work = item;
@@ -223,9 +263,9 @@ struct Consumer {
   void issue(Kind kind, int which, int stage) {
     const auto s = static_cast<size_t>(stage);
     const bool pairs = kind == kFirst || kind == kSecond;
-    if (!b.other[which][s].arrived || (pairs && !b.own[which].arrived))
+    if (!b.other[which][s].arrived || (pairs && !b.own[which][own_stage].arrived))
       b.fibers.fail("a product issued before its operands arrived");
-    in_flight.push_back({kind, s, b.other[which][s].loads, pairs ? b.own[which].loads : 0});
+    in_flight.push_back({kind, s, b.other[which][s].loads, pairs ? b.own[which][own_stage].loads : 0});
     if (kind == kFirst && b.call.mistake == kEarlyRelease && consumer == 0) release(b.other_empty[s]);
     b.fibers.maybe_switch();
   }
@@ -244,10 +284,10 @@ struct Consumer {
       in_flight.erase(in_flight.begin());
       const bool pairs = p.kind == kFirst || p.kind == kSecond;
       const int which = p.kind == kFirst || p.kind == kGradients ? 0 : 1;
-      if (b.other[which][p.stage].loads != p.loads || (pairs && b.own[which].loads != p.own_loads))
+      if (b.other[which][p.stage].loads != p.loads || (pairs && b.own[which][own_stage].loads != p.own_loads))
         b.fibers.fail("a buffer was written while a product read it");
       if (pairs)
-        multiply_pairs(b.own[which], b.other[which][p.stage], p.kind);
+        multiply_pairs(b.own[which][own_stage], b.other[which][p.stage], p.kind);
       else
         multiply_columns(b.other[which][p.stage], p.kind);
     }
@@ -296,7 +336,7 @@ struct Consumer {
       for (int i = 0; i < kPairs; ++i) {
         const float by = kByKey ? b.shift[s].data[static_cast<size_t>(fragment_column(t, i))]
                                 : thread.shift[fragment_half(i)];
-        const float weight = gradient_weight(thread.first[i], b.call.args.problem.scale, by);
+        const float weight = gradient_weight(thread.first[i], b.call.scale_log2e, by);
         thread.first[i] = (thread.forbidden >> i & 1u) != 0 ? 0.0f : weight;
       }
     }
@@ -377,7 +417,7 @@ struct Consumer {
           grad_weight += grad_out[d] * v[d];
         }
         const int64_t number = (work.batch * p.heads + head) * p.nq + query;
-        const float weight = gradient_weight(score, p.scale, weight_shift(a.lse[number]));
+        const float weight = gradient_weight(score, b.call.scale_log2e, weight_shift(a.lse[number]));
         const float gradient = weight * (grad_weight - b.call.delta[number]);
         for (int64_t d = 0; d < p.dim; ++d) {
           by_gradient[static_cast<size_t>(d)] += gradient * (kByKey ? q : k)[d];
@@ -403,16 +443,18 @@ std::string run(Call& call, int64_t blocks, uint64_t seed) {
   const int64_t pairs = p.batch * (kByKey ? p.kv_heads : p.heads);
   const Schedule schedule{pairs, plan.rows, std::min(call.section, pairs)};
   call.done.assign(static_cast<size_t>(pairs * plan.rows), 0);
+  const auto shares = share_units(pairs * plan.rows, blocks, seed);
   for (int64_t block = 0; block < blocks; ++block) {
     Fibers fibers(seed + static_cast<uint64_t>(block));
     Block<kDim, kByKey> shared(call, fibers);
+    shared.units = shares[static_cast<size_t>(block)];
     TileProducer<kDim, kByKey> tiles{shared};
     Consumer<kDim, kByKey> first{shared, 0}, second{shared, 1};
-    fibers.add([&] { produce_gradient_units<kStages, kByKey>(tiles, p, plan, schedule, block, blocks); });
+    fibers.add([&] { produce_gradient_units<kStages, kByKey>(tiles, p, plan, schedule); });
     if constexpr (kByKey) {
       fibers.add([&] {
         NumbersProducer<kDim> numbers{shared};
-        produce_gradient_units<kStages, kByKey>(numbers, p, plan, schedule, block, blocks);
+        produce_gradient_units<kStages, kByKey>(numbers, p, plan, schedule);
       });
     }
     fibers.add([&] { consume_gradient_units<kStages, kByKey>(first); });
@@ -465,6 +507,7 @@ extern "C" void arcore_model_backward_sm90(const int64_t* shape, float scale, in
   a.lse = lse;
   call.delta = delta;
   call.section = section;
+  call.scale_log2e = static_cast<float>(static_cast<double>(scale) * 1.4426950408889634074);
   call.half = half != 0;
   call.mistake = static_cast<Mistake>(mistake);
   std::string failure = "unsupported strides";

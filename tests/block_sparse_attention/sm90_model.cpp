@@ -38,26 +38,30 @@ struct Block {
   static constexpr int kStages = stages(kDim);
   Call& call;
   Fibers& fibers;
-  Buffer q;
-  std::vector<Buffer> k, v;
-  Barrier q_full{1}, q_empty{kConsumerWarps};
-  std::vector<Barrier> k_full, k_empty, v_full, v_empty;
-  WorkItem work{};
+  std::vector<Buffer> q, k, v;
+  std::vector<Barrier> q_full, q_empty, k_full, k_empty, v_full, v_empty;
+  std::vector<WorkItem> work{kQueryStages};
   std::vector<int32_t> entries;
+  std::vector<int64_t> units;  // those of this block, in their order
+  size_t next = 0;
   int turn_arrivals[2] = {0, 0};
   uint64_t turns[2] = {0, 0};
 
   Block(Call& c, Fibers& f)
       : call(c),
         fibers(f),
+        q(kQueryStages),
         k(kStages),
         v(kStages),
+        q_full(kQueryStages, Barrier(1)),
+        q_empty(kQueryStages, Barrier(kConsumerWarps)),
         k_full(kStages, Barrier(1)),
         k_empty(kStages, Barrier(kConsumerWarps)),
         v_full(kStages, Barrier(1)),
         v_empty(kStages, Barrier(kConsumerWarps)),
         entries(kStages, -1) {
-    q.data.assign(kTileQ * kDim, kNaN);
+    for (Buffer& b : q)
+      b.data.assign(kTileQ * kDim, kNaN);
     for (auto* buffers : {&k, &v})
       for (Buffer& b : *buffers)
         b.data.assign(kTileK * kDim, kNaN);
@@ -93,9 +97,13 @@ struct ModelProducer {
     b.fibers.maybe_switch();
     if (b.call.mistake != kNoEmptyValues) b.wait(b.v_empty[static_cast<size_t>(stage)], parity);
   }
-  void wait_queries_empty(uint32_t parity) {
+  void wait_queries_empty(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
-    if (b.call.mistake != kNoEmptyQueries) b.wait(b.q_empty, parity);
+    if (b.call.mistake != kNoEmptyQueries) b.wait(b.q_empty[static_cast<size_t>(stage)], parity);
+  }
+  int64_t next_unit() {
+    b.fibers.maybe_switch();
+    return b.next < b.units.size() ? b.units[b.next++] : b.call.schedule.pairs * b.call.schedule.rows;
   }
   int64_t kv_head(const WorkItem& work) const {
     const Problem& p = b.call.args.problem;
@@ -105,20 +113,21 @@ struct ModelProducer {
     const auto s = static_cast<size_t>(stage);
     b.entries[s] = entry;
     b.copy(b.k[s], b.k_full[s], b.call.args.k, b.call.k_map, work.batch, kv_head(work),
-           int64_t{entry_tile(entry)} * kTileK);
+           int64_t{halved_tile(entry)} * kTileK);
   }
   void load_values(int stage, const WorkItem& work, int32_t entry) {
     const auto s = static_cast<size_t>(stage);
     b.copy(b.v[s], b.v_full[s], b.call.args.v, b.call.v_map, work.batch, kv_head(work),
-           int64_t{entry_tile(entry)} * kTileK);
+           int64_t{halved_tile(entry)} * kTileK);
   }
-  void load_queries(const WorkItem& work) {
-    b.work = work;
+  void load_queries(int stage, const WorkItem& work) {
+    const auto s = static_cast<size_t>(stage);
+    b.work[s] = work;
     if (work.count == 0) {
-      b.q_full.arrive();
+      b.q_full[s].arrive();
       return;
     }
-    b.copy(b.q, b.q_full, b.call.args.q, b.call.q_map, work.batch, work.head, int64_t{work.tile} * kTileQ);
+    b.copy(b.q[s], b.q_full[s], b.call.args.q, b.call.q_map, work.batch, work.head, int64_t{work.tile} * kTileQ);
   }
 };
 
@@ -143,14 +152,15 @@ struct ModelConsumer {
   std::vector<Thread> threads{kThreads};
   std::vector<Product> in_flight{};
   WorkItem work{};
+  size_t q_stage = 0;
 
   void release(Barrier& barrier) {
     b.fibers.maybe_switch();
     barrier.arrive(kConsumerWarps / kConsumers);
   }
-  void release_queries() {
+  void release_queries(int stage) {
     require_idle(true, "queries released under a product");
-    release(b.q_empty);
+    release(b.q_empty[static_cast<size_t>(stage)]);
   }
   void release_keys(int stage) {
     if (b.call.mistake != kEarlyRelease || consumer != 0) release(b.k_empty[static_cast<size_t>(stage)]);
@@ -158,9 +168,9 @@ struct ModelConsumer {
   void release_values(int stage) {
     if (b.call.mistake != kForgetsRelease || consumer != 1) release(b.v_empty[static_cast<size_t>(stage)]);
   }
-  void wait_queries(uint32_t parity) {
+  void wait_queries(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
-    b.wait(b.q_full, parity);
+    b.wait(b.q_full[static_cast<size_t>(stage)], parity);
   }
   void wait_keys(int stage, uint32_t parity) {
     b.fibers.maybe_switch();
@@ -176,7 +186,7 @@ struct ModelConsumer {
     b.fibers.wait([this, turn] { return b.turns[consumer] != turn; });
   }
   void pass_turn() { b.arrive_turn(1 - consumer); }
-  WorkItem announced() { return b.work; }
+  WorkItem announced(int stage) { return b.work[static_cast<size_t>(stage)]; }
   int32_t entry(int stage) { return b.entries[static_cast<size_t>(stage)]; }
 
   // No product that uses the registers of scores, or of weights and output, may be in flight.
@@ -185,7 +195,8 @@ struct ModelConsumer {
       if (p.scores == scores) b.fibers.fail(what);
   }
 
-  void begin(const WorkItem& item) {
+  void begin(const WorkItem& item, int stage) {
+    q_stage = static_cast<size_t>(stage);
     require_idle(true, "a unit begins under a product");
     require_idle(false, "a unit begins under a product");
     const Problem& p = b.call.args.problem;
@@ -207,8 +218,9 @@ struct ModelConsumer {
 
   void issue_scores(int stage) {
     const auto s = static_cast<size_t>(stage);
-    if (!b.k[s].arrived || !b.q.arrived) b.fibers.fail("scores issued before keys or queries arrived");
-    in_flight.push_back({true, s, b.k[s].loads, b.q.loads});
+    if (!b.k[s].arrived || !b.q[q_stage].arrived)
+      b.fibers.fail("scores issued before keys or queries arrived");
+    in_flight.push_back({true, s, b.k[s].loads, b.q[q_stage].loads});
     if (b.call.mistake == kEarlyRelease && consumer == 0) release(b.k_empty[s]);
     b.fibers.maybe_switch();
   }
@@ -230,7 +242,7 @@ struct ModelConsumer {
       const Product p = in_flight.front();
       in_flight.erase(in_flight.begin());
       const Buffer& buffer = p.scores ? b.k[p.stage] : b.v[p.stage];
-      if (buffer.loads != p.loads || (p.scores && b.q.loads != p.query_loads))
+      if (buffer.loads != p.loads || (p.scores && b.q[q_stage].loads != p.query_loads))
         b.fibers.fail("a buffer was written while a product read it");
       if (p.scores)
         multiply_scores(buffer);
@@ -243,7 +255,7 @@ struct ModelConsumer {
       Thread& thread = threads[static_cast<size_t>(t)];
       for (int i = 0; i < kScores; ++i) {
         const int row = consumer * kConsumerRows + fragment_row(t) + 8 * fragment_half(i);
-        const float *x = &b.q.data[static_cast<size_t>(row * kDim)],
+        const float *x = &b.q[q_stage].data[static_cast<size_t>(row * kDim)],
                     *y = &keys.data[static_cast<size_t>(fragment_column(t, i) * kDim)];
         float total = 0.0f;
         for (int d = 0; d < kDim; ++d)
@@ -271,7 +283,7 @@ struct ModelConsumer {
   void softmax(int32_t entry) {
     require_idle(true, "scores read under a product");
     const Problem& p = b.call.args.problem;
-    const int32_t first_key = entry_tile(entry) * kTileK, nk = static_cast<int32_t>(p.nk);
+    const int32_t first_key = halved_tile(entry) * kTileK, nk = static_cast<int32_t>(p.nk);
     const bool masked = !entry_full(entry) || first_key + kTileK > nk;
     for (int t = 0; t < kThreads && masked && b.call.mistake != kUnmaskedTile; ++t) {
       Thread& thread = threads[static_cast<size_t>(t)];
@@ -288,14 +300,16 @@ struct ModelConsumer {
         for (int t = quad; t < quad + 4; ++t) {
           Thread& thread = threads[static_cast<size_t>(t)];
           thread.rescale[half] =
-              softmax_weight(thread.largest[half], softmax_shift(largest), b.call.scale_log2e);
+              softmax_rescale(thread.largest[half], softmax_shift(thread.largest[half], b.call.scale_log2e),
+                              softmax_shift(largest, b.call.scale_log2e));
           thread.largest[half] = largest;
           thread.sum[half] *= thread.rescale[half];
         }
       }
     }
     for (Thread& thread : threads) {
-      const float shift[2] = {softmax_shift(thread.largest[0]), softmax_shift(thread.largest[1])};
+      const float shift[2] = {softmax_shift(thread.largest[0], b.call.scale_log2e),
+                              softmax_shift(thread.largest[1], b.call.scale_log2e)};
       weigh_scores<kScores>(thread.scores, shift, b.call.scale_log2e, thread.sum);
     }
   }
@@ -330,7 +344,8 @@ struct ModelConsumer {
           sum += lanes[t].sum[half];
         if (row >= p.nq) continue;
         const float largest = lanes[0].largest[half];
-        b.call.args.lse[(work.batch * p.heads + work.head) * p.nq + row] = row_lse(largest, sum, p.scale);
+        b.call.args.lse[(work.batch * p.heads + work.head) * p.nq + row] =
+            row_lse(softmax_shift(largest, b.call.scale_log2e), sum);
         store_row(lanes, half, row, sum);
         bool finite = true;
         for (int t = 0; t < 4; ++t)
@@ -390,7 +405,8 @@ struct ModelConsumer {
       float score = 0.0f;
       for (int64_t d = 0; d < p.dim; ++d)
         score += at(args.q, work.head, row)[d] * at(args.k, kv_head, key)[d];
-      const float weight = softmax_weight(score, softmax_shift(largest), b.call.scale_log2e);
+      const float weight =
+          softmax_weight(score, softmax_shift(largest, b.call.scale_log2e), b.call.scale_log2e);
       for (int64_t d = 0; d < p.dim; ++d)
         total[static_cast<size_t>(d)] += weight * at(args.v, kv_head, key)[d];
     }
@@ -402,13 +418,15 @@ struct ModelConsumer {
 
 template <int kDim>
 std::string run(Call& call, int64_t blocks, uint64_t seed) {
+  const auto shares = share_units(call.schedule.pairs * call.schedule.rows, blocks, seed);
   for (int64_t block = 0; block < blocks; ++block) {
     Fibers fibers(seed + static_cast<uint64_t>(block));
     Block<kDim> shared(call, fibers);
+    shared.units = shares[static_cast<size_t>(block)];
     ModelProducer<kDim> producer{shared};
     ModelConsumer<kDim> first{shared, 0}, second{shared, 1};
     fibers.add([&] {
-      produce_units<stages(kDim)>(producer, call.args.problem, call.plan, call.schedule, block, blocks);
+      produce_units<stages(kDim)>(producer, call.args.problem, call.plan, call.schedule);
     });
     fibers.add([&] { consume_units<stages(kDim)>(first, 0); });
     fibers.add([&] { consume_units<stages(kDim)>(second, 1); });

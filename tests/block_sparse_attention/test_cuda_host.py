@@ -151,6 +151,16 @@ def test_split_keys_of_a_cached_step(host: CudaHost) -> None:
     assert host.statistics()["blocks"] == 3  # the last launch combines, four rows per block
 
 
+@pytest.mark.parametrize(("nq", "nk"), [(9, 700), (130, 1100), (150, 150)])
+def test_what_else_is_in_the_batch_changes_no_bit(host: CudaHost, nq: int, nk: int) -> None:
+    q, k, v = tensors((5, 4, 2, nq, nk, 64), torch.bfloat16)
+    mask = masks.full(nq, nk)
+    together = block_sparse_attention(q, k, v, mask, return_lse=True)
+    alone = block_sparse_attention(q[3:4, :2], k[3:4, :1], v[3:4, :1], mask, return_lse=True)
+    assert torch.equal(together[0][3:4, :2], alone[0])
+    assert torch.equal(together[1][3:4, :2], alone[1])
+
+
 def test_rows_that_see_nothing(host: CudaHost) -> None:
     allowed = torch.zeros(5, 70, dtype=torch.bool)
     allowed[1, 3:9] = allowed[3] = True
@@ -297,6 +307,22 @@ def test_plan(host: CudaHost, name: str, by_key: bool) -> None:
     mask = MASKS[name]()
     plan = torch.ops.arcore.interval_tile_plan(mask.bounds, mask.key_bounds, mask.nk, 16, 8, by_key)
     check_plan(plan, plan_by_rule(mask, 16, 8, by_key))
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_plan_with_halves(host: CudaHost, name: str, by_key: bool) -> None:
+    mask = MASKS[name]()
+    plan = torch.ops.arcore.interval_tile_plan(mask.bounds, mask.key_bounds, mask.nk, 16, 16, by_key, True)
+    allowed = mask.to_bool().flatten(0, 1)
+    for grid, rows in zip(allowed, plan.flatten(0, 1).tolist(), strict=True):
+        for r, strip in enumerate((grid.T if by_key else grid).split(16, 0)):
+            wanted = []
+            for c, tile in enumerate(strip.split(16, 1)):
+                seen = [int(tile[:8].any()), int(tile[8:].any())]
+                if any(seen):
+                    wanted.append(c << 3 | seen[1] << 2 | seen[0] << 1 | int(tile.all()))
+            assert rows[r][2 : 2 + rows[r][0]] == wanted
 
 
 def check_plan(plan: Tensor, wanted: list[list[list[int]]]) -> None:

@@ -130,6 +130,9 @@ CASES = {
     "causal_grouped_heads": lambda: Case(causal(200), heads=4, kv_heads=2, batch=2),
     "many_tiles": lambda: Case(full(70, 700)),
     "many_query_tiles": lambda: Case(full(700, 70)),
+    # All rings wrap: more tiles than buffers, three units a block and more.
+    "many_tiles_dim_72": lambda: Case(full(420, 600), dim=72, heads=2),
+    "many_tiles_dim_128": lambda: Case(full(420, 600), dim=128, heads=2, kv_heads=2),
     "one_query_one_key": lambda: Case(full(1, 1)),
     "ragged": lambda: Case(full(129, 127), dim=128),
     "dim_72": lambda: Case(causal(140), dim=72, dtype=torch.float16),
@@ -199,13 +202,15 @@ def test_rows_without_keys_have_no_gradient(model: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_model_finds_planted_mistakes(model: ctypes.CDLL, name: str) -> None:
-    case = Case(full(700, 700))
+    # Long units wrap the rings of tiles, many short ones those of units.
     found = 0
-    for seed in range(5):
-        try:
-            case.run(model, blocks=1, seed=seed, mistake=MISTAKES[name])
-        except RuntimeError:
-            found += 1
+    for mask in (full(700, 700), full(1500, 60), full(60, 1500)):
+        case = Case(mask)
+        for seed in range(4):
+            try:
+                case.check(case.run(model, blocks=1, seed=seed, mistake=MISTAKES[name]))
+            except (RuntimeError, AssertionError):
+                found += 1
     assert found > 0
 
 

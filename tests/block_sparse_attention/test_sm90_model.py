@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcore.masks import IntervalMask, causal, full, next_scale, next_scale_markov, skip_causal
+from arcore.masks import IntervalMask, causal, documents, full, next_scale, next_scale_markov, skip_causal
 from tests.block_sparse_attention.cases import random_mask
 from tests.block_sparse_attention.sm90 import build_model, plan_of, pointer
 
@@ -31,6 +31,16 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not
 @pytest.fixture(scope="module")
 def model() -> ctypes.CDLL:
     return build_model("sm90_model.cpp")
+
+
+def halves_of_long_rows() -> IntervalMask:
+    """Each half of a query tile sees stretches of many key tiles that the other does not see."""
+    bounds = torch.zeros(1, 1, 256, 4, dtype=torch.int32)
+    bounds[0, 0, :64] = torch.tensor([0, 100, 900, 1000])
+    bounds[0, 0, 64:128] = torch.tensor([80, 500, 500, 900])
+    bounds[0, 0, 128:192] = torch.tensor([0, 0, 1000, 1100])
+    bounds[0, 0, 192:] = torch.tensor([300, 700, 850, 860])
+    return IntervalMask(bounds, 1100)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -85,7 +95,7 @@ class Case:
         key_batch = 1 if self.key_bounds is None else self.key_bounds.shape[0]
         shape = [batch, heads, self.k.shape[1], self.nq, self.nk, dim, self.bounds.shape[3] // 2]
         shape += [self.bounds.shape[0], self.bounds.shape[1], key_batch]
-        plan = plan_of(self.allowed, 128, 128)
+        plan = plan_of(self.allowed, 128, 128, halves=True)
         out = torch.full_like(self.q, math.nan)
         lse = torch.full((batch, heads, self.nq), math.nan)
         message = ctypes.create_string_buffer(256)
@@ -124,7 +134,13 @@ CASES = {
     "markov_two_heads": lambda: Case(next_scale_markov((1, 3, 5, 8, 12)), heads=2, kv_heads=2),
     "skip_causal_full_tiles": lambda: Case(skip_causal(2, 128), heads=2, dtype=torch.float16),
     "causal_grouped_heads": lambda: Case(causal(300), heads=4, kv_heads=2, batch=2),
+    # More key tiles than any ring has buffers, and three units a block and more: all rings wrap.
     "many_tiles": lambda: Case(full(70, 1100)),
+    "many_tiles_dim_72": lambda: Case(full(300, 1180), dim=72, heads=2),
+    "many_tiles_dim_128": lambda: Case(full(300, 1180), dim=128, heads=2, kv_heads=2),
+    # Consumers pass over tiles that the other one needs: between, before and behind their own.
+    "halves_apart": lambda: Case(documents([64] * 7, causal=False)),
+    "halves_of_long_rows": lambda: Case(halves_of_long_rows(), dim=128, heads=2),
     "one_query_one_key": lambda: Case(full(1, 1)),
     "ragged": lambda: Case(full(129, 127), dim=128),
     "dim_72": lambda: Case(causal(140), dim=72, dtype=torch.float16),
@@ -217,13 +233,15 @@ def test_bounds_may_overlap_and_leave_the_tensor(model: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_model_finds_planted_mistakes(model: ctypes.CDLL, name: str) -> None:
-    case = Case(full(300, 1500))
+    # Long units wrap the rings of tiles, many short ones those of units.
     found = 0
-    for seed in range(5):
-        try:
-            case.run(model, blocks=1, seed=seed, mistake=MISTAKES[name])
-        except RuntimeError:
-            found += 1
+    for mask in (full(130, 1300), full(1500, 120)):
+        case = Case(mask)
+        for seed in range(10):
+            try:
+                case.check(*case.run(model, blocks=1, seed=seed, mistake=MISTAKES[name]))
+            except (RuntimeError, AssertionError):
+                found += 1
     assert found > 0
 
 

@@ -55,6 +55,10 @@ void wait_copies(int pending);
 // Stops the launch, which throws this message with the thread and the place.
 [[noreturn]] void fail(const char* message, const Where& where);
 
+// load_readonly of what store_global writes in the same launch, by whatever thread, is an error.
+void note_readonly(const void* p, size_t bytes, const Where& where);
+void note_store(const void* p, size_t bytes, const Where& where);
+
 void check_shared(const void* p, size_t bytes, const char* what, const Where& where);
 void count_matrix_product();
 void count_bank_conflicts(int conflicts);
@@ -303,11 +307,13 @@ template <typename T>
 T load_readonly(const T* p, Where where = Where::current()) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   cuda_host::check_aligned(p, where);
+  cuda_host::note_readonly(p, sizeof(T), where);
   return *p;
 }
 template <typename T>
 void store_global(T* p, T value, Where where = Where::current()) {
   cuda_host::check_aligned(p, where);
+  cuda_host::note_store(p, sizeof(T), where);
   *p = value;
 }
 template <typename T>

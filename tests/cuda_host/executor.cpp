@@ -113,6 +113,59 @@ struct Random {
   int below(int n) { return static_cast<int>(next() % static_cast<uint64_t>(n)); }
 };
 
+// Which bytes of global memory load_readonly has read and store_global has written: a hash table of pieces of
+// 32 bytes with a bit per byte, that forgets all at the start of a launch.
+class Uses {
+ public:
+  void forget() {
+    ++launch_;
+    used_ = 0;
+  }
+  // Marks bytes [at, at + bytes) as read or written; whether one of them is marked as the other.
+  bool mark(uintptr_t at, size_t bytes, bool written) {
+    bool clash = false;
+    for (const uintptr_t end = at + bytes; at < end;) {
+      const uintptr_t piece = at / 32, until = std::min(end, (piece + 1) * 32);
+      const uint32_t bits =
+          static_cast<uint32_t>((uint64_t{1} << (until - piece * 32)) - (uint64_t{1} << at % 32));
+      Piece& p = find(piece);
+      p.bits[written] |= bits;
+      clash |= (p.bits[!written] & bits) != 0;
+      at = until;
+    }
+    return clash;
+  }
+
+ private:
+  struct Piece {
+    uintptr_t piece;
+    uint64_t launch;
+    uint32_t bits[2];
+  };
+  Piece& find(uintptr_t piece) {
+    if (2 * used_ >= pieces_.size()) grow();
+    for (size_t i = piece * 0x9e3779b97f4a7c15u >> 20;; ++i) {
+      Piece& p = pieces_[i & (pieces_.size() - 1)];
+      if (p.launch != launch_) {
+        ++used_;
+        return p = {piece, launch_, {0, 0}}, p;
+      }
+      if (p.piece == piece) return p;
+    }
+  }
+  void grow() {
+    std::vector<Piece> old(std::max<size_t>(1024, 4 * pieces_.size()));
+    old.swap(pieces_);
+    used_ = 0;
+    for (const Piece& p : old)
+      if (p.launch == launch_) find(p.piece) = p;
+  }
+
+  std::vector<Piece> pieces_;
+  uint64_t launch_ = 0;
+  size_t used_ = 0;
+};
+
 struct Executor {
   std::mutex mutex;
   uint64_t seed = 0;
@@ -133,6 +186,8 @@ struct Executor {
   size_t scheduler_size = 0;
   std::string error;
   sigjmp_buf fault;
+
+  Uses uses;
 
   unsigned char* stacks = nullptr;
   unsigned char* shared_map = nullptr;
@@ -365,6 +420,16 @@ void check_shared(const void* p, size_t bytes, const char* what, const Where& wh
   fail((std::string(what) + " outside the shared memory of the block").c_str(), where);
 }
 
+void note_readonly(const void* p, size_t bytes, const Where& where) {
+  if (executor.uses.mark(reinterpret_cast<uintptr_t>(p), bytes, false))
+    fail("load_readonly of what the launch has written", where);
+}
+
+void note_store(const void* p, size_t bytes, const Where& where) {
+  if (executor.uses.mark(reinterpret_cast<uintptr_t>(p), bytes, true))
+    fail("a store to what the launch reads by load_readonly", where);
+}
+
 void meet_warp(const char* what, const void* in, void* out, Combine combine, const Where& where) {
   Executor& e = executor;
   Thread& me = self();
@@ -491,6 +556,7 @@ int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int
   e.error.clear();
   e.random.state = e.seed;
   e.statistics = {};
+  e.uses.forget();
   e.index = {0, threads, {0, 0, 0}, {x, y, z}};
 
 #if !ARCORE_ASAN

@@ -35,6 +35,7 @@ enum Mistake {
   kIndexPastBuffer,
   kWarpIndexOfOneLane,
   kGroupBarrierOfHalfWarps,
+  kStoresReadonly,
 };
 
 // out[i] = in[n - 1 - i] in pieces of the block, twice through shared memory; n is a multiple of the block.
@@ -112,6 +113,10 @@ ARCORE_KERNEL misuse(ARCORE_KERNEL_ARGS Args args) {
         sync_group(1, 128);
       else
         sync_group(1, 128);
+      break;
+    case kStoresReadonly:
+      value = load_readonly(args.out + (thread + 32) % block_threads());
+      store_global(args.out + thread, value);
       break;
     case kExitedLane:
       if (lane == 31) return;

@@ -33,7 +33,8 @@ NONE = 0
     INDEX_PAST_BUFFER,
     WARP_INDEX_OF_ONE_LANE,
     GROUP_BARRIER_OF_HALF_WARPS,
-) = range(1, 19)
+    STORES_READONLY,
+) = range(1, 20)
 REVERSE, MISUSE, PRODUCT = range(3)
 
 Probe = Callable[..., str]
@@ -123,6 +124,7 @@ def test_the_same_seed_gives_the_same_order(probe: Probe) -> None:
         (MISALIGNED, "not a multiple of the size"),
         (EXITED_LANE, "wait for each other"),
         (WARP_INDEX_OF_ONE_LANE, "warp_index at "),
+        (STORES_READONLY, "load_readonly"),
         (GROUP_BARRIER_OF_HALF_WARPS, "lanes of a warp are at different places"),
     ],
 )
@@ -177,10 +179,11 @@ def test_matrix_product_and_bank_conflicts(probe: Probe, library: ctypes.CDLL, p
 
 
 @pytest.mark.parametrize(
-    ("blocks", "threads", "shared"), [(1, 48, 0), (1, 2048, 0), (1, 32, 300 * 1024), (1 << 40, 32, 0)]
+    ("blocks", "threads", "shared", "refusal"),
+    [(1, 48, 0, 1), (1, 2048, 0, 1), (1, 32, 300 * 1024, 1), (1 << 40, 32, 0, -2), (1 << 31, 32, 0, -2)],
 )
 def test_a_launch_that_no_gpu_takes_is_refused(
-    library: ctypes.CDLL, blocks: int, threads: int, shared: int
+    library: ctypes.CDLL, blocks: int, threads: int, shared: int, refusal: int
 ) -> None:
     message = ctypes.create_string_buffer(64)
     code = library.probe(
@@ -195,5 +198,5 @@ def test_a_launch_that_no_gpu_takes_is_refused(
         message,
         ctypes.c_int64(64),
     )
-    assert code == 1
+    assert code == refusal
     assert message.value == b""

@@ -11,6 +11,7 @@ from tests.cuda_host.build import HERE, build_library, unavailable
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 NO_KERNEL_IMAGE, UNSUPPORTED_PTX, INVALID_VALUE = 209, 222, 1
+GRID_TOO_LARGE, SHARED_TOO_LARGE = -2, -3
 
 
 def message(error: int, capability: int) -> str:
@@ -36,3 +37,16 @@ def test_a_gpu_that_is_too_old() -> None:
 
 def test_other_errors_keep_their_name() -> None:
     assert message(INVALID_VALUE, 90) == "the kernel could not be launched: cudaErrorName (CUDA error 1)"
+
+
+def test_work_that_no_grid_holds() -> None:
+    assert message(GRID_TOO_LARGE, 90) == (
+        "expected work of at most 2147483647 blocks, which is what one launch holds, but got more; "
+        "split the call along its batch"
+    )
+
+
+def test_too_little_shared_memory() -> None:
+    assert "more shared memory per block than this one of compute capability 8.6" in message(
+        SHARED_TOO_LARGE, 86
+    )

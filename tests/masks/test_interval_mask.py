@@ -458,3 +458,28 @@ def test_padding_in_attention_equals_shorter_sequences() -> None:
     out = reference_block_sparse_attention(q, k, v, masks.causal(6).with_padding([6, 4]))
     short = reference_block_sparse_attention(q[1:, :, :4], k[1:, :, :4], v[1:, :, :4], masks.causal(4))
     torch.testing.assert_close(out[1:, :, :4], short)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_to_cudnn_says_the_same_mask(batch):
+    generator = torch.Generator().manual_seed(0)
+    for size in {1, batch}:
+        ends = torch.randint(0, 31, (size, 2, 17, 2, 2), generator=generator)
+        bounds = ends.sort(dim=-1).values.flatten(-2).int()
+        mask = IntervalMask(bounds, 30)
+        ends = mask.to_cudnn(batch).unflatten(-1, (batch, 17))  # [H, 5, B, Nq]
+        assert ends.dtype == torch.int32 and (ends.diff(dim=1) >= 0).all()
+        keys = torch.arange(30)
+        seen = keys < ends[:, 0, ..., None]
+        for i in (1, 3):
+            seen |= (keys >= ends[:, i, ..., None]) & (keys < ends[:, i + 1, ..., None])
+        assert torch.equal(seen.transpose(0, 1), mask.to_bool().expand(batch, -1, -1, -1))
+
+
+def test_to_cudnn_refuses_what_it_cannot_say():
+    mask = IntervalMask(torch.zeros(2, 1, 3, 2, dtype=torch.int32), 4)
+    with pytest.raises(ValueError, match="expected batch=2, which the mask has, but got 3"):
+        mask.to_cudnn(3)
+    keys = torch.tensor([[[0, 3]] * 4], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="without key_bounds"):
+        IntervalMask(torch.zeros(1, 1, 3, 2, dtype=torch.int32), 4, key_bounds=keys).to_cudnn()

@@ -12,7 +12,7 @@ def filled(batch: int = 3) -> StateCache:
     cache = StateCache(num_layers=2, batch=batch, conv_shape=(6, 3), state_shape=(6, 4))
     cache.conv.copy_(torch.randn(cache.conv.shape))
     cache.ssm.copy_(torch.randn(cache.ssm.shape))
-    cache.length = 5
+    cache.advance(5)
     return cache
 
 
@@ -44,7 +44,7 @@ def test_snapshot_and_restore():
     for layer in range(2):
         for part in cache.layer(layer):
             part.add_(1.0)
-    cache.length = 9
+    cache.advance(4)
     cache.restore(snapshot)
     assert torch.equal(cache.conv, conv)
     assert torch.equal(cache.ssm, ssm)
@@ -97,7 +97,12 @@ def test_staged_tokens_are_counted_in_per_row():
     for row, count in enumerate(counts):
         assert torch.equal(cache.conv[:, row], conv[:, row] + count)
         assert torch.equal(cache.ssm[:, row], ssm[:, row] + count)
-    assert cache.length == length + 2
+    assert cache.lengths == tuple(length + count for count in counts)
+    cache.truncate([length] * batch)
+    assert torch.equal(cache.conv, conv)
+    with pytest.raises(ValueError, match="a state that was passed is only kept in a snapshot"):
+        cache.truncate(length - 1)
+    cache.advance(1)
     assert cache.trail(0) == (None, None)
     cache.stage(1)
     with pytest.raises(ValueError, match="follow one chain of drafts, not a tree"):

@@ -51,6 +51,77 @@ def test_claims_are_looked_up_in_the_code() -> None:
     assert cuda_check.missing_claims("int x;", "") == []
 
 
+SASS = """\
+\t.section\t.text._ZN6arcore4test4fineENS_4ArgsE,"ax",@progbits
+.text._ZN6arcore4test4fineENS_4ArgsE:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/                   MUFU.EX2 R1, R2 ;
+.L_x_1:
+        /*0040*/              @UP1 MUFU.EX2 R1, R2 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   MUFU.EX2 R1, R2 ;
+.text._ZN6arcore4test5otherENS_4ArgsE:
+        /*0000*/                   LDL R1, [R1] ;
+"""
+BETWEEN = "between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+def test_machine_code_is_read_by_kernel() -> None:
+    kernels = cuda_check.read_sass(SASS)
+    assert [len(code) for code in kernels.values()] == [7, 1]
+    assert next(iter(kernels.values()))[1] == "STG.E.128 desc[UR4][R2.64], R4"
+
+
+@pytest.mark.parametrize(
+    ("claim", "fault"),
+    [
+        ("fine: STG.E.128 >= 1; no LDL; MUFU.EX2 >= 3", None),
+        (f"fine: MUFU.EX2 >= 2 {BETWEEN}", None),
+        (f"fine: MUFU.EX2 >= 3 {BETWEEN}", "has 2"),
+        ("fine: STG.E.128 >= 2", "has 1"),
+        ("other: no LDL", "has 1"),
+        ("other: few LDL", "no claim this program knows"),
+        ("absent: no LDL", "no kernel of this file"),
+    ],
+)
+def test_claims_about_machine_code(claim: str, fault: str | None) -> None:
+    kernels = {cuda_check.short_name(name): code for name, code in cuda_check.read_sass(SASS).items()}
+    assert set(kernels) == {"fine", "other"}
+    faults = cuda_check.broken_sass_claims(f"int x;\n// sass {claim}\n", kernels)
+    assert len(faults) == (fault is not None)
+    assert fault is None or fault in faults[0]
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")
+@pytest.mark.parametrize(
+    ("claim", "fault"),
+    [("no LDL; LDG.E >= 1; STG.E >= 1", None), ("STG.E.128 >= 1", "copy claims 'STG.E.128 >= 1' but has 0")],
+)
+def test_claims_are_checked_in_what_nvcc_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: str, fault: str | None
+) -> None:
+    nvcc = str(find_nvcc())
+    nvdisasm = cuda_check.find_nvdisasm(nvcc)
+    if nvdisasm is None:
+        pytest.skip("nvdisasm was not found")
+    source = tmp_path / "csrc" / "op" / "copy_sm80.cu"
+    source.parent.mkdir(parents=True)
+    (tmp_path / "csrc" / "common").mkdir()
+    source.write_text(
+        f"// sass copy: {claim}\n__global__ void copy(float* p) {{ p[threadIdx.x] *= p[0] + 1; }}\n"
+    )
+    monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
+    monkeypatch.setattr(cuda_check, "CACHE", tmp_path / "cache")
+    report = cuda_check.check(nvcc, "test", source, cuda_check.QUICK, nvdisasm=nvdisasm)
+    assert report.kernels[0].instructions > 5
+    assert [f"[sm_80] {fault}"] == report.faults if fault else not report.faults
+    # Without the disassembler a claim is not taken on trust.
+    report = cuda_check.check(nvcc, "other", source, cuda_check.QUICK)
+    assert report.faults == [cuda_check.NO_NVDISASM]
+
+
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")
 def test_a_kernel_that_spills_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "csrc" / "op" / "spill_sm80.cu"
@@ -66,6 +137,6 @@ def test_a_kernel_that_spills_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
     monkeypatch.setattr(cuda_check, "CACHE", tmp_path / "cache")
-    report = cuda_check.check(str(find_nvcc()), "test", source, cuda_check.QUICK, None)
+    report = cuda_check.check(str(find_nvcc()), "test", source, cuda_check.QUICK)
     assert any("spills" in fault for fault in report.faults)
     assert not (tmp_path / "cache").exists()

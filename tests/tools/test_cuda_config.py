@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cuda_config
 import pytest
 
@@ -22,10 +24,11 @@ def test_default_list(nvcc):
     config = cuda_config.detect_cuda("13.0")
     assert config.enabled
     assert config.archs == ["8.0+PTX", "9.0a"]
-    # PTX of compute_80 serves every later GPU; sm_90a code runs on 9.0 only and has kernels of its own.
+    # PTX of compute_80 serves every later GPU; a Hopper GPU has the portable kernels as machine code of its own.
     assert config.gencode_sm80 == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90,code=sm_90",
     ]
     assert config.gencode_sm90a == ["-gencode=arch=compute_90a,code=sm_90a"]
     assert config.jobs >= 1
@@ -38,7 +41,12 @@ def test_default_list(nvcc):
         ("9.0", ["-gencode=arch=compute_90,code=sm_90"], ["-gencode=arch=compute_90a,code=sm_90a"]),
         (
             "9.0a",  # the portable kernels are every op's fallback and are always built
-            ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80"],
+            ["-gencode=arch=compute_90,code=sm_90"],
+            ["-gencode=arch=compute_90a,code=sm_90a"],
+        ),
+        (
+            "9.0+PTX 9.0a",
+            ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"],
             ["-gencode=arch=compute_90a,code=sm_90a"],
         ),
         ("8.0 8.9", ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_89,code=sm_89"], []),
@@ -89,3 +97,14 @@ def test_off_and_typos(nvcc):
     nvcc.setenv("ARCORE_CUDA", "maybe")
     with pytest.raises(SystemExit, match="expected auto, on or off but got 'maybe'"):
         cuda_config.detect_cuda("13.0")
+
+
+def test_ops_of_equal_bits_are_compiled_without_contraction_everywhere():
+    text = (cuda_config.Path(__file__).resolve().parents[2] / "CMakeLists.txt").read_text()
+    cpu = set(re.findall(r"csrc/(\w+)/kernel_cpu.cpp", text)) & set(cuda_config.EXACT)
+    cuda = re.search(r"csrc/\(([\w|]+)\)/instantiations", text)
+    assert cpu == set(cuda_config.EXACT) and cuda is not None
+    assert sorted(cuda.group(1).split("|")) == sorted(cuda_config.EXACT)
+    source = cuda_config.Path("csrc/sample/instantiations/run_sm80.cu")
+    assert cuda_config.flags_of(source) == ["-fmad=false"]
+    assert cuda_config.flags_of(cuda_config.Path("csrc/selective_scan/instantiations/fwd_sm80.cu")) == []

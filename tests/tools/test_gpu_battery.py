@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ def test_dry_run(tmp_path: Path) -> None:
     (file,) = (tmp_path / "out").glob("dry-run-*.json")
     content = json.loads(file.read_text())
     assert content["dry_run"] and content["machine_info"]["gpu"] is None
-    assert content["tests"]["sample"]["passed"] == 1
+    assert content["tests"]["sample"]["passed"] == 1 and content["smoke"] == {"sample": "good"}
+    assert list(content["stages"]) == ["machine", "smoke", "bench", "tests", "peers"]
     keys = {"op", "case", "impl", "direction", "dtype", "seconds"}
     assert content["benchmarks"] and all(keys <= b["extra_info"].keys() for b in content["benchmarks"])
     assert {b["extra_info"]["impl"] for b in content["benchmarks"]} == {"arcore", "torch"}
@@ -96,20 +98,56 @@ def test_a_hanging_process_is_ended_and_its_output_kept(battery: ModuleType, mon
     assert outcomes["quick"].good and outcomes["quick"].output == "done\n"
 
 
-def test_no_number_for_an_op_with_red_tests(battery: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_numbers_of_red_kernels_are_kept_and_marked(battery: ModuleType, tmp_path: Path) -> None:
     run = battery.Battery(tmp_path, ("sample", "speculative"), time.monotonic() + 100, dry=True)
     ended = battery.Outcome(1, 1.0, "")
     run.tests = {
         "sample": battery.counts(junit(tmp_path / "a.xml", PASSED, FAILED), ended),
         "speculative": battery.counts(junit(tmp_path / "b.xml", PASSED), ended),
     }
-    asked = []
-    monkeypatch.setattr(
-        battery, "run_one", lambda command, *_: asked.append(command) or battery.Outcome(0, 1.0, "")
+    record = {"case": "x", "direction": "forward", "seconds": 1.0, "rounds": 3}
+    run.bench["records"] = [
+        {"op": "sample", "impl": "arcore", **record},
+        {"op": "sample", "impl": "torch", **record},
+        {"op": "speculative", "impl": "arcore", **record},
+        {"op": "speculative", "impl": "arcore", **record, "case": "y", "wrong": "off by 1"},
+    ]
+    marks = [b["extra_info"]["red"] for b in battery.result(run)["benchmarks"]]
+    assert marks == [True, False, False, True]
+    # What failed beside the others and passes alone is not red.
+    run.tests["sample"]["alone"] = battery.counts(junit(tmp_path / "c.xml", PASSED), ended)
+    assert not battery.red(run.tests["sample"])
+
+
+def test_records_of_a_later_process_replace_older_ones(battery: ModuleType, tmp_path: Path) -> None:
+    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 100, dry=True)
+    keys = {"op": "sample", "case": "x", "direction": "forward"}
+    first = {"ceilings": {"a": 1}, "skipped": [], "records": [{**keys, "impl": "arcore", "seconds": 2.0}]}
+    second = {"ceilings": {"a": 1}, "skipped": [{**keys, "impl": "torch", "reason": "no"}],
+              "records": [{**keys, "impl": "arcore", "seconds": 1.0}]}  # fmt: skip
+    for content in (first, second):
+        path = tmp_path / "bench.json"
+        path.write_text(json.dumps(content))
+        run.add_records(path)
+    assert [r["seconds"] for r in run.bench["records"]] == [1.0] and len(run.bench["skipped"]) == 1
+    run.save()
+    later = battery.Battery(tmp_path, ("sample",), time.monotonic() + 100, dry=True)
+    later.load()
+    assert later.bench == run.bench
+
+
+def test_peers_are_those_of_the_benchmarks(battery: ModuleType) -> None:
+    text = "".join(
+        (ROOT / "bench/gpu" / name).read_text() for name in ("attention.py", "scan.py", "sampling.py")
     )
-    assert not battery.measure(run, 10.0)
-    assert asked[0][asked[0].index("--ops") + 1] == "speculative"
-    assert "sample: no number, its tests are red (1 passed, 1 failed, 0 skipped)" in capsys.readouterr().out
+    for impls in battery.PEERS.values():
+        assert all(f'"{impl}"' in text for impl in impls)
+    listed = set(
+        re.findall(
+            r'^    "(\w+)": ', text[text.index("IMPLEMENTATIONS = {") : text.index("def _check(")], re.M
+        )
+    )
+    assert listed == {*battery.PEERS["block_sparse_attention"], *battery.OWN.split(",")}
 
 
 @pytest.mark.parametrize(
@@ -128,12 +166,20 @@ def test_what_a_sanitizer_said(battery: ModuleType, code: int | None, output: st
 
 
 def test_later_stages_keep_their_time(battery: ModuleType, tmp_path: Path) -> None:
-    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 250, dry=True)
-    later = battery.LEAST["tests"] + battery.LEAST["sanitizer"] + battery.LEAST["bench"]
-    assert run.limit("build") == pytest.approx(250 - later, abs=1)
-    run.deadline = time.monotonic() + 570
+    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 400, dry=True)
+    later = sum(battery.LEAST[name] for name in ("smoke", "bench", "tests", "peers", "sanitizer"))
+    assert run.limit("build") == pytest.approx(400 - later, abs=1)
+    run.chosen = ("machine", "build", "smoke")
+    assert run.limit("build") == pytest.approx(400 - battery.LEAST["smoke"], abs=1)
+    run.deadline = time.monotonic() + 1700
     assert run.limit("machine") == battery.LIMITS["machine"]
     assert sum(battery.LEAST.values()) < 570
+
+
+def test_unknown_stages_are_refused(battery: ModuleType, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        battery.main([str(tmp_path), "--stages", "machine,lunch"])
+    assert "unknown stages lunch; choose from machine, build, smoke" in capsys.readouterr().err
 
 
 def test_a_stage_that_raises_stops_no_other(battery: ModuleType, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+// sass backward: HGMMA >= 12; STG.E.128 >= 2; no LDL; no STL
+// sass backward: MUFU.EX2 >= 32 between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0
 #include "block_sparse_attention/bwd_sm90.cuh"
 
 namespace arcore::block_sparse_attention::sm90 {

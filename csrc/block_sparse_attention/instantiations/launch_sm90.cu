@@ -67,6 +67,10 @@ bool wide_rows(const Tensor4& t) {
          t.batch % 8 == 0;
 }
 
+float log2e_times(float scale) {
+  return static_cast<float>(static_cast<double>(scale) * 1.4426950408889634074);
+}
+
 // Bytes of two operands of one head.
 int64_t pair_bytes(const Problem& problem, int64_t rows) {
   return 2 * rows * problem.dim * 2;
@@ -80,9 +84,16 @@ int count_multiprocessors(int& count) {
   return static_cast<int>(error);
 }
 
+int clear_counters(int32_t* counters, void* stream) {
+  const cudaError_t error =
+      cudaMemsetAsync(counters, 0, kCountersSm90 * sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<int>(error);
+}
+
 }  // namespace
 
-int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* stream) {
+int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, int32_t* counters, void* stream) {
   const Problem& problem = args.problem;
   const int64_t pairs = problem.batch * problem.heads, units = pairs * plan.rows;
   if (units == 0) return 0;
@@ -97,11 +108,15 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   params.args = args;
   params.plan = plan;
   params.schedule = {pairs, plan.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
-  params.scale_log2e = static_cast<float>(static_cast<double>(problem.scale) * 1.4426950408889634074);
+  params.scale_log2e = log2e_times(problem.scale);
   params.wide_stores = wide_rows(args.out);
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
+  if (units > multiprocessors) {
+    if (const int error = clear_counters(counters, stream); error != 0) return error;
+    params.counter = counters;
+  }
   switch (padded_dim(problem.dim)) {
     case 64:
       return start_forward_d64(params, blocks, stream);
@@ -112,7 +127,7 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, void* str
   }
 }
 
-int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
+int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stream) {
   const BackwardArgs& args = cuda.args;
   const Problem& problem = args.problem;
   if (problem.batch * problem.heads * problem.nq == 0) return 0;
@@ -129,11 +144,15 @@ int launch_backward_sm90(const BackwardCuda& cuda, void* stream) {
   params.by_query = {pairs, cuda.by_query.rows, section_pairs(pair_bytes(problem, problem.nk), group, pairs)};
   params.by_key = {kv_pairs, cuda.by_key.rows,
                    section_pairs(pair_bytes(problem, problem.nq) * group, 1, kv_pairs)};
+  params.scale_log2e = log2e_times(problem.scale);
   params.wide_grad_q = wide_rows(args.grad_q);
   params.wide_grad_k = wide_rows(args.grad_k);
   params.wide_grad_v = wide_rows(args.grad_v);
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
+
+  if (const int error = clear_counters(counters, stream); error != 0) return error;
+  params.counters = counters;
 
   BackwardKernelArgs deltas{};
   deltas.cuda = cuda;

@@ -41,8 +41,10 @@ ARCORE_DEVICE RowState empty_row() {
 
 // Two parts of a row, the first one first.
 ARCORE_DEVICE RowState merge_rows(const RowState& a, const RowState& b, double inverse_temperature) {
-  RowState out = a.max >= b.max ? a : b;
-  const RowState& low = a.max >= b.max ? b : a;
+  // Field by field: a choice between the structures would put them into local memory.
+  const bool first = a.max >= b.max;
+  RowState out{first ? a.max : b.max, first ? a.sum : b.sum, first ? a.weighted : b.weighted, 0.0};
+  const RowState low{first ? b.max : a.max, first ? b.sum : a.sum, first ? b.weighted : a.weighted, 0.0};
   out.target = a.target > b.target ? a.target : b.target;
   if (a.target != a.target || b.target != b.target) out.target = a.target != a.target ? a.target : b.target;
   if (low.max == -HUGE_VAL) {
@@ -81,28 +83,50 @@ ARCORE_DEVICE RowState sum_row(const Each& for_each, float inverse_temperature, 
   return state;
 }
 
-// f(column, value) for columns [begin, end) of a row, a thread's share: eight neighbours at a time, loaded as
-// 16 bytes where they lie on 16 bytes. Which thread has which column depends on `begin` and `end` alone, so
-// that the sums of a row do not depend on its type or its address.
+// Eight neighbouring numbers of a row, as 16 bytes at a time where they lie on 16 bytes. kReadonly: nobody
+// writes to the row while the kernel runs.
+constexpr int kTogether = 8;
+template <bool kReadonly, typename T>
+ARCORE_DEVICE void load_eight(const T* from, bool aligned, T (&values)[kTogether]) {
+  if (!aligned) {
+    ARCORE_UNROLL
+    for (int j = 0; j < kTogether; ++j)
+      values[j] = from[j];
+    return;
+  }
+  ARCORE_UNROLL
+  for (int l = 0; l < kTogether * static_cast<int>(sizeof(T)) / 16; ++l) {
+    const auto* at = reinterpret_cast<const Vector16*>(from) + l;
+    const Vector16 v = kReadonly ? load_readonly(at) : load_global(at);
+    memcpy(reinterpret_cast<char*>(values) + 16 * l, &v, 16);
+  }
+}
+template <typename T>
+ARCORE_DEVICE void store_eight(T* to, bool aligned, const T (&values)[kTogether]) {
+  if (!aligned) {
+    ARCORE_UNROLL
+    for (int j = 0; j < kTogether; ++j)
+      store_global(to + j, values[j]);
+    return;
+  }
+  ARCORE_UNROLL
+  for (int l = 0; l < kTogether * static_cast<int>(sizeof(T)) / 16; ++l) {
+    Vector16 v;
+    memcpy(&v, reinterpret_cast<const char*>(values) + 16 * l, 16);
+    store_global(reinterpret_cast<Vector16*>(to) + l, v);
+  }
+}
+
+// f(column, value) for columns [begin, end) of a row, a thread's share: eight neighbours at a time. Which
+// thread has which column depends on `begin` and `end` alone, so that the sums of a row do not depend on its
+// type or its address.
 template <typename T, typename F>
 ARCORE_DEVICE void for_each_column(const T* row, int64_t begin, int64_t end, const F& f) {
-  constexpr int kTogether = 8, kLoads = kTogether * static_cast<int>(sizeof(T)) / 16;
   const bool aligned = (reinterpret_cast<uintptr_t>(row + begin) & 15) == 0;
   const int64_t n = end - begin, whole = n / kTogether;
   for (int64_t i = thread_index(); i < whole; i += kRowThreads) {
-    const T* from = row + begin + i * kTogether;
     T values[kTogether];
-    if (aligned) {
-      ARCORE_UNROLL
-      for (int l = 0; l < kLoads; ++l) {
-        const Vector16 v = load_readonly(reinterpret_cast<const Vector16*>(from) + l);
-        memcpy(reinterpret_cast<char*>(values) + 16 * l, &v, 16);
-      }
-    } else {
-      ARCORE_UNROLL
-      for (int j = 0; j < kTogether; ++j)
-        values[j] = from[j];
-    }
+    load_eight<true>(row + begin + i * kTogether, aligned, values);
     ARCORE_UNROLL
     for (int j = 0; j < kTogether; ++j)
       f(begin + i * kTogether + j, to_float(values[j]));
@@ -111,10 +135,40 @@ ARCORE_DEVICE void for_each_column(const T* row, int64_t begin, int64_t end, con
     f(begin + i, to_float(row[begin + i]));
 }
 
+// to[column] = f(column, from[column]) for columns [0, n), with the same shares; `to` may be `from`.
+template <typename T, typename F>
+ARCORE_DEVICE void transform_columns(const T* from, T* to, int64_t n, const F& f) {
+  const bool from_aligned = (reinterpret_cast<uintptr_t>(from) & 15) == 0,
+             to_aligned = (reinterpret_cast<uintptr_t>(to) & 15) == 0;
+  const int64_t whole = n / kTogether;
+  for (int64_t i = thread_index(); i < whole; i += kRowThreads) {
+    T values[kTogether];
+    load_eight<false>(from + i * kTogether, from_aligned, values);
+    ARCORE_UNROLL
+    for (int j = 0; j < kTogether; ++j)
+      values[j] = from_float<T>(f(i * kTogether + j, to_float(values[j])));
+    store_eight(to + i * kTogether, to_aligned, values);
+  }
+  for (int64_t i = whole * kTogether + thread_index(); i < n; i += kRowThreads)
+    to[i] = from_float<T>(f(i, to_float(from[i])));
+}
+template <typename T>
+ARCORE_DEVICE void clear_columns(T* to, int64_t n) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(to) & 15) == 0;
+  const int64_t whole = n / kTogether;
+  T zeros[kTogether];
+  ARCORE_UNROLL
+  for (int j = 0; j < kTogether; ++j)
+    zeros[j] = from_float<T>(0.0f);
+  for (int64_t i = thread_index(); i < whole; i += kRowThreads)
+    store_eight(to + i * kTogether, aligned, zeros);
+  for (int64_t i = whole * kTogether + thread_index(); i < n; i += kRowThreads)
+    to[i] = zeros[0];
+}
+
 // The same share of columns for numbers that are computed: f(column).
 template <typename F>
 ARCORE_DEVICE void for_each_own_column(int64_t begin, int64_t end, const F& f) {
-  constexpr int kTogether = 8;
   const int64_t n = end - begin, whole = n / kTogether;
   for (int64_t i = thread_index(); i < whole; i += kRowThreads)
     for (int j = 0; j < kTogether; ++j)

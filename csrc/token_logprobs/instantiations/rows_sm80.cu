@@ -1,3 +1,5 @@
+// sass backward_rows: STG.E.128 >= 2; LDG.E.128 >= 1; no LDG.E.128.CONSTANT; no LDL
+// sass update_rows: LDG.E.128.CONSTANT >= 1; no LDL
 #include "token_logprobs/rows_sm80.cuh"
 
 namespace arcore::token_logprobs {

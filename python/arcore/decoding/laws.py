@@ -43,11 +43,20 @@ def outcomes(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def g_test(found: Tensor, law: Tensor) -> float:
-    """p-value of outcomes under a law; 0 if one of them is impossible."""
+    """p-value of outcomes under a law; 0 if one of them is impossible.
+
+    Outcomes that are expected fewer than five times count as one: the statistic's distribution does not hold for them.
+    """
     counts = torch.bincount(found, minlength=len(law)).double()
     if counts[law == 0].any():
         return 0.0
-    seen = counts > 0
-    statistic = 2 * (counts[seen] * (counts[seen] / (law[seen] * counts.sum())).log()).sum()
-    half = torch.tensor((int((law > 0).sum()) - 1) / 2, dtype=torch.float64)
+    expected = law * counts.sum()
+    common = expected >= 5
+    cells = torch.stack([counts, expected])[:, common]
+    rest = torch.stack([counts, expected])[:, ~common].sum(1, keepdim=True)
+    if rest[1] > 0:
+        cells = torch.cat([cells, rest], dim=1)
+    counts, expected = cells[:, cells[0] > 0]
+    statistic = 2 * (counts * (counts / expected).log()).sum()
+    half = torch.tensor((cells.shape[1] - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(half, statistic / 2))

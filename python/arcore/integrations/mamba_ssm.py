@@ -344,7 +344,7 @@ def mamba_chunk_scan_combined(
         seq_idx=None if seq_idx is None else seq_idx.to(torch.int32),
     )
     states = states if state_dtype is None else states.to(state_dtype)
-    results = (out,)
+    results: tuple[Tensor, ...] = (out,)
     if return_final_states:
         results = (*results, states[-1:] if return_varlen_states else states)
     if return_varlen_states:

@@ -192,6 +192,39 @@ class IntervalMask(Value):
         _spans.check_fits(count.view(host.shape[:3]), where)
         return cls(bounds.view(*host.shape[:3], 4).to(mask.device), nk, labels=labels)
 
+    def to_cudnn(self, batch: int | None = None) -> Tensor:
+        """The mask as ``mask_func`` of ``cudnn.flex_attention.create_mask_plan`` (nvidia-cudnn-frontend 1.32).
+
+        Args:
+            batch: entries of the batch that the plan is for; the mask's own by default.
+
+        Returns:
+            int32 ``[Hm, 1 + 2 I, batch * Nq]``: for each query the ends F of ``[0, F0) U [F1, F2) U ...`` in rising
+            order, F0 = 0. Row ``b * Nq + i`` belongs to query i of batch entry b.
+
+        Raises:
+            NotImplementedError: the mask has key_bounds, which a union of key intervals per query cannot say.
+            ValueError: `batch` is not what the mask has.
+        """
+        if self.key_bounds is not None:
+            raise NotImplementedError(
+                "arcore.masks.IntervalMask.to_cudnn: expected a mask without key_bounds but got one with them; "
+                "build it with from_bool, whose bounds are per query"
+            )
+        size = self.batch if batch is None else batch
+        if self.batch not in (1, size):
+            raise ValueError(
+                f"arcore.masks.IntervalMask.to_cudnn: expected batch={self.batch}, which the mask has, but got {batch}"
+            )
+        ranges = self.bounds.clamp(0, self.nk).unflatten(-1, (-1, 2))  # [Bm, Hm, Nq, I, 2]
+        order = ranges[..., 0].argsort(dim=-1, stable=True).unsqueeze(-1).expand_as(ranges)
+        ends = [torch.zeros_like(self.bounds[..., 0])]
+        for low, high in (pair.unbind(-1) for pair in ranges.gather(-2, order).unbind(-2)):
+            low = torch.maximum(low, ends[-1])
+            ends += [low, torch.maximum(high, low)]
+        endpoints = torch.stack(ends).expand(-1, size, -1, -1)  # [1 + 2 I, B, Hm, Nq]
+        return endpoints.permute(2, 0, 1, 3).flatten(2).to(torch.int32).contiguous()
+
     def to_block_mask(self, block_size: int | tuple[int, int] = 128) -> BlockMask:
         """This mask for `torch.nn.attention.flex_attention`.
 

@@ -14,13 +14,12 @@ class StateSnapshot:
     """A copy of what a `StateCache` held.
 
     Attributes:
-        conv, ssm: as in `StateCache`.
-        length: as in `StateCache`.
+        conv, ssm, lengths: as in `StateCache`.
     """
 
     conv: Tensor
     ssm: Tensor
-    length: int
+    lengths: tuple[int, ...]
 
 
 class StateCache:
@@ -44,7 +43,7 @@ class StateCache:
     Attributes:
         conv: `[num_layers, B, *conv_shape]`.
         ssm: float32 `[num_layers, B, *state_shape]`.
-        length: tokens seen so far, padding included.
+        lengths: tokens that each row has seen, without padding.
         derived: by layer.
     """
 
@@ -65,7 +64,8 @@ class StateCache:
             )
         self.conv = torch.zeros(num_layers, batch, *conv_shape, dtype=dtype, device=device)
         self.ssm = torch.zeros(num_layers, batch, *state_shape, dtype=torch.float32, device=device)
-        self.length = 0
+        self._lengths = [0] * batch
+        self._base = self._lengths
         self.derived: dict[int, Tensor] = {}
         self._trail: tuple[Tensor, Tensor] | None = None
         self._split()
@@ -74,13 +74,27 @@ class StateCache:
     def batch(self) -> int:
         return self.conv.shape[1]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self._lengths)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self._lengths, default=0)
+
+    def advance(self, counts: int | Tensor | Sequence[int]) -> None:
+        """Say that layers have read so many tokens, one number or one per row; what was staged then stands."""
+        self._trail = None
+        self._lengths = [have + n for have, n in zip(self._lengths, self._per_row(counts), strict=True)]
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views of one layer's entries: the convolution's inputs and the state, to be written in place."""
         return self._layers[layer]
 
     def snapshot(self) -> StateSnapshot:
         """A copy of everything, to come back to."""
-        return StateSnapshot(self.conv.clone(), self.ssm.clone(), self.length)
+        return StateSnapshot(self.conv.clone(), self.ssm.clone(), self.lengths)
 
     def restore(self, snapshot: StateSnapshot) -> None:
         """Make the cache what it was at the time of the snapshot.
@@ -95,10 +109,11 @@ class StateCache:
             )
         self.conv.copy_(snapshot.conv)
         self.ssm.copy_(snapshot.ssm)
-        self.length = snapshot.length
+        self._lengths, self._trail = list(snapshot.lengths), None
 
     def stage(self, tokens: int) -> None:
         """Make room for the states before and after each of `tokens` tokens that layers read next; see `trail`."""
+        self._base = self._lengths
         self._trail = (
             self.conv.new_empty(*self.conv.shape[:2], tokens + 1, *self.conv.shape[2:]),
             self.ssm.new_empty(*self.ssm.shape[:2], tokens + 1, *self.ssm.shape[2:]),
@@ -119,21 +134,38 @@ class StateCache:
         """Count staged tokens in: each row's state becomes that after the first `counts` of them, bit for bit.
 
         Args:
-            counts: one number, or one per row. `length` grows by the largest.
+            counts: one number, or one per row.
 
         Raises:
             ValueError: nothing is staged, or the counts do not fit.
         """
-        numbers = [counts] * self.batch if isinstance(counts, int) else torch.as_tensor(counts).tolist()
-        staged = -1 if self._trail is None else self._trail[0].shape[2] - 1
-        if len(numbers) != self.batch or any(not 0 <= n <= staged for n in numbers):
+        numbers, staged = self._per_row(counts), self._staged()
+        if any(not 0 <= n <= staged for n in numbers):
             raise ValueError(
                 f"arcore.nn.StateCache: expected a count from 0 to {max(staged, 0)}, the tokens staged, for each of "
                 f"{self.batch} rows but got {numbers}"
             )
         self._take(numbers)
-        self._trail = None
-        self.length += max(numbers, default=0)
+
+    def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
+        """Go back to fewer tokens, as far as those staged last reach.
+
+        Args:
+            lengths: tokens that stay, one number or one per row.
+
+        Raises:
+            ValueError: a state so far back is not kept.
+        """
+        numbers, staged = self._per_row(lengths), self._staged()
+        if numbers == self._lengths:
+            return
+        back = [n - base for n, base in zip(numbers, self._base, strict=True)]
+        if any(not 0 <= n <= staged for n in back):
+            raise ValueError(
+                f"arcore.nn.StateCache: expected lengths {self._lengths}, or fewer by tokens of the last stage, but "
+                f"got {numbers}; a state that was passed is only kept in a snapshot"
+            )
+        self._take(back)
 
     def keep(self, path: Tensor | Sequence[Sequence[int]]) -> None:
         """`commit` by the places of accepted tokens: 0, 1, ... of each row, then -1. A state has no branches.
@@ -150,8 +182,21 @@ class StateCache:
             )
         self.commit([len(row) for row in rows])
 
+    def _staged(self) -> int:
+        return -1 if self._trail is None else self._trail[0].shape[2] - 1
+
+    def _per_row(self, numbers: int | Tensor | Sequence[int]) -> list[int]:
+        rows = [numbers] * self.batch if isinstance(numbers, int) else torch.as_tensor(numbers).tolist()
+        if len(rows) != self.batch:
+            raise ValueError(
+                f"arcore.nn.StateCache: expected one number or {self.batch}, one per row, but got {rows}"
+            )
+        return [int(n) for n in rows]
+
     def _take(self, numbers: Sequence[int]) -> None:
+        """The states after so many of the staged tokens."""
         assert self._trail is not None
+        self._lengths = [base + n for base, n in zip(self._base, numbers, strict=True)]
         rows, at = torch.arange(self.batch), torch.tensor(numbers, dtype=torch.int64)
         for entries, kept in zip((self.conv, self.ssm), self._trail, strict=True):
             entries.copy_(kept[:, rows.to(kept.device), at.to(kept.device)])
@@ -163,6 +208,7 @@ class StateCache:
             rows: int64 `[B']`, row numbers from 0.
         """
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.conv.device)
+        self._lengths, self._trail = [self._lengths[i] for i in index.tolist()], None
         self.conv = self.conv.index_select(1, index)
         self.ssm = self.ssm.index_select(1, index)
         self._split()

@@ -5,16 +5,32 @@ from arcore.objectives.fused_snr import fused_snr_weights, min_snr_weights
 from arcore.objectives.masked_autoregressive import diffusion_head_loss, draw_visible
 from arcore.objectives.next_cluster import NextClusterLoss, next_cluster_loss, next_cluster_targets
 from arcore.objectives.next_scale import next_scale_loss
+from arcore.objectives.policy import (
+    GroupStatistics,
+    group_advantages,
+    group_statistics,
+    grpo_loss,
+    log_ratio,
+    reduce,
+    sequence_logprob,
+)
 
 __all__ = [
+    "GroupStatistics",
     "NextClusterLoss",
     "diffusion_head_loss",
     "diffusion_loss",
     "draw_visible",
     "fused_snr_weights",
+    "group_advantages",
+    "group_statistics",
+    "grpo_loss",
+    "log_ratio",
     "min_snr_weights",
     "next_cluster_loss",
     "next_cluster_targets",
     "next_scale_loss",
+    "reduce",
+    "sequence_logprob",
     "variance_bound",
 ]

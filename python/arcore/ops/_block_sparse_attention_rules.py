@@ -56,6 +56,7 @@ def _fake(
     tree_words: Tensor | None = None,
     tree_prefix: Tensor | None = None,
     key_bias: Tensor | None = None,
+    plan_sm90: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     same_device(
         "arcore::block_sparse_attention",
@@ -183,7 +184,13 @@ def _fake_second(
 
 @torch.library.register_fake("arcore::interval_tile_plan")
 def _fake_plan(
-    bounds: Tensor, key_bounds: Tensor | None, nk: int, tile_q: int, tile_k: int, by_key: bool
+    bounds: Tensor,
+    key_bounds: Tensor | None,
+    nk: int,
+    tile_q: int,
+    tile_k: int,
+    by_key: bool,
+    halves: bool = False,
 ) -> Tensor:
     batch = bounds.shape[0] if key_bounds is None else max(bounds.shape[0], key_bounds.shape[0])
     across_q, across_k = (bounds.shape[2] + tile_q - 1) // tile_q, (nk + tile_k - 1) // tile_k
@@ -192,11 +199,11 @@ def _fake_plan(
 
 
 # Derivatives. Inputs of the forward, in order:
-# q, k, v, bounds, key_bounds, scale, plan_by_query, plan_by_key, tree_words, tree_prefix, key_bias.
+# q, k, v, bounds, key_bounds, scale, plan_by_query, plan_by_key, tree_words, tree_prefix, key_bias, plan_sm90.
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *mask, scale, plan_by_query, plan_by_key, tree_words, tree_prefix, key_bias = inputs
+    q, k, v, *mask, scale, plan_by_query, plan_by_key, tree_words, tree_prefix, key_bias, _ = inputs
     ctx.save_for_backward(
         q, k, v, *output, *mask, plan_by_query, plan_by_key, tree_words, tree_prefix, key_bias
     )
@@ -207,7 +214,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, bounds, key_bounds, plan_by_query, plan_by_key, *tree, key_bias = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 11
+        return (None,) * 12
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     *grads, grad_bias = OPS.block_sparse_attention_backward(
@@ -226,7 +233,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *tree,
         key_bias,
     )
-    return *grads, *(None,) * 7, _like_bias(grad_bias, key_bias)
+    return *grads, *(None,) * 7, _like_bias(grad_bias, key_bias), None
 
 
 def _like_bias(grad: Tensor, key_bias: Tensor | None) -> Tensor | None:
@@ -236,7 +243,7 @@ def _like_bias(grad: Tensor, key_bias: Tensor | None) -> Tensor | None:
 def _tangents(
     inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], moving: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, bounds, key_bounds, scale, _, _, *tree, key_bias = inputs
+    q, k, v, bounds, key_bounds, scale, _, _, *tree, key_bias, _ = inputs
     tangent_out, tangent_lse = OPS.block_sparse_attention_jvp(
         q,
         k,
@@ -599,7 +606,7 @@ _MASK = {
     "tree_prefix": "mask",
     "key_bias": "mask",
 }
-_MASK |= {"tangent_key_bias": "mask", "scale": "", "plan_by_query": "", "plan_by_key": ""}
+_MASK |= {"tangent_key_bias": "mask", "scale": "", "plan_by_query": "", "plan_by_key": "", "plan_sm90": ""}
 
 
 def _register_vmap(op: str) -> None:

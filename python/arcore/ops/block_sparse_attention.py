@@ -7,6 +7,7 @@ _block_sparse_attention_rules.py.
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal, overload
 
 import torch
@@ -17,7 +18,7 @@ from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
 from arcore.ops import _block_sparse_attention_rules as _rules  # noqa: F401
 from arcore.ops._checks import same_device
-from arcore.ops._constants import capturing
+from arcore.ops._constants import OnAnyStream, capturing
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OP = "arcore.block_sparse_attention"
@@ -109,7 +110,7 @@ def block_sparse_attention(
     if k.shape[0] != batch:
         k, v = k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
     bias = None if key_bias is None else _three_dimensional(key_bias).float().contiguous()
-    plans: tuple[Tensor | None, Tensor | None] = (None, None)
+    plans: tuple[Tensor | None, ...] = (None, None)
     words = prefix = key_bounds = None
     if isinstance(mask, TreeMask):
         words = mask.words if mask.words.dim() == 3 else mask.words.unsqueeze(2)
@@ -121,7 +122,7 @@ def block_sparse_attention(
         plans = _cuda_plans(mask)  # type: ignore[arg-type]
         q, k, v = _padded(q, k, v)
     out, lse = torch.ops.arcore.block_sparse_attention(
-        q, k, v, mask.bounds, key_bounds, factor, *plans, words, prefix, bias
+        q, k, v, mask.bounds, key_bounds, factor, *plans[:2], words, prefix, bias, *plans[2:]
     )
     out = out[..., :value_dim] if out.shape[-1] != value_dim else out
     if sinks is not None:
@@ -188,34 +189,42 @@ def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # Queries and keys of a tile, and whether the plan goes by key: kForwardTile* and kBackwardTile* of params.h.
 CUDA_TILES = ((128, 64, False), (64, 128, True))
+# The sm_90a forward's own: kTile*Sm90, with halves.
+SM90_TILES = (128, 128, False, True)
 
 
-def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, Tensor]:
-    """The tiles that the CUDA kernels visit, built on the device once per mask.
+def _wants_sm90(device: torch.device) -> bool:
+    """Whether a plan for the sm_90a kernels pays; csrc/block_sparse_attention/cuda.cpp decides on their use."""
+    wish = os.environ.get("ARCORE_SM90A", "0")
+    return wish not in ("", "0") and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, ...]:
+    """The tiles that the CUDA kernels visit, built on the device once per mask: by query, by key, and for sm_90a.
 
     In a compiled graph they are part of the graph, where equal calls of all layers become one. While a CUDA graph is
     captured nothing runs: plans built then exist from its first replay on, so they belong to the graph and not to the
     mask.
     """
+    tiles = CUDA_TILES if not _wants_sm90(mask.device) else (*CUDA_TILES, SM90_TILES)
 
-    def build() -> tuple[Tensor, Tensor]:
+    def build() -> tuple[Tensor, ...]:
         plan = torch.ops.arcore.interval_tile_plan
-        forward, backward = (
-            plan(mask.bounds, mask.key_bounds, mask.nk, tile_q, tile_k, by_key)
-            for tile_q, tile_k, by_key in CUDA_TILES
-        )
-        return forward, backward
+        return tuple(plan(mask.bounds, mask.key_bounds, mask.nk, *t) for t in tiles)
 
     if torch.compiler.is_compiling():
         return build()
-    if capturing() and ("cuda_plans",) not in mask._cache:
+    key = ("cuda_plans", len(tiles))
+    if key in mask._cache:
+        kept: OnAnyStream[tuple[Tensor, ...]] = mask._cache[key]
+        plans = kept.get()
+        return build() if plans is None else plans
+    if capturing():
         return build()
-
-    def build_for_all_modes() -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(False):  # a later training step may save them
-            return build()
-
-    return mask._cached(("cuda_plans",), build_for_all_modes)
+    with torch.inference_mode(False):  # a later training step may save them
+        plans = build()
+    mask._cache[key] = OnAnyStream(plans, plans)
+    return plans
 
 
 def reference_block_sparse_attention(

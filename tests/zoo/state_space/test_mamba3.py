@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import arcore
-from arcore.decoding import generate
+from arcore.decoding import generate, speculative_chain
+from arcore.decoding.drafters import LookupDrafter
 from arcore.zoo.state_space.mamba3 import Mamba3, Mamba3Config, claim
 
 SMALL: dict[str, Any] = {
@@ -113,6 +114,23 @@ def test_accepted_drafts_leave_the_state_of_the_accepted_text():
         again = model.make_cache(1)
         model.prefill(ids[row : row + 1, :length], again)
         assert (again.ssm[:, 0] - cache.ssm[:, row]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["mamba_tiny", "mamba2_tiny", "mamba3_tiny"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_from_drafts_is_the_text_without(name: str, temperature: float):
+    model = shaken(arcore.create_model(name))
+    prompts = [[5, 6, 7, 5, 6, 7, 5, 6], [9, 8, 9, 8], [1]]
+    options: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "temperature": temperature,
+        "seed": [3, 4, 5],
+        "eos": 200,
+    }
+    plain = generate(model, prompts, **options)
+    drafted = speculative_chain(model, LookupDrafter(4), prompts, **options)
+    assert torch.equal(drafted.ids, plain.ids)
+    assert torch.equal(drafted.lengths, plain.lengths)
 
 
 def test_trains_and_generates():

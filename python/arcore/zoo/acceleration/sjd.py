@@ -67,7 +67,7 @@ def claim(*, quick: bool) -> Claim:
     vocab, length, prompt = 3, 3, [1, 2]
     model, sampling = small_model(vocab), Sampling(temperature=1.3, top_p=0.95)
     law = text_law(model, prompt, length, sampling)
-    rows = [prompt] * (1200 if quick else 20000)
+    rows = [prompt] * (1200 if quick else 100_000)
     options: dict[str, Any] = {
         "max_new_tokens": length,
         "window": 3,

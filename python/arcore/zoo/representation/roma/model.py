@@ -237,7 +237,7 @@ class RoMA(nn.Module):
         marked = self._marked(windows, len(cluster), x)
         stop = start + tokens
         cache.features[:, start:stop] = self._encode(x + marked[:, here], cache.states)
-        cache.states.length = stop
+        cache.states.advance(tokens)
         mask = masks.full(tokens, stop).to(x.device)
         return self._decode(cache.features[:, :stop], order[stop : stop + tokens], mask)
 

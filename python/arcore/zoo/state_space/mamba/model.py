@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from arcore.catalog import Published, preset
 from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
+from arcore.nn.protocols import Parents
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
 
 # Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
@@ -193,7 +194,7 @@ class Mamba(nn.Module):
             ids_of = None if packed is None else packed[:, piece]
             for i, layer in enumerate(self.layers):
                 last = last + layer.mixer(layer.norm(last), seq_idx=ids_of, cache=cache, layer=i)
-        cache.length += ids.shape[1]
+        cache.advance(ids.shape[1] if packed is None or mask is None else mask.sum(1))
         return self._logits(last[:, -1])
 
     @torch.no_grad()
@@ -202,11 +203,11 @@ class Mamba(nn.Module):
         x = self._embed(ids, 1)
         for i, layer in enumerate(self.layers):
             x = x + layer.mixer.step(layer.norm(x), cache, i)
-        cache.length += 1
+        cache.advance(1)
         return self._logits(x)
 
     @torch.no_grad()
-    def extend(self, ids: Tensor, cache: StateCache, parents: Sequence[int] | None = None) -> Extended:
+    def extend(self, ids: Tensor, cache: StateCache, parents: Parents | None = None) -> Extended:
         """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`.
 
         Raises:
@@ -214,7 +215,9 @@ class Mamba(nn.Module):
         """
         x = self._embed(ids, 2)
         drafts = ids.shape[1]
-        if drafts == 0 or (parents is not None and list(parents) != list(range(-1, drafts - 1))):
+        chain = list(range(-1, drafts - 1))
+        given = [] if parents is None else torch.as_tensor(parents).reshape(-1, drafts).tolist()
+        if drafts == 0 or any(row != chain for row in given):
             raise ValueError(
                 f"expected a chain of drafts, each after the one before, but got {drafts} with parents={parents}; a "
                 "state has no branches"
