@@ -93,7 +93,8 @@ class NextScaleTask(ZooTask):
             indices = self.tokenizer.encode(images)
             inputs = self.tokenizer.scale_inputs(indices)
         logits = self.model(inputs, labels)
-        loss = next_scale_loss(logits, indices)
+        # A model may have published weights of its scales.
+        loss = next_scale_loss(logits, indices, scale_weights=getattr(self.model, "scale_weights", None))
         hits = logits.argmax(-1) == torch.cat(list(indices), dim=1)
         return loss, {"accuracy": hits.float().mean()}
 
