@@ -167,13 +167,13 @@ class VAR(nn.Module):
         x = torch.cat([cond.unsqueeze(1) + self.pos_start, self.word_embed(inputs)], dim=1)  # [B, L, C]
         return self._transform(x + self.level_embed() + self.pos_embed, cond, self.mask.to(x.device))
 
-    def make_cache(self, batch: int) -> KVCache:
-        """An empty cache for `batch` rows, in the dtype and on the device of the model."""
+    def make_cache(self, batch: int, scales: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows, in the dtype and on the device of the model; for the first `scales` only."""
         return KVCache(
             num_layers=self.config.depth,
             batch=batch,
             num_heads=self.config.num_heads,
-            max_length=self.scale_starts[-1],
+            max_length=self.scale_starts[-1 if scales is None else scales],
             head_dim=self.config.embed_dim // self.config.num_heads,
             dtype=self.pos_embed.dtype,
             device=self.pos_embed.device,
@@ -200,6 +200,37 @@ class VAR(nn.Module):
         x = cond.unsqueeze(1) + self.pos_start if inputs is None else self.word_embed(inputs)  # [B, p_k^2, C]
         x = x + self.level_embed.weight[k] + self.pos_embed[:, start:stop]
         return self._transform(x, cond, masks.full(stop - start, stop).to(x.device), cache)
+
+    def prefill(self, inputs: Tensor, labels: Tensor, cache: KVCache) -> Tensor:
+        """Logits of scale k >= 1 from an empty cache, to which all scales up to k are added in one pass.
+
+        Args:
+            inputs: `[B, n, z]`, what enters for the scales 1 to k, one behind the other.
+            labels: int64 `[B]`.
+            cache: from `make_cache(B)`, empty.
+
+        Returns:
+            float32 `[B, patch_nums[k]**2, V]`, of scale k alone.
+
+        Raises:
+            TypeError, ValueError: as `forward` does, the cache is not empty, or no scale ends there.
+        """
+        length = self.scale_starts[1] + (inputs.shape[1] if inputs.dim() == 3 else -1)
+        if cache.length or length not in self.scale_starts[2:]:
+            raise ValueError(
+                f"expected an empty cache and inputs for whole scales, {self.scale_starts[2:]} tokens with the first, "
+                f"but got {cache.length} tokens in the cache and inputs of shape {tuple(inputs.shape)}"
+            )
+        self._check_inputs(inputs, inputs.shape[1], len(labels))
+        k = self.scale_starts.index(length) - 1
+        cond = self.class_embed(labels)
+        x = torch.cat([cond.unsqueeze(1) + self.pos_start, self.word_embed(inputs)], dim=1)
+        x = x + (self.level_embed() + self.pos_embed)[:, :length]
+        mask = masks.next_scale(self.patch_nums[: k + 1]).to(x.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cond, mask, cache, layer)
+        out: Tensor = self.head(x[:, self.scale_starts[k] :], cond)
+        return out
 
     def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):

@@ -1,0 +1,121 @@
+"""CoDe: the law of a pair, the refiner's first pass, temperature behind the filters, what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import arcore
+from arcore.catalog.claims import shaken
+from arcore.tokenizers import MultiScaleVQ
+from arcore.zoo.next_scale.code import TEMPERATURES, Options, _draw, decode_together, run, small_pair
+from arcore.zoo.next_scale.var import VAR, VARConfig
+from arcore.zoo.tokenizers.multi_scale_vq.model import MultiScaleVQConfig
+
+
+class Contract:
+    """The codes of the first scale, by the drafter, and of the first place of the second one, by the refiner."""
+
+    bound = 0.0
+
+    def __init__(self) -> None:
+        sizes = {"num_heads": 1, "num_classes": 2, "vocab_size": 3, "z_channels": 4, "patch_nums": (1, 2)}
+        self.pair = tuple(
+            shaken(VAR(VARConfig(depth=depth, embed_dim=8, **sizes)), seed=depth, scale=0.5).eval()
+            for depth in (2, 1)
+        )
+        self.tokenizer = shaken(
+            MultiScaleVQ(
+                MultiScaleVQConfig(
+                    in_channels=1,
+                    channels=4,
+                    channel_mult=(1,),
+                    num_res_blocks=1,
+                    norm_groups=2,
+                    z_channels=4,
+                    vocab_size=3,
+                    patch_nums=(1, 2),
+                )
+            )
+        ).eval()
+        labels = torch.ones(3, dtype=torch.int64)
+        codes = [torch.arange(3)[:, None], torch.zeros(3, 4, dtype=torch.int64)]
+        with torch.no_grad():
+            inputs = self.tokenizer.scale_inputs(codes)
+            first, second = (model(inputs, labels).double().softmax(-1) for model in self.pair)
+        self.law = (first[0, 0, :, None] * second[:, 1]).flatten()
+
+    def draw(self, count: int, seed: int) -> tuple[Tensor, int]:
+        out = decode_together(
+            *self.pair,
+            self.tokenizer,
+            torch.ones(count, dtype=torch.int64),
+            draft_scales=1,
+            cfg_scale=0.0,
+            top_k=None,
+            top_p=None,
+            seed=[seed * 1_000_003 + i for i in range(count)],
+        )
+        return out.indices[0][:, 0] * 3 + out.indices[1][:, 0], sum(out.calls)
+
+    def plain_calls(self, count: int) -> int:
+        return 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MultiScaleVQ:
+    return shaken(arcore.create_model("msvq_tiny")).eval()
+
+
+@torch.no_grad()
+def test_the_first_pass_of_the_refiner_fills_its_cache() -> None:
+    large, _ = small_pair()
+    inputs, labels = torch.randn(2, 13, 16), torch.tensor([1, 5])
+    steps, once = large.make_cache(2), large.make_cache(2)
+    for k, (start, stop) in enumerate(((0, 1), (1, 5), (5, 14))):
+        logits = large.scale_logits(k, inputs[:, start - 1 : stop - 1] if k else None, labels, steps)
+    torch.testing.assert_close(large.prefill(inputs, labels, once), logits, rtol=0, atol=1e-5)
+    assert once.length == steps.length == 14
+    torch.testing.assert_close(once.keys[:, :, :, :14], steps.keys[:, :, :, :14], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="14 tokens in the cache"):
+        large.prefill(inputs, labels, once)
+    with pytest.raises(ValueError, match=r"inputs for whole scales, \[5, 14, 30\]"):
+        large.prefill(inputs[:, :7], labels, large.make_cache(2))
+
+
+def test_rows_ignore_their_batch_mates(tokenizer: MultiScaleVQ) -> None:
+    pair = small_pair()
+    labels = torch.tensor([0, 3, 1])
+    options = {"draft_scales": 2, "temperature": (1.1, 1.1, 1.0, 1.0)}
+    out = decode_together(*pair, tokenizer, labels, seed=[4, 5, 6], **options)
+    part = decode_together(*pair, tokenizer, labels[1:2], seed=[5], **options)
+    assert all(torch.equal(a[1:2], b) for a, b in zip(out.indices, part.indices, strict=True))
+    assert out.calls == (2, 2)
+    assert out.images.shape == (3, 1, 8, 8)
+
+
+def test_temperature_divides_what_the_filters_kept() -> None:
+    """At top_p 0.6 the filters keep two codes of (0.5, 0.3, 0.15, 0.05); hot draws are of these two still."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 1, 4)
+    codes = _draw(logits, None, 5.0, None, 0.6, torch.arange(20_000)[:, None], 0)
+    share = torch.bincount(codes.flatten(), minlength=4) / 20_000
+    hot = torch.tensor([0.5, 0.3]) ** 0.2
+    torch.testing.assert_close(share, torch.cat([hot / hot.sum(), torch.zeros(2)]), rtol=0, atol=0.015)
+    assert len(TEMPERATURES) == 10
+
+
+def test_what_does_not_fit_is_named(tokenizer: MultiScaleVQ) -> None:
+    large, small = small_pair()
+    labels = torch.tensor([0])
+    with pytest.raises(ValueError, match="draft_scales from 1 to 3 but got 4"):
+        decode_together(large, small, tokenizer, labels, draft_scales=4)
+    with pytest.raises(ValueError, match=r"same scales, codes and classes.*vocab_size=64"):
+        other = VAR(VARConfig(**{**vars(small.config), "vocab_size": 64}))
+        decode_together(large, other, tokenizer, labels, draft_scales=2)
+    with pytest.raises(ValueError, match="temperature for each of 4 scales but got 2"):
+        decode_together(large, small, tokenizer, labels, draft_scales=2, temperature=(1.0, 1.0))
+    with pytest.raises(TypeError, match="expected refiner to be a VAR"):
+        decode_together(large, tokenizer, tokenizer, labels, draft_scales=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model of codes"):
+        run(Options(drafter="msvq_tiny"))
