@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arcore.ops import codebook_neighbours, verify_chain
+from arcore.ops import codebook_neighbours, verify_chain, verify_relaxed
 from tests.speculative.cases import RULES, calls, make_case
 
 B, M, V = 3, 2, 10
@@ -37,11 +37,11 @@ SHAPES = {
     ),
     "draft_device": (
         {"draft": Q.to("meta")},
-        r"expected draft_probs on target_probs' device cpu but got meta",
+        r"expected draft_probs on the device of target_probs, cpu, but got meta",
     ),
     "tokens_device": (
         {"tokens": torch.zeros(B, M, device="meta").long()},
-        r"expected draft_tokens on target_probs' device cpu but got meta",
+        r"expected draft_tokens on the device of target_probs, cpu, but got meta",
     ),
     "neighbours": (
         {"neighbours": torch.zeros(V + 1, 4).int()},
@@ -68,6 +68,59 @@ def test_shapes_and_devices(change, reference):
         if _uses(rule, change):
             with pytest.raises(ValueError, match=r"arcore.verify_\w+: " + message):
                 calls(reference)[rule](_case(**changes), seed=0, offset=0)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_device_and_integer(rule, reference):
+    call = calls(reference)[rule]
+    where = "on the device of target_probs, cpu, but got meta"
+    keywords = {"seed": torch.arange(B), "offset": torch.arange(B), "lengths": torch.ones(B).long()}
+    for name in keywords:
+        with pytest.raises(ValueError, match=rf"arcore\.verify_\w+: expected {name} {where}"):
+            call(_case(), **{**keywords, name: keywords[name].to("meta")})
+    for field, name in (("tokens", "draft_tokens"), ("parents", "parents"), ("neighbours", "neighbours")):
+        if _uses(rule, field):
+            with pytest.raises(ValueError, match=f"expected {name} {where}"):
+                call(_case(**{field: getattr(_case(), field).to("meta")}), **keywords)
+    for name in ("seed", "offset"):
+        for value in (1.5, 2.0, True):
+            with pytest.raises(TypeError, match=f"expected {name} to be an integer but got {value}"):
+                call(_case(), **{**keywords, name: value})
+        with pytest.raises(ValueError, match=f"expected {name} to fit into int64 but got"):
+            call(_case(), **{**keywords, name: 2**63})
+    if _uses(rule, "parents"):
+        with pytest.raises(TypeError, match=r"expected parents\[1\] to be an integer but got 0\.5"):
+            call(_case(parents=[-1, 0.5]), **keywords)
+
+
+def test_other_integers():
+    near, tokens = torch.zeros(V, 4).int(), torch.zeros(B, M).long()
+    with pytest.raises(TypeError, match=r"expected k to be an integer but got 2\.0"):
+        verify_relaxed(P, tokens, near, seed=0, offset=0, k=2.0)
+    with pytest.raises(TypeError, match=r"codebook_neighbours: expected k to be an integer but got 1\.0"):
+        codebook_neighbours(torch.zeros(4, 2), 1.0)
+    with pytest.raises(TypeError, match=r"expected rows to be an integer but got 1\.5"):
+        codebook_neighbours(torch.zeros(4, 2), 1, rows=1.5)
+
+
+def test_raw_ops_with_one_meta_tensor():
+    """One meta argument sends the call to the fake, which must not return memory that nobody wrote."""
+    tokens, parents, rows = torch.zeros(B, M).long(), torch.zeros(B, M).long() - 1, torch.arange(B)
+    near = torch.zeros(V, 4).int()
+    ops = torch.ops.arcore
+    for op, args in (
+        (ops.verify_chain, (P, tokens, Q, rows, rows, rows, False)),
+        (ops.verify_tree, (P, tokens, parents, Q, rows, rows, rows, False)),
+        (ops.verify_typical, (P, tokens, parents, rows, rows, rows, 0.1, 0.3, True)),
+        (ops.verify_relaxed, (P, tokens, near, parents, Q, rows, rows, rows, 0.1, 4, False, False, False)),
+        (ops.verify_jacobi, (P, tokens, Q, rows, rows, rows)),
+    ):
+        names = [a.name for a in op.default._schema.arguments]
+        for i, x in enumerate(args):
+            if i and isinstance(x, torch.Tensor):
+                with pytest.raises(ValueError, match=f"expected {names[i]} on the device of target_probs"):
+                    op(*args[:i], x.to("meta"), *args[i + 1 :])
 
 
 @pytest.mark.parametrize("reference", [False, True])

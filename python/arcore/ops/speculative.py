@@ -17,6 +17,7 @@ from torch import Tensor
 from arcore import _extension as _extension
 from arcore.masks import TreeMask
 from arcore.ops import _speculative_reference as rules
+from arcore.ops._checks import int64, integer, same_device
 from arcore.ops._constants import constant
 from arcore.ops._speculative_reference import Inputs, Relaxation
 
@@ -486,6 +487,7 @@ def codebook_neighbours(codebook: Tensor, k: int, *, rows: int = 1024) -> Tensor
     Raises:
         ValueError: the shape or `k` does not fit.
     """
+    k, rows = (integer("arcore.codebook_neighbours", n, v) for n, v in (("k", k), ("rows", rows)))
     if codebook.dim() != 2:
         raise ValueError(
             f"arcore.codebook_neighbours: expected codebook of shape [V, D] but got {tuple(codebook.shape)}"
@@ -523,6 +525,16 @@ def _prepare(
     dtypes: tuple[torch.dtype, ...],
 ) -> Inputs:
     where = f"arcore.{op}"
+    same_device(
+        where,
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        parents=parents if isinstance(parents, Tensor) else None,
+        draft_probs=draft_probs,
+        lengths=lengths,
+        seed=seed if isinstance(seed, Tensor) else None,
+        offset=offset if isinstance(offset, Tensor) else None,
+    )
     if target_probs.dim() != 3 or target_probs.shape[1] < 1 or target_probs.shape[2] < 1:
         raise ValueError(
             f"{where}: expected target_probs of shape [B, M + 1, V] but got {tuple(target_probs.shape)}"
@@ -552,18 +564,13 @@ def _prepare(
         if isinstance(parents, TreeMask):
             parents = parents.parents
             parents = parents[0] if parents.shape[0] == 1 else parents
+            same_device(where, target_probs=target_probs, parents=parents)
         elif not isinstance(parents, Tensor):
-            parents = constant(tuple(parents), torch.int64, target_probs.device)
+            nodes_of = tuple(int64(where, f"parents[{i}]", x) for i, x in enumerate(parents))
+            parents = constant(nodes_of, torch.int64, target_probs.device)
         hangs = _integers(where, "parents", parents, (nodes,) if parents.dim() == 1 else (batch, nodes))
         hangs = hangs.expand(batch, nodes)
     counts = None if lengths is None else _integers(where, "lengths", lengths, (batch,))
-    given = {"draft_probs": draft_probs, "draft_tokens": tokens, "parents": hangs, "lengths": counts}
-    for name, value in given.items():
-        if value is not None and value.device != target_probs.device:
-            raise ValueError(
-                f"{where}: expected {name} on target_probs' device {target_probs.device} but got {value.device}; "
-                f"move it with .to(target_probs.device)"
-            )
     return Inputs(
         target=target_probs.detach(),
         tokens=tokens,
@@ -586,16 +593,13 @@ def _integers(where: str, name: str, x: Tensor, shape: tuple[int, ...]) -> Tenso
 def _per_row(where: str, name: str, value: int | Tensor, target: Tensor) -> Tensor:
     batch = target.shape[0]
     if not isinstance(value, Tensor):
+        value = int64(where, name, value)
         return torch.full((1,), value, dtype=torch.int64, device=target.device).expand(batch)
     if value.dtype != torch.int64:
         raise TypeError(f"{where}: expected {name} of dtype int64 but got {_name(value.dtype)}")
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
         raise ValueError(
             f"{where}: expected one {name}, or one per row (B={batch}), but got shape {tuple(value.shape)}"
-        )
-    if value.device != target.device:
-        raise ValueError(
-            f"{where}: expected {name} on target_probs' device {target.device} but got {value.device}"
         )
     return value.expand(batch)
 
@@ -622,6 +626,7 @@ def _is_greedy(epsilon: float, delta: float, bonus: str) -> bool:
 def _relaxation(x: Inputs, neighbours: Tensor, delta: float, k: int | None, bound: str, residual: str) -> int:
     """Checks the relaxation's own arguments; returns k."""
     where, vocab = "arcore.verify_relaxed", x.target.shape[2]
+    same_device(where, target_probs=x.target, neighbours=neighbours)
     if neighbours.dtype not in NEIGHBOUR_DTYPES:
         names = ", ".join(_name(d) for d in NEIGHBOUR_DTYPES)
         raise TypeError(
@@ -631,11 +636,7 @@ def _relaxation(x: Inputs, neighbours: Tensor, delta: float, k: int | None, boun
         raise ValueError(
             f"{where}: expected neighbours of shape (V={vocab}, K) but got {tuple(neighbours.shape)}"
         )
-    if neighbours.device != x.target.device:
-        raise ValueError(
-            f"{where}: expected neighbours on target_probs' device {x.target.device} but got {neighbours.device}"
-        )
-    used = neighbours.shape[1] if k is None else k
+    used = neighbours.shape[1] if k is None else integer(where, "k", k)
     if not 0 <= used <= neighbours.shape[1]:
         raise ValueError(
             f"{where}: expected k from 0 to the K={neighbours.shape[1]} stored neighbours but got {k}"
@@ -677,6 +678,15 @@ def _fake_chain(
     offset: Tensor,
     block: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.verify_chain",
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        draft_probs=draft_probs,
+        lengths=lengths,
+        seed=seed,
+        offset=offset,
+    )
     return _fake_results(target_probs)
 
 
@@ -691,6 +701,16 @@ def _fake_tree(
     offset: Tensor,
     replacement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.verify_tree",
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        parents=parents,
+        draft_probs=draft_probs,
+        lengths=lengths,
+        seed=seed,
+        offset=offset,
+    )
     return _fake_results(target_probs)
 
 
@@ -706,6 +726,15 @@ def _fake_typical(
     delta: float,
     greedy_bonus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.verify_typical",
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        parents=parents,
+        lengths=lengths,
+        seed=seed,
+        offset=offset,
+    )
     return _fake_results(target_probs)
 
 
@@ -725,6 +754,17 @@ def _fake_relaxed(
     coarse: bool,
     replacement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.verify_relaxed",
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        neighbours=neighbours,
+        parents=parents,
+        draft_probs=draft_probs,
+        lengths=lengths,
+        seed=seed,
+        offset=offset,
+    )
     return _fake_results(target_probs)
 
 
@@ -737,5 +777,14 @@ def _fake_jacobi(
     seed: Tensor,
     offset: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    same_device(
+        "arcore.verify_jacobi",
+        target_probs=target_probs,
+        draft_tokens=draft_tokens,
+        draft_probs=draft_probs,
+        lengths=lengths,
+        seed=seed,
+        offset=offset,
+    )
     drafts = target_probs.new_empty((target_probs.shape[0], target_probs.shape[1] - 1), dtype=torch.int64)
     return *_fake_results(target_probs), drafts
