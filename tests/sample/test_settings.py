@@ -221,3 +221,28 @@ def test_meta_tensors_give_meta_tensors():
     assert got.tokens.is_meta and got.tokens.shape == (2,) and got.kept.shape == (2, 1)
     assert filter_probs(x, temperature=torch.ones(2, device="meta")).is_meta
     assert confidence_mask(x, 3).is_meta
+
+
+@pytest.mark.parametrize("order", ["hf", "vllm", "joint"])
+def test_least_number_of_tokens_to_keep(order):
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(1))
+    logits[1] = -math.inf  # nothing to keep
+    logits[2, 3] = math.nan
+    logits[3, 4:] = -math.inf  # less than the least number
+    top_p = torch.tensor([0.1, 0.1, 0.1, 0.1, 2.0])  # the last out of its range
+    options = {"top_p": top_p, "top_k": 2, "typical_p": 0.05, "order": order, "min_tokens_to_keep": 6}
+    seeds = torch.arange(5)
+    found = filter_probs(logits, return_valid=True, return_kept=True, **options)
+    assert found.valid.tolist() == [True, False, False, True, False]
+    assert (found.probs > 0).sum(-1).tolist() == [6, 0, 0, 4, 0]
+    assert found.probs[0].nonzero()[:, 0].tolist() == logits[0].topk(6).indices.sort().values.tolist()
+    drawn = sample(logits, seed=seeds, return_prob=True, return_valid=True, **options)
+    again = reference_sample(logits, seed=seeds, return_prob=True, return_valid=True, **options)
+    assert torch.equal(drawn.tokens, again.tokens) and torch.equal(drawn.valid, found.valid)
+    live = found.valid.nonzero()[:, 0]
+    assert torch.equal(found.probs[live, drawn.tokens[live]], drawn.prob[live])
+    plain = {**options, "min_tokens_to_keep": 1}
+    assert not torch.equal(filter_probs(logits, **plain), found.probs)
+    for bad, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="expected min_tokens_to_keep"):
+            sample(logits, seed=seeds, **{**options, "min_tokens_to_keep": bad})

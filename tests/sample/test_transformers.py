@@ -170,3 +170,37 @@ def test_ties_at_the_nucleus_stay_together():
     assert ours.tolist() == [[True, True, True, True, False]]
     assert bool((theirs <= ours).all())
     assert theirs.sum() < ours.sum()
+
+
+LEAST = {
+    "top_k": (2, lambda n: lp.TopKLogitsWarper(2, min_tokens_to_keep=n)),
+    "top_p": (0.05, lambda n: lp.TopPLogitsWarper(0.05, min_tokens_to_keep=n)),
+    "min_p": (0.9, lambda n: lp.MinPLogitsWarper(0.9, min_tokens_to_keep=n)),
+    "typical_p": (0.01, lambda n: lp.TypicalLogitsWarper(0.01, min_tokens_to_keep=n)),
+    "epsilon": (0.5, lambda n: lp.EpsilonLogitsWarper(0.5, min_tokens_to_keep=n)),
+    "eta": (0.9, lambda n: lp.EtaLogitsWarper(0.9, min_tokens_to_keep=n)),
+}
+
+
+@pytest.mark.parametrize("least", [2, 7, 600])
+@pytest.mark.parametrize("name", LEAST)
+def test_least_number_of_tokens(name, least):
+    value, make = LEAST[name]
+    logits = _logits(least)
+    least_there = min(least, VOCAB)
+    assert_same(logits, lambda x: _oracle(x, make(least_there)), **{name: value}, min_tokens_to_keep=least)
+    probs = filter_probs(logits, **{name: value}, min_tokens_to_keep=least)
+    assert ((probs > 0).sum(-1) >= least_there).all()
+
+
+def test_least_number_in_a_chain_with_temperature_and_penalty():
+    ids = torch.arange(20).expand(ROWS, 20).contiguous()
+    for seed in range(3):
+        values = {name: value for name, (value, _) in LEAST.items()}
+        chain = (
+            lp.RepetitionPenaltyLogitsProcessor(1.3),
+            lp.TemperatureLogitsWarper(0.7),
+            *(make(5) for _, make in LEAST.values()),
+        )
+        more = {"temperature": 0.7, "repetition_penalty": 1.3, "history": ids, "min_tokens_to_keep": 5}
+        assert_same(_logits(seed), lambda x, chain=chain: _oracle(x, *chain, ids=ids), **values, **more)

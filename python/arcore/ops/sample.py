@@ -6,7 +6,7 @@ The algorithm and the numerics are in csrc/sample/README.md; the exact rules are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -98,6 +98,7 @@ def sample(
     num_samples: int = 1,
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
+    min_tokens_to_keep: int = 1,
     return_logprob: Literal["raw", "processed"] | None = None,
     return_prob: bool = False,
     return_entropy: bool = False,
@@ -174,6 +175,9 @@ def sample(
         order: of the filters.
         mode: "inverse_cdf"; "gumbel", V numbers per draw; "greedy", the likeliest of the processed tokens, the lowest
             id among equals.
+        min_tokens_to_keep: each filter keeps at least so many tokens, the likeliest ("typical_p": the most typical),
+            ties included, as in transformers; "joint" keeps them in the end. Above 1 the filters run one by one, with
+            up to two passes over the logits each.
         return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits, NaN if one of
             these is NaN or +inf.
         return_prob: also return `Sampled.prob`.
@@ -195,6 +199,16 @@ def sample(
     (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
     """
     name = "arcore.sample"
+    if _wants_more(name, min_tokens_to_keep):
+        mask = _keep_at_least(
+            filter_probs, min_tokens_to_keep, mask, order,
+            {"top_k": top_k, "top_p": top_p, "min_p": min_p,
+             "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
+            logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
+            bias=bias, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, history=history, prompt=prompt,
+        )  # fmt: skip
+        top_k = top_p = min_p = typical_p = epsilon = eta = None
     p = _prepare(
         name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
         (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
@@ -245,6 +259,7 @@ def filter_probs(
     history: Tensor | None = None,
     prompt: Tensor | None = None,
     order: Order = "hf",
+    min_tokens_to_keep: int = 1,
     return_entropy: bool = False,
     return_valid: bool = False,
     return_kept: bool = False,
@@ -260,6 +275,16 @@ def filter_probs(
         TypeError, ValueError: as `sample`.
     """
     name = "arcore.filter_probs"
+    if _wants_more(name, min_tokens_to_keep):
+        mask = _keep_at_least(
+            filter_probs, min_tokens_to_keep, mask, order,
+            {"top_k": top_k, "top_p": top_p, "min_p": min_p,
+             "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
+            logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
+            bias=bias, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, history=history, prompt=prompt,
+        )  # fmt: skip
+        top_k = top_p = min_p = typical_p = epsilon = eta = None
     p = _prepare(
         name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
         (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
@@ -353,6 +378,7 @@ def reference_sample(
     num_samples: int = 1,
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
+    min_tokens_to_keep: int = 1,
     return_logprob: Literal["raw", "processed"] | None = None,
     return_prob: bool = False,
     return_entropy: bool = False,
@@ -366,6 +392,16 @@ def reference_sample(
     Log-probabilities and entropies agree to rounding. Arguments, returns and errors are those of `sample`.
     """
     name = "arcore.sample"
+    if _wants_more(name, min_tokens_to_keep):
+        mask = _keep_at_least(
+            reference_filter_probs, min_tokens_to_keep, mask, order,
+            {"top_k": top_k, "top_p": top_p, "min_p": min_p,
+             "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
+            logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
+            bias=bias, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, history=history, prompt=prompt,
+        )  # fmt: skip
+        top_k = top_p = min_p = typical_p = epsilon = eta = None
     p = _prepare(
         name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
         (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
@@ -430,6 +466,7 @@ def reference_filter_probs(
     history: Tensor | None = None,
     prompt: Tensor | None = None,
     order: Order = "hf",
+    min_tokens_to_keep: int = 1,
     return_entropy: bool = False,
     return_valid: bool = False,
     return_kept: bool = False,
@@ -437,6 +474,16 @@ def reference_filter_probs(
 ) -> Tensor | FilteredProbs:
     """`filter_probs` in plain PyTorch, row by row: the same probabilities to the last bit."""
     name = "arcore.filter_probs"
+    if _wants_more(name, min_tokens_to_keep):
+        mask = _keep_at_least(
+            reference_filter_probs, min_tokens_to_keep, mask, order,
+            {"top_k": top_k, "top_p": top_p, "min_p": min_p,
+             "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
+            logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
+            bias=bias, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, history=history, prompt=prompt,
+        )  # fmt: skip
+        top_k = top_p = min_p = typical_p = epsilon = eta = None
     p = _prepare(
         name, logits, uncond, cfg_scale, weights, mask, bias, history, prompt, order,
         (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
@@ -487,6 +534,65 @@ def reference_confidence_mask(
         for r in range(rows)
     ]
     return torch.stack(chosen).view(confidence.shape) if chosen else confidence.bool()
+
+
+def _wants_more(op: str, least: int) -> bool:
+    least = int64(op, "min_tokens_to_keep", least)
+    if least < 1:
+        raise ValueError(
+            f"{op}: expected min_tokens_to_keep >= 1 but got {least}; a filter always keeps a token"
+        )
+    return least > 1
+
+
+def _keep_at_least(
+    probs_of: Callable[..., Any],
+    least: int,
+    mask: Tensor | None,
+    order: str,
+    filters: dict[str, Any],
+    **rest: Any,
+) -> Tensor:
+    """The kept set of filters that leave at least `least` tokens each, int32 `[..., ceil(V / 32)]`.
+
+    A kept set given back as mask gives the distribution that the next filter has to see. Rows without a distribution
+    have nothing in it, so that they stay without one.
+    """
+
+    def keep(allowed: Tensor | None, order: str = "hf", **some: Any) -> Tensor:
+        found = probs_of(**rest, mask=allowed, order=order, return_valid=True, return_kept=True, **some)
+        kept: Tensor = torch.where(found.valid.unsqueeze(-1), found.kept, 0)
+        return kept
+
+    def with_least(kept: Tensor, likeliest: Tensor) -> Tensor:
+        # A row whose settings are out of range has lost all its tokens.
+        return torch.where((kept != 0).any(-1, keepdim=True), kept | likeliest, 0)
+
+    if order == "joint":
+        return with_least(keep(mask, order, **filters), keep(mask, top_k=least))
+    names = ("min_p", "top_k", "top_p", "typical_p", "epsilon", "eta")
+    if order == "hf":
+        names = ("top_k", "top_p", "min_p", "typical_p", "epsilon", "eta")
+    allowed = keep(mask)
+    for name in names:
+        if filters[name] is None:
+            continue
+        typical = name == "typical_p"
+        first = _most_typical(probs_of, least, allowed, rest) if typical else keep(allowed, top_k=least)
+        allowed = with_least(keep(allowed, **{name: filters[name]}), first)
+    return allowed
+
+
+def _most_typical(probs_of: Callable[..., Any], least: int, allowed: Tensor, rest: dict[str, Any]) -> Tensor:
+    """The `least` tokens whose surprise is nearest to the entropy, with all that tie, packed."""
+    found = probs_of(**rest, mask=allowed, return_entropy=True)
+    probs, vocab = found.probs, found.probs.shape[-1]
+    distance = (-probs.log() - found.entropy.unsqueeze(-1)).abs()
+    edge = distance.nan_to_num(math.inf).kthvalue(min(least, vocab), dim=-1, keepdim=True).values
+    bits = ((distance <= edge) & (probs > 0)).int()
+    bits = torch.nn.functional.pad(bits, (0, -vocab % 32)).unflatten(-1, (-1, 32))
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (bits << shifts).sum(-1, dtype=torch.int32)
 
 
 class _Prepared(NamedTuple):
