@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from arcore.ops import _sample_reference as rules
-from arcore.ops import confidence_mask, filter_probs, reference_filter_probs, reference_sample, sample
+from arcore.ops import (
+    confidence_mask,
+    filter_probs,
+    logits_from_probs,
+    reference_filter_probs,
+    reference_sample,
+    sample,
+)
 
 INF = math.inf
 # The least and the largest that a setting may be, from which numbers just outside follow.
@@ -246,3 +253,27 @@ def test_least_number_of_tokens_to_keep(order):
     for bad, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="expected min_tokens_to_keep"):
             sample(logits, seed=seeds, **{**options, "min_tokens_to_keep": bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_sampling_from_probabilities(dtype):
+    weights = torch.rand(6, 300, generator=torch.Generator().manual_seed(2)).to(dtype) * 5
+    weights[:, ::3] = 0
+    weights[1] = 0
+    weights[2, 1] = -0.5
+    weights[3, 1] = math.nan
+    logits = logits_from_probs(weights)
+    found = filter_probs(logits, return_valid=True)
+    assert found.valid.tolist() == [True, False, False, False, True, True]
+    live = [0, 4, 5]
+    exact = weights[live].double() / weights[live].double().sum(-1, keepdim=True)
+    assert not found.probs[:, ::3].any()
+    torch.testing.assert_close(found.probs[live].double(), exact, rtol=2e-6, atol=0)
+    tokens = sample(logits[0].expand(20000, 300), seed=torch.arange(20000))
+    counts = torch.bincount(tokens, minlength=300).double() / 20000
+    assert (counts - exact[0]).abs().max() < 5 * (exact[0].max() / 20000).sqrt()
+    tiny = torch.tensor([1e-300, 3e-300], dtype=torch.float64)
+    assert filter_probs(logits_from_probs(tiny)).tolist() == pytest.approx([0.25, 0.75], rel=1e-4)
+    for wrong in (weights.int(), [0.5, 0.5]):
+        with pytest.raises(TypeError, match="logits_from_probs: expected probs to be a tensor of a float"):
+            logits_from_probs(wrong)

@@ -1,6 +1,7 @@
 """Loops that turn models into samples. They know the protocols of `arcore.nn.protocols` and no model."""
 
 from arcore.decoding.autoregressive import generate, stream
+from arcore.decoding.bans import allow_without_repeats, allow_without_words
 from arcore.decoding.block_diffusion import generate_blocks, stream_blocks
 from arcore.decoding.drafters import (
     Context,
@@ -45,6 +46,8 @@ __all__ = [
     "SpeculativeOutput",
     "Step",
     "TreeShape",
+    "allow_without_repeats",
+    "allow_without_words",
     "copy_above",
     "exact",
     "generate",

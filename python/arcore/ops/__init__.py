@@ -16,6 +16,7 @@ from arcore.ops.decoder_step import decoder_step, reference_decoder_step
 from arcore.ops.sample import (
     confidence_mask,
     filter_probs,
+    logits_from_probs,
     reference_confidence_mask,
     reference_filter_probs,
     reference_sample,
@@ -54,6 +55,7 @@ __all__ = [
     "decoder_step",
     "filter_probs",
     "linear_logprobs",
+    "logits_from_probs",
     "reference_block_sparse_attention",
     "reference_causal_conv1d",
     "reference_causal_conv1d_update",

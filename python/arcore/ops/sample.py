@@ -308,6 +308,33 @@ def filter_probs(
     )
 
 
+def logits_from_probs(probs: Tensor) -> Tensor:
+    """Logits to sample from probabilities with: their logarithm, -inf where one is 0.
+
+    ``sample(logits_from_probs(probs), ...)`` draws from `probs`, which need not add up to 1, after all the
+    processing of `sample`; `temperature`, `mask` and filters act as on the logits of a model.
+
+    Args:
+        probs: `[..., V]`, any float dtype, not negative.
+
+    Returns:
+        float32 `[..., V]`. A negative number gives NaN, which makes its row one without a distribution in `sample`, as
+        does a NaN or a row of zeros. Without gradient.
+
+    Raises:
+        TypeError: probs are no tensor of a float dtype.
+    """
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        got = _name(probs.dtype) if isinstance(probs, Tensor) else type(probs).__name__
+        raise TypeError(
+            f"arcore.logits_from_probs: expected probs to be a tensor of a float dtype but got {got}; "
+            "convert it with .float()"
+        )
+    # The logarithm comes first: float64 has probabilities that are 0 in float32.
+    exact = probs.detach() if probs.dtype == torch.float64 else probs.detach().float()
+    return exact.log().float()
+
+
 def confidence_mask(
     confidence: Tensor,
     count: int | Tensor,
