@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import arcore
 from arcore.catalog.claims import shaken
+from arcore.decoding import generate_next_scale
+from arcore.models import save_checkpoint
 from arcore.tokenizers import MultiScaleVQ
 from arcore.zoo.next_scale.code import TEMPERATURES, Options, _draw, decode_together, run, small_pair
 from arcore.zoo.next_scale.var import VAR, VARConfig
@@ -103,6 +107,31 @@ def test_temperature_divides_what_the_filters_kept() -> None:
     hot = torch.tensor([0.5, 0.3]) ** 0.2
     torch.testing.assert_close(share, torch.cat([hot / hot.sum(), torch.zeros(2)]), rtol=0, atol=0.015)
     assert len(TEMPERATURES) == 10
+
+
+@torch.no_grad()
+def test_a_model_without_a_cache_serves_too(tokenizer: MultiScaleVQ) -> None:
+    net = shaken(arcore.create_model("hmar_tiny")).eval()
+    labels, options = torch.tensor([2, 8]), {"top_k": 600, "top_p": 0.95, "seed": 3}
+    plain = generate_next_scale(net, tokenizer, labels, **options)
+    out = decode_together(net, net, tokenizer, labels, draft_scales=2, **options)
+    assert all(torch.equal(a, b) for a, b in zip(out.indices, plain.indices, strict=True))
+    assert out.peak_cache_bytes == 0
+    with pytest.raises(ValueError, match=r"inputs for whole scales, \[5, 14, 30\]"):
+        net.prefill(torch.zeros(2, 6, 16), labels, net.make_cache(2))
+
+
+def test_the_command_draws_with_a_trained_pair(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    pair = {"model": arcore.create_model("var_tiny"), "tokenizer": arcore.create_model("msvq_tiny")}
+    save_checkpoint(tmp_path / "run", pair)
+    weights = {f"{name}_weights": str(tmp_path / "run") for name in ("drafter", "refiner", "tokenizer")}
+    report = run(Options(drafter="var_tiny", refiner="var_tiny", draft_scales=3, label=7, count=2, **weights))
+    # Guided rows: the refiner's 30 tokens are as many as the model alone has.
+    assert report.values["ratio"] == 1.0
+    assert "3 scales by var_tiny, 1 by var_tiny" in report.text
+    report.draw(figure)
+    assert len(figure.axes) == 2
 
 
 def test_what_does_not_fit_is_named(tokenizer: MultiScaleVQ) -> None:

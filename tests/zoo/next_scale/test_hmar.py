@@ -223,6 +223,27 @@ def test_weights_and_schedule():
     )
 
 
+@torch.no_grad()
+def test_training_weighs_the_scales():
+    pytest.importorskip("pytorch_lightning")
+    from arcore.recipes.next_scale import NextScaleTask
+    from arcore.training import TrainConfig
+
+    networks = {
+        "model": shaken(arcore.create_model("hmar_tiny")),
+        "tokenizer": arcore.create_model("msvq_tiny"),
+    }
+    task = NextScaleTask(TrainConfig(), networks, {}).eval()
+    images, labels = torch.rand(4, 1, 8, 8) * 2 - 1, torch.arange(4)
+    indices = task.tokenizer.encode(images)
+    losses = -task.model(task.tokenizer.scale_inputs(indices), labels).log_softmax(-1)
+    losses = losses.gather(2, torch.cat(indices, 1).unsqueeze(2)).squeeze(2)
+    scales = losses.split([1, 4, 9, 16], dim=1)
+    expected = sum(w * x.mean() for w, x in zip(lognorm_weights((1, 2, 3, 4)), scales, strict=True))
+    torch.testing.assert_close(task.loss(images, labels)[0], expected)
+    assert abs(losses.mean() - expected) > 1e-3
+
+
 def test_a_wrong_setting_is_named():
     with pytest.raises(ValueError, match=r"tail in \[1, depth=3\] but got 4"):
         HMARConfig(**SMALL, tail=4)

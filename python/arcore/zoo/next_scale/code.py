@@ -228,21 +228,23 @@ class Options:
 
 def run(options: Options) -> Report:
     """Draw pictures with a pair of models."""
-    [info] = [info for info in model_info(options.drafter).presets if info.name == options.drafter]
-    if info.tokenizer is None:
+    presets = {info.name: info for info in model_info(options.drafter).presets}
+    tokenizer_name = presets[options.drafter].tokenizer if options.drafter in presets else None
+    if tokenizer_name is None:
         raise ValueError(
-            f"expected drafter to be a model of codes, such as var_d30, but got {options.drafter}"
+            f"expected drafter to be a preset of a model of codes, such as var_d30, but got {options.drafter}"
         )
     if options.count < 1:
         raise ValueError(f"expected count to be at least 1 but got {options.count}")
-    drafter, refiner, tokenizer = (
+    models: list[Any] = [
         create_model(name, weights=weights)
         for name, weights in (
             (options.drafter, options.drafter_weights),
             (options.refiner, options.refiner_weights),
-            (info.tokenizer, options.tokenizer_weights),
+            (tokenizer_name, options.tokenizer_weights),
         )
-    )
+    ]
+    drafter, refiner, tokenizer = models
     out = decode_together(
         drafter,
         refiner,
@@ -252,26 +254,29 @@ def run(options: Options) -> Report:
         cfg_scale=options.cfg,
         seed=[options.seed + i for i in range(options.count)],
     )
+    # A model without a cache, such as HMAR, has no ratio.
     alone = drafter.make_cache(2 * options.count if options.cfg > 0 else options.count).nbytes
 
     def draw(figure: Any) -> None:
         for i, image in enumerate(out.images):
             axes = figure.add_subplot(1, options.count, i + 1)
-            axes.imshow((image.float().clamp(-1, 1) + 1).permute(1, 2, 0).squeeze(-1) / 2, cmap="gray")
+            shown = (image.float().clamp(-1, 1) + 1).permute(1, 2, 0).squeeze(-1) / 2
+            axes.imshow(shown.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
 
+    ratio = out.peak_cache_bytes / alone if alone else float("nan")
     text = (
         f"{options.count} pictures of class {options.label}: {out.calls[0]} scales by {options.drafter}, "
-        f"{out.calls[1]} by {options.refiner}; cache at most {out.peak_cache_bytes / 2**20:.1f} MiB, "
-        f"{out.peak_cache_bytes / alone:.3f} of the drafter's alone"
+        f"{out.calls[1]} by {options.refiner}; cache at most {out.peak_cache_bytes / 2**20:.3g} MiB"
+        + (f", {ratio:.3f} of the drafter's alone" if alone else "")
     )
-    values = {"peak_cache_bytes": out.peak_cache_bytes, "ratio": out.peak_cache_bytes / alone}
+    values = {"peak_cache_bytes": out.peak_cache_bytes} | ({"ratio": ratio} if alone else {})
     return Report(text, values, draw, (2.5 * options.count, 2.6))
 
 
 def small_pair(seed: int = 1) -> tuple[VAR, VAR]:
     """Random models of different depth on `msvq_tiny`'s scales and codes."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_heads": 2,
         "num_classes": 5,
         "vocab_size": 128,
@@ -286,7 +291,7 @@ def small_pair(seed: int = 1) -> tuple[VAR, VAR]:
 def claim(*, quick: bool) -> Claim:
     """Logits and codes of one model in both places; caches of the published pair, and of a pair that ran."""
     large, small = small_pair()
-    tokenizer = shaken(create_model("msvq_tiny")).eval()
+    tokenizer: Any = shaken(create_model("msvq_tiny")).eval()
     labels, starts = torch.tensor([0, 4, 5]), large.scale_starts
     inputs = torch.randn(3, starts[-1] - 1, 16)
     whole, error, changed = large(inputs, labels), 0.0, 0
@@ -314,7 +319,8 @@ def claim(*, quick: bool) -> Claim:
         ),
     ]
     with torch.device("meta"):
-        drafter, refiner = (create_model(name) for name in ("var_d30", "var_d16"))
+        published: list[Any] = [create_model(name) for name in ("var_d30", "var_d16")]
+    drafter, refiner = published
     for count in (9, 8, 7, 6):
         peak = max(drafter.make_cache(2, scales=count).nbytes, refiner.make_cache(2).nbytes)
         rows.append(

@@ -106,9 +106,24 @@ class HMAR(VAR):
             self.mask_head = copy.deepcopy(self.ns_head)
             self.mask_embed = nn.Parameter(torch.zeros(1, config.embed_dim))
 
-    def make_cache(self, batch: int) -> KVCache:
+    def make_cache(self, batch: int, scales: int | None = None) -> KVCache:
         """A cache without room: no scale reads another."""
         return KVCache(num_layers=1, batch=batch, num_heads=0, max_length=0, head_dim=0)
+
+    def prefill(self, inputs: Tensor, labels: Tensor, cache: KVCache) -> Tensor:
+        """Logits of the last scale that inputs hold, from its own inputs; arguments and result are those of VAR.
+
+        Raises:
+            TypeError, ValueError: as `forward` does, or no scale ends there.
+        """
+        length = self.scale_starts[1] + (inputs.shape[1] if inputs.dim() == 3 else -1)
+        if length not in self.scale_starts[2:]:
+            raise ValueError(
+                f"expected inputs for whole scales, {self.scale_starts[2:]} tokens with the first, but got inputs of "
+                f"shape {tuple(inputs.shape)}"
+            )
+        k = self.scale_starts.index(length) - 1
+        return self.scale_logits(k, inputs[:, -(self.patch_nums[k] ** 2) :], labels, cache)
 
     def scale_logits(self, k: int, inputs: Tensor | None, labels: Tensor, cache: KVCache) -> Tensor:
         """Logits of scale k alone; arguments and result are those of `ScaleModel`, in any order of scales.
