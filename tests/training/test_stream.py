@@ -80,3 +80,67 @@ def test_learning_rate_warms_up_and_decays():
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field} must"):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 2.5, "steps must be a whole number but got 2.5"),
+        ("steps", "3", "steps must be a whole number but got '3'"),
+        ("batch_size", True, "batch_size must be a whole number but got True"),
+        ("lr", "1e-3", "lr must be a number but got '1e-3'"),
+        ("lr", True, "lr must be a number but got True"),
+        ("betas", 5, r"betas must be two numbers such as \(0.9, 0.95\) but got 5"),
+        ("betas", (0.9,), "betas must be two numbers"),
+        ("keep_best", 1, "keep_best must be True or False but got 1"),
+        ("precision", 32, "precision must be a name but got 32"),
+        ("devices", 2.0, "devices must be 'auto' or a number of devices but got 2.0"),
+        ("devices", True, "devices must be 'auto' or a number of devices but got True"),
+        ("epochs", "2", "epochs must be a number"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(field, value, words):
+    with pytest.raises(TypeError, match=words):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("betas", (2, 3), "betas must"),
+        ("betas", (0.9, 1.0), "betas must lie in"),
+        ("ema", 1.0, "ema must be below 1"),
+        ("lr", float("inf"), "lr must be"),
+        ("schedule", "linear", "schedule must be one of cosine, constant, wsd"),
+        ("logger", "mlflow", "logger must be one of csv, tensorboard, wandb"),
+        ("epochs", 0, "epochs must be above 0"),
+        ("devices", 0, "devices must be 'auto' or a number"),
+    ],
+)
+def test_values_out_of_range(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**{field: value})
+
+
+def test_a_number_of_devices_is_taken():
+    assert TrainConfig(devices=1) == TrainConfig(devices="1")
+    assert TrainConfig(betas=[0.8, 0.9]).betas == (0.8, 0.9)
+
+
+def test_other_courses_of_the_learning_rate():
+    constant = [TrainConfig(steps=100, warmup=4, schedule="constant").lr_factor(step) for step in range(100)]
+    assert constant[4:] == [1.0] * 96
+    assert constant[0] == pytest.approx(0.2)
+    wsd = TrainConfig(steps=100, warmup=4, schedule="wsd", final_lr=0.1)
+    factors = [wsd.lr_factor(step) for step in range(100)]
+    assert factors[4:80] == [1.0] * 76
+    assert factors[-1] == pytest.approx(0.1)
+    falls = [a - b for a, b in itertools.pairwise(factors[79:])]
+    assert falls == pytest.approx([0.9 / 20] * 20)
+
+
+def test_places_go_with_the_items():
+    plain = batches(num_images=7, batch_size=3, stop=6)
+    pairs = batches(num_images=7, batch_size=3, stop=6, places=True)
+    assert [[item for item, _ in batch] for batch in pairs] == plain
+    assert [place for batch in pairs for _, place in batch] == list(range(18))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import get_config
 from arcore.data import ImageDataset, open_dataset
-from arcore.data.identity import Identity, identity, place, sizes_of
+from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.augment import Augmented
@@ -212,7 +212,8 @@ def _sizes(start: Start, options: ImageOptions) -> dict[str, Any]:
     before = (config.image_size, config.in_channels)
     size, channels = options.image_size or before[0], options.channels or before[1]
     found = ""
-    if options.data and Path(options.data).is_dir() and channels in (1, 3):
+    is_folder = options.data and options.data not in NAMES and Path(options.data).is_dir()
+    if is_folder and options.data and channels in (1, 3):
         sides, colour = sizes_of(options.data, options.nested, options.skip_bad)
         one = next(iter(sides)) if len(sides) == 1 else None
         kind = "colour" if colour else "grey"

@@ -42,12 +42,16 @@ class ZooTask(Task):
         super().__init__(config)
         self.facts = dict(facts)
         self.saved = tuple(networks)
+        self._described: dict[str, Any] = {}
         for name, network in networks.items():
             self.add_module(name, network)
 
     def meta(self) -> dict[str, Any]:
+        if not self._described:
+            # Once, before the training engine wraps the networks.
+            self._described = {name: describe(network) for name, network in self.modules_to_save().items()}
         return {
-            "modules": {name: describe(network) for name, network in self.modules_to_save().items()},
+            "modules": self._described,
             **self.facts,
             "training": dataclasses.asdict(self.config),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from arcore.training import checkpoint
 from arcore.training.checks import refuse_unknown
 from arcore.training.config import FREE_ON_RESUME, TrainConfig
 from arcore.training.engine import FitResult, fit
-from arcore.training.ranks import is_first
 from arcore.training.run_folder import read_record, run_folder
 
 
@@ -81,11 +81,14 @@ def train(
         "training": dataclasses.asdict(start.config),
         "init_from": None if init_from is None else str(Path(init_from).absolute()),
     }
-    if resume is None and is_first() and checkpoint.begun(out):
-        raise ValueError(
-            f"{out} already holds a run: continue it with --resume {out}, or choose another --out"
-        )
-    with run_folder(out, facts):
+
+    def refuse_a_second_run() -> None:
+        if resume is None and checkpoint.begun(out):
+            raise ValueError(
+                f"{out} already holds a run: continue it with --resume {shlex.quote(str(out))}, or choose another --out"
+            )
+
+    with run_folder(out, facts, refuse_a_second_run):
         work = recipe.prepare(start, picked)
         work.task.run_facts = {name: facts[name] for name in ("options", "model_settings")}
         return fit(

@@ -138,7 +138,8 @@ class LanguageTask(ZooTask):
         return loss, {"bits_per_byte": loss.detach() / (math.log(2) * self.bytes_per_token)}
 
     def evaluated(self) -> None:
-        if self.trainer.is_global_zero:
+        # The weights that a token needs are not in one place where they are sharded.
+        if self.trainer.is_global_zero and not self.sharded:
             ids, _ = self.test_data[0]
             prompt = ids[:32].to(self.device)
             new = generate(self.model, prompt.unsqueeze(0), max_new_tokens=400, temperature=0.8).ids[0]

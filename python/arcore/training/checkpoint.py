@@ -361,6 +361,8 @@ class FolderCheckpointIO(CheckpointIO):
             "step": self.task.step,
             "figures": self.figures.state(),
         }
+        if not Path(path).parent.is_dir():
+            raise OSError(f"cannot write the checkpoint {path}: the run folder is gone")
         write(Path(path), weights, meta, rest, self.task.files())
 
     def load_checkpoint(

@@ -89,7 +89,7 @@ class TrainConfig:
         number("ema", self.ema, whole=False, least=0)
         if not self.ema < 1:
             raise ValueError(f"ema must be below 1 but got {self.ema}")
-        number("lr", self.lr, whole=False, least=0)
+        number("lr", self.lr, whole=False, least=0, most=1e30)
         if self.lr == 0:
             raise ValueError(f"lr must be a positive number but got {self.lr}")
         if self.epochs is not None:

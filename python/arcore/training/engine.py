@@ -34,6 +34,7 @@ from arcore.training.keeping import Average, Keeper
 from arcore.training.progress import Progress
 from arcore.training.ranks import is_first
 from arcore.training.run_folder import run_folder
+from arcore.training.shard import Sharded
 from arcore.training.task import Task
 
 # Lightning's short names of precisions.
@@ -147,6 +148,8 @@ def _settle(task: Task, items: int, *, evaluates: bool) -> None:
         )
     if (config.keep_best or config.patience) and not evaluates:
         raise ValueError("keep_best and patience go by held-out data, and there are none")
+    if config.strategy == "fsdp" and config.ema:
+        raise ValueError("a moving average (ema) of weights that are sharded (fsdp) is not kept: use 'ddp'")
     if "spawn" in config.strategy or "fork" in config.strategy:
         raise ValueError(
             f"the strategy {config.strategy!r} would start processes that cannot take over a run: use 'ddp'"
@@ -192,7 +195,7 @@ def _trainer(
             accelerator=config.accelerator,
             devices=config.devices if config.devices == "auto" else int(config.devices),
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=_strategy(config),
             precision=precision,
             max_steps=config.steps - task.start_step,
             max_epochs=-1,
@@ -210,6 +213,10 @@ def _trainer(
         )
     except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"the training engine refuses these settings: {error}") from error
+
+
+def _strategy(config: TrainConfig) -> Any:
+    return Sharded(_devices(config) * config.num_nodes) if config.strategy == "fsdp" else config.strategy
 
 
 def _logger(config: TrainConfig, out: Path) -> Any:

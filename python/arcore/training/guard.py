@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from arcore.training.checkpoint import newest
@@ -30,6 +31,8 @@ class Guard(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, task: Any, optimizer: Any) -> None:
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         norm = clip_grad_norm_(parameters, task.config.clip or math.inf)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         task.grad_norm = norm.detach()
         # A gradient scaler skips steps with infinite gradients by itself and tries a smaller scale.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

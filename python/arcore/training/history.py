@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from arcore._files import atomic_path
 from arcore.training.guard import Diverged, advice
@@ -76,6 +77,9 @@ class History(pl.Callback):
 
     def _close_row(self, trainer: pl.Trainer, task: Any) -> None:
         means = {name: float(total) / self._count for name, total in self._sums.items()}
+        if trainer.world_size > 1:
+            here = torch.tensor(list(means.values()), dtype=torch.float64, device=task.device)
+            means = dict(zip(means, trainer.strategy.reduce(here, reduce_op="mean").tolist(), strict=True))
         now = time.monotonic()
         rest = {
             "lr": task.trainer.optimizers[0].param_groups[0]["lr"],
@@ -124,6 +128,8 @@ class History(pl.Callback):
         names = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step", "split", "loss"]
         self._columns = [name for name in names if name not in last]
         self._columns += [name for name in last if name in names]
+        if not self.path.parent.is_dir():
+            raise OSError(f"cannot write {self.path}: the run folder is gone")
         with atomic_path(self.path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()

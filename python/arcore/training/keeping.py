@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arcore._files import atomic_folder
@@ -53,7 +54,7 @@ class Keeper(pl.Callback):
         broken = [
             name
             for name, value in task.named_parameters()
-            if value.is_floating_point() and not bool(value.isfinite().all())
+            if value.is_floating_point() and not bool(_here(value).isfinite().all())
         ]
         if broken:
             raise Diverged(
@@ -71,6 +72,11 @@ class Keeper(pl.Callback):
         for path in [*steps_of(self.run), *self.run.glob(".step-*")]:
             if path not in kept:
                 shutil.rmtree(path)
+
+
+def _here(value: torch.Tensor) -> torch.Tensor:
+    """The part of a weight that this process holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _link(source: str, target: str) -> None:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,9 @@ LOCK = ".lock"
 
 
 @contextmanager
-def run_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+def run_folder(
+    out: Path, facts: Mapping[str, Any], check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Own a run folder while the block runs; entered again by the same process, it changes nothing.
 
     Writes `run.json` at once: the facts, versions, commit, command line and when and where the run was started. A
@@ -38,6 +40,7 @@ def run_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     Args:
         out: the folder.
         facts: what to remember, ready for JSON.
+        check: called when the folder is this process's alone, before anything is written; raises to refuse it.
 
     Raises:
         ValueError: another process writes into the folder.
@@ -57,6 +60,7 @@ def run_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[None]:
         ) from None
     try:
         if not nested:
+            check()
             _write_record(out, facts)
             _OURS.add(out.resolve())
         yield

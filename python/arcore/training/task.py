@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from arcore.training import state
 from arcore.training.config import TrainConfig
+from arcore.training.shard import Sharded, shard
 from arcore.training.stream import StreamSampler, derive_seed
 
 
@@ -30,6 +31,7 @@ class Task(pl.LightningModule):
         config: settings of the run.
         start_step: optimiser steps that were done before this process took over.
         run_facts: further entries of config.json, from whoever starts the run.
+        sharded: the weights are spread over processes.
         grad_norm: norm of the last gradient before clipping.
         last_loss: of the last micro-batch.
     """
@@ -41,6 +43,7 @@ class Task(pl.LightningModule):
         super().__init__()
         self.config = config
         self.start_step = 0
+        self.sharded = False
         self.run_facts: dict[str, Any] = {}
         self.grad_norm: Any = 0.0
         self.last_loss = torch.zeros(())
@@ -75,6 +78,12 @@ class Task(pl.LightningModule):
     def step(self) -> int:
         """Optimiser steps done since the very beginning of the run."""
         return self.start_step + int(self.global_step)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded) and not self.sharded:
+            self.sharded = True
+            for network in self.modules_to_save().values():
+                shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def evaluated(self) -> None:
         """Called in evaluation mode when the held-out data have been evaluated."""

@@ -176,6 +176,10 @@ class MAR(nn.Module):
         ):
             nn.init.normal_(table, std=0.02)
 
+    def shard_units(self) -> list[nn.Module]:
+        """Parts whose weights are gathered one after the other where they are sharded over processes."""
+        return [*self.encoder_blocks, *self.decoder_blocks, self.head]
+
     def forward(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
         """The vector z of every place, from the visible tokens.
 

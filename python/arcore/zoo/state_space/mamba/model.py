@@ -129,6 +129,10 @@ class Mamba(nn.Module):
                 # The variance of the residual stream stays the same for any depth.
                 parameter.div_(self.config.n_layer**0.5)
 
+    def shard_units(self) -> list[nn.Module]:
+        """Parts whose weights are gathered one after the other where they are sharded over processes."""
+        return [layer.mixer for layer in self.layers]
+
     def forward(
         self,
         ids: Tensor,

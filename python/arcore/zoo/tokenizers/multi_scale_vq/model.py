@@ -154,6 +154,9 @@ class Phi(nn.Conv2d):
 class PhiList(nn.Module):
     """The shared convolutions, looked up by scale."""
 
+    # Codes that restart are written in forward, into what would be a gathered copy.
+    shardable = False
+
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         self.qresi_ls = nn.ModuleList(Phi(config.z_channels, config.phi_ratio) for _ in range(config.num_phi))

@@ -1,0 +1,81 @@
+"""Weights that are sharded over processes (FSDP2): each holds a part, and gathers a block when it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
+
+_WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def shard(network: nn.Module, mesh: Any) -> None:
+    """Shard the weights of a network in place, block by block.
+
+    A block is what the network's `shard_units()` gives, or else an element of a `nn.ModuleList` with a forward of its
+    own; the rest is gathered with the network itself. A block is gathered when it is called, so it must be called.
+
+    Args:
+        network: all of its weights are trained, or none, which leaves it whole.
+        mesh: one-dimensional device mesh.
+
+    Raises:
+        ValueError: the network says `shardable = False`.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        return
+    if not getattr(network, "shardable", True):
+        raise ValueError(
+            f"the weights of a {type(network).__name__} cannot be sharded (fsdp): use the strategy 'ddp'"
+        )
+    units: Any = getattr(network, "shard_units", None)
+    for block in units() if units is not None else _blocks(network):
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost elements of lists that can be called."""
+    for child in module.children():
+        for part in child if isinstance(child, nn.ModuleList) else ():
+            callable_part = type(part).forward is not nn.Module.forward
+            yield from [part] if callable_part else _blocks(part)
+        if not isinstance(child, nn.ModuleList):
+            yield from _blocks(child)
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for sharded weights, with checkpoints that any number of processes can read.
+
+    Args:
+        processes: of the run.
+    """
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(
+            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return dict(self.checkpoint_io.load_checkpoint(checkpoint_path))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.model is not None
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=_WHOLE)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.model is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            by_name = FullyShardedDataParallel.rekey_optim_state_dict(
+                state, OptimStateKeyType.PARAM_NAME, self.model
+            )
+            set_optimizer_state_dict(self.model, optimizer, by_name, options=_WHOLE)

@@ -1,0 +1,152 @@
+"""What a run folder holds from the first second."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from arcore.data import load_digits
+from arcore.training import TrainConfig, fit
+from arcore.training.run_folder import LOCK, RECORD, read_record, run_folder
+
+SETTINGS = {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "accelerator": "cpu"}
+
+
+def test_the_record_and_growing_figures_are_there_before_the_first_checkpoint(toy_task, tmp_path):
+    seen = {}
+
+    class Spy(toy_task):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            names = sorted(path.name for path in tmp_path.iterdir())
+            with open(tmp_path / "metrics.csv") as file:
+                seen[self.step] = (names, list(csv.DictReader(file)))
+
+    fit(
+        Spy(TrainConfig(**SETTINGS | {"checkpoint_every": 0})),
+        load_digits("train"),
+        tmp_path,
+        show_progress=False,
+    )
+    names, rows = seen[0]
+    assert names == [LOCK, "metrics.csv", RECORD]
+    assert rows == []
+    names, rows = seen[10]
+    assert names == [LOCK, "metrics.csv", RECORD]
+    assert [row["step"] for row in rows] == ["10"]
+    assert float(rows[0]["lr"]) == pytest.approx(1e-3 * 10 / 51)
+    assert float(rows[0]["grad_norm"]) > 0
+    assert float(rows[0]["samples_per_second"]) > 0
+    assert not (tmp_path / LOCK).exists()
+    record = read_record(tmp_path)
+    assert set(record["versions"]) == {"arcore", "commit", "torch", "lightning", "python"}
+    assert record["training"]["steps"] == 20
+    assert shlex.split(record["command"])
+
+
+def test_a_second_run_into_the_same_folder_is_refused(toy_task, tmp_path):
+    code = (
+        "import sys, pathlib\n"
+        "from arcore.training.run_folder import run_folder\n"
+        "with run_folder(pathlib.Path(sys.argv[1]), {}):\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(ValueError, match="another run is writing into"):
+            fit(toy_task(TrainConfig(**SETTINGS)), load_digits("train"), tmp_path, show_progress=False)
+        from arcore.training import train
+
+        with pytest.raises(ValueError, match="another run is writing into"):
+            train("msvq_tiny", out=tmp_path, settings=SETTINGS, show_progress=False)
+    finally:
+        other.kill()
+        other.communicate()
+    # A killed process leaves its lock file, which holds nobody back.
+    assert (tmp_path / LOCK).exists()
+    fit(toy_task(TrainConfig(**SETTINGS)), load_digits("train"), tmp_path, show_progress=False)
+
+
+def test_a_folder_with_nothing_in_it_goes_when_the_run_could_not_begin(tmp_path):
+    with pytest.raises(ValueError, match="no"), run_folder(tmp_path / "new", {}):
+        raise ValueError("no")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match="no"), run_folder(tmp_path / "old", {}):
+        raise ValueError("no")
+    assert json.loads((tmp_path / "old" / RECORD).read_text())["command"]
+
+
+def test_a_lost_folder_is_one_sentence(toy_task, tmp_path):
+    import shutil
+
+    class Losing(toy_task):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            if self.step == 5:
+                shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(OSError, match=r"cannot write .*metrics\.csv") as caught:
+        fit(Losing(TrainConfig(**SETTINGS)), load_digits("train"), tmp_path / "run", show_progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_precision_that_the_device_does_not_have_is_said_aloud(toy_task, tmp_path, capsys):
+    config = TrainConfig(**SETTINGS | {"steps": 1, "precision": "16-mixed"})
+    fit(toy_task(config), load_digits("train"), tmp_path / "half")
+    assert (
+        "precision 16-mixed is not to be had on this device: bf16-mixed is used instead"
+        in capsys.readouterr().err
+    )
+    fit(
+        toy_task(TrainConfig(**SETTINGS | {"steps": 1, "precision": "32"})),
+        load_digits("train"),
+        tmp_path / "full",
+    )
+    assert "not to be had" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["devices", "workers"])
+def test_more_processes_than_cores_are_refused(toy_task, tmp_path, name):
+    config = TrainConfig(**SETTINGS | {name: 9999})
+    with pytest.raises(
+        ValueError, match=rf"{name}=9999 would start 9999 processes on the \d+ cores? of this CPU"
+    ):
+        fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_go_to_a_logger_of_lightning(toy_task, tmp_path):
+    config = TrainConfig(**SETTINGS | {"logger": "tensorboard"})
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="tensorboard"):
+            fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+        return
+    fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_what_is_no_task_and_no_data(toy_task, tmp_path):
+    with pytest.raises(TypeError, match=r"task must be an arcore\.training\.Task but got NoneType"):
+        fit(None, None, tmp_path / "run")
+    task = toy_task(TrainConfig(**SETTINGS))
+    with pytest.raises(TypeError, match="train must be a dataset with a length and items but got NoneType"):
+        fit(task, None, tmp_path / "run")
+    with pytest.raises(TypeError, match="test must be a dataset"):
+        fit(task, load_digits("train"), tmp_path / "run", test=iter([]))
+    with pytest.raises(TypeError, match="out must be the path of a folder but got int"):
+        fit(task, load_digits("train"), 3)
+    with pytest.raises(ValueError, match="'ddp_spawn' would start processes"):
+        fit(toy_task(TrainConfig(strategy="ddp_spawn")), load_digits("train"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
