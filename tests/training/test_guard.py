@@ -67,10 +67,10 @@ def test_a_loss_far_above_its_beginning_is_no_finished_run(toy_task, tmp_path):
 
 def test_a_weight_that_overflows_in_the_last_step_is_not_saved(toy_task, tmp_path):
     class Jump(toy_task):
-        def on_train_batch_start(self, batch, batch_idx):
-            super().on_train_batch_start(batch, batch_idx)
-            if self.step == self.config.steps - 1:
-                self.trainer.optimizers[0].param_groups[0]["lr"] = 3e38
+        def optimizer_step(self, *args, **options):
+            super().optimizer_step(*args, **options)
+            if self.step == self.config.steps:
+                self.model[1].weight.data[0, 0] = math.inf
 
     with pytest.raises(Diverged, match=r"step 20: weights are no longer finite \(model\."):
         fit(

@@ -204,6 +204,8 @@ def _plain(box: str) -> str:
         # The title of the frame says the same.
         words = words[1:]
     sentence = " ".join(words) or "these options do not fit"
+    # That an option can be left out is no choice.
+    sentence = re.sub(r"'None', |, 'None'", "", sentence)
     return re.sub(r"no type matching .*? Got errors: - <class '\w+'>: ", "", sentence)
 
 

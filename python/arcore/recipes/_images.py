@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -87,6 +88,8 @@ class PictureOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be at least 1 but got {value}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"--cfg must be a finite number but got {self.cfg}")
 
 
 class ImageRecipe(Recipe):
@@ -110,6 +113,8 @@ class ImageRecipe(Recipe):
             shape = reader.config
         data = options.data or ("moving_digits" if getattr(shape, "frames", 1) > 1 else "digits")
         train, test = open_images(data, shape, options)
+        if test is None:
+            start.say(f"{data}: too few images to hold any out, so no held-out loss is measured")
         found = _same_data(start, data, train, test)
         if self.trained not in networks:
             networks[self.trained] = self.build(start, options, networks, {**sizes, **self.overrides(train)})

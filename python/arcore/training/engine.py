@@ -123,7 +123,7 @@ def fit(
     with run_folder(out, facts), _quiet(), _random_state():
         trainer = _trainer(task, out, callbacks, checkpoint.FolderCheckpointIO(task, history, average))
         if show_progress:
-            _say_what_was_replaced(config, trainer)
+            _say_what_was_replaced(config, trainer, len(train))  # type: ignore[arg-type]
         task.train_data, task.test_data = train, test
         if average is not None:
             average.start(task, source)
@@ -230,7 +230,14 @@ def _logger(config: TrainConfig, out: Path) -> Any:
     return loggers.WandbLogger(project="arcore", name=out.name, save_dir=out)
 
 
-def _say_what_was_replaced(config: TrainConfig, trainer: pl.Trainer) -> None:
+def _say_what_was_replaced(config: TrainConfig, trainer: pl.Trainer, items: int) -> None:
+    """Tell people where what happens is not what the settings make one expect."""
+    batch = config.batch_size * config.accumulate * trainer.world_size
+    if batch > items and is_first():
+        print(
+            f"a step takes {batch} items and there are {items}: some come several times in a step",
+            file=sys.stderr,
+        )
     asked = _PRECISIONS.get(config.precision, config.precision)
     if str(trainer.precision) != asked and is_first():
         print(

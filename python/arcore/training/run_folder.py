@@ -65,7 +65,7 @@ def run_folder(
             _OURS.add(out.resolve())
         yield
     except BaseException:
-        if new and not nested and {path.name for path in out.iterdir()} <= {RECORD, LOCK}:
+        if new and not nested and out.is_dir() and {path.name for path in out.iterdir()} <= {RECORD, LOCK}:
             shutil.rmtree(out)
         raise
     finally:
