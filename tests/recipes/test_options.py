@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +249,45 @@ def test_fit_of_a_task_takes_epochs(tmp_path, monkeypatch):
     task = DiffusionTask(config, {"model": create_model("dit_tiny")}, {})
     result = fit(task, load_digits("train"), tmp_path, show_progress=False)
     assert result.steps == 4
+
+
+def test_imagenets_scale_of_values(tmp_path):
+    from arcore.recipes import recipe_for
+    from arcore.training.augment import denormalized, normalized
+
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
+    expected = (images * 0.5 + 0.5 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(normalized(images), expected)
+    torch.testing.assert_close(denormalized(expected), images)
+    options = {"data": "photos", "channels": 3, "normalize": "imagenet"}
+    out = run("roma_tiny", tmp_path / "run", **options)
+    assert recipe_for("roma_tiny").finish(out.checkpoint, tmp_path / "run")
+    assert (tmp_path / "run" / "predictions.png").is_file()
+    with pytest.raises(ValueError, match="are those of colour images, and these have 1 channel"):
+        run("roma_tiny", tmp_path / "grey", normalize="imagenet")
+
+
+def test_a_recipe_of_a_systems_own(monkeypatch):
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    from arcore.recipes import _recipe
+    from arcore.recipes.next_cluster import NextCluster
+
+    home: Any = ModuleType("a_system_of_somebody")
+    home.RECIPE = NextCluster()
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+
+    def found(recipe):
+        system = SimpleNamespace(name="mine", recipe=recipe)
+        return lambda name: SimpleNamespace(
+            entry=SimpleNamespace(system=system, place=SimpleNamespace(module=home.__name__))
+        )
+
+    monkeypatch.setattr(_recipe, "find", found("own"))
+    assert _recipe.recipe_for("mine") is home.RECIPE
+    monkeypatch.setattr(_recipe, "find", found(None))
+    with pytest.raises(ValueError, match="it has no recipe"):
+        _recipe.recipe_for("mine")

@@ -83,6 +83,10 @@ def test_a_folder_with_nothing_in_it_goes_when_the_run_could_not_begin(tmp_path)
     (tmp_path / "old").mkdir()
     with pytest.raises(ValueError, match="no"), run_folder(tmp_path / "old", {}):
         raise ValueError("no")
+    assert list((tmp_path / "old").iterdir()) == []
+    with pytest.raises(ValueError, match="no"), run_folder(tmp_path / "old", {}):
+        (tmp_path / "old" / "metrics.csv").write_text("")
+        raise ValueError("no")
     assert json.loads((tmp_path / "old" / RECORD).read_text())["command"]
 
 

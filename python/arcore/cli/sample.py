@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     groups["sampling"] = Group(recipe.sampling)
     chosen = parse_groups(f"sample {named}", TEXT, groups, argv)
     model = chosen["model"]
+    if "checkpoint" in model and model.get("model") not in (None, str(model["checkpoint"])):
+        raise ValueError(f"name one model: got {model['model']} and --checkpoint {model['checkpoint']}")
     if folder is None and "weights" not in model:
         raise ValueError(
             f"{named} is a preset: give its published weights with --weights FILE, or a trained folder"

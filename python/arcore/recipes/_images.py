@@ -19,7 +19,7 @@ from arcore.data import ImageDataset, open_dataset
 from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
-from arcore.training.augment import Augmented
+from arcore.training.augment import Augmented, Normalized
 from arcore.training.checkpoint import read_meta
 from arcore.training.checks import number
 
@@ -61,6 +61,17 @@ class ImageOptions:
         if self.channels is not None and self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour) but got {self.channels}")
         number("crop", self.crop, whole=True, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(ImageOptions):
+    """Data of labelled images for an encoder.
+
+    Attributes:
+        normalize: scale of the values: half is [-1, 1]; imagenet has ImageNet's mean 0 and deviation 1 in each colour.
+    """
+
+    normalize: Literal["half", "imagenet"] = "half"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,8 @@ class ImageRecipe(Recipe):
         else:
             shape = reader.config
         data = options.data or ("moving_digits" if getattr(shape, "frames", 1) > 1 else "digits")
+        train: Any
+        test: Any
         train, test = open_images(data, shape, options)
         if test is None:
             start.say(f"{data}: too few images to hold any out, so no held-out loss is measured")
@@ -127,6 +140,8 @@ class ImageRecipe(Recipe):
             "class_names": list(train.class_names),
         }
         task = self.task(start.config, networks, facts | self.facts(options))
+        if getattr(options, "normalize", "half") == "imagenet":
+            train, test = Normalized(train), None if test is None else Normalized(test)
         if options.flip or options.crop:
             train = Augmented(train, flip=options.flip, crop=options.crop, seed=start.config.seed)
         return Work(task, train, test)

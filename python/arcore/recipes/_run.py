@@ -79,7 +79,7 @@ def train(
         "options": {name: place(value) for name, value in dataclasses.asdict(picked).items()},
         "model_settings": dict(start.changes),
         "training": dataclasses.asdict(start.config),
-        "init_from": None if init_from is None else str(Path(init_from).absolute()),
+        "init_from": place(start.init_from),
     }
 
     def refuse_a_second_run() -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from arcore.catalog import load_checkpoint
-from arcore.recipes._images import ImageOptions, ImageRecipe
+from arcore.recipes._images import EncoderOptions, ImageRecipe
 from arcore.recipes._recipe import Start, ZooTask
 from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(ImageOptions):
+class ClassifierOptions(EncoderOptions):
     """Data and start of a classifier.
 
     Attributes:

@@ -11,9 +11,10 @@ from torch import Tensor
 from arcore.catalog import load_checkpoint
 from arcore.data import ImageDataset, adaptive_rotation
 from arcore.objectives import next_cluster_loss
-from arcore.recipes._images import ImageRecipe, open_images
+from arcore.recipes._images import EncoderOptions, ImageRecipe, open_images
 from arcore.recipes._pictures import grid, save_picture
 from arcore.recipes._recipe import ZooTask
+from arcore.training.augment import denormalized, normalized
 from arcore.training.config import TrainConfig
 
 SHOWN = 8
@@ -45,6 +46,7 @@ class NextCluster(ImageRecipe):
     """Patches cluster by cluster; `predictions.png` of a run shows held-out images above what is predicted of them."""
 
     defaults: ClassVar[TrainConfig] = TrainConfig(steps=1000, batch_size=32, lr=3e-3)
+    options: ClassVar[type] = EncoderOptions
     task: ClassVar[type[ZooTask]] = NextClusterTask
 
     def overrides(self, data: ImageDataset) -> dict[str, Any]:
@@ -53,13 +55,17 @@ class NextCluster(ImageRecipe):
     def finish(self, checkpoint: Path, out: Path) -> list[str]:
         networks, facts = load_checkpoint(checkpoint)
         model: Any = networks["model"].eval()
-        train, test = open_images(facts["data"], model.config, self.options(**facts["options"]))
+        options = self.options(**facts["options"])
+        train, test = open_images(facts["data"], model.config, options)
         data: Any = test or train
         count = min(SHOWN, len(data))
         chosen = [round(place * (len(data) - 1) / max(SHOWN - 1, 1)) for place in range(count)]
         images = torch.stack([data[index][0] for index in chosen])
+        scaled = options.normalize == "imagenet"
+        seen = normalized(images) if scaled else images
         with torch.no_grad():
-            drawn = model.reconstruct(images, model(images))
+            drawn = model.reconstruct(seen, model(seen))
+        drawn = denormalized(drawn) if scaled else drawn
         path = out / "predictions.png"
         save_picture(grid(torch.cat([images, drawn]), columns=len(images)), path)
         return [f"held-out images and their predictions: {path}"]

@@ -1,4 +1,4 @@
-"""Random changes of training images."""
+"""Random changes of training images, and another scale of their values."""
 
 from __future__ import annotations
 
@@ -54,3 +54,48 @@ class Augmented(Dataset[tuple[Tensor, int]]):
             wide = wide[..., down : down + height, right : right + width]
             image = wide.reshape(image.shape)
         return image, label
+
+
+class Normalized(Dataset[tuple[Tensor, int]]):
+    """Colour images with ImageNet's mean 0 and deviation 1 instead of values in [-1, 1], as many encoders want them.
+
+    Args:
+        inner: items `(image, label)`, image `[..., 3, H, W]` in [-1, 1].
+
+    Raises:
+        ValueError: the images have no three channels.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+    deviation = (0.229, 0.224, 0.225)
+
+    def __init__(self, inner: Any) -> None:
+        if inner.image_shape[-3] != 3:
+            raise ValueError(
+                f"ImageNet's mean and deviation are those of colour images, and these have {inner.image_shape[-3]} "
+                "channel: leave normalize out, or give channels=3"
+            )
+        self.inner, self.image_shape = inner, inner.image_shape
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.inner[index]
+        return normalized(image), label
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Colour images `[..., 3, H, W]` in [-1, 1] with ImageNet's mean 0 and deviation 1."""
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1) for values in (Normalized.mean, Normalized.deviation)
+    )
+    return ((images + 1) / 2 - mean) / deviation
+
+
+def denormalized(images: Tensor) -> Tensor:
+    """The way back from `normalized`."""
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1) for values in (Normalized.mean, Normalized.deviation)
+    )
+    return (images * deviation + mean) * 2 - 1

@@ -34,8 +34,8 @@ def run_folder(
 ) -> Iterator[None]:
     """Own a run folder while the block runs; entered again by the same process, it changes nothing.
 
-    Writes `run.json` at once: the facts, versions, commit, command line and when and where the run was started. A
-    folder that was made here and holds no more than that when the block fails is removed again.
+    Writes `run.json` at once: the facts, versions, commit, command line and when and where the run was started. Where
+    nothing was made when the block fails, the record goes again, and so does a folder that was not there.
 
     Args:
         out: the folder.
@@ -50,6 +50,7 @@ def run_folder(
         yield
         return
     new = _make(out)
+    before = {path.name for path in out.iterdir()}
     lock = FileLock(out / LOCK, timeout=0, is_singleton=True)
     nested = lock.is_locked
     try:
@@ -65,13 +66,18 @@ def run_folder(
             _OURS.add(out.resolve())
         yield
     except BaseException:
-        if new and not nested and out.is_dir() and {path.name for path in out.iterdir()} <= {RECORD, LOCK}:
-            shutil.rmtree(out)
+        if not nested and out.is_dir() and {path.name for path in out.iterdir()} - before <= {RECORD, LOCK}:
+            # Nothing was made: the same command, mended, shall not find a run here.
+            if RECORD not in before:
+                (out / RECORD).unlink(missing_ok=True)
+            if new:
+                shutil.rmtree(out)
         raise
     finally:
-        lock.release()
         if not nested:
+            # While it is held, so that nobody locks a file that is about to go.
             (out / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
