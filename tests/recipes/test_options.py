@@ -90,6 +90,18 @@ def test_tokenizers_of_other_sizes(size, expected):
     assert out.reconstruction.shape[-1] == expected[0]
 
 
+def test_a_size_that_does_not_suit_the_network_is_scaled(tmp_path, capsys):
+    data = photos(tmp_path / "data", (20, 20), "L", count=3)
+    out = train("roma_tiny", out=tmp_path / "run", data=data, settings=SETTINGS)
+    assert load_checkpoint(out.checkpoint)[0]["model"].config.image_size == 48
+    assert (
+        "grey images of 20 x 20 pixels; roma_tiny is built for 48 x 48 pixels, grey"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="image_size"):
+        run("roma_tiny", tmp_path / "b", data=data, image_size=20)
+
+
 def test_published_sizes_of_the_tokenizer_stay_what_they_are():
     from arcore.catalog import get_config
 

@@ -232,7 +232,11 @@ def _sizes(start: Start, options: ImageOptions) -> dict[str, Any]:
     before = (config.image_size, config.in_channels)
     size, channels = options.image_size or before[0], options.channels or before[1]
     found = ""
+    if options.data == "mnist" and options.image_size is None:
+        found, size = "mnist: grey images of 28 x 28 pixels", 28
     is_folder = options.data and options.data not in NAMES and Path(options.data).is_dir()
+    # Videos are scaled to the model: their shape is seldom square.
+    is_folder = is_folder and getattr(config, "frames", 1) == 1
     if is_folder and options.data and channels in (1, 3):
         sides, colour = sizes_of(options.data, options.nested, options.skip_bad)
         one = next(iter(sides)) if len(sides) == 1 else None
@@ -244,17 +248,32 @@ def _sizes(start: Start, options: ImageOptions) -> dict[str, Any]:
                 size = one
         if options.channels is None and colour:
             channels = 3
-    changes: dict[str, Any] = {}
-    if (size, channels) != before:
-        fit = getattr(config, "for_images", None)
-        changes = fit(size, channels) if fit else {"image_size": size, "in_channels": channels}
-        size = get_config(start.preset, **{**start.changes, **changes}).image_size
+    try:
+        changes, size = _for_images(start, config, size, channels)
+    except ValueError:
+        if options.image_size is not None or size == before[0]:
+            raise
+        # What the images have does not suit the network: they are scaled to what it was made for.
+        changes, size = _for_images(start, config, before[0], channels)
     if found or changes:
         chosen = (
             f"{start.preset} is built for {size} x {size} pixels, {'colour' if channels == 3 else 'grey'}"
         )
         start.say(f"{found}; {chosen}" if found else chosen)
     return changes
+
+
+def _for_images(start: Start, config: Any, size: int, channels: int) -> tuple[dict[str, Any], int]:
+    """Fields of a config for images of a size, and the size that comes of it.
+
+    Raises:
+        ValueError: the config does not go with that size.
+    """
+    if (size, channels) == (config.image_size, config.in_channels):
+        return {}, size
+    fit = getattr(config, "for_images", None)
+    changes = fit(size, channels) if fit else {"image_size": size, "in_channels": channels}
+    return changes, get_config(start.preset, **{**start.changes, **changes}).image_size
 
 
 def _same_data(start: Start, data: str, train: ImageDataset, test: ImageDataset | None) -> Identity:
