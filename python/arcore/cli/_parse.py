@@ -133,7 +133,8 @@ def _made(title: str, group: Group) -> tuple[type, list[str]]:
         wanted: Any = kind if is_flag else kind | None
         annotated: Any = Annotated[wanted, arg(**settings)]
         if found.metadata.get("positional"):
-            annotated = Positional[annotated]
+            positional: Any = Positional
+            annotated = positional[annotated]
         rows.append((found.name, annotated, dataclasses.field(default=False if is_flag else None)))
     made = dataclasses.make_dataclass(title.title().replace(" ", ""), rows, frozen=True)
     made.__doc__ = ""

@@ -33,8 +33,7 @@ def number(name: str, value: Any, *, whole: bool, least: float, most: float = fl
         TypeError: it is no number, or a fraction where a whole number is wanted.
         ValueError: it is out of range, infinite or NaN.
     """
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(
             f"{name} must be a {'whole ' if whole else ''}number but got {value!r} ({type(value).__name__})"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from arcore.training.checks import number
 
@@ -113,7 +113,7 @@ class TrainConfig:
         for name in ("precision", "accelerator", "strategy"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a name but got {getattr(self, name)!r}")
-        devices = self.devices
+        devices: Any = self.devices
         if isinstance(devices, int) and not isinstance(devices, bool):
             devices = str(devices)
         if not isinstance(devices, str):
