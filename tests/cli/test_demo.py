@@ -28,7 +28,7 @@ def demo(tmp_path_factory):
     (out / "samples.png").write_text("")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = main(["demo", "--out", str(out), "--tokenizer-steps", "4", "--steps", "4"])
+        code = main(["demo", "--out", str(out), "--data", "digits", "--tokenizer-steps", "4", "--steps", "4"])
     assert code == 0
     return out, printed.getvalue()
 

@@ -38,7 +38,7 @@ class Comparison:
 
 
 def compare_training_step(
-    model: torch.nn.Module, tokenizer: Any, images: Tensor, labels: Tensor, rounds: int = 9
+    name: str, model: torch.nn.Module, tokenizer: Any, images: Tensor, labels: Tensor, rounds: int = 9
 ) -> Comparison:
     """A whole step of a next-scale model: encode, forward, backward, AdamW. Works on a copy of the model."""
     model = copy.deepcopy(model).train()
@@ -60,7 +60,7 @@ def compare_training_step(
     with torch.random.fork_rng(devices=[]):
         ours, sdpa = _medians(step, step_on_sdpa, rounds)
     tokens = sum(side * side for side in tokenizer.patch_nums)
-    return Comparison(f"training step of var_tiny, {len(images)} x {tokens} tokens", ours, sdpa)
+    return Comparison(f"training step of {name}, {len(images)} x {tokens} tokens", ours, sdpa)
 
 
 def compare_attention(heads: int = 16, head_dim: int = 64, rounds: int = 7) -> Comparison:

@@ -19,7 +19,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 GAP = 1
 
 
-def samples(images: Tensor, right: Tensor, classes: Sequence[str], path: Path) -> None:
+def samples(images: Tensor, right: Tensor, classes: Sequence[str], preset: str, path: Path) -> None:
     """One row per class; `images` is `[classes, n, 1, H, W]`, `right` says which were read as their class."""
     figure = Figure(figsize=(0.6 * images.shape[1] + 0.8, 0.6 * images.shape[0] + 1.1))
     ax = figure.add_subplot()
@@ -28,7 +28,7 @@ def samples(images: Tensor, right: Tensor, classes: Sequence[str], path: Path) -
     for row, column in (~right).nonzero().tolist():
         corner = (column * size - 0.5, row * size - 0.5)
         ax.add_patch(Rectangle(corner, size - GAP, size - GAP, fill=False, edgecolor=ORANGE, linewidth=2.5))
-    title = "Digits drawn by var_tiny, one row per class"
+    title = f"Digits drawn by {preset}, one row per class"
     if not bool(right.all()):
         title += "\n(framed: the classifier reads another digit)"
     ax.set_title(title, loc="left", fontsize=11, pad=10)

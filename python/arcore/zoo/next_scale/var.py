@@ -317,6 +317,21 @@ def var_tiny() -> VARConfig:
     )
 
 
+@preset(tokenizer="msvq_mnist")
+def var_mnist() -> VARConfig:
+    """28x28 digits of MNIST in 6 scales, 104 tokens; trains on two CPU cores in minutes."""
+    return VARConfig(
+        depth=4,
+        embed_dim=96,
+        num_heads=3,
+        num_classes=10,
+        vocab_size=256,
+        z_channels=16,
+        patch_nums=(1, 2, 3, 4, 5, 7),
+        gate_init=1e-3,
+    )
+
+
 def _published(depth: int) -> VARConfig:
     return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24)
 
