@@ -20,7 +20,12 @@ from arcore._version import __version__
 EXTRAS = {
     "zoo": (("numpy", "numpy"), ("safetensors", "safetensors"), ("pillow", "PIL"), ("tyro", "tyro")),
     "plot": (("matplotlib", "matplotlib"),),
-    "train": (("pytorch-lightning", "pytorch_lightning"), ("rich", "rich"), ("scikit-learn", "sklearn")),
+    "train": (
+        ("pytorch-lightning", "pytorch_lightning"),
+        ("rich", "rich"),
+        ("scikit-learn", "sklearn"),
+        ("mlxtend", "mlxtend"),
+    ),
 }
 
 
