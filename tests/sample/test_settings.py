@@ -277,3 +277,27 @@ def test_sampling_from_probabilities(dtype):
     for wrong in (weights.int(), [0.5, 0.5]):
         with pytest.raises(TypeError, match="logits_from_probs: expected probs to be a tensor of a float"):
             logits_from_probs(wrong)
+
+
+@pytest.mark.parametrize("least", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nucleus_by_sorting(dtype, least):
+    logits = (torch.randn(6, 3000, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
+    logits[5] = 1.0  # all tie
+    top_p = torch.tensor([0.9, 0.5, 0.0, 0.003, 1.5, 0.25])
+    options = {"top_p": top_p, "temperature": 0.8, "top_p_ties": "sorted", "min_tokens_to_keep": least}
+    for function in (filter_probs, reference_filter_probs):
+        found = function(logits, return_valid=True, **options)
+        assert found.valid.tolist() == [True, True, True, True, False, True]
+        assert not found.probs[4].any()
+        for row in (0, 1, 2, 3, 5):
+            probs, order = (logits[row].double() / 0.8).softmax(-1).sort(descending=True, stable=True)
+            count = max(int((probs.cumsum(-1) - probs < top_p[row] - 1e-9).sum()), least)
+            assert found.probs[row].nonzero()[:, 0].tolist() == order[:count].sort().values.tolist()
+    if dtype == torch.bfloat16 and least == 1:
+        together = filter_probs(logits, **{**options, "top_p_ties": "together"})
+        assert ((together > 0).sum(-1) > (found.probs > 0).sum(-1))[[0, 5]].all()
+    with pytest.raises(ValueError, match="top_p_ties='together' with order='joint'"):
+        filter_probs(logits, order="joint", **options)
+    with pytest.raises(ValueError, match="expected top_p_ties 'together' or 'sorted' but got 'exact'"):
+        sample(logits, top_p=0.5, top_p_ties="exact", seed=torch.arange(6))

@@ -22,6 +22,7 @@ from arcore.ops._constants import constant
 Order = Literal["hf", "vllm", "joint"]
 Mode = Literal["inverse_cdf", "gumbel", "greedy"]
 Ties = Literal["exact", "all", "none"]
+TopPTies = Literal["together", "sorted"]
 Setting = float | Tensor | None
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,6 +100,7 @@ def sample(
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
     min_tokens_to_keep: int = 1,
+    top_p_ties: TopPTies = "together",
     return_logprob: Literal["raw", "processed"] | None = None,
     return_prob: bool = False,
     return_entropy: bool = False,
@@ -178,6 +180,8 @@ def sample(
         min_tokens_to_keep: each filter keeps at least so many tokens, the likeliest ("typical_p": the most typical),
             ties included, as in transformers; "joint" keeps them in the end. Above 1 the filters run one by one, with
             up to two passes over the logits each.
+        top_p_ties: "together" keeps or drops tokens that tie at the edge of the nucleus together; "sorted" takes the
+            lowest ids of them until the mass is reached, by a sort, with the filters run one by one; not with "joint".
         return_logprob: "processed": of the distribution that is drawn from; "raw": of the mixed logits, NaN if one of
             these is NaN or +inf.
         return_prob: also return `Sampled.prob`.
@@ -199,9 +203,9 @@ def sample(
     (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
     """
     name = "arcore.sample"
-    if _wants_more(name, min_tokens_to_keep):
+    if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
-            filter_probs, min_tokens_to_keep, mask, order,
+            filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
             {"top_k": top_k, "top_p": top_p, "min_p": min_p,
              "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
             logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
@@ -260,6 +264,7 @@ def filter_probs(
     prompt: Tensor | None = None,
     order: Order = "hf",
     min_tokens_to_keep: int = 1,
+    top_p_ties: TopPTies = "together",
     return_entropy: bool = False,
     return_valid: bool = False,
     return_kept: bool = False,
@@ -275,9 +280,9 @@ def filter_probs(
         TypeError, ValueError: as `sample`.
     """
     name = "arcore.filter_probs"
-    if _wants_more(name, min_tokens_to_keep):
+    if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
-            filter_probs, min_tokens_to_keep, mask, order,
+            filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
             {"top_k": top_k, "top_p": top_p, "min_p": min_p,
              "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
             logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
@@ -406,6 +411,7 @@ def reference_sample(
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
     min_tokens_to_keep: int = 1,
+    top_p_ties: TopPTies = "together",
     return_logprob: Literal["raw", "processed"] | None = None,
     return_prob: bool = False,
     return_entropy: bool = False,
@@ -419,9 +425,9 @@ def reference_sample(
     Log-probabilities and entropies agree to rounding. Arguments, returns and errors are those of `sample`.
     """
     name = "arcore.sample"
-    if _wants_more(name, min_tokens_to_keep):
+    if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
-            reference_filter_probs, min_tokens_to_keep, mask, order,
+            reference_filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
             {"top_k": top_k, "top_p": top_p, "min_p": min_p,
              "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
             logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
@@ -494,6 +500,7 @@ def reference_filter_probs(
     prompt: Tensor | None = None,
     order: Order = "hf",
     min_tokens_to_keep: int = 1,
+    top_p_ties: TopPTies = "together",
     return_entropy: bool = False,
     return_valid: bool = False,
     return_kept: bool = False,
@@ -501,9 +508,9 @@ def reference_filter_probs(
 ) -> Tensor | FilteredProbs:
     """`filter_probs` in plain PyTorch, row by row: the same probabilities to the last bit."""
     name = "arcore.filter_probs"
-    if _wants_more(name, min_tokens_to_keep):
+    if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
-            reference_filter_probs, min_tokens_to_keep, mask, order,
+            reference_filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
             {"top_k": top_k, "top_p": top_p, "min_p": min_p,
              "typical_p": typical_p, "epsilon": epsilon, "eta": eta},
             logits=logits, uncond=uncond, cfg_scale=cfg_scale, weights=weights, temperature=temperature,
@@ -563,18 +570,25 @@ def reference_confidence_mask(
     return torch.stack(chosen).view(confidence.shape) if chosen else confidence.bool()
 
 
-def _wants_more(op: str, least: int) -> bool:
+def _runs_one_by_one(op: str, least: int, ties: str, top_p: Setting, order: str) -> bool:
     least = int64(op, "min_tokens_to_keep", least)
     if least < 1:
         raise ValueError(
             f"{op}: expected min_tokens_to_keep >= 1 but got {least}; a filter always keeps a token"
         )
-    return least > 1
+    if ties not in ("together", "sorted"):
+        raise ValueError(f"{op}: expected top_p_ties 'together' or 'sorted' but got {ties!r}")
+    if ties == "sorted" and order == "joint":
+        raise ValueError(
+            f"{op}: expected top_p_ties='together' with order='joint' but got 'sorted'; take order='hf'"
+        )
+    return least > 1 or (ties == "sorted" and top_p is not None)
 
 
 def _keep_at_least(
     probs_of: Callable[..., Any],
     least: int,
+    ties: str,
     mask: Tensor | None,
     order: str,
     filters: dict[str, Any],
@@ -604,6 +618,14 @@ def _keep_at_least(
     for name in names:
         if filters[name] is None:
             continue
+        if name == "top_p" and ties == "sorted":
+            # What the kernel keeps includes the sorted set, and nothing in rows whose settings are out of range.
+            nucleus = _sorted_nucleus(probs_of, least, allowed, filters[name], rest)
+            tied = keep(allowed, top_p=filters[name])
+            if least > 1:
+                tied = with_least(tied, keep(allowed, top_k=least))
+            allowed = tied & nucleus
+            continue
         typical = name == "typical_p"
         first = _most_typical(probs_of, least, allowed, rest) if typical else keep(allowed, top_k=least)
         allowed = with_least(keep(allowed, **{name: filters[name]}), first)
@@ -616,8 +638,23 @@ def _most_typical(probs_of: Callable[..., Any], least: int, allowed: Tensor, res
     probs, vocab = found.probs, found.probs.shape[-1]
     distance = (-probs.log() - found.entropy.unsqueeze(-1)).abs()
     edge = distance.nan_to_num(math.inf).kthvalue(min(least, vocab), dim=-1, keepdim=True).values
-    bits = ((distance <= edge) & (probs > 0)).int()
-    bits = torch.nn.functional.pad(bits, (0, -vocab % 32)).unflatten(-1, (-1, 32))
+    return _pack_bits((distance <= edge) & (probs > 0))
+
+
+def _sorted_nucleus(
+    probs_of: Callable[..., Any], least: int, allowed: Tensor, top_p: Setting, rest: dict[str, Any]
+) -> Tensor:
+    """The fewest tokens in order of falling probability, equals by id, that reach the mass, packed."""
+    probs, order = probs_of(**rest, mask=allowed).sort(dim=-1, descending=True, stable=True)
+    before = probs.double().cumsum(-1) - probs
+    limit = top_p.double().unsqueeze(-1) if isinstance(top_p, Tensor) else top_p
+    first = torch.arange(probs.shape[-1], device=probs.device) < least
+    return _pack_bits(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, (before < limit) | first))
+
+
+def _pack_bits(chosen: Tensor) -> Tensor:
+    """bool `[..., V]` as int32 `[..., ceil(V / 32)]`."""
+    bits = torch.nn.functional.pad(chosen.int(), (0, -chosen.shape[-1] % 32)).unflatten(-1, (-1, 32))
     shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
     return (bits << shifts).sum(-1, dtype=torch.int32)
 
