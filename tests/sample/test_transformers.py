@@ -204,3 +204,27 @@ def test_least_number_in_a_chain_with_temperature_and_penalty():
         )
         more = {"temperature": 0.7, "repetition_penalty": 1.3, "history": ids, "min_tokens_to_keep": 5}
         assert_same(_logits(seed), lambda x, chain=chain: _oracle(x, *chain, ids=ids), **values, **more)
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guidance_of_normalised_logits_before_the_penalty(scale):
+    """generate(guidance_scale=...) mixes log-probabilities, and the penalty looks at the sign of what comes out."""
+
+    class Guidance(lp.UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        def get_unconditional_logits(self, ids):
+            return uncond.to(logits.dtype).unsqueeze(1)
+
+    logits, uncond = _logits(1), _logits(2)
+    ids = (scale * logits + (1 - scale) * uncond).topk(20).indices  # the tokens that count
+    chain = (
+        Guidance(scale, model=None),
+        lp.RepetitionPenaltyLogitsProcessor(1.4),
+        lp.TopKLogitsWarper(60),
+    )
+    theirs = _oracle(logits.clone(), *chain, ids=ids)
+    options = {"cfg_scale": scale, "repetition_penalty": 1.4, "history": ids, "top_k": 60}
+    ours = filter_probs(logits.log_softmax(-1), uncond=uncond.log_softmax(-1), **options)
+    assert torch.equal(ours > 0, theirs > -math.inf)
+    torch.testing.assert_close(ours, theirs.softmax(-1), rtol=2e-5, atol=1e-7)
+    plain = filter_probs(logits, uncond=uncond, **options)
+    assert (plain - ours).abs().max() > 1e-3

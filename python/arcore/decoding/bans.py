@@ -6,6 +6,7 @@ The masks are what `arcore.ops.sample` takes as `mask`: True where a token may b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ def allow_without_words(ids: Tensor, words: Sequence[Sequence[int]], vocab_size:
     name = "allow_without_words"
     tokens, lead = _tokens(name, ids, vocab_size)
     by_length: dict[int, list[list[int]]] = {}
-    for i, word in enumerate(words):
+    given: Sequence[Any] = words
+    for i, word in enumerate(given):
         if not isinstance(word, Sequence) or isinstance(word, str) or not all(type(x) is int for x in word):
             raise TypeError(
                 f"{name}: expected words[{i}] to be a sequence of ints but got {word!r}; encode it with the tokenizer"

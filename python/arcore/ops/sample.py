@@ -656,7 +656,8 @@ def _pack_bits(chosen: Tensor) -> Tensor:
     """bool `[..., V]` as int32 `[..., ceil(V / 32)]`."""
     bits = torch.nn.functional.pad(chosen.int(), (0, -chosen.shape[-1] % 32)).unflatten(-1, (-1, 32))
     shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
-    return (bits << shifts).sum(-1, dtype=torch.int32)
+    packed: Tensor = (bits << shifts).sum(-1, dtype=torch.int32)
+    return packed
 
 
 class _Prepared(NamedTuple):
@@ -817,7 +818,7 @@ def _names(sources: int) -> tuple[str, ...]:
     return *rules.COLUMNS, *("weights",) * sources
 
 
-def _numbers(op: str, device: torch.device, *columns: float | None) -> Tensor:
+def _numbers(op: str, device: torch.device, *columns: Any) -> Tensor:
     """Checked numbers as a settings matrix of one row."""
     names = _names(len(columns) - len(OFF))
     numbers = tuple(_number(op, name, value) for name, value in zip(names, columns, strict=True))
@@ -834,7 +835,7 @@ def _modes_are_active() -> bool:
     return _len_torch_dispatch_stack() > 0
 
 
-def _number(op: str, name: str, value: float | None) -> float:
+def _number(op: str, name: str, value: Any) -> float:
     if value is None:
         return OFF[name]
     low, high = rules.RANGES[name]

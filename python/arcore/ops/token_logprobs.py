@@ -217,7 +217,8 @@ def check_rows(
 def split_temperature(op: str, temperature: float | Tensor, target: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (1, a float tensor of target's shape that keeps its path to autograd)."""
     if not isinstance(temperature, Tensor):
-        if isinstance(temperature, (str, list, tuple)) or temperature is None:
+        given: Any = temperature  # callers do not always keep to the annotation
+        if given is None or isinstance(given, (str, list, tuple)):
             raise TypeError(
                 f"arcore.{op}: expected temperature to be a number or a tensor but got {temperature!r}"
             )
