@@ -276,10 +276,10 @@ def grpo_loss(
             )
     rho = log_ratio(logprobs, old, mask, ratio=ratio).exp()
     gain = advantages.detach()[:, None]
-    value = torch.minimum(rho * gain, rho.clamp(1 - clip_low, 1 + clip_high) * gain)
+    worth = torch.minimum(rho * gain, rho.clamp(1 - clip_low, 1 + clip_high) * gain)
     if clip_negative is not None:
-        value = torch.where(gain < 0, torch.maximum(value, clip_negative * gain), value)
-    loss = -value
+        worth = torch.where(gain < 0, torch.maximum(worth, clip_negative * gain), worth)
+    loss = -worth
     if kl_weight > 0 and reference is not None:
         apart = torch.where(mask, reference.detach() - logprobs, 0.0)
         loss = loss + kl_weight * (apart.exp() - apart - 1)

@@ -198,11 +198,11 @@ def claim(*, quick: bool) -> Claim:
         upper = np.triu(random.uniform(0.1, 0.9, (5, 5)), 1)
         table = upper + np.tril(1 - upper.T, -1) + 0.5 * np.eye(5)
         uniform = np.full(5, 0.2)
-        wanted = solution(table, uniform, np.full((5, 5), 0.2), beta=0.5)
+        wanted = solution(table, uniform, np.full((5, 5), 0.2), beta=0.25)
         behaviours = [random.dirichlet(np.full(5, 2.0)) for _ in range(3)]
         pairs = [np.outer(one, one) for one in behaviours]
-        ours = [minimiser(table, weight, beta=0.5, objective="srpo") for weight in pairs]
-        ipo = [minimiser(table, weight, beta=0.5, objective="ipo")[0] for weight in pairs]
+        ours = [minimiser(table, weight, beta=0.25, objective="srpo") for weight in pairs]
+        ipo = [minimiser(table, weight, beta=0.25, objective="ipo")[0] for weight in pairs]
         apart = max(
             [apart, *(float(np.abs(one[k] - wanted[k]).sum(-1).max()) for one in ours for k in (0, 1))]
         )
