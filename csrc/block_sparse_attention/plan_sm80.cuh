@@ -65,12 +65,10 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
       } else {
         const int64_t q = q0 + args.tile_q / 2 < q1 ? q0 + args.tile_q / 2 : q1;
         const int64_t k = k0 + args.tile_k / 2 < k1 ? k0 + args.tile_k / 2 : k1;
-        const int first = args.by_key
-                              ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k)
-                              : classify_by_warp(rows, args.mask.intervals, keys, q0, q, k0, k1);
-        const int second = args.by_key
-                               ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k, k1)
-                               : classify_by_warp(rows, args.mask.intervals, keys, q, q1, k0, k1);
+        const int first = args.by_key ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k0, k)
+                                      : classify_by_warp(rows, args.mask.intervals, keys, q0, q, k0, k1);
+        const int second = args.by_key ? classify_by_warp(rows, args.mask.intervals, keys, q0, q1, k, k1)
+                                       : classify_by_warp(rows, args.mask.intervals, keys, q, q1, k0, k1);
         // A half that lies outside of the matrix has no pair, and none that is forbidden.
         const bool one = args.by_key ? k == k1 : q == q1;
         const int full = first >> 1 & (one ? 1 : second >> 1);

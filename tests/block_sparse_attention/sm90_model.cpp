@@ -127,7 +127,8 @@ struct ModelProducer {
       b.q_full[s].arrive();
       return;
     }
-    b.copy(b.q[s], b.q_full[s], b.call.args.q, b.call.q_map, work.batch, work.head, int64_t{work.tile} * kTileQ);
+    b.copy(b.q[s], b.q_full[s], b.call.args.q, b.call.q_map, work.batch, work.head,
+           int64_t{work.tile} * kTileQ);
   }
 };
 
@@ -425,9 +426,7 @@ std::string run(Call& call, int64_t blocks, uint64_t seed) {
     shared.units = shares[static_cast<size_t>(block)];
     ModelProducer<kDim> producer{shared};
     ModelConsumer<kDim> first{shared, 0}, second{shared, 1};
-    fibers.add([&] {
-      produce_units<stages(kDim)>(producer, call.args.problem, call.plan, call.schedule);
-    });
+    fibers.add([&] { produce_units<stages(kDim)>(producer, call.args.problem, call.plan, call.schedule); });
     fibers.add([&] { consume_units<stages(kDim)>(first, 0); });
     fibers.add([&] { consume_units<stages(kDim)>(second, 1); });
     const std::string failure = fibers.run();

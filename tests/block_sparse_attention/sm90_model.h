@@ -137,7 +137,8 @@ inline std::vector<std::vector<int64_t>> share_units(int64_t units, int64_t bloc
   std::mt19937_64 random(seed);
   std::vector<std::vector<int64_t>> shares(static_cast<size_t>(blocks));
   for (int64_t unit = 0; unit < units; ++unit) {
-    const int64_t block = unit < blocks ? unit : static_cast<int64_t>(random() % static_cast<uint64_t>(blocks));
+    const int64_t block =
+        unit < blocks ? unit : static_cast<int64_t>(random() % static_cast<uint64_t>(blocks));
     shares[static_cast<size_t>(block)].push_back(unit);
   }
   return shares;

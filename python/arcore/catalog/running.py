@@ -78,8 +78,8 @@ def runnable(name: str) -> Runnable:
     if not (
         isinstance(options, type)
         and dataclasses.is_dataclass(options)
-        and options.__dataclass_params__.frozen
-    ):  # type: ignore[attr-defined]
+        and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    ):
         raise TypeError(
             f"{place.path}:{place.line}: expected `def run(options: Options) -> Report`, Options frozen"
         )

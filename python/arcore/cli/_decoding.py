@@ -109,6 +109,7 @@ def _loops(model: Any, heads: str | None) -> dict[str, Loop]:
         from arcore.zoo.acceleration.hydra.heads import HydraDrafter
 
         networks, _ = load_checkpoint(checkpoint.find(heads))
-        drafter = HydraDrafter(networks["model"].eval())
+        drafts: Any = networks["model"].eval()
+        drafter = HydraDrafter(drafts)
         loops["hydra heads"] = drafted(lambda p, s: speculative_tree(model, drafter, p, **s))
     return loops

@@ -103,21 +103,22 @@ def main(argv: Sequence[str]) -> int:
     for package in ("pytorch_lightning", "sklearn", "matplotlib", "rich"):
         require(package, extra="train")
     lesson = LESSONS[options.data]
+    defaults: dict[str, Any] = {
+        "tokenizer_steps": lesson.tokenizer_steps,
+        "steps": lesson.steps,
+        "threads": _threads(lesson),
+    }
     options = replace(
-        options,
-        tokenizer_steps=lesson.tokenizer_steps
-        if options.tokenizer_steps is None
-        else options.tokenizer_steps,
-        steps=lesson.steps if options.steps is None else options.steps,
-        threads=_threads(lesson) if options.threads is None else options.threads,
+        options, **{name: value for name, value in defaults.items() if getattr(options, name) is None}
     )
-    number("--threads", options.threads, whole=True, least=1)
+    threads: Any = options.threads
+    number("--threads", threads, whole=True, least=1)
     for name in ("tokenizer_steps", "steps"):
         number(f"--{name.replace('_', '-')}", getattr(options, name), whole=True, least=1)
     TrainConfig(**_settings(1, options.seed))
     check_folder(options.out)
     before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
     try:
         _run(lesson, options, options.out)
     finally:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
 from arcore.recipes._recipe import Recipe, Start, recipe_for
@@ -113,7 +115,8 @@ def _resumed(
     show_progress: bool,
 ) -> tuple[Start, Any]:
     """What a run that goes on begins with, and its options."""
-    source, networks = None, {}
+    source: Path | None = None
+    networks: dict[str, nn.Module] = {}
     record = read_record(resume) if checkpoint.newest(resume) is None else None
     if record is None:
         source = checkpoint.find(resume)

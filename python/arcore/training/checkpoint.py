@@ -240,7 +240,7 @@ def check_holdable(task: Any) -> None:
 def _unfit(value: Any) -> str:
     """Why a value cannot be held; empty if it can."""
     if isinstance(value, Tensor):
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if isinstance(value, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             return "its shape is not known before the first forward"
         if value.layout is not torch.strided or value.is_quantized:
             return f"it is no dense tensor but {value.layout}"
@@ -284,7 +284,7 @@ def write(
     """
     try:
         with atomic_folder(folder) as temporary:
-            extra = {}
+            extra: dict[str, Any] = {}
             for name, state in weights.items():
                 extra |= {f"{name}/{key}": value for key, value in state.items() if is_extra(key, value)}
                 save_file(_tensors(state), temporary / f"{name}.safetensors")

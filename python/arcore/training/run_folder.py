@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
 
@@ -123,7 +123,7 @@ def _write_record(out: Path, facts: Mapping[str, Any]) -> None:
             "arcore": __version__,
             "commit": _commit(),
             "torch": torch.__version__,
-            "lightning": pl.__version__,
+            "lightning": importlib.metadata.version("pytorch-lightning"),
             "python": platform.python_version(),
         },
     }

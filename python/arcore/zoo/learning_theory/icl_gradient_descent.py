@@ -195,13 +195,14 @@ def trained(dim: int, context: int, count: int, seed: int) -> FullLayer:
 
 def sensitivity_cosine(one: Any, other: Any, tasks: Tasks) -> float:
     """Mean cosine between the gradients of two predictions in the query."""
-    slopes = []
+    slopes: list[Tensor] = []
     for predict in (one, other):
         query = tasks.x[:, -1].detach().clone().requires_grad_()
         x = torch.cat([tasks.x[:, :-1], query[:, None]], dim=1)
         [slope] = torch.autograd.grad(predict(x, tasks.y[:, :-1]).sum(), query)
         slopes.append(slope)
-    return torch.cosine_similarity(*slopes, dim=-1).mean().item()
+    first, second = slopes
+    return torch.cosine_similarity(first, second, dim=-1).mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)
