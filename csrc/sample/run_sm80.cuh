@@ -572,7 +572,7 @@ ARCORE_DEVICE void write_draws(const Problem& p, const Scalars& s, const Draws& 
 }
 
 template <int kThreads>
-ARCORE_LAUNCH_BOUNDS(kThreads, kThreads == 256 ? 2 : 1)
+ARCORE_LAUNCH_BOUNDS(kThreads, 1)  // two blocks of 256 threads a multiprocessor would spill 72 bytes
 ARCORE_KERNEL run_rows(ARCORE_KERNEL_ARGS RunCuda cuda) {
   const Problem& p = cuda.problem;
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
