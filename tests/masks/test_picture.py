@@ -147,5 +147,5 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"arcore\[plot\]"):
+    with pytest.raises(ImportError, match=r"\.\[plot\]"):
         masks.causal(3).plot()
