@@ -15,6 +15,7 @@
 #include "common/sequence_view.h"
 #include "common/workspace.h"
 #include "selective_scan/checks.h"
+#include "selective_scan/linear_scan.h"
 #include "selective_scan/params.h"
 
 namespace arcore::selective_scan {
@@ -215,10 +216,47 @@ std::tuple<Tensor, Tensor> tangent_cpu(const Tensor& u, const Tensor& delta, con
   return {out, last_state};
 }
 
+constexpr const char* kLinearOp = "linear_scan";
+
+Tensor linear_scan_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& initial, bool reverse) {
+  ARCORE_CHECK(a.dim() == 2 && a.is_contiguous() && b.is_contiguous(), kLinearOp,
+               "expected contiguous a and b of shape (rows, length) but got ", shape_of(a), " and ",
+               shape_of(b));
+  const int64_t rows = a.size(0), length = a.size(1);
+  const ScalarType type = a.scalar_type();
+  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::Double, kLinearOp,
+               "expected float32 or float64 but got ", torch::headeronly::toString(type));
+  check_device(kLinearOp, "b", b, a);
+  check_shape(kLinearOp, "b", b, {rows, length});
+  ARCORE_CHECK(b.scalar_type() == type, kLinearOp, "expected b of a's dtype");
+  if (initial.has_value()) {
+    check_device(kLinearOp, "initial", *initial, a);
+    check_shape(kLinearOp, "initial", *initial, {rows});
+    ARCORE_CHECK(initial->scalar_type() == type && initial->is_contiguous(), kLinearOp,
+                 "expected a contiguous initial of a's dtype");
+  }
+  Tensor out = torch::stable::new_empty(a, {rows, length}, type);
+  const double updates = static_cast<double>(rows) * static_cast<double>(length);
+  const auto scan = [&](auto kind) {
+    using T = decltype(kind);
+    const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
+    run_tasks(rows, threads_for(updates, kUpdatesPerThread), [&](int64_t begin, int64_t end) {
+      scan_rows<T>(data(a), data(b), initial.has_value() ? data(*initial) : nullptr, data(out), length,
+                   reverse, begin, end);
+    });
+  };
+  if (type == ScalarType::Float)
+    scan(float{});
+  else
+    scan(double{});
+  return out;
+}
+
 }  // namespace
 }  // namespace arcore::selective_scan
 
 STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
+  m.def("linear_scan(Tensor a, Tensor b, Tensor? initial, bool reverse) -> Tensor");
   m.def(
       "selective_scan_tangent(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor? initial_state, Tensor? u_t, Tensor? delta_t, Tensor? A_t, Tensor? B_t, "
@@ -240,4 +278,5 @@ STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&arcore::selective_scan::forward_cpu));
   m.impl("selective_scan_backward", TORCH_BOX(&arcore::selective_scan::backward_cpu));
   m.impl("selective_scan_tangent", TORCH_BOX(&arcore::selective_scan::tangent_cpu));
+  m.impl("linear_scan", TORCH_BOX(&arcore::selective_scan::linear_scan_cpu));
 }

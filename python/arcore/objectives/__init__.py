@@ -14,14 +14,18 @@ from arcore.objectives.policy import (
     reduce,
     sequence_logprob,
 )
+from arcore.objectives.returns import Advantages, discounted_returns, gae
 
 __all__ = [
+    "Advantages",
     "GroupStatistics",
     "NextClusterLoss",
     "diffusion_head_loss",
     "diffusion_loss",
+    "discounted_returns",
     "draw_visible",
     "fused_snr_weights",
+    "gae",
     "group_advantages",
     "group_statistics",
     "grpo_loss",

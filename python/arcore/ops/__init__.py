@@ -1,6 +1,7 @@
 """Public ops. Each has a `reference_<op>` of the same signature in plain PyTorch."""
 
 from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
+from arcore.ops._linear_scan import linear_scan, reference_linear_scan
 from arcore.ops.block_sparse_attention import (
     alibi_bias,
     block_sparse_attention,
@@ -55,6 +56,7 @@ __all__ = [
     "decoder_step",
     "filter_probs",
     "linear_logprobs",
+    "linear_scan",
     "logits_from_probs",
     "reference_block_sparse_attention",
     "reference_causal_conv1d",
@@ -63,6 +65,7 @@ __all__ = [
     "reference_decoder_step",
     "reference_filter_probs",
     "reference_linear_logprobs",
+    "reference_linear_scan",
     "reference_sample",
     "reference_selective_scan",
     "reference_selective_state_update",
