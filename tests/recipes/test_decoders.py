@@ -1,8 +1,9 @@
-"""Text by loops that draft, from the command line's recipe, and the table that compares them."""
+"""Text by the loops that the command line offers, and the table that compares them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,37 +12,153 @@ import arcore
 from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
 from arcore.cli import main
+from arcore.decoding import MixedModel, generate
 from arcore.recipes.language import RECIPE, TextSampling, language_model
+from arcore.recipes.text_decoders import decoder_names, text_decoder
 from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads
+
+
+def small(vocab: int = 256, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return shaken(
+        arcore.create_model("llama_tiny", dim=64, num_layers=2, num_heads=4, hidden_dim=96, vocab_size=vocab),
+        seed=seed + 1,
+    )
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    model = shaken(arcore.create_model("llama_tiny", dim=64, num_layers=2, num_heads=4, hidden_dim=96))
-    save_checkpoint(tmp_path / "lm", {"model": model}, {"preset": "llama_tiny", "text_tokenizer": "bytes"})
+    model = small()
+    facts = {"preset": "llama_tiny", "text_tokenizer": "bytes"}
+    save_checkpoint(tmp_path / "lm", {"model": model}, facts)
+    save_checkpoint(tmp_path / "other", {"model": small(seed=5)}, facts)
+    save_checkpoint(tmp_path / "wide", {"model": small(vocab=300)}, facts)
     heads = HydraHeads(HydraConfig(dim=64, vocab_size=256, num_heads=2)).start_from(model)
     save_checkpoint(
         tmp_path / "heads", {"model": heads}, {"preset": "hydra_tiny", "base": str(tmp_path / "lm")}
     )
+    (tmp_path / "text.txt").write_text("and the and the land and the sand " * 20)
+    (tmp_path / "judge.py").write_text(
+        "def evaluate(text):\n    return 2 * sum(c < 'A' for c in text) / max(len(text), 1) - 1\n"
+    )
     return tmp_path
 
 
-def sampled(folder: Path, **options: object) -> list[str]:
+def sampled(folder: Path, **options: Any) -> list[str]:
     from arcore.recipes._sampling import sample
 
-    chosen = TextSampling(prompt="and the ", max_new_tokens=12, num=2, seed=3, **options)  # type: ignore[arg-type]
+    chosen = TextSampling(**{"prompt": "and the ", "max_new_tokens": 12, "num": 2, "seed": 3, **options})
     return sample(RECIPE, chosen, checkpoint_folder=folder).texts
 
 
-def test_all_decoders_write_the_same_text(run: Path) -> None:
-    plain = sampled(run / "lm")
-    assert sampled(run / "lm", decoder="lookup", window=4) == plain
-    assert sampled(run / "lm", decoder="jacobi", window=4) == plain
-    with pytest.raises(ValueError, match="choose plain, lookup or jacobi"):
-        TextSampling(prompt="x", decoder="beam")  # type: ignore[arg-type]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_all_exact_decoders_write_the_same_text(run: Path, temperature: float) -> None:
+    plain = sampled(run / "lm", temperature=temperature)
+    for options in (
+        {"decoder": "lookup", "window": 4},
+        {"decoder": "suffix"},
+        {"decoder": "jacobi", "window": 4},
+        {"decoder": "ngram", "corpus": str(run / "text.txt")},
+        {"decoder": "hydra", "heads": run / "heads"},
+    ):
+        assert sampled(run / "lm", temperature=temperature, **options) == plain
+    # A drawn chain has the law and not the tokens.
+    draft: dict[str, Any] = {"decoder": "draft", "draft": str(run / "other"), "temperature": temperature}
+    assert (sampled(run / "lm", **draft) == plain) is (temperature == 0)
+
+
+def test_guides_multiply_distributions(run: Path) -> None:
+    plain = sampled(run / "lm", temperature=0.0)
+    assert sampled(run / "lm", guide=(f"{run / 'other'}:0",), temperature=0.0) == plain
+    weights = (f"{run / 'other'}:0.5", f"{run / 'lm'}:-0.25")
+    found = sampled(run / "lm", guide=weights, temperature=0.0, num=1)
+    models = [language_model(str(run / name))[0] for name in ("lm", "other", "lm")]
+    ids = generate(
+        MixedModel(models, [1.0, 0.5, -0.25]), [list(b"and the ")], max_new_tokens=12, temperature=0.0
+    )
+    assert found == ["and the " + language_model(str(run / "lm"))[1].decode(ids.rows()[0])]
+    assert found != plain[:1]
+    # Drafts of the base's heads are verified by the mix.
+    assert (
+        sampled(run / "lm", guide=weights, temperature=0.0, num=1, decoder="hydra", heads=run / "heads")
+        == found
+    )
+    for guide, complaint in (
+        ("lm", "expects MODEL:ALPHA such as out/reward:0.5 but got 'lm'"),
+        ("lm:nan", "expects MODEL:ALPHA"),
+        (f"{run / 'wide'}:1", "vocabulary of 300 tokens is not that of the model, which has 256"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            sampled(run / "lm", guide=(guide,))
+    with pytest.raises(FileNotFoundError):
+        sampled(run / "lm", guide=(f"{run / 'nothing'}:1",))
+
+
+def test_lossy_verification_accepts_more_and_its_options_are_checked(run: Path, capsys: Any) -> None:
+    asked = ["sample", str(run / "lm"), "--prompt", "and", "--decoder", "suffix", "--max-new-tokens", "24"]
+
+    def rate(*more: str) -> float:
+        assert main([*asked, *more]) == 0
+        return float(capsys.readouterr().out.rpartition("(")[2].split()[0])
+
+    assert rate("--verify", "typical", "--epsilon", "0.0001", "--delta", "0.0001") >= rate()
+    assert rate("--verify", "relaxed", "--delta", "1", "--neighbours", "200") >= rate()
+    for options, complaint in (
+        ({"verify": "loose", "decoder": "suffix"}, "choose exact, typical or relaxed"),
+        ({"epsilon": 0.1, "decoder": "suffix"}, "--epsilon is for --verify typical, not exact"),
+        ({"neighbours": 7, "decoder": "suffix", "verify": "typical"}, "--neighbours is for --verify relaxed"),
+        ({"verify": "typical"}, "--verify is for --decoder suffix or lookup .* not plain"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            TextSampling(prompt="x", **options)
+
+
+def test_a_search_for_what_an_evaluator_likes(run: Path, capsys: Any) -> None:
+    asked = ["sample", str(run / "lm"), "--prompt", "and", "--max-new-tokens", "4", "--decoder", "rain"]
+    asked += ["--simulations", "6"]
+    assert main([*asked, "--evaluator", str(run / "judge.py")]) == 0
+    assert "texts were judged)" in capsys.readouterr().out
+    assert main([*asked, "--evaluator", "self"]) == 0
+    assert "(value " in capsys.readouterr().out
+    for name, content, complaint in (
+        ("raises", "def evaluate(text):\n    return 1 / 0", "the evaluator failed on a text"),
+        ("nan", "def evaluate(text):\n    return float('nan')", "from -1 to 1 but got nan"),
+        ("empty", "x = 1", "expected a function evaluate(text)"),
+        ("broken", "def evaluate(", "it does not run (SyntaxError"),
+    ):
+        (run / f"{name}.py").write_text(content + "\n")
+        assert main([*asked, "--evaluator", str(run / f"{name}.py")]) == 2
+        assert complaint in capsys.readouterr().err
+    assert main([*asked, "--evaluator", str(run / "none.py")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert main(asked) == 2
+    assert "needs something that judges texts" in capsys.readouterr().err
+
+
+def test_options_of_another_decoder_and_missing_ones_are_refused(run: Path) -> None:
+    assert {"plain", "suffix", "ngram", "draft", "jacobi", "hydra", "rain"} <= set(decoder_names())
+    with pytest.raises(ValueError, match=r"--decoder beam: choose plain, .*hydra"):
+        TextSampling(prompt="x", decoder="beam")
+    with pytest.raises(ValueError, match="--heads is for --decoder hydra, not plain"):
+        TextSampling(prompt="x", heads=run)
+    with pytest.raises(ValueError, match=r"--window is for --decoder .* not hydra"):
+        TextSampling(prompt="x", decoder="hydra", window=4)
     with pytest.raises(ValueError, match="--window must be at least 2"):
-        TextSampling(prompt="x", window=1)
+        TextSampling(prompt="x", decoder="jacobi", window=1)
+    with pytest.raises(ValueError, match="needs trained heads: --heads FOLDER"):
+        sampled(run / "lm", decoder="hydra")
+    with pytest.raises(ValueError, match="expected draft heads but it holds Llama"):
+        sampled(run / "lm", decoder="hydra", heads=run / "lm")
+    with pytest.raises(ValueError, match="this one has width 64 and 300 tokens; train heads for it"):
+        sampled(run / "wide", decoder="hydra", heads=run / "heads")
+    with pytest.raises(ValueError, match="needs the model that drafts"):
+        sampled(run / "lm", decoder="draft")
+    with pytest.raises(ValueError, match="not that of the model"):
+        sampled(run / "lm", decoder="draft", draft=str(run / "wide"))
+    with pytest.raises(ValueError, match="the model is made for texts of"):
+        sampled(run / "lm", decoder="suffix", max_new_tokens=5000)
+    with pytest.raises(ValueError, match="choose plain"):
+        text_decoder("llama")
 
 
 def test_the_table_of_loops_and_heads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

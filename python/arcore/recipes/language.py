@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -20,16 +19,10 @@ from arcore.catalog.gguf import GGUF
 from arcore.data.identity import place
 from arcore.data.real import PACKAGED, gguf_tokenizer, packaged_weights
 from arcore.data.text import TokenCrops, load_text
-from arcore.data.text_tokenizers import (
-    FILE,
-    BPETokenizer,
-    ByteTokenizer,
-    TextStream,
-    TextTokenizer,
-    make_tokenizer,
-)
-from arcore.decoding import LookupDrafter, generate, jacobi, speculative_chain, stream
+from arcore.data.text_tokenizers import FILE, BPETokenizer, ByteTokenizer, TextTokenizer, make_tokenizer
+from arcore.decoding import generate, row_seeds
 from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
+from arcore.recipes.text_decoders import VERIFIED, TextRequest, check_options, guided, text_decoder
 from arcore.training import checkpoint
 from arcore.training.checks import number
 from arcore.training.config import TrainConfig
@@ -58,6 +51,10 @@ class TextOptions:
         number("context", self.context, whole=True, least=1)
 
 
+# Options of `TextSampling` that not every decoder takes.
+_SPECIAL = ("window", "corpus", "draft", "heads", *VERIFIED, "evaluator", "question", "simulations")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
     """Text that goes on from a prompt.
@@ -71,9 +68,25 @@ class TextSampling:
         temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
         top_k: keep the K likeliest tokens of each draw. Default: all.
         top_p: keep the smallest set of tokens with this much probability, 0 to 1. Default: all.
-        decoder: plain (a token per call of the model), lookup (drafts from what stood in the text before) or jacobi
-            (a window of guesses); all write the same text, those with drafts in fewer calls where they guess well.
-        window: tokens that a call reads with lookup and jacobi.
+        decoder: plain (a token per call of the model); suffix or lookup (drafts from what stood in the text before),
+            ngram (from counts of --corpus), draft (by --draft), hydra (by --heads) or jacobi (a window of guesses),
+            which write the text that plain writes, in fewer calls where they guess well; or rain, a search for text
+            that --evaluator likes.
+        window: tokens that a call reads with drafts in a chain, and with jacobi.
+        corpus: text whose n-grams are counted: kjv, a UTF-8 file, or a folder of *.txt files.
+        draft: run folder of a smaller model of the same tokens that drafts.
+        heads: run folder of draft heads for the model, from `arcore train hydra_...`.
+        guide: models of the same tokens whose distributions multiply the model's, to powers: MODEL:ALPHA, several.
+        verify: exact (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
+            whose embeddings are near); the last two change the law.
+        epsilon: of typical: a draft of at least this probability stands. Default: 0.09.
+        delta: of typical: so does one above delta exp(-entropy), default 0.3; of relaxed: probability that neighbours
+            may lend to a draft, default 0.1.
+        neighbours: of relaxed: nearest tokens that a draft may stand for.
+        evaluator: Python file with `evaluate(text)`, which gives a text a value from -1 to 1; or self, the model's own
+            verdict on --question.
+        question: what the model is asked about a text with --evaluator self.
+        simulations: continuations that rain tries before it commits a step.
     """
 
     prompt: str | None = None
@@ -84,12 +97,24 @@ class TextSampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    decoder: Literal["plain", "lookup", "jacobi"] = "plain"
+    decoder: str = "plain"
     window: int = 8
+    corpus: str = "kjv"
+    draft: str | None = None
+    heads: Path | None = None
+    guide: tuple[str, ...] = field(default=(), metadata={"metavar": "MODEL:ALPHA"})
+    verify: str = "exact"
+    epsilon: float | None = None
+    delta: float | None = None
+    neighbours: int = 100
+    evaluator: str | None = None
+    question: str = "Is this text friendly and helpful?"
+    simulations: int = 30
 
     def __post_init__(self) -> None:
-        if self.decoder not in ("plain", "lookup", "jacobi"):
-            raise ValueError(f"--decoder {self.decoder}: choose plain, lookup or jacobi")
+        check_options(self, _SPECIAL)
+        for name in ("neighbours", "simulations"):
+            number(name, getattr(self, name), whole=True, least=1)
         if self.window < 2:
             raise ValueError(f"--window must be at least 2 but got {self.window}")
         for name, flag in (("num", "-n"), ("max_new_tokens", "--max-new-tokens")):
@@ -250,55 +275,41 @@ class Language(Recipe):
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}: they do "
                 "not belong together"
             )
-        device = next(model.parameters()).device
-        if options.decoder != "plain":
-            return _drafted(model, tokenizer, ids, options, show)
-        texts = []
-        for turn in range(options.num):
-            if options.num > 1:
-                show(f"--- {turn + 1} of {options.num}\n")
-            # Sample n of a seed is the same whatever the count is.
-            steps = stream(
-                model,
-                torch.tensor([ids], device=device),
-                max_new_tokens=options.max_new_tokens,
-                seed=options.seed + turn,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-            )
-            text = options.prompt
-            show(text)
-            shown = TextStream(tokenizer)
-            for token in steps:
-                text += (piece := shown.add(int(token)))
-                show(piece)
-            text += (piece := shown.rest())
-            show(f"{piece}\n")
-            texts.append(text)
-        return Texts(texts)
+        return write_texts(model, tokenizer, options, show)
 
 
-def _drafted(
-    model: Any, tokenizer: TextTokenizer, ids: list[int], options: Any, show: Callable[[str], None]
+def write_texts(
+    model: Any, words: TextTokenizer, options: TextSampling, show: Callable[[str], None]
 ) -> Texts:
-    """Texts by a loop that reads drafts; they are those of plain decoding."""
+    """Texts of a model by the chosen decoder; text n of a seed is the same whatever the count is.
+
+    Args:
+        model: a language model.
+        words: its tokenizer.
+        options: what to write, and how.
+        show: receives text while it grows.
+
+    Raises:
+        ValueError: an option of the decoder is missing or does not fit the model.
+    """
+    ids, decoder = words.encode(options.prompt or ""), text_decoder(options.decoder)
+
+    def request(one: Any) -> TextRequest:
+        return TextRequest(one, one, words, ids, options.seed, options, language_model, show)
+
+    first = guided(model, options.guide, request)
     texts = []
     for turn in range(options.num):
-        settings: dict[str, Any] = {
-            "max_new_tokens": options.max_new_tokens,
-            "seed": options.seed + turn,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
-        prompt = torch.tensor([ids], device=next(model.parameters()).device)
-        if options.decoder == "jacobi":
-            out = jacobi(model, prompt, window=options.window, coupling="common", **settings)
-        else:
-            out = speculative_chain(model, LookupDrafter(count=options.window - 1), prompt, **settings)
-        texts.append(options.prompt + tokenizer.decode(out.rows()[0]))
-        show(f"{texts[-1]}\n({out.tokens_per_round:.2f} tokens per call of the model)\n")
+        if options.num > 1:
+            show(f"--- {turn + 1} of {options.num}\n")
+        # The loops derive the seed of their only row from the number that they are given.
+        seed = int(row_seeds(options.seed + turn, 1)[0])
+        written = decoder.write(replace(first, seed=seed))
+        texts.append((options.prompt or "") + words.decode(written.ids))
+        if not written.shown:
+            show(f"{texts[-1]}\n")
+        if written.note:
+            show(f"{written.note}\n")
     return Texts(texts)
 
 

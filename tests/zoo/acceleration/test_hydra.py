@@ -136,3 +136,37 @@ def test_refuses_heads_of_another_model_and_trees_that_are_too_deep() -> None:
     with pytest.raises(ValueError, match='kind "hydra" or "medusa"'):
         HydraConfig(dim=8, vocab_size=8, kind="eagle")  # type: ignore[arg-type]
     assert ModelDrafter(base_model(), shape=TreeShape.full(2)).max_nodes == 2
+
+
+def test_heads_of_few_tokens_propose_the_frequent_ones_and_change_no_text() -> None:
+    model = base_model()
+    text = torch.tensor([9, 9, 9, 250, 250, 3, 3, 7])
+    config = HydraConfig(dim=64, vocab_size=256, num_heads=2, shared_lm_head=True, draft_vocab=3)
+    heads = HydraHeads(config).start_from(model, text)
+    assert heads.draft_tokens is not None
+    assert heads.draft_tokens.tolist() == [3, 9, 250]
+    assert heads.places(torch.tensor([9, 7, 250])).tolist() == [1, -100, 2]
+    hidden, between = torch.randn(2, 64), torch.randn(2, 1, 64)
+    wide = HydraHeads(HydraConfig(dim=64, vocab_size=256, num_heads=2, shared_lm_head=True))
+    wide.load_state_dict(heads.state_dict(), strict=False)
+    expected = wide.head(0, hidden, between, model)[:, [3, 9, 250]]
+    torch.testing.assert_close(heads.head(0, hidden, between, model), expected)
+    # The loss leaves out targets that heads cannot propose, and the teacher's law is that of the tokens that they can.
+    ids = torch.tensor([[1, 2, 9, 250, 7, 3, 8]])
+    logits = heads(model.hidden(ids), ids, model)
+    terms = [
+        F.cross_entropy(logits[i][0, kept], heads.places(ids)[0, i + 2 :][kept])
+        for i, kept in enumerate(([0, 1, 3], [0, 2]))
+    ]
+    torch.testing.assert_close(hydra_loss(heads, model, ids), terms[0] + terms[1])
+    soft = model(ids)[..., [3, 9, 250]].softmax(-1)
+    terms = [
+        -(soft[:, i + 1 : i + 1 + one.shape[1]] * one.log_softmax(-1)).sum(-1).mean()
+        for i, one in enumerate(logits)
+    ]
+    torch.testing.assert_close(hydra_loss(heads, model, ids, lm=0.0, teacher=1.0), terms[0] + terms[1])
+    drafter = HydraDrafter(heads, TreeShape.full(2, 1))
+    out = speculative_tree(model, drafter, [[1, 2], [9]], max_new_tokens=12, temperature=0.0)
+    assert out.rows() == generate(model, [[1, 2], [9]], max_new_tokens=12, temperature=0.0).rows()
+    with pytest.raises(ValueError, match="draft_vocab from 1 to the 8 tokens of the model but got 9"):
+        HydraConfig(dim=8, vocab_size=8, draft_vocab=9)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding import Sampling, Session, generate
 from arcore.decoding.laws import small_model
 from arcore.nn.protocols import DraftableModel
+from arcore.zoo.alignment._evaluators import from_file, own_verdict
+
+if TYPE_CHECKING:
+    from arcore.recipes.text_decoders import TextDecoder, TextRequest, Written
 
 SYSTEM = System(
     name="rain",
@@ -315,6 +319,41 @@ class Rain:
         node.depth -= 1
         for child in node.children:
             self._lower(child)
+
+
+def _write(request: TextRequest) -> Written:
+    from arcore.recipes.text_decoders import Written
+
+    options, words = request.options, request.words
+    if options.evaluator is None:
+        raise ValueError(
+            "--decoder rain needs something that judges texts: --evaluator FILE.py with `evaluate(text)`, or "
+            "--evaluator self"
+        )
+    judge = (
+        own_verdict(request.base, words, options.question)
+        if options.evaluator == "self"
+        else from_file(options.evaluator)
+    )
+    search = Rain(
+        request.model,
+        request.ids,
+        lambda ids: judge(words.decode(ids)),
+        max_new_tokens=options.max_new_tokens,
+        config=RainConfig(simulations=options.simulations, fewest=min(15, options.simulations)),
+        seed=request.seed % 2**16,
+    )
+    text = search.run()
+    value = judge(words.decode(text))
+    return Written(text, f"(value {value:.2f}; {search.evaluations} texts were judged)")
+
+
+def text_decoder() -> TextDecoder:
+    """Writes what `--evaluator` likes."""
+    # Recipes need the packages for training; the search does not.
+    from arcore.recipes.text_decoders import TextDecoder
+
+    return TextDecoder(_write, ("evaluator", "question", "simulations"))
 
 
 def claim(*, quick: bool) -> Claim:

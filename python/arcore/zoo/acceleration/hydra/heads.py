@@ -53,9 +53,11 @@ class HydraConfig:
         num_heads: tokens ahead.
         num_layers: residual blocks of a head.
         shared_lm_head: heads end in the model's own last layer instead of one each; much smaller, not in the paper.
+        draft_vocab: tokens D that heads may propose, the most frequent ones of the text that they are trained on; all
+            when None. On a CPU most of a head's time is its last layer (not in the paper; FR-Spec, arXiv:2502.14856).
 
     Raises:
-        ValueError: a size is below 1, or `kind` unknown.
+        ValueError: a size is below 1, `draft_vocab` is above the vocabulary, or `kind` unknown.
     """
 
     dim: int
@@ -64,13 +66,23 @@ class HydraConfig:
     num_heads: int = 4
     num_layers: int = 1
     shared_lm_head: bool = False
+    draft_vocab: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "vocab_size", "num_heads", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        if self.draft_vocab is not None and not 1 <= self.draft_vocab <= self.vocab_size:
+            raise ValueError(
+                f"expected draft_vocab from 1 to the {self.vocab_size} tokens of the model but got {self.draft_vocab}"
+            )
         if self.kind not in ("hydra", "medusa"):
             raise ValueError(f'expected kind "hydra" or "medusa" but got {self.kind!r}')
+
+    @property
+    def proposed(self) -> int:
+        """Tokens that heads tell apart."""
+        return self.vocab_size if self.draft_vocab is None else self.draft_vocab
 
 
 class ResBlock(nn.Module):
@@ -113,18 +125,44 @@ class HydraHeads(nn.Module):
         self.lm_heads = (
             None
             if config.shared_lm_head
-            else nn.ModuleList(nn.Linear(dim, config.vocab_size) for _ in range(config.num_heads))
+            else nn.ModuleList(nn.Linear(dim, config.proposed) for _ in range(config.num_heads))
+        )
+        self.draft_tokens: Tensor | None
+        self.register_buffer(
+            "draft_tokens", None if config.draft_vocab is None else torch.arange(config.draft_vocab)
         )
 
     @torch.no_grad()
-    def start_from(self, model: Any) -> HydraHeads:
-        """Begin with the model's last layer in every head, as the paper does."""
+    def start_from(self, model: Any, text: Tensor | None = None) -> HydraHeads:
+        """Begin with the model's last layer in every head, as the paper does.
+
+        Args:
+            model: the model.
+            text: tokens `[N]` whose most frequent ones are proposed, for heads with a `draft_vocab`.
+        """
         self.check(model)
-        weight = _lm_weight(model)
+        if self.draft_tokens is not None and text is not None:
+            counts = torch.bincount(text.flatten().long(), minlength=self.config.vocab_size)
+            self.draft_tokens.copy_(counts.topk(self.config.proposed).indices.sort().values)
+        weight = self.last_layer(model)
         for head in self.lm_heads or ():
-            head.weight.copy_(weight[: self.config.vocab_size])  # type: ignore[operator, union-attr]
+            head.weight.copy_(weight)  # type: ignore[operator, union-attr]
             head.bias.zero_()  # type: ignore[operator, union-attr]
         return self
+
+    def last_layer(self, model: Any) -> Tensor:
+        """The model's last layer for the tokens that heads propose, `[D, C]`."""
+        weight = _lm_weight(model)[: self.config.vocab_size]
+        return weight if self.draft_tokens is None else weight[self.draft_tokens]
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Tokens as places among those that heads propose; -100, which a loss ignores, for the others."""
+        if self.draft_tokens is None:
+            return ids
+        table = torch.full((self.config.vocab_size,), -100, device=ids.device)
+        return table.scatter(0, self.draft_tokens, torch.arange(len(self.draft_tokens), device=ids.device))[
+            ids
+        ]
 
     def check(self, model: Any) -> None:
         """Raise ValueError unless the heads fit the model."""
@@ -135,7 +173,9 @@ class HydraHeads(nn.Module):
                 f"this one has width {width} and {model.vocab_size} tokens; train heads for it"
             )
 
-    def head(self, i: int, hidden: Tensor, embedded: Tensor, model: Any) -> Tensor:
+    def head(
+        self, i: int, hidden: Tensor, embedded: Tensor, model: Any, last_layer: Tensor | None = None
+    ) -> Tensor:
         """Logits of head i.
 
         Args:
@@ -143,16 +183,17 @@ class HydraHeads(nn.Module):
             hidden: `[..., C]`, of the model behind its last norm.
             embedded: `[..., i + 1, C]`, the tokens between; Medusa's heads do not look at them.
             model: the model.
+            last_layer: what `last_layer(model)` gave, so that it is not gathered again.
 
         Returns:
-            float32 `[..., V]`.
+            float32 `[..., D]`, of the tokens that heads propose: all V without a `draft_vocab`.
         """
         x = hidden
         if self.config.kind == "hydra":
             x = torch.cat([hidden.unsqueeze(-2), embedded], dim=-2).flatten(-2)
         x = self.blocks[i](x)
         if self.lm_heads is None:
-            return linear(x, _lm_weight(model)[: self.config.vocab_size]).float()
+            return linear(x, self.last_layer(model) if last_layer is None else last_layer).float()
         logits: Tensor = self.lm_heads[i](x).float()
         return logits
 
@@ -165,14 +206,15 @@ class HydraHeads(nn.Module):
             model: the model.
 
         Returns:
-            For head i float32 `[B, L - i - 2, V]`: at place t the distribution of token t + i + 2.
+            For head i float32 `[B, L - i - 2, D]`: at place t the distribution of token t + i + 2.
         """
         embedded = model.embedding(ids).detach()
+        last_layer = self.last_layer(model) if self.lm_heads is None else None
         out = []
         for i in range(self.config.num_heads):
             count = ids.shape[1] - i - 2
             between = torch.stack([embedded[:, k : k + count] for k in range(1, i + 2)], dim=2)
-            out.append(self.head(i, hidden[:, :count], between, model))
+            out.append(self.head(i, hidden[:, :count], between, model, last_layer))
         return out
 
 
@@ -193,11 +235,12 @@ def hydra_loss(
     """
     with torch.no_grad():
         hidden = model.hidden(ids)
-        soft = model.logits(hidden)[..., : model.vocab_size].softmax(-1) if teacher else None
+        soft = linear(hidden, heads.last_layer(model)).float().softmax(-1) if teacher else None
+        targets = heads.places(ids)
     loss = ids.new_zeros((), dtype=torch.float32)
     for i, logits in enumerate(heads(hidden, ids, model)):
         if lm:
-            loss = loss + lm * F.cross_entropy(logits.flatten(0, 1), ids[:, i + 2 :].flatten())
+            loss = loss + lm * F.cross_entropy(logits.flatten(0, 1), targets[:, i + 2 :].flatten())
         if soft is not None:
             wanted = soft[:, i + 1 : i + 1 + logits.shape[1]]
             loss = loss + teacher * F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
@@ -210,12 +253,13 @@ class HydraDrafter:
     Args:
         heads: the heads.
         shape: of the tree, no deeper than there are heads; the published one, cut to their number, when None.
+        base: the model that the heads were trained for, where the one that is decoded is a mix with others.
 
     Raises:
         ValueError: the tree is deeper than there are heads.
     """
 
-    def __init__(self, heads: HydraHeads, shape: TreeShape | None = None) -> None:
+    def __init__(self, heads: HydraHeads, shape: TreeShape | None = None, *, base: Any = None) -> None:
         count = heads.config.num_heads
         self.heads = heads
         self.shape = published_shape(DEPTH_WIDTHS[:count]) if shape is None else shape
@@ -223,15 +267,17 @@ class HydraDrafter:
             raise ValueError(
                 f"the tree is {self.shape.depth} tokens deep but there are {count} heads; give a tree of their depth"
             )
-        self.model: Any = None
+        self.model: Any = base
+        self._given = base
 
     @property
     def max_nodes(self) -> int:
         return len(self.shape.parents)
 
     def start(self, model: Any, batch: int, max_length: int) -> None:
-        self.heads.check(model)
-        self.model = model
+        self.model = model if self._given is None else self._given
+        self.heads.check(self.model)
+        self._last_layer = self.heads.last_layer(self.model) if self.heads.lm_heads is None else None
 
     @torch.no_grad()
     def propose(self, context: Context) -> Draft:
@@ -250,7 +296,9 @@ class HydraDrafter:
             asked = parents[:1] if medusa else parents
             between = torch.stack([paths[p] for p in asked], dim=1)  # [B, parents, depth + 1, C]
             hidden = context.hidden.unsqueeze(1).expand(-1, len(asked), -1)
-            best = self.heads.head(depth, hidden, between, self.model).topk(widest).indices
+            best = self.heads.head(depth, hidden, between, self.model, self._last_layer).topk(widest).indices
+            if self.heads.draft_tokens is not None:
+                best = self.heads.draft_tokens[best]
             for i in nodes:
                 row = 0 if medusa else parents.index(shape.parents[i])
                 tokens[:, i] = best[:, row, shape.ranks[i]]
@@ -279,8 +327,8 @@ def medusa_tiny() -> HydraConfig:
 
 @preset
 def hydra_smollm2_135m() -> HydraConfig:
-    """Four heads for SmolLM2 of 135 M parameters, which end in its own last layer."""
-    return HydraConfig(dim=576, vocab_size=49152, shared_lm_head=True)
+    """Four heads for SmolLM2 of 135 M parameters, which end in its own last layer and propose frequent tokens."""
+    return HydraConfig(dim=576, vocab_size=49152, shared_lm_head=True, draft_vocab=4096)
 
 
 @preset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from arcore.data.identity import place
 from arcore.data.text import TokenCrops, load_text
-from arcore.decoding import speculative_tree
 from arcore.recipes import Recipe, Start, Work, ZooTask
-from arcore.recipes.language import Texts, TextSampling, language_model
+from arcore.recipes.language import Texts, TextSampling, language_model, write_texts
 from arcore.training.config import TrainConfig
 from arcore.training.stream import RandomStream
-from arcore.zoo.acceleration.hydra.heads import HydraDrafter, hydra_loss
+from arcore.zoo.acceleration.hydra.heads import hydra_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class HydraRecipe(Recipe):
         if heads is None:
             heads = start.fresh(dim=base.embedding.weight.shape[1], vocab_size=base.vocab_size)
             if start.init_from is None:
-                heads.start_from(base)
+                heads.start_from(base, words.tensor(text.train))
         heads.check(base)
         facts = {
             "preset": start.preset,
@@ -111,22 +110,9 @@ class HydraRecipe(Recipe):
         show: Callable[[str], None],
     ) -> Texts:
         base, words = language_model(facts["base"])
-        heads = networks["model"]
-        out = speculative_tree(
-            base,
-            HydraDrafter(heads),
-            [words.encode(options.prompt)] * options.num,
-            max_new_tokens=options.max_new_tokens,
-            seed=[options.seed + turn for turn in range(options.num)],
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-        )
-        texts = [options.prompt + words.decode(row) for row in out.rows()]
-        for text in texts:
-            show(f"{text}\n")
-        show(f"({out.tokens_per_round:.2f} tokens per call of the model)\n")
-        return Texts(texts)
+        device = next(networks["model"].parameters()).device
+        chosen = replace(options, decoder="hydra", heads=Path(facts["folder"]))
+        return write_texts(base.to(device), words, chosen, show)
 
 
 RECIPE = HydraRecipe()

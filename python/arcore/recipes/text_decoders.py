@@ -1,0 +1,298 @@
+"""The loops that `arcore sample --decoder` offers for text, and how a system of the zoo adds one.
+
+A system that writes text in a way of its own has in its file
+
+    def text_decoder() -> TextDecoder:
+        return TextDecoder(write, takes=("heads",))
+
+and `write(request)` gives the new tokens. The name of the system is the name of the decoder. Options that some decoders
+take and others do not stand in `TextSampling`; one that the chosen decoder does not take is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcore.catalog import catalog
+from arcore.catalog.lookup import load
+from arcore.data.text import load_text
+from arcore.data.text_tokenizers import TextStream, TextTokenizer
+from arcore.decoding import (
+    Drafter,
+    LookupDrafter,
+    MixedModel,
+    ModelDrafter,
+    NGramDrafter,
+    Sampling,
+    exact,
+    jacobi,
+    relaxed,
+    speculative_tree,
+    stream,
+    typical,
+)
+from arcore.decoding.speculative import Verify
+from arcore.ops.speculative import codebook_neighbours
+
+# N-grams are counted in so many tokens at most, which takes a few seconds.
+COUNTED = 300_000
+ORDER = 4
+FUNCTION = "text_decoder"
+VERIFIED = ("verify", "epsilon", "delta", "neighbours")
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """One text to write.
+
+    Attributes:
+        model: what counts: a `DraftableModel`, with the guides mixed in.
+        base: the model without guides.
+        words: its tokenizer.
+        ids: tokens of the prompt.
+        seed: of this text.
+        options: as chosen, a `TextSampling`.
+        open_model: gives a model and its tokenizer by run folder or preset.
+        show: receives text while it grows.
+    """
+
+    model: Any
+    base: Any
+    words: TextTokenizer
+    ids: list[int]
+    seed: int
+    options: Any
+    open_model: Callable[[str], tuple[Any, TextTokenizer]]
+    show: Callable[[str], None]
+
+    @property
+    def prompt(self) -> Tensor:
+        """int64 `[1, L]` on the model's device."""
+        return torch.tensor([self.ids], device=next(self.base.parameters()).device)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        chosen = self.options
+        return Sampling(temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p)
+
+    def open_same(self, source: str, flag: str) -> Any:
+        """Another model of the same tokens.
+
+        Raises:
+            ValueError: its tokens are others.
+        """
+        model, words = self.open_model(source)
+        if model.vocab_size != self.base.vocab_size or words.encode(self.options.prompt) != self.ids:
+            raise ValueError(
+                f"{flag} {source}: its vocabulary of {model.vocab_size} tokens is not that of the model, which has "
+                f"{self.base.vocab_size}; give a model of the same tokenizer"
+            )
+        return model.to(next(self.base.parameters()).device)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a decoder wrote.
+
+    Attributes:
+        ids: new tokens.
+        note: what people may want to know of how they came about.
+        shown: whether the text was shown while it grew.
+    """
+
+    ids: list[int]
+    note: str = ""
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class TextDecoder:
+    """A way to write text.
+
+    Attributes:
+        write: writes one text.
+        takes: options of `TextSampling` that it takes beside the common ones.
+    """
+
+    write: Callable[[TextRequest], Written]
+    takes: Sequence[str] = ()
+
+
+def decoder_names() -> list[str]:
+    """All that `--decoder` takes."""
+    return [*_OWN, *(name for name, entry in catalog().items() if FUNCTION in entry.functions)]
+
+
+def text_decoder(name: str) -> TextDecoder:
+    """A decoder by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    entry = catalog().get(name)
+    if entry is None or FUNCTION not in entry.functions:
+        raise ValueError(f"--decoder {name}: choose {', '.join(decoder_names())}")
+    found = load(entry.functions[FUNCTION], FUNCTION)()
+    if not isinstance(found, TextDecoder):
+        raise TypeError(f"expected text_decoder() of {name} to return a TextDecoder but got {found!r}")
+    return found
+
+
+def check_options(options: Any, special: Sequence[str]) -> None:
+    """Refuse options that the chosen decoder does not take.
+
+    Args:
+        options: a `TextSampling`.
+        special: its fields that not every decoder takes.
+
+    Raises:
+        ValueError: unknown decoder, or an option of another one.
+    """
+    chosen = text_decoder(options.decoder)
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in special:
+        if getattr(options, name) != defaults[name] and name not in chosen.takes:
+            others = [other for other in decoder_names() if name in text_decoder(other).takes]
+            raise ValueError(
+                f"--{name} is for --decoder {' or '.join(others)}, not {options.decoder}: leave one of them out"
+            )
+    if "verify" in chosen.takes:
+        if options.verify not in ("exact", "typical", "relaxed"):
+            raise ValueError(f"--verify {options.verify}: choose exact, typical or relaxed")
+        for name, kinds in (
+            ("epsilon", ("typical",)),
+            ("delta", ("typical", "relaxed")),
+            ("neighbours", ("relaxed",)),
+        ):
+            if getattr(options, name) != defaults[name] and options.verify not in kinds:
+                raise ValueError(f"--{name} is for --verify {' or '.join(kinds)}, not {options.verify}")
+
+
+def guided(model: Any, guides: Sequence[str], request: Callable[[Any], TextRequest]) -> TextRequest:
+    """A request whose model is mixed with guides: log p = log base + sum of alpha log guide, renormalised.
+
+    Args:
+        model: the base.
+        guides: `MODEL:ALPHA` each.
+        request: makes a request of a model.
+
+    Raises:
+        ValueError: a guide is written otherwise, its weight is not finite, or its vocabulary is another one.
+    """
+    plain = request(model)
+    if not guides:
+        return plain
+    others, alphas = [], []
+    for guide in guides:
+        source, colon, number = guide.rpartition(":")
+        try:
+            alpha = float(number)
+        except ValueError:
+            alpha = float("nan")
+        if not colon or not source or not torch.tensor(alpha).isfinite():
+            raise ValueError(f"--guide expects MODEL:ALPHA such as out/reward:0.5 but got {guide!r}")
+        others.append(plain.open_same(source, "--guide"))
+        alphas.append(alpha)
+    return dataclasses.replace(plain, model=MixedModel([model, *others], [1.0, *alphas]))
+
+
+def verification(options: Any, model: Any) -> Verify:
+    """How drafts are verified: `--verify` with `--epsilon`, `--delta` and `--neighbours`.
+
+    Relaxed verification takes the tokens whose embeddings are nearest as those that a draft may stand for.
+    """
+    if options.verify == "exact":
+        return exact()
+    if options.verify == "typical":
+        return typical(
+            epsilon=0.09 if options.epsilon is None else options.epsilon,
+            delta=0.3 if options.delta is None else options.delta,
+            bonus="greedy" if options.temperature == 0 else "sample",
+        )
+    table = model.embedding.weight[: model.vocab_size].detach().float()
+    near = codebook_neighbours(table, min(options.neighbours, len(table) - 1))
+    return relaxed(near, delta=0.1 if options.delta is None else options.delta)
+
+
+def draft_with(request: TextRequest, drafter: Drafter) -> Written:
+    """Write with a drafter."""
+    options = request.options
+    out = speculative_tree(
+        request.model,
+        drafter,
+        request.prompt,
+        verify=verification(options, request.base),
+        max_new_tokens=options.max_new_tokens,
+        seed=[request.seed],
+        sampling=request.sampling,
+    )
+    return Written(out.rows()[0], f"({out.tokens_per_round:.2f} tokens per call of the model)")
+
+
+def _plain(request: TextRequest) -> Written:
+    shown, ids = TextStream(request.words), []
+    steps = stream(
+        request.model,
+        request.prompt,
+        max_new_tokens=request.options.max_new_tokens,
+        seed=[request.seed],
+        temperature=request.options.temperature,
+        top_k=request.options.top_k,
+        top_p=request.options.top_p,
+    )
+    request.show(request.options.prompt)
+    for token in steps:
+        ids.append(int(token))
+        request.show(shown.add(ids[-1]))
+    request.show(f"{shown.rest()}\n")
+    return Written(ids, shown=True)
+
+
+def _jacobi(request: TextRequest) -> Written:
+    out = jacobi(
+        request.model,
+        request.prompt,
+        window=request.options.window,
+        coupling="common",
+        max_new_tokens=request.options.max_new_tokens,
+        seed=[request.seed],
+        sampling=request.sampling,
+    )
+    return Written(out.rows()[0], f"({out.tokens_per_round:.2f} tokens per call of the model)")
+
+
+def _lookup(request: TextRequest) -> Written:
+    return draft_with(request, LookupDrafter(count=request.options.window - 1))
+
+
+def _ngram(request: TextRequest) -> Written:
+    counted = request.words.tensor(load_text(request.options.corpus).train[: 8 * COUNTED])[:COUNTED].tolist()
+    return draft_with(request, NGramDrafter.fit([counted], order=ORDER, count=request.options.window - 1))
+
+
+def _draft(request: TextRequest) -> Written:
+    if request.options.draft is None:
+        raise ValueError("--decoder draft needs the model that drafts: --draft FOLDER")
+    drafter = request.open_same(request.options.draft, "--draft")
+    return draft_with(
+        request, ModelDrafter(drafter, count=request.options.window - 1, sampling=request.sampling)
+    )
+
+
+_OWN: dict[str, TextDecoder] = {
+    "plain": TextDecoder(_plain),
+    "suffix": TextDecoder(_lookup, ("window", *VERIFIED)),
+    "lookup": TextDecoder(_lookup, ("window", *VERIFIED)),
+    "ngram": TextDecoder(_ngram, ("window", "corpus", *VERIFIED)),
+    "draft": TextDecoder(_draft, ("window", "draft", *VERIFIED)),
+    "jacobi": TextDecoder(_jacobi, ("window",)),
+}
