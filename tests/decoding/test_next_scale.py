@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import arcore
-from arcore.decoding import generate_next_scale, row_seeds
+from arcore.decoding import Kept, generate_next_scale, row_seeds
 from arcore.nn import KVCache, ScaleModel, ScaleTokenizer
 from arcore.ops import filter_probs, sample
 
@@ -218,3 +218,81 @@ def test_bad_arguments():
         generate_next_scale(
             arcore.create_model("var_tiny"), arcore.create_model("msvq_tiny"), torch.tensor([11])
         )
+
+
+class VectorCounter(CountingTokenizer):
+    """A latent of whole maps: the last scale's vectors enlarged, so that what was fed on can be read off."""
+
+    codebook = torch.randn(VOCAB, 1, generator=torch.Generator().manual_seed(5))
+
+    def __init__(self) -> None:
+        self.vectors: list[Tensor] = []
+
+    def add_vectors(self, k: int, vectors: Tensor, latent: Tensor) -> Tensor:
+        self.vectors.append(vectors)
+        return latent + vectors.sum(1).view(-1, 1, 1, 1)
+
+
+def test_smooth_pictures_come_from_mixtures_by_the_published_formula():
+    model, tokenizer, labels = ScriptedModel(), VectorCounter(), torch.tensor([4, 2])
+    settings = {"cfg_scale": 2.0, "top_k": 4}
+    out = generate_next_scale(model, tokenizer, labels, seed=[3, 8], smooth=True, **settings)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
+    for k, side in enumerate((1, 2, 3)):
+        ratio = k / 2
+        for row, label in enumerate(labels.tolist()):
+            logits = model.table(k, label) * (1 + 2 * ratio) - model.table(k, 9) * 2 * ratio
+            logits = logits.masked_fill(logits < logits.topk(4).values[-1], -torch.inf)
+            exponential = torch.empty(side * side, VOCAB).exponential_(generator=generators[row])
+            scores = ((1 + ratio) * logits - exponential.log()) / max(0.27 * (1 - ratio * 0.95), 0.005)
+            torch.testing.assert_close(
+                tokenizer.vectors[k][row], scores.softmax(-1) @ VectorCounter.codebook, rtol=1e-4, atol=1e-5
+            )
+    # The draws are those of the plain run as long as the inputs do not matter to the model, as here.
+    plain = generate_next_scale(model, VectorCounter(), labels, seed=[3, 8], **settings)
+    assert all(torch.equal(a, b) for a, b in zip(out.indices, plain.indices, strict=True))
+    with pytest.raises(TypeError, match="VectorTokenizer"):
+        generate_next_scale(model, CountingTokenizer(), labels, smooth=True)
+
+
+def test_kept_codes_stay_and_the_rest_is_drawn():
+    model, labels = ScriptedModel(), torch.tensor([4, 2])
+    given = [torch.full((2, side * side), 5) for side in (1, 2, 3)]
+    plain = generate_next_scale(model, CountingTokenizer(), labels, seed=1).indices
+    region = torch.zeros(3, 3, dtype=torch.bool)
+    region[:, 2] = True
+    drawn = generate_next_scale(model, CountingTokenizer(), labels, seed=1, kept=Kept(given, region)).indices
+    # The first scale always stays; bilinear shrinking of the last column to 2 x 2 covers half of a place or less.
+    assert drawn[0].tolist() == [[5], [5]]
+    assert torch.equal(drawn[1], torch.where(Kept(given, region).places(1, (1, 2, 3)), 5, plain[1]))
+    expected = plain[2].clone()
+    expected.view(2, 3, 3)[:, :, 2] = 5
+    assert torch.equal(drawn[2], expected)
+    everything = Kept(given, torch.ones(40, 60, dtype=torch.bool))
+    whole = generate_next_scale(model, CountingTokenizer(), labels, kept=everything).indices
+    assert all(torch.equal(a, b) for a, b in zip(whole, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "words"),
+    [
+        (
+            Kept([torch.zeros(2, 1, dtype=torch.int64)], torch.ones(3, 3, dtype=torch.bool)),
+            ValueError,
+            "indices",
+        ),
+        (
+            Kept([torch.zeros(2, s * s, dtype=torch.int64) for s in (1, 2, 3)], torch.ones(3, 3)),
+            TypeError,
+            "bool",
+        ),
+        (
+            Kept([torch.zeros(2, s * s, dtype=torch.int64) for s in (1, 2, 3)], torch.ones(3, 2, 2).bool()),
+            ValueError,
+            r"\[2, H, W\]",
+        ),
+    ],
+)
+def test_kept_parts_that_do_not_fit_are_refused(kept: Kept, error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        generate_next_scale(ScriptedModel(), CountingTokenizer(), torch.tensor([4, 2]), kept=kept)

@@ -11,6 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from arcore._optional import require
 
 # TIFF 6.0, section 8.
@@ -175,6 +178,31 @@ class Pictures:
             f"its {kind} run from {least:g} to {most:g}, and the file does not say which are black and white; "
             f"expected values {known}: convert it, or pass value_range=(black, white)"
         )
+
+
+def read_picture(path: Path, size: int, channels: int) -> Tensor:
+    """The centre of a picture file, scaled to `size` x `size` pixels.
+
+    Args:
+        path: of the file.
+        size: pixels per side.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        float32 `[channels, size, size]` in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or there are no pictures of so many channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: the model takes {channels} channels, and a picture has 1 or 3")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}")
+    reader = Pictures(channels)
+    picture = reader.square(reader.read(path), size)
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.view(size, size, channels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class _Refused(Exception):

@@ -17,7 +17,7 @@ from arcore.decoding.frame_diffusion import generate_frames, stream_frames
 from arcore.decoding.guided import GuidedModel, MixedModel
 from arcore.decoding.jacobi import copy_above, jacobi, random_tokens, repeat_last
 from arcore.decoding.masked_autoregressive import generate_masked, masked_counts
-from arcore.decoding.next_scale import NextScaleOutput, generate_next_scale
+from arcore.decoding.next_scale import Kept, NextScaleOutput, generate_next_scale
 from arcore.decoding.next_token import GenerateOutput, Step, next_token
 from arcore.decoding.sampling import Sampling
 from arcore.decoding.search import Session
@@ -36,6 +36,7 @@ __all__ = [
     "Drafter",
     "GenerateOutput",
     "GuidedModel",
+    "Kept",
     "LookupDrafter",
     "MixedModel",
     "ModelDrafter",

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from arcore.nn.checks import check_number, dtype_name
-from arcore.nn.protocols import BlockModel, FrameModel, MaskedModel, ScaleModel, ScaleTokenizer, TokenModel
+from arcore.nn.protocols import (
+    BlockModel,
+    FrameModel,
+    MaskedModel,
+    ScaleModel,
+    ScaleTokenizer,
+    TokenModel,
+    VectorTokenizer,
+)
 from arcore.schedules import Solver
 
 # Which loop draws from which kind of model.
@@ -40,7 +48,7 @@ def check_kind(name: str, model: object, kind: type) -> None:
     lacking = [part for part in needed if not hasattr(model, part)]
     came = type(model).__name__
     other = next((loop for protocol, loop in LOOPS.items() if isinstance(model, protocol)), None)
-    if isinstance(model, ScaleTokenizer) and kind is not ScaleTokenizer:
+    if isinstance(model, ScaleTokenizer) and kind not in (ScaleTokenizer, VectorTokenizer):
         hint = "it is a tokenizer"
     elif other is not None:
         hint = f"draw from it with arcore.decoding.{other}"

@@ -45,7 +45,7 @@ def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str 
 
 
 class RowNormals:
-    """Standard normal numbers, each row's from a generator of its own.
+    """Standard normal or Gumbel numbers, each row's from a generator of its own.
 
     They are drawn on the CPU, so that a GPU sees the same ones.
 
@@ -62,6 +62,13 @@ class RowNormals:
         for row, generator in zip(out, self._generators, strict=True):
             row.normal_(generator=generator)
         return out.to(device)
+
+    def draw_gumbel(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """The next standard Gumbel numbers of every row, float32 `[batch, *shape]`, finite."""
+        out = torch.empty(len(self._generators), *shape, device="cpu")
+        for row, generator in zip(out, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return -out.clamp_(min=torch.finfo(torch.float32).tiny).log_().to(device)
 
 
 def _derive(seed: int, row: int) -> int:

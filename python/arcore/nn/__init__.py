@@ -1,6 +1,14 @@
 """Building blocks that systems share, and the protocols between models and decoders."""
 
-from arcore.nn.adaln import AdaLNBlock, AdaLNHead, DropPath, Modulation, modulated_norm
+from arcore.nn.adaln import (
+    AdaLNBlock,
+    AdaLNHead,
+    DropPath,
+    Modulation,
+    ModulationTable,
+    SharedModulation,
+    modulated_norm,
+)
 from arcore.nn.attention import CrossAttention, SelfAttention
 from arcore.nn.blocks import PostNormBlock, PreNormBlock, init_mamba_encoder
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
@@ -28,6 +36,7 @@ from arcore.nn.protocols import (
     ScaleModel,
     ScaleTokenizer,
     TokenModel,
+    VectorTokenizer,
 )
 from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.rotary import Angles, RotaryTable, signed_angles
@@ -68,6 +77,7 @@ __all__ = [
     "MambaMixer",
     "MaskedModel",
     "Modulation",
+    "ModulationTable",
     "PatchEmbed",
     "PostNormBlock",
     "PreNormBlock",
@@ -78,6 +88,7 @@ __all__ = [
     "ScaleTokenizer",
     "SelectiveSSM",
     "SelfAttention",
+    "SharedModulation",
     "StateCache",
     "StateSnapshot",
     "SwiGLU",
@@ -85,6 +96,7 @@ __all__ = [
     "TokenCache",
     "TokenModel",
     "TokenSnapshot",
+    "VectorTokenizer",
     "attend",
     "axis_base",
     "init_dit",

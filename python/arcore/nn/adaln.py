@@ -42,6 +42,43 @@ class Modulation(nn.Module):
         return vectors.unsqueeze(-2).chunk(self.parts, dim=-1)
 
 
+class SharedModulation(nn.Module):
+    """One linear map from the condition for all blocks; what a block adds of its own is a `ModulationTable`.
+
+    Args:
+        cond_dim: width of the condition.
+        dim: width C of the blocks.
+        parts: number of vectors.
+    """
+
+    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(cond_dim, parts * dim)
+
+    def forward(self, cond: Tensor) -> Tensor:
+        """`[B, cond_dim]` to `[B, 1, parts, C]`."""
+        vectors: Tensor = self.linear(F.silu(cond))
+        return vectors.unflatten(-1, (1, self.parts, -1))
+
+
+class ModulationTable(nn.Module):
+    """The vectors of a block under a `SharedModulation`: a learned table added to the shared ones.
+
+    Args:
+        dim: width C of the block.
+        parts: number of vectors.
+    """
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 1, parts, dim) / dim**0.5)
+
+    def forward(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """`[B, 1, parts, C]`, from `SharedModulation`, to `parts` tensors `[B, 1, C]`."""
+        return (self.table + shared).unbind(-2)
+
+
 class DropPath(nn.Module):
     """Leaves a residual branch out for a random part of the batch while training (stochastic depth).
 
@@ -75,15 +112,23 @@ class AdaLNBlock(nn.Module):
         attn: module called as `attn(x, mask, cache, layer)`.
         ffn: module from `[B, N, C]` to `[B, N, C]`.
         drop_path: rate of `DropPath` on both branches.
+        shared: the condition comes from a `SharedModulation`, and the block has a table of its own.
     """
 
     def __init__(
-        self, dim: int, cond_dim: int, *, attn: nn.Module, ffn: nn.Module, drop_path: float = 0.0
+        self,
+        dim: int,
+        cond_dim: int,
+        *,
+        attn: nn.Module,
+        ffn: nn.Module,
+        drop_path: float = 0.0,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.attn = attn
         self.ffn = ffn
-        self.modulation = Modulation(cond_dim, dim, parts=6)
+        self.modulation = ModulationTable(dim, parts=6) if shared else Modulation(cond_dim, dim, parts=6)
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -93,7 +138,7 @@ class AdaLNBlock(nn.Module):
 
         Args:
             x: `[B, N, C]`.
-            cond: `[B, cond_dim]`.
+            cond: `[B, cond_dim]`, or `[B, 1, 6, C]` where the modulation is shared.
             mask, cache, layer: see `SelfAttention.forward`.
 
         Returns:

@@ -87,6 +87,22 @@ class ScaleTokenizer(Protocol):
 
 
 @runtime_checkable
+class VectorTokenizer(ScaleTokenizer, Protocol):
+    """A `ScaleTokenizer` that also takes vectors where codes are meant, for mixtures of codes.
+
+    Attributes:
+        codebook: the vector of each code, `[V, z]`.
+    """
+
+    @property
+    def codebook(self) -> Tensor: ...
+
+    def add_vectors(self, k: int, vectors: Tensor, latent: Tensor) -> Tensor:
+        """`add_scale` for vectors `[B, patch_nums[k]**2, z]`."""
+        ...
+
+
+@runtime_checkable
 class BlockModel(Protocol):
     """Denoises a sequence block by block, each given the clean blocks before it.
 

@@ -25,6 +25,8 @@ from arcore.training.checks import number
 
 # A folder's own size is taken up to here; larger pictures are scaled to what the preset was made for.
 LARGEST_INFERRED = 128
+# What --class says for the label that guidance uses for no class.
+NO_CLASS = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class PictureOptions:
     """Pictures of a class.
 
     Attributes:
-        label: class to draw, its name, or its number from 0.
+        label: class to draw, its name, or its number from 0; none draws without a class.
         num: how many.
         out: file, all in a grid: .png, .jpg, .webp or .gif (in which videos move); .safetensors keeps the numbers.
         columns: pictures per row. Default: about square.
@@ -192,10 +194,14 @@ class PictureRecipe(ImageRecipe):
     ) -> Pictures:
         model: Any = networks[self.trained]
         names = facts.get("class_names") or [str(number) for number in range(max(1, model.null_class))]
-        label = _class_number(options.label, list(names))
+        if options.label == NO_CLASS and NO_CLASS not in names:
+            label, shown = model.null_class, "without a class"
+        else:
+            label = _class_number(options.label, list(names))
+            shown = f"class {names[label]}"
         labels = torch.full((options.num,), label, device=next(model.parameters()).device)
         images = self.draw(networks, labels, options).cpu()
-        what = f"{options.num} x class {names[label]}, seed {options.seed}"
+        what = f"{options.num} x {shown}, seed {options.seed}"
         return Pictures(images, what, options.columns)
 
     @abstractmethod

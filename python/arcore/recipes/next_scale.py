@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from arcore.catalog import create_model, get_config, list_models, load_checkpoint
 from arcore.catalog.lookup import find, load
-from arcore.decoding import generate_next_scale
+from arcore.data._pictures import read_picture
+from arcore.decoding import Kept, generate_next_scale
 from arcore.objectives import next_scale_loss
 from arcore.recipes._images import ImageOptions, PictureOptions, PictureRecipe
 from arcore.recipes._recipe import Start, ZooTask, recipe_for
@@ -62,12 +63,40 @@ class NextScaleSampling(PictureOptions):
         top_k: keep the K likeliest codes of each draw. Default: all.
         top_p: keep the smallest set of codes with this much probability, 0 to 1. Default: all.
         tokenizer: weights of the tokenizer, for a model with published weights.
+        smooth: feed on mixtures of codes, for smoother pictures (the authors' more_smooth).
+        edit: a picture to change: the codes of what is kept stay, the rest is drawn anew. Class none draws it without
+            a class.
+        box: left, top, right and bottom of the part that is drawn anew, as shares of the picture. Default: the middle,
+            0.25 0.25 0.75 0.75.
+        outside: draw anew what is outside the box, and keep its inside.
+        mask: picture instead of a box: white is drawn anew, black stays.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    tokenizer: Path | None = None
+    tokenizer: Path | None = field(default=None, metadata={"aliases": ("--vae",)})
+    smooth: bool = False
+    edit: Path | None = None
+    box: tuple[float, float, float, float] | None = None
+    outside: bool = False
+    mask: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.edit is None and (self.box or self.outside or self.mask):
+            raise ValueError(
+                "--box, --outside and --mask say what of a picture changes: name it with --edit FILE"
+            )
+        if self.mask is not None and (self.box or self.outside):
+            raise ValueError("--mask says already what is drawn anew: leave --box and --outside out")
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise ValueError(
+                    "--box: expected left < right and top < bottom, shares of the picture from 0 to 1, but got "
+                    + " ".join(map(str, self.box))
+                )
 
 
 class NextScaleTask(ZooTask):
@@ -138,6 +167,7 @@ class NextScale(PictureRecipe):
         return networks, {}
 
     def draw(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
+        kept = _kept(networks["tokenizer"], options, labels) if options.edit is not None else None
         return generate_next_scale(
             networks["model"],
             networks["tokenizer"],
@@ -147,7 +177,26 @@ class NextScale(PictureRecipe):
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
+            smooth=options.smooth,
+            kept=kept,
         ).images
+
+
+def _kept(tokenizer: Any, options: NextScaleSampling, labels: Tensor) -> Kept:
+    """Codes of the picture that is changed, and what of it stays."""
+    assert options.edit is not None
+    size, channels = tokenizer.image_size, tokenizer.in_channels
+    weight = next(tokenizer.parameters())
+    picture = read_picture(options.edit, size, channels).to(weight.device, weight.dtype)
+    if options.mask is not None:
+        region = read_picture(options.mask, size, 1)[0] <= 0
+    else:
+        left, top, right, bottom = (round(share * size) for share in options.box or (0.25, 0.25, 0.75, 0.75))
+        region = torch.ones(size, size, dtype=torch.bool)
+        region[top:bottom, left:right] = False
+        region = region ^ options.outside
+    codes = tokenizer.encode(picture.unsqueeze(0))
+    return Kept([part.expand(len(labels), -1) for part in codes], region)
 
 
 def _train_tokenizer(start: Start, options: NextScaleOptions, wanted: Any) -> nn.Module:

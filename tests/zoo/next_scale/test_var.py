@@ -42,8 +42,10 @@ def official_shapes(config: VARConfig) -> dict[str, tuple[int, ...]]:
         "head.weight": (config.vocab_size, c),
         "head.bias": (config.vocab_size,),
     }
+    if config.shared_adaln:
+        shapes |= {"shared_ada_lin.1.weight": (6 * c, c), "shared_ada_lin.1.bias": (6 * c,)}
     for i in range(config.depth):
-        block = {
+        block: dict[str, tuple[int, ...]] = {
             "attn.scale_mul_1H11": (1, heads, 1, 1),
             "attn.q_bias": (c,),
             "attn.v_bias": (c,),
@@ -55,9 +57,12 @@ def official_shapes(config: VARConfig) -> dict[str, tuple[int, ...]]:
             "ffn.fc1.bias": (4 * c,),
             "ffn.fc2.weight": (c, 4 * c),
             "ffn.fc2.bias": (c,),
-            "ada_lin.1.weight": (6 * c, c),
-            "ada_lin.1.bias": (6 * c,),
         }
+        block |= (
+            {"ada_gss": (1, 1, 6, c)}
+            if config.shared_adaln
+            else {"ada_lin.1.weight": (6 * c, c), "ada_lin.1.bias": (6 * c,)}
+        )
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes
 
@@ -94,7 +99,13 @@ def textbook_forward(w: dict[str, Tensor], config: VARConfig, inputs: Tensor, la
     x = x + w["lvl_embed.weight"][w["lvl_1L"][0]] + w["pos_1LC"]
     for i in range(config.depth):
         b = f"blocks.{i}"
-        gate1, gate2, scale1, scale2, shift1, shift2 = linear(silu, f"{b}.ada_lin.1")[:, None].chunk(6, -1)
+        if config.shared_adaln:
+            six = linear(silu, "shared_ada_lin.1").view(-1, 1, 6, config.embed_dim) + w[f"{b}.ada_gss"]
+            gate1, gate2, scale1, scale2, shift1, shift2 = six.unbind(2)
+        else:
+            gate1, gate2, scale1, scale2, shift1, shift2 = linear(silu, f"{b}.ada_lin.1")[:, None].chunk(
+                6, -1
+            )
         h = norm(x) * (1 + scale1) + shift1
         q, k, v = (h @ w[f"{b}.attn.mat_qkv.weight"].T).chunk(3, -1)
         q, k, v = heads(q + w[f"{b}.attn.q_bias"]), heads(k), heads(v + w[f"{b}.attn.v_bias"])
@@ -111,7 +122,12 @@ def textbook_forward(w: dict[str, Tensor], config: VARConfig, inputs: Tensor, la
 
 @pytest.mark.parametrize(
     ("preset", "keys", "millions"),
-    [("var_d16", 220, 310.28), ("var_d20", 272, 600.92), ("var_d30", 402, 2010.02)],
+    [
+        ("var_d16", 220, 310.28),
+        ("var_d20", 272, 600.92),
+        ("var_d30", 402, 2010.02),
+        ("var_d36", 446, 2353.89),
+    ],
 )
 def test_published_sizes(preset: str, keys: int, millions: float):
     with torch.device("meta"):
@@ -127,13 +143,19 @@ def test_published_sizes(preset: str, keys: int, millions: float):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_published_checkpoint_gives_published_arithmetic(tmp_path: Path, nested: bool):
-    config = VARConfig(**SMALL)
+def test_published_checkpoint_gives_published_arithmetic(tmp_path: Path, nested: bool, shared: bool):
+    config = VARConfig(**SMALL, shared_adaln=shared)
     weights = official_weights(config)
     file = tmp_path / "var.pth"
     trainer = {"var_wo_ddp": weights, "vae_local": {"x": torch.zeros(1)}, "var_opt": {"state": {}}}
-    torch.save({"trainer": trainer, "args": {"depth": 2}, "epoch": 3, "iter": 7} if nested else weights, file)
+    torch.save(
+        {"trainer": trainer, "args": {"depth": 2, "saln": shared}, "epoch": 3, "iter": 7}
+        if nested
+        else weights,
+        file,
+    )
     model = VAR(config).eval()
     load_weights(model, file)
     inputs, labels = torch.randn(2, 13, 8), torch.tensor([1, 5])

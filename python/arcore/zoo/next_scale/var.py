@@ -8,8 +8,6 @@ What enters for scale k is not the previous scale's tokens but their reconstruct
 p_k x p_k. The first scale enters as the class embedding, which also modulates every layer norm.
 
 Legend: B rows, K scales, p_k side of scale k, L = sum of p_k^2 tokens, C width, z code width, V codes.
-
-Left out: the d36 model of the paper (512 pixels), whose blocks share one modulation layer.
 """
 
 from __future__ import annotations
@@ -28,7 +26,16 @@ from arcore import masks
 from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.masks import IntervalMask
-from arcore.nn import MLP, AdaLNBlock, AdaLNHead, ClassEmbedding, KVCache, LevelEmbedding, SelfAttention
+from arcore.nn import (
+    MLP,
+    AdaLNBlock,
+    AdaLNHead,
+    ClassEmbedding,
+    KVCache,
+    LevelEmbedding,
+    SelfAttention,
+    SharedModulation,
+)
 from arcore.nn.checks import check_floating, check_patch_nums
 
 SYSTEM = System(
@@ -45,6 +52,9 @@ SYSTEM = System(
     claim="One masked pass over all scales gives the logits of scale-by-scale generation from a cache.",
     checked_on="published layout, random weights",
 )
+
+
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,7 @@ class VARConfig:
         class_drop: share of rows that are trained without their class, for guidance.
         drop_path: stochastic depth of the last block; earlier blocks have proportionally less.
         gate_init: standard deviation of the initial gates, relative to other weights.
+        shared_adaln: all blocks share the linear layer of the modulation and add a table each, as the 512-pixel model.
 
     Raises:
         ValueError: a size is below 1, or `patch_nums` are no growing side lengths.
@@ -82,6 +93,7 @@ class VARConfig:
     class_drop: float = 0.1
     drop_path: float = 0.0
     gate_init: float = 1e-5
+    shared_adaln: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size", "z_channels"):
@@ -114,6 +126,7 @@ class VAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, sum(sizes), dim))
         self.level_embed = LevelEmbedding(sizes, dim)
         scale = 0.25 / math.sqrt(dim / config.num_heads)
+        self.modulation = SharedModulation(dim, dim, parts=6) if config.shared_adaln else nn.Identity()
         self.blocks = nn.ModuleList(
             AdaLNBlock(
                 dim,
@@ -121,6 +134,7 @@ class VAR(nn.Module):
                 attn=SelfAttention(dim, config.num_heads, l2_norm=config.attn_l2_norm, scale=scale),
                 ffn=MLP(dim, round(dim * config.mlp_ratio)),
                 drop_path=config.drop_path * layer / max(config.depth - 1, 1),
+                shared=config.shared_adaln,
             )
             for layer in range(config.depth)
         )
@@ -143,6 +157,10 @@ class VAR(nn.Module):
                 weight.div_(math.sqrt(2 * config.depth))
             elif name.endswith("modulation.linear.weight"):
                 gates, rest = weight.split([2 * config.embed_dim, 4 * config.embed_dim])
+                gates.mul_(config.gate_init)
+                rest.mul_(0.5)
+            elif name.endswith("modulation.table"):
+                gates, rest = weight.split([2, 4], dim=2)
                 gates.mul_(config.gate_init)
                 rest.mul_(0.5)
         self.head.modulation.linear.weight.mul_(0.5)
@@ -227,15 +245,16 @@ class VAR(nn.Module):
         x = torch.cat([cond.unsqueeze(1) + self.pos_start, self.word_embed(inputs)], dim=1)
         x = x + (self.level_embed() + self.pos_embed)[:, :length]
         mask = masks.next_scale(self.patch_nums[: k + 1]).to(x.device)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cond, mask, cache, layer)
-        out: Tensor = self.head(x[:, self.scale_starts[k] :], cond)
-        return out
+        return self._transform(x, cond, mask, cache, last=length - self.scale_starts[k])
 
-    def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
+    def _transform(
+        self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        """Logits of all tokens, or of the `last` ones."""
+        vectors = self.modulation(cond)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cond, mask, cache, layer)
-        out: Tensor = self.head(x, cond)
+            x = block(x, vectors, mask, cache, layer)
+        out: Tensor = self.head(x[:, -last:], cond)
         return out
 
     def _check_inputs(self, inputs: Tensor, length: int, batch: int) -> None:
@@ -259,8 +278,9 @@ class VAR(nn.Module):
         if args.get("patch_nums") or args.get("pn"):
             sides = args.get("patch_nums") or str(args["pn"]).replace("-", "_").split("_")
             settings["patch_nums"] = tuple(int(side) for side in sides)
-        if "anorm" in args:
-            settings["attn_l2_norm"] = bool(args["anorm"])
+        for theirs, ours in (("anorm", "attn_l2_norm"), ("saln", "shared_adaln")):
+            if theirs in args:
+                settings[ours] = bool(args[theirs])
         return settings
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -298,7 +318,9 @@ _OFFICIAL_NAMES = (
     (r"\.scale_mul_1H11$", ".log_scale"),
     (r"^head\.", "head.linear."),
     (r"^head_nm\.ada_lin\.1\.", "head.modulation.linear."),
+    (r"^shared_ada_lin\.1\.", "modulation.linear."),
     (r"\.ada_lin\.1\.", ".modulation.linear."),
+    (r"\.ada_gss$", ".modulation.table"),
 )
 
 
@@ -332,8 +354,8 @@ def var_mnist() -> VARConfig:
     )
 
 
-def _published(depth: int) -> VARConfig:
-    return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24)
+def _published(depth: int, **more: Any) -> VARConfig:
+    return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24, **more)
 
 
 @preset(tokenizer="msvq_ch160", weights=Published("FoundationVision/var", "var_d16.pth"))
@@ -358,6 +380,12 @@ def var_d24() -> VARConfig:
 def var_d30() -> VARConfig:
     """ImageNet, 256 pixels, depth 30; weights: var_d30.pth."""
     return _published(30)
+
+
+@preset(tokenizer="msvq_ch160_512", weights=Published("FoundationVision/var", "var_d36.pth"))
+def var_d36() -> VARConfig:
+    """ImageNet, 512 pixels, depth 36; weights: var_d36.pth."""
+    return _published(36, patch_nums=PATCH_NUMS_512, shared_adaln=True)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from arcore.nn.checks import check_floating, check_ids, check_patch_nums
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 # The published weights were trained with these. At k = 2 and k = 7 of 10 scales two ticks are equally near and the
 # rounding of float64 decides; float32 decides otherwise, so the tables are written out.
@@ -186,8 +187,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def code_map(self, k: int, indices: Tensor) -> Tensor:
         """Codes `[B, p_k^2]` of scale k as what they add to f_hat, `[B, C, p_K, p_K]`."""
+        return self.vector_map(k, self.embedding(indices))
+
+    def vector_map(self, k: int, vectors: Tensor) -> Tensor:
+        """`code_map` for vectors `[B, p_k^2, C]` in place of codes."""
         side, last = self.patch_nums[k], self.patch_nums[-1]
-        codes = self.embedding(indices).transpose(1, 2).unflatten(2, (side, side))  # [B, C, p_k, p_k]
+        codes = vectors.transpose(1, 2).unflatten(2, (side, side))  # [B, C, p_k, p_k]
         if side != last:
             codes = F.interpolate(codes, size=(last, last), mode="bicubic")
         with torch.autocast(codes.device.type, enabled=False):
@@ -411,6 +416,26 @@ class MultiScaleVQ(nn.Module):
         self._check_codes(k, indices, len(latent))
         return latent + self.quantize.code_map(k, indices)
 
+    @property
+    def codebook(self) -> Tensor:
+        """The vector of each code, `[V, C]`."""
+        return self.quantize.embedding.weight
+
+    def add_vectors(self, k: int, vectors: Tensor, latent: Tensor) -> Tensor:
+        """`add_scale` for vectors `[B, p_k^2, C]`, such as mixtures of codes.
+
+        Raises:
+            ValueError: there is no scale k, or a shape is not that of B images.
+        """
+        self._check_scale(k, len(self.patch_nums))
+        self._check_latent(latent)
+        expected = (len(latent), self.patch_nums[k] ** 2, self.z_channels)
+        if tuple(vectors.shape) != expected:
+            raise ValueError(
+                f"expected vectors of scale {k} of shape {expected} but got {tuple(vectors.shape)}"
+            )
+        return latent + self.quantize.vector_map(k, vectors.to(latent.dtype))
+
     def next_input(self, k: int, latent: Tensor) -> Tensor:
         """f_hat shrunk to scale k + 1, `[B, p_{k+1}^2, C]`.
 
@@ -509,3 +534,9 @@ def msvq_mnist() -> MultiScaleVQConfig:
 def msvq_ch160() -> MultiScaleVQConfig:
     """The tokenizer of the published VAR models, 256 pixels; weights: vae_ch160v4096z32.pth."""
     return MultiScaleVQConfig()
+
+
+@preset(weights=Published("FoundationVision/var", "vae_ch160v4096z32.pth"))
+def msvq_ch160_512() -> MultiScaleVQConfig:
+    """The same tokenizer, with the scales of the 512-pixel VAR; weights: vae_ch160v4096z32.pth."""
+    return MultiScaleVQConfig(patch_nums=PATCH_NUMS_512)
