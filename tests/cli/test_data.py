@@ -64,3 +64,26 @@ def test_neither(tmp_path: Path, capsys):
     (tmp_path / "a.doc").write_text("words")
     assert main(["data", "check", str(tmp_path)]) == 2
     assert "say --kind" in capsys.readouterr().err
+
+
+def test_tables(tmp_path: Path, capsys):
+    pytest.importorskip("pandas")
+    rows = [f"2024-01-{day:02},{name},{day}" for name in "AB" for day in range(1, 11)]
+    (tmp_path / "a.csv").write_text("\n".join(["date,ticker,close", *rows, "2024-01-11,A,"]))
+    assert main(["data", "check", str(tmp_path / "a.csv"), "--group", "ticker"]) == 0
+    out = capsys.readouterr().out
+    assert "the column 'date' orders the rows" in out
+    assert "2 series of close" in out
+    assert "a/A: 11 rows, missing values: 1 of 'close'" in out
+    assert main(["data", "check", str(tmp_path / "a.csv")]) == 1
+    assert "holds no numbers but for example 'A' in row 1" in capsys.readouterr().out
+    (tmp_path / "b.csv").write_text("date,ticker,close\n2024-01-01,A,1\n2024-01-01,A,2\n")
+    (tmp_path / "c.csv").write_text("date,ticker,open\n2024-01-01,A,x\n")
+    (tmp_path / "notes.txt").write_text("")
+    words = ["data", "check", str(tmp_path), "--kind", "series", "--group", "ticker"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "b.csv: the time 2024-01-01 comes twice in the column 'date'" in out
+    assert "c.csv: the column 'open' holds no numbers" in out
+    assert "notes.txt: no table" in out
+    assert "3 bad entries" in out

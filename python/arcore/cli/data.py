@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arcore.cli._parse import PlainParser
-from arcore.data import VideoFolder, load_text, read_tables
+from arcore.data import Series, VideoFolder, load_text, open_series
 from arcore.data._walk import walk
 from arcore.data.image_folder import IMAGE_SUFFIXES, ImageFolder
 from arcore.data.series import TABLE_SUFFIXES
@@ -35,11 +36,13 @@ def main(argv: Sequence[str]) -> int:
         choices=["outer", "inner"],
         help="which folders are the classes, where class folders hold folders",
     )
+    parser.add_argument("--time", metavar="COLUMN", help="of a table: the column of dates or whole numbers")
+    parser.add_argument("--group", metavar="COLUMN", help="of a table: the column that tells series apart")
     options = parser.parse_args(argv)
     if not options.path.exists():
         raise FileNotFoundError(f"{options.path} does not exist: expected a folder or a file")
     kind = options.kind or _kind(options.path)
-    lines, bad = KINDS[kind](options.path, options.nested)
+    lines, bad = KINDS[kind](options.path, options)
     print("\n".join(lines))
     for line in bad[:SHOWN]:
         print(f"bad: {line}")
@@ -49,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def _images(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+def _images(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
     with warnings.catch_warnings():
         # What is left out is printed below.
         warnings.simplefilter("ignore", UserWarning)
-        images = ImageFolder(path, image_size=8, nested=nested, skip_bad=True)  # type: ignore[arg-type]
+        images = ImageFolder(path, image_size=8, nested=options.nested, skip_bad=True)
     bad = [f"{file}: {reason}" if str(file) not in reason else reason for file, reason in images.skipped]
     bad += [reason for _, reason in images.check()]
     lines = [f"{len(images)} images in {len(images.class_names)} classes"]
@@ -64,7 +67,7 @@ def _images(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
     return [*lines, *images.notes, f"digest {images.digest()}"], bad
 
 
-def _text(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+def _text(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         text = load_text(path, skip_bad=True)
@@ -74,7 +77,7 @@ def _text(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
     ]
 
 
-def _videos(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
+def _videos(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         videos = VideoFolder(path, frames=1, image_size=8, skip_bad=True)
@@ -84,19 +87,43 @@ def _videos(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
     return [*lines, *videos.notes, f"digest {videos.digest()}"], [reason for _, reason in videos.skipped]
 
 
-def _series(path: Path, nested: str | None) -> tuple[list[str], list[str]]:
-    try:
-        series = read_tables(path)
-    except ValueError as error:
-        return [], [str(error)]
-    lines = [f"{len(series)} series of {', '.join(series[0].columns)}"]
-    for one in series[:SHOWN]:
-        missing = int(one.values.isnan().sum())
-        lines.append(f"  {one.name}: {len(one.values)} rows, {missing} values missing")
-    return lines, []
+def _series(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
+    files, lines, bad = [path], [], []
+    if path.is_dir():
+        found = walk(path)
+        files = [file for file in found.files if file.suffix.lower() in TABLE_SUFFIXES]
+        bad += [f"{file}: no table" for file in found.files if file not in files]
+        bad += [f"{file}: the target of the link does not exist" for file in found.dangling]
+    every: list[Series] = []
+    for file in files:
+        try:
+            opened = open_series(file, time=options.time, group=options.group)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        if opened.inferred_time is not None and not every:
+            lines.append(f"the column {opened.inferred_time!r} orders the rows")
+        every += opened.series
+    columns = {one.columns: one.name for one in every}
+    if len(columns) > 1:
+        bad.append("; ".join(f"{name} has the columns {', '.join(found)}" for found, name in columns.items()))
+    lines.append(f"{len(every)} series of {', '.join(every[0].columns) if every else 'nothing'}")
+    for one in every[:SHOWN]:
+        missing = {
+            name: int(count)
+            for name, count in zip(one.columns, one.values.isnan().sum(0), strict=True)
+            if count
+        }
+        holes = ", ".join(f"{count} of {name!r}" for name, count in missing.items())
+        lines.append(
+            f"  {one.name}: {len(one.values)} rows, {f'missing values: {holes}' if holes else 'none missing'}"
+        )
+    if len(every) > SHOWN:
+        lines.append(f"  and {len(every) - SHOWN} more")
+    return lines, bad
 
 
-KINDS: dict[str, Callable[[Path, str | None], tuple[list[str], list[str]]]] = {
+KINDS: dict[str, Callable[[Path, Namespace], tuple[list[str], list[str]]]] = {
     "series": _series,
     "videos": _videos,
     "images": _images,

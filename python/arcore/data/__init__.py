@@ -17,7 +17,15 @@ from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
 from arcore.data.mnist import load_mnist
 from arcore.data.photos import load_photos
 from arcore.data.rotation_crop import RotatedImages, adaptive_rotation
-from arcore.data.series import Series, SeriesWindows, Window, fill_missing, read_tables, series_of_table
+from arcore.data.series import (
+    Series,
+    SeriesWindows,
+    Window,
+    fill_missing,
+    open_series,
+    read_tables,
+    series_of_table,
+)
 from arcore.data.text import Text, TokenCrops, load_kjv, load_text
 from arcore.data.text_tokenizers import BPETokenizer, ByteTokenizer, TextStream, TextTokenizer, make_tokenizer
 from arcore.data.videos import VideoFolder
@@ -49,6 +57,7 @@ __all__ = [
     "load_text",
     "make_tokenizer",
     "open_dataset",
+    "open_series",
     "read_tables",
     "series_of_table",
 ]

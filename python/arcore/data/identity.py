@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from arcore._optional import require
 from arcore.data.image_folder import ImageFolder
+from arcore.data.series import SERIES_NAMES
 
 # What is asked for by a name and not by a place.
-NAMES = frozenset({"digits", "mnist", "moving_digits", "photos", "kjv", "bytes", "bpe"})
+NAMES = frozenset({"digits", "mnist", "moving_digits", "photos", "kjv", "bytes", "bpe", *SERIES_NAMES})
 
 
 @dataclass(frozen=True)

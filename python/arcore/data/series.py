@@ -7,8 +7,11 @@ the rest is normalised.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import importlib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +26,10 @@ from arcore.data._walk import counted, some, walk
 from arcore.nn.checks import check_whole
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
+# What a column of times is called where its values do not tell.
+TIME_NAMES = frozenset({"time", "date", "datetime", "timestamp", "ds"})
+# Functions of arcore.data.real.
+SERIES_NAMES = ("sunspots", "elnino", "co2", "stock_prices", "glucose", "sea_temperature")
 Missing = Literal["refuse", "drop", "forward", "linear", "keep"]
 Normalise = Literal["train", "window"]
 
@@ -37,12 +44,39 @@ class Series:
         values: float64 `[T, C]`, oldest first; NaN where a value is missing.
         times: int64 `[T]`, growing: nanoseconds since 1970 for dates, else the numbers of the table; None where the
             table has no times.
+        dates: the times are dates.
     """
 
     name: str
     columns: tuple[str, ...]
     values: Tensor
     times: Tensor | None = None
+    dates: bool = False
+
+    def times_after(self, count: int) -> Any:
+        """The times of rows that would come next.
+
+        Dates go on in their own rhythm where they have one (months, working days); other times by the median step.
+
+        Args:
+            count: how many.
+
+        Returns:
+            A `pandas.DatetimeIndex` for dates, else a list of numbers; rows count from 0 where there are no times.
+        """
+        if self.times is None:
+            return list(range(len(self.values), len(self.values) + count))
+        step = int(self.times.diff().median()) if len(self.times) > 1 else 1
+        if not self.dates:
+            last = int(self.times[-1])
+            return [last + step * place for place in range(1, count + 1)]
+        pandas = require("pandas", extra="series")
+        known = pandas.DatetimeIndex(self.times.numpy().astype("datetime64[ns]"))
+        with warnings.catch_warnings():
+            # A later pandas returns an offset here instead of its name; `date_range` takes both.
+            warnings.simplefilter("ignore")
+            rhythm = pandas.infer_freq(known) if len(known) > 2 else None
+        return pandas.date_range(known[-1], periods=count + 1, freq=rhythm or pandas.Timedelta(step))[1:]
 
 
 class Window(NamedTuple):
@@ -182,8 +216,101 @@ def series_of_table(
             raise ValueError(
                 f"the column {wanted[column]!r} has an infinite value in row {row + 1} of {label or 'it'}"
             )
-        made.append(Series(label, tuple(map(str, wanted)), values, times))
+        is_date = time is not None and not pandas.api.types.is_numeric_dtype(table[time].dtype)
+        made.append(Series(label, tuple(map(str, wanted)), values, times, is_date))
     return made
+
+
+class Opened(NamedTuple):
+    """What `open_series` found.
+
+    Attributes:
+        series: sorted by name.
+        inferred_time: the column that was taken for times without having been named; None where one was named, or
+            there is none.
+    """
+
+    series: list[Series]
+    inferred_time: str | None
+
+
+def open_series(
+    source: str | Path,
+    *,
+    time: str | None = None,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> Opened:
+    """Open what `arcore train --data` names for models of series.
+
+    Args:
+        source: a name in `SERIES_NAMES`, a table or a folder of tables.
+        time: column of times. None takes the only column of dates, or else the first that is called time, date,
+            datetime, timestamp or ds in letters of any case, where there is one.
+        group, columns: see `read_tables`.
+
+    Raises:
+        TypeError: `source` is neither a name nor a path.
+        FileNotFoundError, ImportError, ValueError: see `read_tables`.
+    """
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"expected data as {', '.join(SERIES_NAMES)} or the path of a table but got {source!r}"
+        )
+    if source in SERIES_NAMES and not Path(source).exists():
+        for name, value in (("time", time), ("group", group)):
+            if value is not None:
+                raise ValueError(f"{name} is for tables of your own: {source} has its times and groups")
+        found = getattr(importlib.import_module("arcore.data.real"), str(source))()
+        return Opened(found if columns is None else [_chosen(one, columns) for one in found], None)
+    if not Path(source).exists() and (close := difflib.get_close_matches(str(source), SERIES_NAMES, n=1)):
+        raise FileNotFoundError(
+            f"there is neither a data set nor a table {source!r}: did you mean {close[0]!r}?"
+        )
+    inferred = None
+    if time is None and Path(source).exists():
+        inferred = _time_column(Path(source), {group, *(columns or ())})
+    return Opened(read_tables(source, time=time or inferred, group=group, columns=columns), inferred)
+
+
+def _chosen(series: Series, columns: Sequence[str]) -> Series:
+    missing = [name for name in columns if name not in series.columns]
+    if missing:
+        raise ValueError(
+            f"the series {series.name!r} has no column {missing[0]!r}: it has {', '.join(series.columns)}"
+        )
+    places = [series.columns.index(name) for name in columns]
+    return replace(series, columns=tuple(columns), values=series.values[:, places])
+
+
+def _time_column(path: Path, others: set[str | None]) -> str | None:
+    """The column that orders the rows of a table, or of the first one of a folder."""
+    if path.is_dir():
+        tables = [file for file in walk(path).files if file.suffix.lower() in TABLE_SUFFIXES]
+        if not tables:
+            return None
+        path = tables[0]
+    pandas = require("pandas", extra="series")
+    try:
+        table = _read(path)
+    except ValueError:
+        return None  # told when it is read
+    names = [name for name in table.columns if name not in others]
+    dates = [name for name in names if _holds_dates(pandas, table[name])]
+    if len(dates) == 1:
+        return str(dates[0])
+    called = [name for name in names if str(name).lower() in TIME_NAMES]
+    return str(called[0]) if called else None
+
+
+def _holds_dates(pandas: Any, column: Any) -> bool:
+    if pandas.api.types.is_datetime64_any_dtype(column.dtype):
+        return True
+    if pandas.api.types.is_numeric_dtype(column.dtype):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(pandas.to_datetime(column.head(100), errors="coerce", utc=True).notna().all())
 
 
 def fill_missing(series: Series, how: Missing) -> Series:
@@ -361,7 +488,7 @@ class SeriesWindows(Dataset[Window]):
             state.update(f"{one.name}\0{tuple(one.values.shape)}\0".encode())
             for part in (one.values, one.times):
                 if part is not None:
-                    state.update(part.contiguous().view(torch.uint8).numpy().data)
+                    state.update(part.numpy().tobytes())
         return state.hexdigest()
 
 

