@@ -85,7 +85,9 @@ def test_bad_input_is_refused():
         Options(length=2)
     with pytest.raises(ValueError, match="--scale must be a number above 0 but got 0"):
         Options(scale=0.0)
-    with pytest.raises(ValueError, match="expected start to be one of ones, gaussian, sparse but got 'zeros'"):
+    with pytest.raises(
+        ValueError, match="expected start to be one of ones, gaussian, sparse but got 'zeros'"
+    ):
         sequences("zeros")
     with pytest.raises(ValueError, match="at least 3 states"):
         Contexts(torch.ones(1, 2, 2, dtype=torch.complex128))
@@ -95,7 +97,9 @@ def test_bad_input_is_refused():
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     where = ["--json", str(tmp_path / "found.json"), "--figure", str(tmp_path / "figure.png")]
-    assert main(["run", "mesa_optimisation", "--sequences", "50", "--steps", "100", "--lr", "2e-3", *where]) == 0
+    assert (
+        main(["run", "mesa_optimisation", "--sequences", "50", "--steps", "100", "--lr", "2e-3", *where]) == 0
+    )
     assert "least squares on the data" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["product"] == pytest.approx(found["least_squares"], abs=1e-2)

@@ -126,7 +126,9 @@ class LinearLayer(nn.Module):
         self.dim, self.free = dim, free
         eye = torch.eye(dim, dtype=torch.complex128)
         none = torch.zeros(dim, dim, dtype=torch.complex128)
-        self.register_buffer("keys_pattern", torch.cat([torch.cat([none, none], 1), torch.cat([eye, none], 1)]))
+        self.register_buffer(
+            "keys_pattern", torch.cat([torch.cat([none, none], 1), torch.cat([eye, none], 1)])
+        )
         self.register_buffer("values_pattern", torch.cat([eye, none], 1))
         if free:
             self.keys = nn.Parameter(a * self.keys_pattern)
@@ -254,7 +256,9 @@ def train(options: Options) -> Trained:
         optimizer.step()
         products.append(layer.product())
     if not torch.isfinite(value):
-        raise ValueError(f"training diverged at --lr {options.lr} with --scale {options.scale}: give a smaller --lr")
+        raise ValueError(
+            f"training diverged at --lr {options.lr} with --scale {options.scale}: give a smaller --lr"
+        )
     with torch.no_grad():
         predicted, target = layer(new)[:, -1], new.target[:, -1]
     size, moved = target.abs().square().sum(), target.abs() > 0
@@ -326,13 +330,22 @@ def claim(*, quick: bool) -> Claim:
         for name, limit in (("ones", 0.05), ("sparse", 1e-6), ("gaussian", 0.6))
     ]
     rows += [
-        equals("last state from sparse first states, relative to the truth", runs["sparse"].ratio, 1.0, tolerance=1e-2),
+        equals(
+            "last state from sparse first states, relative to the truth",
+            runs["sparse"].ratio,
+            1.0,
+            tolerance=1e-2,
+        ),
         at_most("the same from ones, which is not the identity", runs["ones"].ratio, 0.9),
         at_most("the same from Gaussian ones", runs["gaussian"].ratio, 0.4),
     ]
     if not quick:
         free = train(Options(sequences=1000, steps=400, lr=2e-3, free=True))
         rows.append(
-            at_most("a b of freely trained matrices against the closed form", abs(free.products[-1] - free.expected), 0.05)
+            at_most(
+                "a b of freely trained matrices against the closed form",
+                abs(free.products[-1] - free.expected),
+                0.05,
+            )
         )
     return Claim(tuple(rows), draw=_figure(runs))
