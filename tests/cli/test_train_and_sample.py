@@ -206,6 +206,6 @@ class TestSampleRefusals:
         assert name in line
         assert not (tmp_path / "x.png").exists()
 
-    def test_tokenizer_alone_cannot_draw(self, fails, trained):
-        line = fails("sample", "--checkpoint", trained.parent / "tokenizer", "--class", 3)
-        assert "holds a tokenizer only" in line
+    def test_tokenizer_alone_wants_pictures_or_codes(self, fails, trained):
+        line = fails("sample", "--checkpoint", trained.parent / "tokenizer")
+        assert "give pictures with --images or codes with --codes" in line

@@ -15,18 +15,18 @@ from arcore.training import checkpoint
 
 
 def recipe_of_checkpoint(path: str | Path) -> Recipe:
-    """The recipe of the model in a run folder or checkpoint.
+    """The recipe of the model in a run folder or checkpoint, or of the tokenizer where there is no model.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or holds a tokenizer only.
+        ValueError: it is damaged, or holds no model.
     """
     folder = checkpoint.find(path)
     modules = checkpoint.read_config(folder)["modules"]
-    if "model" not in modules:
-        held = "a tokenizer only" if "tokenizer" in modules else "no model"
-        raise ValueError(f"{path} holds {held}; what is drawn comes from a model such as var_tiny")
-    return recipe_for(modules["model"]["system"])
+    for name in ("model", "tokenizer"):
+        if name in modules:
+            return recipe_for(modules[name]["system"])
+    raise ValueError(f"{path} holds no model; what is drawn comes from a model such as var_tiny")
 
 
 def sample(
