@@ -19,6 +19,7 @@ from arcore.decoding.jacobi import copy_above, jacobi, random_tokens, repeat_las
 from arcore.decoding.masked_autoregressive import generate_masked, masked_counts
 from arcore.decoding.next_scale import Kept, NextScaleOutput, generate_next_scale
 from arcore.decoding.next_token import GenerateOutput, Step, next_token
+from arcore.decoding.rollouts import draw_rollout
 from arcore.decoding.sampling import Sampling
 from arcore.decoding.search import Session
 from arcore.decoding.speculative import (
@@ -50,6 +51,7 @@ __all__ = [
     "allow_without_repeats",
     "allow_without_words",
     "copy_above",
+    "draw_rollout",
     "exact",
     "generate",
     "generate_blocks",

@@ -11,6 +11,7 @@ from arcore.nn.adaln import (
 )
 from arcore.nn.attention import CrossAttention, SelfAttention
 from arcore.nn.blocks import PostNormBlock, PreNormBlock, init_mamba_encoder
+from arcore.nn.branches import PackedBranches, branch_hidden, pack_branches
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 from arcore.nn.decoder import DecoderLayer, GatedMLP, GroupedAttention, attend, pairs_to_halves
@@ -38,6 +39,7 @@ from arcore.nn.protocols import (
     TokenModel,
     VectorTokenizer,
 )
+from arcore.nn.rollout import PairwiseRater, PreferenceBatch, RewardFn, Rollout, TokenStats
 from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.rotary import Angles, RotaryTable, signed_angles
 from arcore.nn.ssm import CausalConv1d, Mamba2Mixer, MambaMixer, SelectiveSSM
@@ -78,10 +80,15 @@ __all__ = [
     "MaskedModel",
     "Modulation",
     "ModulationTable",
+    "PackedBranches",
+    "PairwiseRater",
     "PatchEmbed",
     "PostNormBlock",
     "PreNormBlock",
+    "PreferenceBatch",
     "RMSNorm",
+    "RewardFn",
+    "Rollout",
     "Rope",
     "RotaryTable",
     "ScaleModel",
@@ -96,14 +103,17 @@ __all__ = [
     "TokenCache",
     "TokenModel",
     "TokenSnapshot",
+    "TokenStats",
     "VectorTokenizer",
     "attend",
     "axis_base",
+    "branch_hidden",
     "init_dit",
     "init_mamba_encoder",
     "linear",
     "modulate",
     "modulated_norm",
+    "pack_branches",
     "pairs_to_halves",
     "rope_table",
     "signed_angles",

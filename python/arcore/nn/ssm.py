@@ -263,6 +263,39 @@ class MambaMixer(SelectiveSSM):
         out: Tensor = self.out_proj(self.scan(u, z, seq_idx=seq_idx, reverse=reverse, states=states))
         return out
 
+    def branches(self, prompt: Tensor, continuations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a prompt once and several continuations of it, each as if it stood behind the prompt alone.
+
+        The continuations start from the prompt's state, so its gradient is the sum of theirs.
+
+        Args:
+            prompt: `[1, P, C]`.
+            continuations: `[G, L, C]`.
+
+        Returns:
+            `[1, P, C]` and `[G, L, C]`.
+        """
+        taps, count = self.conv1d.weight.shape[-1], len(continuations)
+        u, z = self.in_proj(prompt).chunk(2, dim=-1)
+        v, w = self.in_proj(continuations).chunk(2, dim=-1)
+        tail = u[:, max(0, u.shape[1] - taps + 1) :].expand(count, -1, -1)
+        mixed = self.conv1d(u.transpose(1, 2))
+        behind = self.conv1d(torch.cat([tail, v], 1).transpose(1, 2))[..., tail.shape[1] :]
+        first, state = self._scanned(mixed, z, None)
+        second, _ = self._scanned(behind, w, state.expand(count, -1, -1))
+        return self.out_proj(first), self.out_proj(second)
+
+    def _scanned(self, u: Tensor, z: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scan what comes from the convolution, `[B, D, L]`, gated by z `[B, L, D]`; also the last state."""
+        delta, b, c = (x.transpose(1, 2) for x in self.select(u.transpose(1, 2)))
+        out, last = selective_scan(
+            *(u, delta, self.decay(), b, c, self.D.float(), z.transpose(1, 2), self.dt_proj.bias.float()),
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=state,
+        )
+        return out.transpose(1, 2), last
+
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
         """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)

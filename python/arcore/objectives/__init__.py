@@ -15,6 +15,7 @@ from arcore.objectives.policy import (
     sequence_logprob,
 )
 from arcore.objectives.returns import Advantages, discounted_returns, gae
+from arcore.objectives.scoring import score, score_rollout
 
 __all__ = [
     "Advantages",
@@ -35,6 +36,8 @@ __all__ = [
     "next_cluster_targets",
     "next_scale_loss",
     "reduce",
+    "score",
+    "score_rollout",
     "sequence_logprob",
     "variance_bound",
 ]

@@ -234,8 +234,14 @@ class Llama(CausalDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of what `hidden` returned: `[..., C]` to float32 `[..., V]`."""
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return linear(hidden, weight).float()
+        return linear(hidden, self.head_weight).float()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The last linear layer's weight `[V, C]`, for `arcore.ops.linear_logprobs`."""
+        head: nn.Module = self.embedding if self.lm_head is None else self.lm_head
+        weight: Tensor = head.weight
+        return weight
 
     @classmethod
     def official_config(cls, content: Mapping[str, Any]) -> LlamaConfig:

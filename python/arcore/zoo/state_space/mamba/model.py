@@ -163,6 +163,30 @@ class Mamba(nn.Module):
             x = x + layer.mixer(layer.norm(x), seq_idx=packed)
         return self._logits(x)
 
+    def branches(self, prompt: Tensor, continuations: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of a prompt, read once, and of several continuations of it, as if each stood in a row of its own.
+
+        Args:
+            prompt: int64 `[P]`.
+            continuations: int64 `[G, L]`, right-padded; what comes out at padding means nothing.
+
+        Returns:
+            float32 `[P, V]` and `[G, L, V]`.
+
+        Raises:
+            TypeError: the layers' mixers cannot go on from a state with gradients.
+            ValueError: a shape is wrong or an id out of range.
+        """
+        x, y = self._embed(prompt[None], 2), self._embed(continuations, 2)
+        for layer in self.layers:
+            if not hasattr(layer.mixer, "branches"):
+                raise TypeError(
+                    f"expected mixers with branches but got {type(layer.mixer).__name__}; score rows one by one"
+                )
+            one, other = layer.mixer.branches(layer.norm(x), layer.norm(y))
+            x, y = x + one, y + other
+        return self._logits(x)[0], self._logits(y)
+
     def make_cache(self, batch: int, max_length: int | None = None) -> StateCache:
         """An empty cache for `batch` rows; it has room for any length."""
         mixer: Any = self.layers[0].mixer
