@@ -14,6 +14,8 @@ from arcore.objectives.policy import (
     reduce,
     sequence_logprob,
 )
+from arcore.objectives.ppo import ppo_loss, turn_logprobs, value_loss
+from arcore.objectives.preference import kto_loss, preference_loss
 from arcore.objectives.returns import Advantages, discounted_returns, gae
 from arcore.objectives.scoring import score, score_rollout
 
@@ -30,14 +32,19 @@ __all__ = [
     "group_advantages",
     "group_statistics",
     "grpo_loss",
+    "kto_loss",
     "log_ratio",
     "min_snr_weights",
     "next_cluster_loss",
     "next_cluster_targets",
     "next_scale_loss",
+    "ppo_loss",
+    "preference_loss",
     "reduce",
     "score",
     "score_rollout",
     "sequence_logprob",
+    "turn_logprobs",
+    "value_loss",
     "variance_bound",
 ]
