@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
-import torch
+with warnings.catch_warnings():
+    # torch says so at its import; nothing that arcore imports here needs numpy.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
 
 FOLDER = Path(__file__).resolve().parent
 _FIX = "build it with `pip install .` in arcore's source folder (torch must be installed first)"

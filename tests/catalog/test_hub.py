@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -117,6 +119,35 @@ def test_offline_names_all_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"get pytorch_model\.bin, config\.json by other means"):
         arcore.create_model("mamba_130m", weights="hub")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(hub, "_cache", lambda: tmp_path)
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as silent:  # accepts connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        for listening in (False, True):
+            if listening:
+                silent.listen()
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+            start = time.monotonic()
+            with pytest.raises(
+                OSError, match=r"cannot fetch var_d16\.pth of FoundationVision/var for var_d16: "
+            ):
+                arcore.create_model("var_d16", weights="hub")
+            assert time.monotonic() - start < 5
+
+
+def test_what_was_fetched_before_needs_no_hub(served: Path, monkeypatch: pytest.MonkeyPatch):
+    save_pretrained(small(), served / "someone/mine")
+    from_pretrained("someone/mine")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert from_pretrained("someone/mine").config == small().config
 
 
 def test_without_the_library_the_package_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,8 @@ from arcore.catalog.system import NOT_PUBLIC, Published
 
 # What stands for a file where the weights are to be fetched.
 HUB = "hub"
+# Seconds to wait for the hub's first answer.
+PATIENCE = 5.0
 
 
 def published(name: str) -> Published:
@@ -71,8 +73,7 @@ def download(repository: str, files: Sequence[str], wanted_for: str) -> Path:
     found = []
     for file in files:
         try:
-            endpoint = os.environ.get("HF_ENDPOINT") or None
-            found.append(hub.hf_hub_download(repository, file, endpoint=endpoint, cache_dir=_cache()))
+            found.append(_get(hub, repository, file))
         # What the library raises depends on its version and on what its transport raises.
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -81,6 +82,23 @@ def download(repository: str, files: Sequence[str], wanted_for: str) -> Path:
                 "means into one folder and give that folder"
             ) from error
     return Path(found[0])
+
+
+def _get(hub: Any, repository: str, file: str) -> str:
+    """One file; from the cache where the hub cannot be reached."""
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    errors = require("huggingface_hub.errors", extra="hub")
+    try:
+        # Asked for by itself, since the download repeats a failed request for 25 seconds.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, endpoint=endpoint), timeout=PATIENCE)
+    except errors.HfHubHTTPError:
+        raise  # the hub answered, and does not have it
+    except Exception as unreachable:
+        try:
+            return str(hub.hf_hub_download(repository, file, cache_dir=_cache(), local_files_only=True))
+        except Exception:
+            raise unreachable from None
+    return str(hub.hf_hub_download(repository, file, endpoint=endpoint, cache_dir=_cache()))
 
 
 def _cache() -> Path | None:

@@ -148,11 +148,17 @@ def _say_how_to_go_on(preset: str, out: Path, error: Exception) -> None:
 
 
 def _how_to_go_on(preset: str, out: Path) -> str:
-    from arcore.training.checkpoint import begun
+    from arcore.training.checkpoint import begun, steps_of
 
-    if begun(out):
-        return f"go on from the last checkpoint with: {shlex.join(['arcore', 'train', preset, '--resume', str(out)])}"
-    return "there was no checkpoint yet"
+    if not begun(out):
+        return "there was no checkpoint yet"
+    saved = steps_of(out) or any(out.glob("*/step-*"))  # of what is trained first
+    where = (
+        "go on from the last checkpoint"
+        if saved
+        else "nothing is saved yet; begin again with the same settings"
+    )
+    return f"{where} with: {shlex.join(['arcore', 'train', preset, '--resume', str(out)])}"
 
 
 def _run_folder(resume: Path | None) -> Path | None:
