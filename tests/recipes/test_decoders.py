@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import arcore
 from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
 from arcore.cli import main
+from arcore.cli._decoding import _law
 from arcore.decoding import MixedModel, generate
 from arcore.recipes.language import RECIPE, TextSampling, language_model
-from arcore.recipes.text_decoders import decoder_names, text_decoder
+from arcore.recipes.text_decoders import TextRequest, decoder_names, text_decoder
 from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads
 
 
@@ -162,22 +164,58 @@ def test_options_of_another_decoder_and_missing_ones_are_refused(run: Path) -> N
 
 
 def test_the_table_of_loops_and_heads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--heads", str(run / "heads"), "--tokens", "6", "--batch", "4"]
+    rows = ["suffix window=5", "jacobi window=4", f"hydra heads={run / 'heads'}"]
+    options = [word for row in rows for word in ("--row", row)]
     threads = torch.get_num_threads()
     try:
-        assert main(["bench", "decoding", str(run / "lm"), *options]) == 0
+        asked = ["bench", "decoding", str(run / "lm"), "--tokens", "6", "--law", "400"]
+        assert main([*asked, *options, "--batch", "8"]) == 0
     finally:
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == [
-        "plain", "lookup, 4 drafts", "lookup, 8 drafts", "jacobi, window 8", "hydra heads"
-    ]  # fmt: skip
-    assert all(line.endswith("8 of 8 the same") for line in lines[2:])
+    table = lines[2:-1]
+    assert [line[:34].strip() for line in table] == ["plain", *(row[:34].strip() for row in rows)]
+    assert all(line.endswith("20 of 20 the same") for line in table)
+    assert min(float(line.split()[-6]) for line in table) > 1e-4
     assert (
         main(["sample", str(run / "heads"), "--prompt", "and", "--temperature", "0", "--max-new-tokens", "5"])
         == 0
     )
     assert "tokens per call of the model" in capsys.readouterr().out
+
+
+def test_texts_of_another_law_are_found_out(run: Path) -> None:
+    model, words = language_model(str(run / "lm"))
+    chosen = TextSampling(prompt="x")
+
+    def request(ids: list[list[int]], settings: Any, seed: int) -> TextRequest:
+        return TextRequest(
+            model, model, words, ids, [seed + i for i in range(len(ids))], settings, language_model
+        )
+
+    def colder(asked: TextRequest) -> Any:
+        return text_decoder("plain").write(replace(asked, options=replace(asked.options, temperature=0.2)))
+
+    prompt = words.encode("and the")
+    assert _law(model, prompt, chosen, text_decoder("plain").write, request, 400) > 1e-4
+    assert _law(model, prompt, chosen, colder, request, 400) < 1e-6
+
+
+def test_what_the_table_refuses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench", "decoding", str(run / "lm"), "--tokens", "2"]
+    (run / "empty.txt").write_text("\n \n")
+    for more, complaint in (
+        (
+            ["--row", "suffix windows=5"],
+            "expected NAME=VALUE with an option of `arcore sample` but got 'windows=5'",
+        ),
+        (["--row", "suffix window=many"], "expected a number for window but got 'many'"),
+        (["--row", "beam"], "--decoder beam: choose plain"),
+        (["--batch", "0"], "--batch of at least 1"),
+        (["--prompts", str(run / "empty.txt")], "the file has no line of text"),
+    ):
+        assert main([*asked, *more]) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_what_is_no_language_model_is_refused(run: Path) -> None:

@@ -1,39 +1,129 @@
-"""`arcore bench decoding MODEL`: plain decoding beside the loops that draft, on one language model."""
+"""`arcore bench decoding MODEL`: plain decoding beside the other loops, on one language model."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from arcore.cli._parse import PlainParser
 
+if TYPE_CHECKING:
+    from arcore.recipes.language import TextSampling
+
 DESCRIPTION = """\
-Decode prompts with each loop and print calls per token, tokens per second of processor time, and whether the text is
-that of plain decoding. On one thread.
+Decode prompts with each loop and print, beside plain decoding: the acceptance length (tokens of a text per call of the
+model), calls per token, tokens per second of processor time, what that gains, and whether the texts are the same. On
+one thread. With --law N also the law: N texts of three tokens, of the three likeliest each, by each loop, against
+the enumerated law of the model (p-value of a G-test).
 
-Example: arcore bench decoding smollm2_135m --tokens 64
+Example: arcore bench decoding smollm2_135m --tokens 48 --limit 60
 
-Example: arcore bench decoding out/llama_tiny --heads out/hydra_tiny --batch 4"""
+Example: arcore bench decoding smollm2_135m --row "hydra heads=out/hydra" --row "draft draft=out/small window=5" """
+ROWS = ("suffix window=5", "suffix window=9", "ngram window=5", "jacobi window=8")
 PROMPTS = (
     "In the beginning God created the heaven and the earth.",
+    "And the LORD said unto Moses,",
+    "Now these are the names of the children of Israel,",
+    "And it came to pass in those days, that",
+    "Blessed are the poor in spirit:",
+    "The LORD is my shepherd;",
+    "And the king said unto the woman,",
+    "Then answered Peter and said,",
+    "Hear, O Israel:",
+    "And there was a famine in the land:",
     "The capital of France is",
     "One, two, three, four, one, two, three,",
-    "And the LORD said unto Moses,",
     "def add(a, b):\n    return",
     "Once upon a time there was a",
     "The three primary colours are red,",
     "A list of animals: dog, cat,",
+    "Water boils at a temperature of",
+    "To make bread, you need flour,",
+    "My favourite season is winter because",
+    "The sun rises in the east and",
 )
+WORDS, LENGTH = 3, 3
 
 
 def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    if options is None:
+        return 0
+    import torch
+
+    from arcore.recipes.language import language_model
+    from arcore.recipes.text_decoders import TextRequest, text_decoder
+
+    torch.set_num_threads(1)
+    rows = [_row(text, options) for text in ("plain", *(options.row or ROWS))]
+    model, words = language_model(options.model)
+    lines = PROMPTS if options.prompts is None else _lines(options.prompts)
+    prompts = [words.encode(text) for text in lines]
+    groups = [prompts[i : i + options.batch] for i in range(0, len(prompts), options.batch)]
+    limit = "" if options.limit is None else f", up to {options.limit:g} s a row"
+    print(
+        f"{options.model}, {len(prompts)} texts of {options.tokens} tokens, {options.batch} at a time, temperature "
+        f"{options.temperature:g}{limit}"
+    )
+    law = " law (p)" if options.law else ""
+    print(
+        f"{'loop':34}{'accepted':>9}{'calls/token':>12}{'tokens/s':>10}{'gain':>6}{'of saved':>9}{law}  text"
+    )
+    plain: tuple[list[list[int]], list[float]] | None = None
+    for name, chosen in rows:
+        write = text_decoder(chosen.decoder).write
+
+        def request(ids: list[list[int]], settings: Any, seed: int = 0) -> Any:
+            seeds = [seed + i for i in range(len(ids))]
+            return TextRequest(model, model, words, ids, seeds, settings, language_model)
+
+        write(request(groups[0], dataclasses.replace(chosen, max_new_tokens=2)))
+        texts: list[list[int]] = []
+        seconds: list[float] = []
+        calls, rates = 0, 0.0
+        for group in groups:
+            start = time.process_time()
+            found = write(request(group, chosen))
+            seconds.append(time.process_time() - start)
+            texts += found.rows
+            calls += found.calls
+            rates += found.tokens_per_call * len(group)
+            if options.limit is not None and sum(seconds) >= options.limit:
+                break
+        plain = plain or (texts, seconds)
+        # Prompts that both rows came to.
+        done = min(len(seconds), len(plain[1]))
+        gain = sum(plain[1][:done]) / sum(seconds[:done])
+        saved = calls / (len(seconds) * options.tokens)
+        same = sum(a == b for a, b in zip(texts, plain[0], strict=False))
+        count = min(len(texts), len(plain[0]))
+        p_value = ""
+        if options.law:
+            p_value = f"{_law(model, prompts[0], chosen, write, request, options.law):8.3f}"
+        print(
+            f"{name:34}{rates / len(texts):9.2f}{saved:12.3f}{sum(map(len, texts)) / sum(seconds):10.1f}{gain:6.2f}"
+            f"{gain * saved:9.2f}{p_value}  {same} of {count} the same",
+            flush=True,
+        )
+    print("of saved: the gain over what it would be if a call with drafts took as long as a plain one")
+    return 0
+
+
+def _options(argv: Sequence[str]) -> Any:
     parser = PlainParser("bench decoding", DESCRIPTION)
     parser.usage = "arcore bench decoding [-h] MODEL [options]"
     parser.add_argument(
         "model", metavar="MODEL", help="run folder, or a preset that a package ships (smollm2_135m)"
     )
-    parser.add_argument("--heads", metavar="FOLDER", help="run folder of hydra heads for the model")
+    parser.add_argument(
+        "--row",
+        metavar="DECODER [NAME=VALUE ...]",
+        action="append",
+        help=f"a loop as `arcore sample` has it, with its options; several (default: {', '.join(ROWS)})",
+    )
     parser.add_argument(
         "--tokens", metavar="N", type=int, default=64, help="new tokens of a text (default: 64)"
     )
@@ -41,75 +131,83 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest (default)"
     )
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: 20 built-in ones)")
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=float, help="of processor time after which a row ends early"
+    )
+    parser.add_argument("--law", metavar="N", type=int, default=0, help="texts for the test of the law")
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-        return 0
+        return None
     options = parser.parse_args(list(argv))
-    if options.tokens < 1 or not 1 <= options.batch <= len(PROMPTS):
+    if options.tokens < 1 or options.batch < 1 or options.law < 0:
         raise ValueError(
-            f"expected --tokens of at least 1 and --batch from 1 to {len(PROMPTS)} but got {options.tokens} and "
-            f"{options.batch}"
+            "expected --tokens and --batch of at least 1 and --law of at least 0 but got "
+            f"{options.tokens}, {options.batch} and {options.law}"
         )
+    return options
+
+
+def _lines(path: str) -> list[str]:
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts {path}: the file has no line of text")
+    return lines
+
+
+def _row(text: str, options: Any) -> tuple[str, TextSampling]:
+    """`hydra heads=out/hydra` as a name and options."""
+    from arcore.recipes.language import TextSampling
+
+    decoder, *settings = text.split()
+    kinds = {field.name: field.default for field in dataclasses.fields(TextSampling)}
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in kinds:
+            raise ValueError(
+                f"--row {text!r}: expected NAME=VALUE with an option of `arcore sample` but got {setting!r}"
+            )
+        try:
+            chosen[name] = _value(name, value, kinds[name])
+        except ValueError:
+            raise ValueError(f"--row {text!r}: expected a number for {name} but got {value!r}") from None
+    common = {"max_new_tokens": options.tokens, "temperature": options.temperature}
+    return text, TextSampling(prompt="x", decoder=decoder, **common, **chosen)
+
+
+def _value(name: str, value: str, default: Any) -> Any:
+    if isinstance(default, int) and not isinstance(default, bool):
+        return int(value)
+    if isinstance(default, float) or name in ("epsilon", "delta", "top_p"):
+        return float(value)
+    return Path(value) if name == "heads" else value
+
+
+def _law(model: Any, prompt: list[int], chosen: Any, write: Any, request: Any, draws: int) -> float:
+    """p-value of `draws` texts of a loop under the enumerated law of the model on few tokens."""
     import torch
 
-    from arcore.recipes.language import language_model
+    from arcore.decoding import Sampling
+    from arcore.decoding.laws import g_test
 
-    torch.set_num_threads(1)
-    model, words = language_model(options.model)
-    prompts = [words.encode(text) for text in PROMPTS]
-    groups = [prompts[i : i + options.batch] for i in range(0, len(prompts), options.batch)]
-    settings = {"max_new_tokens": options.tokens, "temperature": options.temperature}
-    print(f"{options.model}, {len(prompts)} texts of {options.tokens} tokens, {options.batch} at a time")
-    print(f"{'loop':26}{'calls/token':>12}{'tokens/s':>10}{'gain':>7}  text")
-    plain: Any = None
-    for name, run in _loops(model, options.heads).items():
-        run(groups[0], {**settings, "max_new_tokens": 2})
-        start = time.process_time()
-        found = [run(group, settings) for group in groups]
-        seconds = time.process_time() - start
-        texts = [row for rows, _ in found for row in rows]
-        calls = sum(count for _, count in found) / (len(groups) * options.tokens)
-        speed = sum(map(len, texts)) / seconds
-        plain = plain or (texts, speed)
-        same = sum(a == b for a, b in zip(texts, plain[0], strict=True))
-        print(
-            f"{name:26}{calls:12.3f}{speed:10.1f}{speed / plain[1]:7.2f}  {same} of {len(texts)} the same",
-            flush=True,
-        )
-    return 0
-
-
-Loop = Callable[[Any, dict[str, Any]], tuple[list[list[int]], int]]
-
-
-def _loops(model: Any, heads: str | None) -> dict[str, Loop]:
-    """Each gives texts, and how often the model was called."""
-    from arcore.decoding import LookupDrafter, generate, jacobi, speculative_chain, speculative_tree
-
-    def plain(prompts: Any, settings: dict[str, Any]) -> tuple[list[list[int]], int]:
-        rows = generate(model, prompts, **settings).rows()
-        return rows, max(map(len, rows))
-
-    def drafted(make: Callable[[Any, dict[str, Any]], Any]) -> Loop:
-        def run(prompts: Any, settings: dict[str, Any]) -> tuple[list[list[int]], int]:
-            out = make(prompts, settings)
-            return out.rows(), out.calls
-
-        return run
-
-    loops: dict[str, Loop] = {
-        "plain": plain,
-        "lookup, 4 drafts": drafted(lambda p, s: speculative_chain(model, LookupDrafter(count=4), p, **s)),
-        "lookup, 8 drafts": drafted(lambda p, s: speculative_chain(model, LookupDrafter(count=8), p, **s)),
-        "jacobi, window 8": drafted(lambda p, s: jacobi(model, p, window=8, coupling="common", **s)),
-    }
-    if heads is not None:
-        from arcore.catalog import load_checkpoint
-        from arcore.training import checkpoint
-        from arcore.zoo.acceleration.hydra.heads import HydraDrafter
-
-        networks, _ = load_checkpoint(checkpoint.find(heads))
-        drafts: Any = networks["model"].eval()
-        drafter = HydraDrafter(drafts)
-        loops["hydra heads"] = drafted(lambda p, s: speculative_tree(model, drafter, p, **s))
-    return loops
+    settings = dataclasses.replace(chosen, max_new_tokens=LENGTH, temperature=1.0, top_k=WORDS)
+    sampling, outcomes = Sampling(top_k=WORDS), {(): 1.0}
+    for _ in range(LENGTH):
+        ids = torch.tensor([[*prompt, *text] for text in outcomes])
+        with torch.no_grad():
+            probs = sampling.probs(model(ids)[:, -1, : model.vocab_size])
+        best = probs.topk(WORDS)
+        outcomes = {
+            (*text, int(token)): chance * float(p)
+            for row, (text, chance) in enumerate(outcomes.items())
+            for token, p in zip(best.indices[row], best.values[row], strict=True)
+        }
+    places = {text: i for i, text in enumerate(outcomes)}
+    found = []
+    for start in range(0, draws, 50):
+        count = min(50, draws - start)
+        out = write(request([prompt] * count, settings, seed=1_000 + start))
+        found += [places.get(tuple(row), len(places)) for row in out.rows]
+    law = torch.tensor([*outcomes.values(), 0.0], dtype=torch.float64)
+    return g_test(torch.tensor(found), law / law.sum())

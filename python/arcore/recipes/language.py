@@ -295,7 +295,7 @@ def write_texts(
     ids, decoder = words.encode(options.prompt or ""), text_decoder(options.decoder)
 
     def request(one: Any) -> TextRequest:
-        return TextRequest(one, one, words, ids, options.seed, options, language_model, show)
+        return TextRequest(one, one, words, [ids], [options.seed], options, language_model, show)
 
     first = guided(model, options.guide, request)
     texts = []
@@ -304,8 +304,8 @@ def write_texts(
             show(f"--- {turn + 1} of {options.num}\n")
         # The loops derive the seed of their only row from the number that they are given.
         seed = int(row_seeds(options.seed + turn, 1)[0])
-        written = decoder.write(replace(first, seed=seed))
-        texts.append((options.prompt or "") + words.decode(written.ids))
+        written = decoder.write(replace(first, seeds=[seed]))
+        texts.append((options.prompt or "") + words.decode(written.rows[0]))
         if not written.shown:
             show(f"{texts[-1]}\n")
         if written.note:

@@ -30,6 +30,7 @@ from arcore.decoding import (
     ModelDrafter,
     NGramDrafter,
     Sampling,
+    SpeculativeOutput,
     exact,
     jacobi,
     relaxed,
@@ -44,43 +45,60 @@ from arcore.ops.speculative import codebook_neighbours
 COUNTED = 300_000
 ORDER = 4
 FUNCTION = "text_decoder"
+# Two tokenizers that read this alike are taken for the same.
+_PROBE = "In the beginning, 1234 words: don't (stop) x_y\n\tnow."
 VERIFIED = ("verify", "epsilon", "delta", "neighbours")
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """One text to write.
+    """Texts to write, side by side.
 
     Attributes:
         model: what counts: a `DraftableModel`, with the guides mixed in.
         base: the model without guides.
         words: its tokenizer.
-        ids: tokens of the prompt.
-        seed: of this text.
+        prompts: tokens of each prompt, at least one.
+        seeds: of the texts.
         options: as chosen, a `TextSampling`.
         open_model: gives a model and its tokenizer by run folder or preset.
-        show: receives text while it grows.
+        show: receives the text of the only prompt while it grows; None for nobody.
     """
 
     model: Any
     base: Any
     words: TextTokenizer
-    ids: list[int]
-    seed: int
+    prompts: list[list[int]]
+    seeds: list[int]
     options: Any
     open_model: Callable[[str], tuple[Any, TextTokenizer]]
-    show: Callable[[str], None]
+    show: Callable[[str], None] | None = None
 
     @property
-    def prompt(self) -> Tensor:
-        """int64 `[1, L]` on the model's device."""
-        return torch.tensor([self.ids], device=next(self.base.parameters()).device)
+    def device(self) -> torch.device:
+        """Of the model."""
+        found: torch.device = next(self.base.parameters()).device
+        return found
 
     @property
-    def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Prompts behind padding, int64 `[B, L]`, and the mask of their tokens, on the model's device."""
+        longest = max(map(len, self.prompts))
+        ids = [[0] * (longest - len(row)) + row for row in self.prompts]
+        mask = [[False] * (longest - len(row)) + [True] * len(row) for row in self.prompts]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments that all loops take."""
         chosen = self.options
-        return Sampling(temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p)
+        return {
+            "max_new_tokens": chosen.max_new_tokens,
+            "seed": self.seeds,
+            "temperature": chosen.temperature,
+            "top_k": chosen.top_k,
+            "top_p": chosen.top_p,
+        }
 
     def open_same(self, source: str, flag: str) -> Any:
         """Another model of the same tokens.
@@ -89,12 +107,12 @@ class TextRequest:
             ValueError: its tokens are others.
         """
         model, words = self.open_model(source)
-        if model.vocab_size != self.base.vocab_size or words.encode(self.options.prompt) != self.ids:
+        if model.vocab_size != self.base.vocab_size or words.encode(_PROBE) != self.words.encode(_PROBE):
             raise ValueError(
                 f"{flag} {source}: its vocabulary of {model.vocab_size} tokens is not that of the model, which has "
                 f"{self.base.vocab_size}; give a model of the same tokenizer"
             )
-        return model.to(next(self.base.parameters()).device)
+        return model.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -102,12 +120,16 @@ class Written:
     """What a decoder wrote.
 
     Attributes:
-        ids: new tokens.
-        note: what people may want to know of how they came about.
+        rows: new tokens of each text.
+        calls: calls of the model, each for all texts at once; 0 where they were not counted.
+        tokens_per_call: new tokens of a text for each call that it took part in: the acceptance length.
+        note: what people may want to know of how the texts came about.
         shown: whether the text was shown while it grew.
     """
 
-    ids: list[int]
+    rows: list[list[int]]
+    calls: int = 0
+    tokens_per_call: float = 1.0
     note: str = ""
     shown: bool = False
 
@@ -117,7 +139,7 @@ class TextDecoder:
     """A way to write text.
 
     Attributes:
-        write: writes one text.
+        write: writes the texts of a request.
         takes: options of `TextSampling` that it takes beside the common ones.
     """
 
@@ -225,49 +247,39 @@ def verification(options: Any, model: Any) -> Verify:
 
 def draft_with(request: TextRequest, drafter: Drafter) -> Written:
     """Write with a drafter."""
-    options = request.options
-    out = speculative_tree(
-        request.model,
-        drafter,
-        request.prompt,
-        verify=verification(options, request.base),
-        max_new_tokens=options.max_new_tokens,
-        seed=[request.seed],
-        sampling=request.sampling,
+    ids, mask = request.padded
+    verify = verification(request.options, request.base)
+    return _counted(
+        speculative_tree(request.model, drafter, ids, mask=mask, verify=verify, **request.settings)
     )
-    return Written(out.rows()[0], f"({out.tokens_per_round:.2f} tokens per call of the model)")
+
+
+def _counted(out: SpeculativeOutput) -> Written:
+    rate = out.tokens_per_round
+    return Written(out.rows(), out.calls, rate, f"({rate:.2f} tokens per call of the model)")
 
 
 def _plain(request: TextRequest) -> Written:
-    shown, ids = TextStream(request.words), []
-    steps = stream(
-        request.model,
-        request.prompt,
-        max_new_tokens=request.options.max_new_tokens,
-        seed=[request.seed],
-        temperature=request.options.temperature,
-        top_k=request.options.top_k,
-        top_p=request.options.top_p,
-    )
+    ids, mask = request.padded
+    tokens = stream(request.model, ids, mask=mask, **request.settings)
+    if request.show is None or len(request.prompts) > 1:
+        table = torch.stack(list(tokens), dim=1).tolist()
+        return Written([[token for token in row if token >= 0] for row in table], len(table[0]))
+    shown, new = TextStream(request.words), []
     request.show(request.options.prompt)
-    for token in steps:
-        ids.append(int(token))
-        request.show(shown.add(ids[-1]))
+    for token in tokens:
+        new.append(int(token))
+        request.show(shown.add(new[-1]))
     request.show(f"{shown.rest()}\n")
-    return Written(ids, shown=True)
+    return Written([new], len(new), shown=True)
 
 
 def _jacobi(request: TextRequest) -> Written:
-    out = jacobi(
-        request.model,
-        request.prompt,
-        window=request.options.window,
-        coupling="common",
-        max_new_tokens=request.options.max_new_tokens,
-        seed=[request.seed],
-        sampling=request.sampling,
+    ids, mask = request.padded
+    window = request.options.window
+    return _counted(
+        jacobi(request.model, ids, mask=mask, window=window, coupling="common", **request.settings)
     )
-    return Written(out.rows()[0], f"({out.tokens_per_round:.2f} tokens per call of the model)")
 
 
 def _lookup(request: TextRequest) -> Written:
@@ -283,9 +295,9 @@ def _draft(request: TextRequest) -> Written:
     if request.options.draft is None:
         raise ValueError("--decoder draft needs the model that drafts: --draft FOLDER")
     drafter = request.open_same(request.options.draft, "--draft")
-    return draft_with(
-        request, ModelDrafter(drafter, count=request.options.window - 1, sampling=request.sampling)
-    )
+    chosen = {name: request.settings[name] for name in ("temperature", "top_k", "top_p")}
+    sampling = Sampling(**chosen)
+    return draft_with(request, ModelDrafter(drafter, count=request.options.window - 1, sampling=sampling))
 
 
 _OWN: dict[str, TextDecoder] = {

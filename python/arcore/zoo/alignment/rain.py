@@ -335,17 +335,20 @@ def _write(request: TextRequest) -> Written:
         if options.evaluator == "self"
         else from_file(options.evaluator)
     )
-    search = Rain(
-        request.model,
-        request.ids,
-        lambda ids: judge(words.decode(ids)),
-        max_new_tokens=options.max_new_tokens,
-        config=RainConfig(simulations=options.simulations, fewest=min(15, options.simulations)),
-        seed=request.seed % 2**16,
-    )
-    text = search.run()
-    value = judge(words.decode(text))
-    return Written(text, f"(value {value:.2f}; {search.evaluations} texts were judged)")
+    rows, calls, notes = [], 0, []
+    for ids, seed in zip(request.prompts, request.seeds, strict=True):
+        search = Rain(
+            request.model,
+            ids,
+            lambda text: judge(words.decode(text)),
+            max_new_tokens=options.max_new_tokens,
+            config=RainConfig(simulations=options.simulations, fewest=min(15, options.simulations)),
+            seed=seed % 2**16,
+        )
+        rows.append(search.run())
+        calls += search.session.calls
+        notes.append(f"(value {judge(words.decode(rows[-1])):.2f}; {search.evaluations} texts were judged)")
+    return Written(rows, calls, max(map(len, rows)) / max(calls, 1), "\n".join(notes))
 
 
 def text_decoder() -> TextDecoder:
