@@ -65,18 +65,35 @@ def int64(op: str, name: str, value: Any) -> int:
 
 
 class WrongValue(ValueError, RuntimeError):
-    """A value in a tensor that an op cannot work with. Kernels find it; they can only raise a RuntimeError."""
+    """A value in a tensor, or a layout, that an op cannot work with. Kernels find it and raise a RuntimeError."""
 
 
-def checked_call(kernel: Callable[..., Any], *args: Any) -> Any:
-    """``kernel(*args)``, whose complaints about values in tensors become a `WrongValue` of the public function."""
+def checked_call(op: str, kernel: Callable[..., Any], *args: Any) -> Any:
+    """``kernel(*args)`` for the public function `op`, in whose name the kernel's complaints are raised."""
     if torch.compiler.is_compiling():
         return kernel(*args)
     try:
         return kernel(*args)
     except RuntimeError as error:
-        text = str(error).partition("\n")[0]
-        if not text.startswith("arcore::") or ": expected " not in text:
+        refused = in_words(op, error)
+        if refused is error:
             raise
-        message = text.replace("arcore::", "arcore.", 1)
-    raise WrongValue(message)
+    raise refused
+
+
+def in_words(op: str, error: Exception) -> Exception:
+    """What the public function `op` raises where its kernel raised `error`.
+
+    Complaints about arguments become a `WrongValue`. A tensor that torch could not make for a kernel is told as such:
+    kernels reach torch through its stable interface, which does not pass its message on.
+    """
+    text = str(error).partition("\n")[0]
+    kernel, _, complaint = text.partition(": expected ")
+    if complaint and kernel.startswith("arcore::"):
+        return WrongValue(f"arcore.{op}: expected {complaint}")
+    if text.startswith("torch_call_dispatcher("):
+        return RuntimeError(
+            f"arcore.{op}: torch could not make a tensor for the results or for scratch: they are larger than the "
+            "memory that is left; work on fewer rows at a time"
+        )
+    return error

@@ -100,7 +100,7 @@ def linear_logprobs(
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(count, width)
     flat = None if rows is None else float_rows(rows.reshape(-1))
     logp, lse, entropy, _ = checked_call(
-        torch.ops.arcore.linear_logprobs, hidden.reshape(count, hidden.shape[-1]), weight, bias,
+        op, torch.ops.arcore.linear_logprobs, hidden.reshape(count, hidden.shape[-1]), weight, bias,
         index_rows(target).view(-1), flat, mask, scalar, float(softcap or 0.0), ignore_index, return_entropy,
         tile_rows, tile_columns,
     )  # fmt: skip

@@ -198,13 +198,25 @@ def mark_written(*tensors: Tensor | None) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def register_in_place(op: str, written: str) -> None:
-    """Let ``arcore::<op>``, which writes into `written` and has no derivative, do as torch's own ops do.
+def call_in_place(overload: Any, *args: Any) -> Any:
+    """``overload(*args)`` past the rules of `register_in_place`, for a caller that has refused derivatives itself.
+
+    Those rules are Python and take longer than a decode step; the caller counts what was written, by `mark_written`.
+    """
+    if torch.compiler.is_compiling():
+        return overload(*args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return overload(*args)
+
+
+def register_in_place(op: str) -> None:
+    """Let ``arcore::<op>``, which writes into arguments and has no derivative, do as torch's own ops do.
 
     The version of what is written goes up; arguments that require grad or have a forward-mode tangent are refused.
     """
     overload = getattr(torch.ops.arcore, op).default
-    place = [a.name for a in overload._schema.arguments].index(written)
+    arguments = overload._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def refuse(keyset: Any, *args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
@@ -218,7 +230,7 @@ def register_in_place(op: str, written: str) -> None:
 
     def count(keyset: Any, *args: Any) -> Any:
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-        mark_written(args[place])
+        mark_written(*(args[i] for i in written if i < len(args)))
         return result
 
     _LIBRARY.impl(op, refuse, "Autograd", with_keyset=True)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
 from arcore.ops import _block_sparse_attention_rules as _rules  # noqa: F401
-from arcore.ops._checks import same_device
+from arcore.ops._checks import checked_call, same_device
 from arcore.ops._constants import OnAnyStream, capturing
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,8 +121,20 @@ def block_sparse_attention(
         _refuse_on_cuda(mask, key_bias)
         plans = _cuda_plans(mask)  # type: ignore[arg-type]
         q, k, v = _padded(q, k, v)
-    out, lse = torch.ops.arcore.block_sparse_attention(
-        q, k, v, mask.bounds, key_bounds, factor, *plans[:2], words, prefix, bias, *plans[2:]
+    out, lse = checked_call(
+        "block_sparse_attention",
+        torch.ops.arcore.block_sparse_attention,
+        q,
+        k,
+        v,
+        mask.bounds,
+        key_bounds,
+        factor,
+        *plans[:2],
+        words,
+        prefix,
+        bias,
+        *plans[2:],
     )
     out = out[..., :value_dim] if out.shape[-1] != value_dim else out
     if sinks is not None:

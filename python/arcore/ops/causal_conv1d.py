@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._checks import same_device
+from arcore.ops._checks import checked_call, in_words, same_device
 from arcore.ops._registration import (
+    call_in_place,
     forbid_further_derivatives,
     mark_written,
     refuse_derivatives,
     register_derivatives,
+    register_in_place,
     register_vmap,
 )
 
@@ -125,8 +127,17 @@ def causal_conv1d(
     }
     _check("causal_conv1d", {"x": x, "weight": weight}, optional, activation)
     _check_dtypes("causal_conv1d", x=x, weight=weight, bias=bias, initial_states=initial_states)
-    out, final = torch.ops.arcore.causal_conv1d(
-        x, weight, bias, seq_idx, initial_states, activation is not None, reverse, cu_seqlens
+    out, final = checked_call(
+        "causal_conv1d",
+        torch.ops.arcore.causal_conv1d,
+        x,
+        weight,
+        bias,
+        seq_idx,
+        initial_states,
+        activation is not None,
+        reverse,
+        cu_seqlens,
     )
     return _results(out, final, return_final_states, final_states_out)
 
@@ -251,9 +262,9 @@ def causal_conv1d_update(
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
-        ValueError: shapes, devices or `activation` do not fit.
-        RuntimeError: a gradient would be expected, an index is out of range, or the state's elements share memory with
-            each other or with another argument.
+        ValueError: shapes, devices or `activation` do not fit, an index is out of range, or the state's elements share
+            memory with each other or with another argument.
+        RuntimeError: a gradient would be expected.
 
     Reference: Mamba (arXiv:2312.00752, section 3.4); names and order are those of the causal-conv1d package.
     """
@@ -263,12 +274,14 @@ def causal_conv1d_update(
             refuse_derivatives("causal_conv1d_update", conv_state, x, weight, bias)
             out: Tensor
             if num_steps is None and snapshots is None:
-                out = torch.ops.arcore.causal_conv1d_update.default(
+                out = call_in_place(
+                    torch.ops.arcore.causal_conv1d_update.default,
                     *(x, conv_state, weight, bias, cache_seqlens, conv_state_indices),
                     *(activation is not None, pad_slot_id),
                 )
             else:
-                out = torch.ops.arcore.causal_conv1d_update_steps.default(
+                out = call_in_place(
+                    torch.ops.arcore.causal_conv1d_update_steps.default,
                     *(x, conv_state, weight, bias, cache_seqlens, conv_state_indices),
                     *(activation is not None, pad_slot_id, num_steps, snapshots),
                 )
@@ -280,7 +293,7 @@ def causal_conv1d_update(
         x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, num_steps, snapshots
     )
     _check_dtypes("causal_conv1d_update", x=x, conv_state=conv_state, weight=weight, bias=bias)
-    raise refused
+    raise in_words("causal_conv1d_update", refused)
 
 
 def reference_causal_conv1d_update(
@@ -622,3 +635,7 @@ register_derivatives("causal_conv1d", _backward, _setup_context, _tangents)
 forbid_further_derivatives("causal_conv1d", "backward")
 register_vmap("causal_conv1d")
 register_vmap("causal_conv1d_backward")
+
+
+register_in_place("causal_conv1d_update")
+register_in_place("causal_conv1d_update_steps")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
+from arcore.ops._checks import checked_call
+from arcore.ops._registration import call_in_place, mark_written, register_in_place
 
 OP = "arcore.decoder_step"
 # Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
@@ -75,16 +77,19 @@ def decoder_step(
         x.
 
     Raises:
-        RuntimeError: a shape, dtype, layout or length does not fit.
+        ValueError: a shape, dtype, layout or length does not fit.
+        RuntimeError: a gradient would be expected.
         NotImplementedError: the tensors are not on a CPU.
 
     Reference: Llama (arXiv:2302.13971), grouped-query attention (arXiv:2305.13245).
     """
     _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
-    torch.ops.arcore.decoder_step(
+    checked_call(
+        "decoder_step", call_in_place, torch.ops.arcore.decoder_step.default,
         x, norm1, qkv, qkv_bias, out, out_bias, norm2, gate_up, gate_up_bias, down, down_bias,
         keys, values, cos, sin, lengths, num_heads, window or 0, eps,
     )  # fmt: skip
+    mark_written(x, keys, values)
     return x
 
 
@@ -162,3 +167,6 @@ def _fake(
     eps: float,
 ) -> None:
     return None
+
+
+register_in_place("decoder_step")

@@ -16,7 +16,7 @@ from torch._C import _len_torch_dispatch_stack
 
 from arcore import _extension as _extension
 from arcore.ops import _sample_reference as rules
-from arcore.ops._checks import int64, integer, same_device
+from arcore.ops._checks import checked_call, int64, integer, same_device
 from arcore.ops._constants import constant
 
 Order = Literal["hf", "vllm", "joint"]
@@ -220,7 +220,8 @@ def sample(
     )  # fmt: skip
     _check_choices(name, mode, num_samples, return_logprob)
     seeds, offsets = _keys(name, p, seed, offset, generator, mode)
-    tokens, prob, logprob, raw_logprob, entropy, valid, kept = torch.ops.arcore.sample(
+    tokens, prob, logprob, raw_logprob, entropy, valid, kept = checked_call(
+        "sample", torch.ops.arcore.sample,
         p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, seeds, offsets, num_samples,
         get_args(Order).index(order), get_args(Mode).index(mode),
         return_prob, return_logprob == "processed", return_logprob == "raw", return_entropy, return_kept,
@@ -296,7 +297,8 @@ def filter_probs(
          repetition_penalty, presence_penalty, frequency_penalty),
     )  # fmt: skip
     probs: Tensor
-    probs, entropy, valid, kept = torch.ops.arcore.filter_probs(
+    probs, entropy, valid, kept = checked_call(
+        "filter_probs", torch.ops.arcore.filter_probs,
         p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, get_args(Order).index(order),
         return_entropy, return_kept,
     )  # fmt: skip
@@ -380,7 +382,13 @@ def confidence_mask(
     References: MaskGIT (arXiv:2202.04200, section 3.2), MAGE (arXiv:2211.09117), HMAR (arXiv:2506.04421).
     """
     p = _prepare_confidence(confidence, count, candidates, temperature, seed, offset, generator, ties)
-    chosen: Tensor = torch.ops.arcore.confidence_mask(*p, float(temperature), get_args(Ties).index(ties))
+    chosen: Tensor = checked_call(
+        "confidence_mask",
+        torch.ops.arcore.confidence_mask,
+        *p,
+        float(temperature),
+        get_args(Ties).index(ties),
+    )
     return chosen.view(confidence.shape)
 
 

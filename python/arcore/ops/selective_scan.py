@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
-from arcore.ops._checks import same_device
+from arcore.ops._checks import checked_call, same_device
 from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,8 +156,15 @@ def selective_scan(
             )
     # Inside torch.vmap nothing seems to require a gradient; the backward then makes the states again.
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    out, last_state, _ = torch.ops.arcore.selective_scan(
-        *inputs, cu_seqlens, seq_idx, delta_softplus, reverse, save_states
+    out, last_state, _ = checked_call(
+        "selective_scan",
+        torch.ops.arcore.selective_scan,
+        *inputs,
+        cu_seqlens,
+        seq_idx,
+        delta_softplus,
+        reverse,
+        save_states,
     )
     return (out, last_state) if return_last_state else out
 

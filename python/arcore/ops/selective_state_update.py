@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._checks import same_device
-from arcore.ops._registration import mark_written, refuse_derivatives
+from arcore.ops._checks import in_words, same_device
+from arcore.ops._registration import call_in_place, mark_written, refuse_derivatives, register_in_place
 
 OP = "arcore.selective_state_update"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,9 +70,9 @@ def selective_state_update(
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
-        ValueError: shapes or devices do not fit, or d_state is above 256.
-        RuntimeError: an index lies outside `state`, a gradient would be expected, or the state's elements share memory
-            with each other or with another argument.
+        ValueError: shapes or devices do not fit, d_state is above 256, an index lies outside `state`, or the state's
+            elements share memory with each other or with another argument.
+        RuntimeError: a gradient would be expected.
         NotImplementedError: several tokens of tensors on a GPU.
 
     Reference: Mamba (arXiv:2312.00752, section 3.3.2), Mamba-2 (arXiv:2405.21060, section 8); names and order are those
@@ -85,11 +85,15 @@ def selective_state_update(
         refuse_derivatives("selective_state_update", *arguments)
         out: Tensor
         if x.dim() == state.dim() or num_steps is not None or snapshots is not None:
-            out = torch.ops.arcore.selective_state_update_steps.default(
-                *arguments, *settings, num_steps, snapshots
+            out = call_in_place(
+                torch.ops.arcore.selective_state_update_steps.default,
+                *arguments,
+                *settings,
+                num_steps,
+                snapshots,
             )
         else:
-            out = torch.ops.arcore.selective_state_update.default(*arguments, *settings)
+            out = call_in_place(torch.ops.arcore.selective_state_update.default, *arguments, *settings)
         mark_written(state, snapshots)
         return out
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -101,7 +105,7 @@ def selective_state_update(
                 f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got "
                 f"{str(tensor.dtype).removeprefix('torch.')}; for float64 call reference_selective_state_update"
             )
-    raise refused
+    raise in_words("selective_state_update", refused)
 
 
 def reference_selective_state_update(
@@ -304,3 +308,7 @@ def _fake_steps(
 ) -> Tensor:
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, num_steps, snapshots)
     return torch.empty_like(x)
+
+
+register_in_place("selective_state_update")
+register_in_place("selective_state_update_steps")

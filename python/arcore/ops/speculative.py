@@ -17,7 +17,7 @@ from torch import Tensor
 from arcore import _extension as _extension
 from arcore.masks import TreeMask
 from arcore.ops import _speculative_reference as rules
-from arcore.ops._checks import int64, integer, same_device
+from arcore.ops._checks import checked_call, int64, integer, same_device
 from arcore.ops._constants import constant
 from arcore.ops._speculative_reference import Inputs, Relaxation
 
@@ -97,8 +97,8 @@ def verify_chain(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: shapes, devices or `method` do not fit, or "block" is asked for without `draft_probs`.
-        RuntimeError: a drafted token or a length is out of range.
+        ValueError: shapes, devices or `method` do not fit, "block" is asked for without `draft_probs`, or, on a CPU, a
+            drafted token or a length is out of range.
 
     Reference: Leviathan et al. (arXiv:2211.17192, algorithm 1), Chen et al. (arXiv:2302.01318, algorithm 2); block
     verification: Sun et al. (arXiv:2403.10444, algorithm 2).
@@ -108,7 +108,17 @@ def verify_chain(
     )
     block = _is_block(method, x.draft)
     return Verified(
-        *torch.ops.arcore.verify_chain(x.target, x.tokens, x.draft, x.lengths, x.seed, x.offset, block)
+        *checked_call(
+            "verify_chain",
+            torch.ops.arcore.verify_chain,
+            x.target,
+            x.tokens,
+            x.draft,
+            x.lengths,
+            x.seed,
+            x.offset,
+            block,
+        )
     )
 
 
@@ -145,8 +155,7 @@ def verify_tree(
         `Verified`.
 
     Raises:
-        TypeError, ValueError: as for `verify_chain`.
-        RuntimeError: a token, length or parent is out of range.
+        TypeError, ValueError: as for `verify_chain`; likewise a parent that is out of range.
 
     Reference: SpecInfer (arXiv:2305.09781, section 4.3) for drawn siblings; EAGLE-2 (arXiv:2406.16858) for chosen ones.
     """
@@ -162,8 +171,17 @@ def verify_tree(
         SUPPORTED_DTYPES,
     )
     return Verified(
-        *torch.ops.arcore.verify_tree(
-            x.target, x.tokens, x.parents, x.draft, x.lengths, x.seed, x.offset, replacement
+        *checked_call(
+            "verify_tree",
+            torch.ops.arcore.verify_tree,
+            x.target,
+            x.tokens,
+            x.parents,
+            x.draft,
+            x.lengths,
+            x.seed,
+            x.offset,
+            replacement,
         )
     )
 
@@ -204,7 +222,7 @@ def verify_typical(
         `Verified`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `verify_tree`; `epsilon` or `delta` is negative or not finite, or
+        TypeError, ValueError: as for `verify_tree`; `epsilon` or `delta` is negative or not finite, or
             `bonus` unknown.
 
     Reference: Medusa (arXiv:2401.10774, section 2.3.1); Hydra (arXiv:2402.05109) uses the same rule.
@@ -214,8 +232,18 @@ def verify_typical(
     )
     greedy = _is_greedy(epsilon, delta, bonus)
     return Verified(
-        *torch.ops.arcore.verify_typical(
-            x.target, x.tokens, x.parents, x.lengths, x.seed, x.offset, float(epsilon), float(delta), greedy
+        *checked_call(
+            "verify_typical",
+            torch.ops.arcore.verify_typical,
+            x.target,
+            x.tokens,
+            x.parents,
+            x.lengths,
+            x.seed,
+            x.offset,
+            float(epsilon),
+            float(delta),
+            greedy,
         )
     )
 
@@ -268,7 +296,7 @@ def verify_relaxed(
         `Verified`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `verify_tree`; `neighbours`, `k`, `delta`, `bound` or `residual`
+        TypeError, ValueError: as for `verify_tree`; `neighbours`, `k`, `delta`, `bound` or `residual`
             does not fit, or the released residual is asked for with `draft_probs`.
 
     Reference: LANTERN (arXiv:2410.03355, section 3); LANTERN++ (arXiv:2502.06352) for the multiplicative bound.
@@ -286,7 +314,8 @@ def verify_relaxed(
     )
     near = _relaxation(x, neighbours, delta, k, bound, residual)
     return Verified(
-        *torch.ops.arcore.verify_relaxed(
+        *checked_call(
+            "verify_relaxed", torch.ops.arcore.verify_relaxed,
             x.target, x.tokens, neighbours, x.parents, x.draft, x.lengths, x.seed, x.offset,
             float(delta), near, bound == "multiplicative", residual == "released", replacement,
         )
@@ -322,7 +351,7 @@ def verify_jacobi(
         `VerifiedWindow`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `verify_chain`.
+        TypeError, ValueError: as for `verify_chain`.
 
     Reference: SJD (arXiv:2410.01699, algorithm 1).
     """
@@ -338,7 +367,16 @@ def verify_jacobi(
         SUPPORTED_DTYPES,
     )
     return VerifiedWindow(
-        *torch.ops.arcore.verify_jacobi(x.target, x.tokens, x.draft, x.lengths, x.seed, x.offset)
+        *checked_call(
+            "verify_jacobi",
+            torch.ops.arcore.verify_jacobi,
+            x.target,
+            x.tokens,
+            x.draft,
+            x.lengths,
+            x.seed,
+            x.offset,
+        )
     )
 
 

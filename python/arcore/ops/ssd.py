@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._checks import same_device
+from arcore.ops._checks import checked_call, same_device
 from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
 from arcore.ops._ssd_backward import Inputs, backward
 from arcore.ops.selective_scan import reference_selective_scan
@@ -151,7 +151,9 @@ def ssd(
             f"{OP}: expected tensors on a CPU but got {x.device}; ssd has no CUDA kernels yet. Move its arguments to "
             "the CPU, or call reference_ssd, which runs on any device one step at a time"
         )
-    out, last_state = torch.ops.arcore.ssd(*v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse)
+    out, last_state = checked_call(
+        "ssd", torch.ops.arcore.ssd, *v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse
+    )
     return (out, last_state) if return_last_state else out
 
 

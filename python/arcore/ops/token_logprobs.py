@@ -96,7 +96,7 @@ def token_logprobs(
     scalar, rows = split_temperature(op, temperature, target)
     kept = None if mask is None else mask.expand(*target.shape, mask.shape[-1])
     logp, lse, entropy, _ = checked_call(
-        torch.ops.arcore.token_logprobs, logits, index_rows(target), float_rows(rows), kept, scalar,
+        op, torch.ops.arcore.token_logprobs, logits, index_rows(target), float_rows(rows), kept, scalar,
         float(softcap or 0.0), ignore_index, return_entropy,
     )  # fmt: skip
     return TokenLogprobs(logp, lse, entropy if return_entropy else None)
@@ -396,5 +396,5 @@ forbid_derivative(
     "token_logprobs_backward",
     "arcore::token_logprobs has no second derivative; use reference_token_logprobs where you need one",
 )
-register_in_place("token_logprobs_update_", "state")
-register_in_place("token_logprobs_tile_backward_", "tile")
+register_in_place("token_logprobs_update_")
+register_in_place("token_logprobs_tile_backward_")
