@@ -9,12 +9,10 @@ import torch
 
 from arcore.cli import main
 from arcore.masks import causal
-from arcore.zoo.dynamics.lifegpt import (
+from arcore.zoo.dynamics.lifegpt.model import (
     IGNORED,
     AbsolutePositions,
     LifeGPT,
-    LifeOptions,
-    LifeSampling,
     forgetful,
     learned,
     lessons,
@@ -23,6 +21,7 @@ from arcore.zoo.dynamics.lifegpt import (
     prompts,
     random_states,
 )
+from arcore.zoo.dynamics.lifegpt.recipe import LifeOptions, LifeSampling
 from tests.zoo.protocol_language import Protocol as Protocol
 
 

@@ -1,59 +1,22 @@
-"""LifeGPT: a causal transformer that predicts the next state of a cellular automaton (Berkovich and Buehler,
-arXiv:2409.12182).
-
-A state is a text of 0 and 1, row by row, on a torus whose size the model is not told. The prompt is
-`@PredictNextState<STATE> [`, and the model writes `NEXT STATE]$`. What it wrote is the next prompt, so it runs the
-automaton. Rotary positions matter: a cell's neighbours stand at fixed distances in the prompt, and learned absolute
-positions find them much later. In training a share of the tokens is hidden from all later ones (forgetful causal
-masking, arXiv:2210.13432).
-
-It is a `llama` with its own data and decoding; the original has GELU in place of the gated network. The loss here reads
-the answer only, because the prompt is random (own choice).
-
-Legend: B rows, L tokens, H x W cells.
-"""
+"""LifeGPT's network, automata and their texts, its presets and the check of its claim."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from arcore.catalog import System, create_model, preset
+from arcore.catalog import create_model, preset
 from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken, steps
 from arcore.decoding import generate
 from arcore.masks import IntervalMask, causal
 from arcore.nn import Angles
-from arcore.recipes._pictures import Pictures, image_format
-from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
-from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
 from arcore.zoo.language.llama import Llama, LlamaConfig
-
-SYSTEM = System(
-    name="lifegpt",
-    title="LifeGPT",
-    paper="arXiv:2409.12182",
-    topic="dynamics",
-    kind="model",
-    model="LifeGPT",
-    builds_on=("llama",),
-    ops=("block_sparse_attention", "sample"),
-    recipe="own",
-    summary="Runs a cellular automaton as text: the next state is written cell by cell from the state before.",
-    claim=(
-        "With rotary positions rule 110 on a ring is learned, with absolute ones it is not in the same time; tokens "
-        "that training hides are seen by themselves alone."
-    ),
-    checked_on="synthetic data",
-)
 
 HEAD, MIDDLE, TAIL = b"@PredictNextState<", b"> [", b"]$"
 IGNORED = -100
@@ -70,7 +33,7 @@ def next_state(state: Tensor, rule: str) -> Tensor:
     Raises:
         ValueError: no such rule.
     """
-    kind, tables = _rule(rule)
+    kind, tables = parse_rule(rule)
     if kind == "elementary":
         pattern = 4 * state.roll(1, -1) + 2 * state + state.roll(-1, -1)
         return tables[0][pattern]
@@ -79,7 +42,8 @@ def next_state(state: Tensor, rule: str) -> Tensor:
     return torch.where(state == 1, tables[1][count], tables[0][count])
 
 
-def _rule(rule: str) -> tuple[str, tuple[Tensor, ...]]:
+def parse_rule(rule: str) -> tuple[str, tuple[Tensor, ...]]:
+    """Whether a rule is elementary or of two dimensions, and its tables; errors as for `next_state`."""
     if re.fullmatch(r"\d{1,3}", rule) and int(rule) < 256:
         return "elementary", (torch.tensor([int(rule) >> k & 1 for k in range(8)]),)
     found = re.fullmatch(r"B([0-8]*)/S([0-8]*)", "B3/S23" if rule == "life" else rule)
@@ -220,178 +184,8 @@ class _NoAngles:
         return Angles(one, torch.zeros_like(one))
 
 
-class Lessons(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of states, one per number.
-
-    Args:
-        rule, height, width: of the automaton.
-        count: how many.
-        seed: decides them.
-    """
-
-    def __init__(self, rule: str, height: int, width: int, count: int, seed: int) -> None:
-        self.rule, self.height, self.width, self.count, self.seed = rule, height, width, count, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "state", index))
-        ids, targets = lessons(random_states(1, self.height, self.width, generator), self.rule)
-        return ids[0], targets[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LifeOptions:
-    """The automaton.
-
-    Attributes:
-        rule: life, a rule such as B36/S23, or the number of an elementary one such as 110.
-        height: rows of cells; 1 for an elementary rule.
-        width: cells of a row.
-        pairs: pairs of states to train on.
-    """
-
-    rule: str = "110"
-    height: int = 1
-    width: int = 16
-    pairs: int = 100_000
-
-    def __post_init__(self) -> None:
-        kind, _ = _rule(self.rule)
-        for name in ("height", "width", "pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1 but got {getattr(self, name)}")
-        if kind == "elementary" and self.height != 1:
-            raise ValueError(f"--rule {self.rule} is of one dimension: give --height 1, not {self.height}")
-        if kind == "life" and min(self.height, self.width) < 3:
-            raise ValueError(
-                f"--rule {self.rule} needs --height and --width of at least 3 (each cell has eight neighbours) but got "
-                f"{self.height} and {self.width}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LifeSampling:
-    """States that follow each other.
-
-    Attributes:
-        state: the first state as rows of 0 and 1 with / between them, e.g. 010/001/111. Default: a random one.
-        frames: states to write.
-        num: how many runs, from random states.
-        out: file: .gif runs them, another picture shows all states; of one dimension, time goes down.
-        seed: decides the first state and all draws.
-        temperature: 0 takes the likeliest cell.
-    """
-
-    state: str | None = None
-    frames: int = 20
-    num: int = field(default=1, metadata={"aliases": ("-n",)})
-    out: Path = Path("life.gif")
-    seed: int = 0
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, flag in (("frames", "--frames"), ("num", "-n")):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag} must be at least 1 but got {getattr(self, name)}")
-        image_format(self.out)
-
-
-class LifeTask(ZooTask):
-    """Cross entropy of the next state; tokens are hidden at random in training."""
-
-    model: Any
-
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.training:
-            logits = self.model.forward_hiding(images, _hide(images, self.model.config.forget))
-        else:
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float().mean()
-        return loss, {"right_states": right}
-
-
-def _hide(ids: Tensor, share: float) -> Tensor:
+def hide(ids: Tensor, share: float) -> Tensor:
     return torch.rand(ids.shape, device=ids.device) < share
-
-
-class LifeRecipe(Recipe):
-    """Automata as text."""
-
-    defaults: ClassVar[TrainConfig] = TrainConfig(steps=1000, batch_size=96, lr=2e-3, clip=0.5)
-    options: ClassVar[type] = LifeOptions
-    sampling: ClassVar[type | None] = LifeSampling
-    movable: ClassVar[tuple[str, ...]] = ()
-
-    def prepare(self, start: Start, options: Any) -> Work:
-        cells = options.height * options.width
-        length = len(HEAD + MIDDLE + TAIL) + 2 * cells
-        model: Any = start.networks["model"] if start.networks else start.fresh()
-        if length > model.max_length:
-            raise ValueError(
-                f"{options.height} x {options.width} cells make texts of {length} tokens but the model is made for "
-                f"{model.max_length}: give a smaller --height or --width, or --model.max-length {length}"
-            )
-        facts = {
-            "preset": start.preset,
-            "rule": options.rule,
-            "height": options.height,
-            "width": options.width,
-        }
-        train, test = (
-            Lessons(options.rule, options.height, options.width, count, seed)
-            for count, seed in (
-                (options.pairs, start.config.seed),
-                (200, derive_seed(start.config.seed, "held out")),
-            )
-        )
-        return Work(LifeTask(start.config, {"model": model}, facts), train, test)
-
-    def finish(self, checkpoint: Path, out: Path) -> list[str]:
-        return [f"run the automaton: arcore sample {out} --frames 20 --out life.gif"]
-
-    def sample(
-        self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any, show: Callable[[str], None]
-    ) -> Pictures:
-        if "rule" not in facts:
-            raise ValueError(
-                "these weights do not say which automaton they are of: train one with `arcore train`"
-            )
-        height, width = facts["height"], facts["width"]
-        if options.state is None:
-            generator = torch.Generator().manual_seed(options.seed)
-            first = random_states(options.num, height, width, generator)
-        else:
-            first = _read_state(options.state, height, width)
-        found, formed = networks["model"].roll_out(
-            first, options.frames, temperature=options.temperature, seed=options.seed
-        )
-        right, unformed = 0, int((~formed).sum())
-        for turn in range(options.frames):
-            right += int(
-                (next_state(found[:, turn], facts["rule"]) == found[:, turn + 1]).flatten(1).all(1).sum()
-            )
-        what = f"{right} of {options.frames * len(first)} states follow rule {facts['rule']}"
-        if unformed:
-            what += f"; {unformed} were not written as a state"
-        picture = 1.0 - 2.0 * found.unsqueeze(2).float()  # living cells are black
-        if height == 1:
-            return Pictures(picture[:, :, :, 0].transpose(1, 2), what)
-        return Pictures(picture, what)
-
-
-def _read_state(text: str, height: int, width: int) -> Tensor:
-    rows = text.split("/")
-    if len(rows) != height or any(not re.fullmatch("[01]*", row) or len(row) != width for row in rows):
-        raise ValueError(
-            f"--state: expected {height} rows of {width} cells, 0 or 1, with / between them, but got {text!r}"
-        )
-    return torch.tensor([[[int(cell) for cell in row] for row in rows]])
-
-
-RECIPE = LifeRecipe()
 
 
 @preset
@@ -426,7 +220,7 @@ def learned(kind: type[LifeGPT], rule: str, width: int, count: int, seed: int = 
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=count, pct_start=0.1)
     for _ in steps(count, f"training {kind.__name__}"):
         ids, targets = lessons(random_states(96, 1, width, generator), rule)
-        logits = model.forward_hiding(ids, _hide(ids, model.config.forget))
+        logits = model.forward_hiding(ids, hide(ids, model.config.forget))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
@@ -457,7 +251,7 @@ def _forgetting() -> tuple[float, float]:
 def claim(*, quick: bool) -> Claim:
     """Forgetful masks; in full, rule 110 on a ring of 16 with rotary and with absolute positions."""
     others, own = _forgetting()
-    share = float(_hide(torch.zeros(100, 1000), 0.15).float().mean())
+    share = float(hide(torch.zeros(100, 1000), 0.15).float().mean())
     blinker = torch.zeros(1, 5, 5, dtype=torch.int64)
     blinker[0, 2, 1:4] = 1
     rows = [
