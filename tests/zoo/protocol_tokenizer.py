@@ -30,6 +30,10 @@ class Protocol:
 
     def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
         indices = model.encode(self.images)
+        if isinstance(indices, Tensor):
+            # A single map: its codes one by one.
+            vectors = torch.stack([model.codebook()[codes] for codes in indices.unbind(1)], 1)
+            return model.decode(indices), model.decode_vectors(vectors)
         latent, inputs = model.empty_latent(3), []
         for k, codes in enumerate(indices):
             latent = model.add_scale(k, codes, latent)
@@ -42,4 +46,5 @@ class Protocol:
     def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
         with torch.no_grad():
             indices = model.encode(self.images[rows])
-            return indices, model.decode(indices)
+            maps = [indices] if isinstance(indices, Tensor) else indices
+            return maps, model.decode(indices)

@@ -4,6 +4,7 @@ from arcore.decoding.autoregressive import generate, stream
 from arcore.decoding.bans import allow_without_repeats, allow_without_words
 from arcore.decoding.block_diffusion import generate_blocks, stream_blocks
 from arcore.decoding.drafters import (
+    AboveDrafter,
     Context,
     Draft,
     Drafter,
@@ -32,6 +33,7 @@ from arcore.decoding.speculative import (
 )
 
 __all__ = [
+    "AboveDrafter",
     "Context",
     "Draft",
     "Drafter",

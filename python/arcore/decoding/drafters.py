@@ -80,6 +80,43 @@ class Drafter(Protocol):
 
 
 @dataclass
+class AboveDrafter:
+    """Proposes that a row of an image repeats the row above; in the first row, that the last token repeats.
+
+    Attributes:
+        width: tokens of a row.
+        count: tokens to propose.
+    """
+
+    width: int
+    count: int = 8
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.width < 1:
+            raise ValueError(f"expected width >= 1 and count >= 1 but got {self.width} and {self.count}")
+
+    @property
+    def max_nodes(self) -> int:
+        return self.count
+
+    def start(self, model: DraftableModel, batch: int, max_length: int) -> None:
+        # The first round comes after the prompt and one token.
+        self._prompts: list[int] | None = None
+
+    def propose(self, context: Context) -> Draft:
+        if self._prompts is None:
+            self._prompts = [len(text) - 1 for text in context.texts]
+        found = []
+        for prompt, text in zip(self._prompts, context.texts, strict=True):
+            full = list(text)
+            for _ in range(self.count):
+                above = len(full) - self.width
+                full.append(full[above] if above >= prompt else full[-1])
+            found.append(full[len(text) :])
+        return _chain(found, context)
+
+
+@dataclass
 class LookupDrafter:
     """Proposes what followed the last tokens when they stood in the text before (prompt lookup).
 

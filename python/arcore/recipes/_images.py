@@ -192,6 +192,13 @@ class PictureRecipe(ImageRecipe):
         options: Any,
         show: Callable[[str], None],
     ) -> Pictures:
+        labels, what = self.labels(networks, facts, options)
+        return Pictures(self.draw(networks, labels, options).cpu(), what, options.columns)
+
+    def labels(
+        self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any
+    ) -> tuple[Tensor, str]:
+        """Class numbers `[N]` of what is to be drawn, and a sentence about it."""
         model: Any = networks[self.trained]
         names = facts.get("class_names") or [str(number) for number in range(max(1, model.null_class))]
         if options.label == NO_CLASS and NO_CLASS not in names:
@@ -200,9 +207,7 @@ class PictureRecipe(ImageRecipe):
             label = _class_number(options.label, list(names))
             shown = f"class {names[label]}"
         labels = torch.full((options.num,), label, device=next(model.parameters()).device)
-        images = self.draw(networks, labels, options).cpu()
-        what = f"{options.num} x {shown}, seed {options.seed}"
-        return Pictures(images, what, options.columns)
+        return labels, f"{options.num} x {shown}, seed {options.seed}"
 
     @abstractmethod
     def draw(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
@@ -240,6 +245,8 @@ def _sizes(start: Start, options: ImageOptions) -> dict[str, Any]:
     found = ""
     if options.data == "mnist" and options.image_size is None:
         found, size = "mnist: grey images of 28 x 28 pixels", 28
+    if options.data in (None, "digits") and options.image_size is None and size != 8 and size % 16:
+        found, size = "digits: grey images of 8 x 8 pixels", 8
     is_folder = options.data and options.data not in NAMES and Path(options.data).is_dir()
     # Videos are scaled to the model: their shape is seldom square.
     is_folder = is_folder and getattr(config, "frames", 1) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,46 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import create_model, get_config, list_models, load_checkpoint
+from arcore.catalog import create_model, get_config, list_models
 from arcore.catalog.lookup import find, load
 from arcore.data._pictures import read_picture
 from arcore.decoding import Kept, generate_next_scale
 from arcore.objectives import next_scale_loss
-from arcore.recipes._images import ImageOptions, PictureOptions, PictureRecipe
+from arcore.recipes._images import PictureOptions, PictureRecipe
 from arcore.recipes._recipe import Start, ZooTask, recipe_for
-from arcore.training import checkpoint
-from arcore.training.checks import number
+from arcore.recipes._tokenizers import CodesOptions, CodesTask, load_tokenizer, train_tokenizer
 from arcore.training.config import TrainConfig
 
-TOKENIZER_FOLDER = "tokenizer"
 # What model and tokenizer must agree on, and what of it follows the size of the images.
 CODES = ("vocab_size", "z_channels")
 SCALES = "patch_nums"
-# A tokenizer that is trained on the way takes these from its model's run.
-SHARED = ("seed", "accelerator", "devices", "num_nodes", "strategy", "oversubscribe", "workers", "logger")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextScaleOptions(ImageOptions):
-    """Data and tokenizer of a next-scale model.
-
-    Attributes:
-        tokenizer: run folder or checkpoint of a trained tokenizer. Default: the preset that fits is trained first, into
-            OUT/tokenizer.
-        tokenizer_steps: steps of a tokenizer that is trained first. Default: its recipe's.
-    """
-
-    tokenizer: Path | None = None
-    tokenizer_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tokenizer_steps is not None:
-            number("tokenizer_steps", self.tokenizer_steps, whole=True, least=1)
-            if self.tokenizer is not None:
-                raise ValueError(
-                    "tokenizer_steps means nothing with a trained tokenizer: leave one of them out"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +71,8 @@ class NextScaleSampling(PictureOptions):
                 )
 
 
-class NextScaleTask(ZooTask):
+class NextScaleTask(CodesTask):
     """Cross entropy of all codes of all scales in one pass."""
-
-    model: Any
-    tokenizer: Any
-
-    def __init__(
-        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
-    ) -> None:
-        super().__init__(config, networks, facts)
-        self.tokenizer.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> NextScaleTask:
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Codes are the same whatever the precision of the model's own arithmetic.
@@ -132,7 +90,7 @@ class NextScale(PictureRecipe):
     """Codes scale by scale."""
 
     defaults: ClassVar[TrainConfig] = TrainConfig(steps=1000, batch_size=64, lr=1e-3)
-    options: ClassVar[type] = NextScaleOptions
+    options: ClassVar[type] = CodesOptions
     sampling: ClassVar[type | None] = NextScaleSampling
     task: ClassVar[type[ZooTask]] = NextScaleTask
     movable: ClassVar[tuple[str, ...]] = ("data", "held_out", "tokenizer")
@@ -140,13 +98,11 @@ class NextScale(PictureRecipe):
     def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
         wanted = get_config(start.preset, **start.changes)
         if options.tokenizer is not None:
-            folder = checkpoint.find(options.tokenizer)
-            networks, _ = load_checkpoint(folder)
-            if "tokenizer" not in networks:
-                raise ValueError(f"{options.tokenizer} holds no tokenizer but {', '.join(networks)}")
-            _check_codes(networks["tokenizer"].config, wanted, start.preset, options.tokenizer)
-            return {"tokenizer": networks["tokenizer"]}
-        return {"tokenizer": _train_tokenizer(start, options, wanted)}
+            tokenizer = load_tokenizer(options.tokenizer)
+            _check_codes(tokenizer.config, wanted, start.preset, options.tokenizer)
+            return {"tokenizer": tokenizer}
+        name = _fitting_tokenizer(start.preset, wanted)
+        return {"tokenizer": train_tokenizer(start, options, name)}
 
     def build(
         self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
@@ -197,32 +153,6 @@ def _kept(tokenizer: Any, options: NextScaleSampling, labels: Tensor) -> Kept:
         region = region ^ options.outside
     codes = tokenizer.encode(picture.unsqueeze(0))
     return Kept([part.expand(len(labels), -1) for part in codes], region)
-
-
-def _train_tokenizer(start: Start, options: NextScaleOptions, wanted: Any) -> nn.Module:
-    from arcore.recipes._run import train
-
-    name = _fitting_tokenizer(start.preset, wanted)
-    out = start.out / TOKENIZER_FOLDER
-    settings = {field: getattr(start.config, field) for field in SHARED}
-    if options.tokenizer_steps is not None:
-        settings["steps"] = options.tokenizer_steps
-    steps = settings.get("steps", recipe_for(name).defaults.steps)
-    begun = checkpoint.begun(out)
-    start.say(
-        f"{start.preset} reads images as codes: {'going on with' if begun else 'training'} the tokenizer {name} "
-        f"first, {steps} steps, into {out}"
-    )
-    data = {field.name: getattr(options, field.name) for field in dataclasses.fields(ImageOptions)}
-    result = train(
-        name,
-        out=out,
-        resume=out if begun else None,
-        settings={"steps": steps} if begun else settings,
-        show_progress=start.show_progress,
-        **({} if begun else data),
-    )
-    return load_checkpoint(result.checkpoint)[0]["tokenizer"]
 
 
 def _fitting_tokenizer(preset: str, wanted: Any) -> str:

@@ -201,7 +201,7 @@ class Tokenizer(ImageRecipe):
         if options.codes is not None:
             codes = [part.to(place) for part in read_codes(options.codes)]
             drawn = [
-                tokenizer.decode([part[at : at + options.batch] for part in codes]).cpu()
+                _decoded(tokenizer, [part[at : at + options.batch] for part in codes]).cpu()
                 for at in range(0, len(codes[0]), options.batch)
             ]
             return Decoded(torch.cat(drawn), options.columns)
@@ -209,10 +209,22 @@ class Tokenizer(ImageRecipe):
         codes, drawn = [], []
         for at in range(0, len(images), options.batch):
             found = tokenizer.encode(images[at : at + options.batch].to(place))
-            codes.append([part.cpu() for part in found])
+            maps = [found] if isinstance(found, Tensor) else found
+            codes.append([part.cpu() for part in maps])
             drawn.append(tokenizer.decode(found).cpu())
         whole = [torch.cat(parts) for parts in zip(*codes, strict=True)]
         return Coded(files, images, torch.cat(drawn), whole, options.columns)
+
+
+def _decoded(tokenizer: Any, maps: list[Tensor]) -> Tensor:
+    """Images of the codes of all scales, or of a single map."""
+    if not hasattr(tokenizer, "side"):
+        images: Tensor = tokenizer.decode(maps)
+    elif len(maps) == 1:
+        images = tokenizer.decode(maps[0])
+    else:
+        raise ValueError(f"the file has codes of {len(maps)} scales but this tokenizer reads a single map")
+    return images
 
 
 RECIPE = Tokenizer()

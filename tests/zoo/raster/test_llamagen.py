@@ -10,37 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arcore
-from arcore.decoding import GuidedModel, generate
+from arcore.decoding import GuidedModel
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
-
-
-class Protocol:
-    """Codes in raster order, given a class."""
-
-    def __init__(self, preset: str) -> None:
-        self.codes = torch.randint(4, (3, 64))
-        self.labels = torch.tensor([0, 9, 10])
-
-    def forward(self, model: Any) -> Tensor:
-        return model(self.codes, self.labels)
-
-    def expected_shape(self) -> tuple[int, ...]:
-        return (3, 64, 4)
-
-    def loss(self, model: Any) -> Tensor:
-        return F.cross_entropy(self.forward(model).flatten(0, 1), self.codes.flatten())
-
-    def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
-        cache = model.make_cache(3, 65)
-        parts = [model.prefill(model.prompt(self.labels), cache)]
-        parts += [model.step(self.codes[:, i], cache) for i in range(63)]
-        return self.forward(model), torch.stack(parts, dim=1)
-
-    def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:
-        prompt = model.prompt(self.labels[rows])
-        out = generate(model.guided(1.5), prompt, max_new_tokens=64, top_k=3, seed=[7 + r for r in rows])
-        return [out.ids], model(out.ids, self.labels[rows]).softmax(-1)
-
 
 CONFIG = LlamaGenConfig(
     dim=64, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=32, side=4, num_classes=5

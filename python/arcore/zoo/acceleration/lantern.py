@@ -1,8 +1,8 @@
 """LANTERN: drafts of image codes are accepted for their neighbours' probability too (arXiv:2410.03355).
 
 Image tokenizers have many codes that look alike, so the model spreads its probability and drafts are rejected. LANTERN
-lets a drafted code x also stand for its nearest codes, as long as these carry at most probability delta; LANTERN++
-lets a drafted code x also stand for its nearest codes, as long as these have at most probability delta; LANTERN++
+lets a drafted code x also stand for its nearest codes, as long as these carry at most probability delta;
+LANTERN++ bounds them by delta times the draft's own probability instead.
 
 The loop is `arcore.decoding.speculative_tree` with `relaxed` verification; any drafter serves. Here are the paper's
 settings and the check of what is and what is not bounded: delta bounds the relaxed target of *one* draft, not the law

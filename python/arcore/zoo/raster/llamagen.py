@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import System, create_model, preset
+from arcore.catalog import Published, System, create_model, preset
 from arcore.catalog.claims import Claim, at_most, equals, shaken, steps
 from arcore.decoding import GuidedModel, generate, jacobi
 from arcore.nn import (
@@ -45,6 +45,7 @@ SYSTEM = System(
     model="LlamaGen",
     builds_on=("llama",),
     ops=("block_sparse_attention", "sample"),
+    recipe="raster",
     summary="Class-conditional images as raster-order codes, by Llama's layers with two-axis rotary positions.",
     claim="Decoding with a cache gives the logits of one pass; class tokens have rotary angles of zero.",
     checked_on="published layout, random weights",
@@ -180,6 +181,11 @@ class LlamaGen(CausalDecoder):
         if not self.lm_head.weight.is_meta:
             nn.init.zeros_(self.lm_head.weight)
 
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits of every code of images.
 
@@ -259,39 +265,51 @@ class LlamaGen(CausalDecoder):
         return ours | left
 
 
-@preset
+@preset(tokenizer="vq16_tiny")
 def llamagen_tiny() -> LlamaGenConfig:
-    """8x8 maps of 4 codes, the digits' grey levels; trains on a CPU in two minutes."""
+    """8x8 maps of 4 codes, or the maps of a tokenizer that is trained; trains on a CPU in two minutes."""
     return LlamaGenConfig(
-        dim=64, num_layers=3, num_heads=4, vocab_size=4, side=8, num_classes=10, multiple_of=32
+        dim=96, num_layers=3, num_heads=4, vocab_size=4, side=8, num_classes=10, multiple_of=32
     )
 
 
-@preset
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_B_256.pt"))
 def llamagen_b() -> LlamaGenConfig:
     """111 M parameters, 256x256 pixels; weights: c2i_B_256.pt."""
     return LlamaGenConfig(dim=768, num_layers=12, num_heads=12)
 
 
-@preset
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_B_384.pt"))
+def llamagen_b_384() -> LlamaGenConfig:
+    """111 M parameters, 384x384 pixels; weights: c2i_B_384.pt."""
+    return LlamaGenConfig(dim=768, num_layers=12, num_heads=12, side=24)
+
+
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_L_256.pt"))
 def llamagen_l() -> LlamaGenConfig:
     """343 M parameters, 256x256 pixels; weights: c2i_L_256.pt."""
     return LlamaGenConfig(dim=1024, num_layers=24, num_heads=16)
 
 
-@preset
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_L_384.pt"))
+def llamagen_l_384() -> LlamaGenConfig:
+    """343 M parameters, 384x384 pixels; weights: c2i_L_384.pt."""
+    return LlamaGenConfig(dim=1024, num_layers=24, num_heads=16, side=24)
+
+
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_XL_384.pt"))
 def llamagen_xl_384() -> LlamaGenConfig:
     """775 M parameters, 384x384 pixels; weights: c2i_XL_384.pt."""
     return LlamaGenConfig(dim=1280, num_layers=36, num_heads=20, side=24)
 
 
-@preset
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_XXL_384.pt"))
 def llamagen_xxl_384() -> LlamaGenConfig:
     """1.4 B parameters, 384x384 pixels; weights: c2i_XXL_384.pt."""
     return LlamaGenConfig(dim=1536, num_layers=48, num_heads=24, side=24)
 
 
-@preset
+@preset(tokenizer="vq16_ds16", weights=Published("FoundationVision/LlamaGen", "c2i_3B_384.pt"))
 def llamagen_3b_384() -> LlamaGenConfig:
     """3.1 B parameters, 384x384 pixels; weights: c2i_3B_384.pt."""
     return LlamaGenConfig(dim=3200, num_layers=24, num_heads=32, side=24)

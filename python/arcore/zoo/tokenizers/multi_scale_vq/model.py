@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import Published, preset
 from arcore.nn.checks import check_floating, check_ids, check_patch_nums
+from arcore.nn.codebook import record_use
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -174,8 +174,6 @@ class MultiScaleQuantizer(nn.Module):
     `ema_vocab_hit_SV` `[K, V]` is a running mean of how often each scale uses each code per batch.
     """
 
-    HIT_DECAY = 0.95
-
     def __init__(self, config: MultiScaleVQConfig) -> None:
         super().__init__()
         self.config = config
@@ -253,33 +251,14 @@ class MultiScaleQuantizer(nn.Module):
                 ]
             ).mean()
             if self.training:
-                self._record(indices, vectors)
+                record_use(
+                    self.ema_vocab_hit_SV,
+                    self.embedding.weight,
+                    indices,
+                    vectors,
+                    restart_below=self.config.restart_below,
+                )
             return (f + (partial[-1] - f).detach()).to(dtype), loss, list(indices)
-
-    @torch.no_grad()
-    def _record(self, indices: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
-        """Update the use of codes, and restart dead ones. No branch depends on data, so it compiles."""
-        hits = torch.zeros_like(self.ema_vocab_hit_SV)
-        ones = hits.new_ones(())
-        for k, codes in enumerate(indices):
-            hits[k].scatter_add_(0, codes.flatten(), ones.expand(codes.numel()))
-        several = dist.is_available() and dist.is_initialized()
-        if several:
-            dist.all_reduce(hits)
-        self.ema_vocab_hit_SV.lerp_(hits, 1 - self.HIT_DECAY)
-        if not self.config.restart_below:
-            return
-        weight = self.embedding.weight
-        pool = torch.cat([v.flatten(0, 1) for v in vectors])
-        fresh = pool[torch.randint(len(pool), (len(weight),), device=pool.device)]
-        if several:
-            dist.broadcast(fresh, src=0)
-        use = self.ema_vocab_hit_SV.sum(0)
-        dead = use < self.config.restart_below * use.mean()
-        weight.copy_(torch.where(dead.unsqueeze(1), fresh.to(weight.dtype), weight))
-        # A restarted code counts as averagely used, so that it has time to find its place.
-        average = self.ema_vocab_hit_SV.mean(1, keepdim=True)
-        self.ema_vocab_hit_SV.copy_(torch.where(dead, average, self.ema_vocab_hit_SV))
 
 
 @dataclass(frozen=True)
