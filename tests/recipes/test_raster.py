@@ -101,7 +101,9 @@ def test_bad_options(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "reads one map of codes" in capsys.readouterr().err
 
 
-def test_codes_of_a_single_map_as_a_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_codes_of_a_single_map_as_a_file(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "a.png"
     words = ["sample", str(trained), "--class", "3", "-n", "1", "--out", str(picture)]
     assert main(words) == 0
