@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_table
 import zoo_table
 
+from arcore.zoo.language.nar.registry import taxonomy
+
 
 def _pages() -> dict[str, str]:
     results = bench_table.load(bench_table.newest(bench_table.ROOT / "bench/results"))
-    return {"benchmarks.md": bench_table.page(results), **zoo_table.pages()}
+    return {"benchmarks.md": bench_table.page(results), "taxonomy/nar.md": taxonomy(), **zoo_table.pages()}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -24,6 +26,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or []:
         if isinstance(entry, dict) and "Zoo" in entry:
             entry["Zoo"] = sorted(zoo_table.pages(), key=lambda name: (name != "zoo/index.md", name))
+            entry["Zoo"].append("taxonomy/nar.md")
     return config
 
 

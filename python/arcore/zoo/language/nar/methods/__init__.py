@@ -1,0 +1,1 @@
+"""One file per method: its layers, its loss, and how it writes."""
