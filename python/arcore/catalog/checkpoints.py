@@ -474,15 +474,31 @@ def _without_prefixes(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def config_beside(entry: Entry, path: str | os.PathLike[str]) -> Any:
     """The config that lies beside weights: of our checkpoint, or of a published model where the system can read it.
 
+    Where the system can tell its config from the shapes of weights (`config_of`), a file alone will do.
+
     Raises:
         FileNotFoundError: there is no config.json.
         ValueError: it is damaged, of another system, or cannot be read by this one.
     """
-    path = Path(path)
+    path, table = _split_entry(path, None)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise FileNotFoundError(f"the weights {path} do not exist")
     official_config = getattr(model_class(entry), "official_config", None)
+    config_of = getattr(model_class(entry), "config_of", None)
+    named = path.is_dir() or path.name in PUBLISHED
+    if config_of is not None and not (named and (folder / CONFIG).is_file()):
+        file = _published_file(path) if path.is_dir() else path
+        if file is None:
+            raise FileNotFoundError(f"the folder {path} holds no weights")
+        state = _table(file, _read_contents(file), table, getattr(model_class(entry), "official_entry", None))
+        refusal: ValueError | None = None
+        for candidate in _without_prefixes(state):
+            try:
+                return config_of(candidate)
+            except ValueError as error:
+                refusal = refusal or error
+        raise ValueError(f"the weights {file} do not fit: {refusal}") from refusal
     if path.suffix == GGUF_SUFFIX and official_config is not None:
         return official_config(GGUF(path).config())
     if (folder / CONFIG).is_file() and official_config is not None:

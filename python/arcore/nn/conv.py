@@ -144,6 +144,7 @@ class ConvEncoder(nn.Module):
         num_res_blocks: residual blocks per level.
         z_channels: width of the latent.
         norm_groups: groups of the group norms; divides all widths.
+        attention: an `AttnBlock` after each residual block of the coarsest level, besides that in the middle.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class ConvEncoder(nn.Module):
         num_res_blocks: int,
         z_channels: int,
         norm_groups: int = 32,
+        *,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
@@ -165,7 +168,7 @@ class ConvEncoder(nn.Module):
                 width,
                 num_res_blocks,
                 norm_groups,
-                attention=level == last,
+                attention=attention and level == last,
                 resample=None if level == last else ("downsample", Downsample(width)),
             )
             for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
@@ -197,6 +200,8 @@ class ConvDecoder(nn.Module):
         num_res_blocks: int,
         z_channels: int,
         norm_groups: int = 32,
+        *,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
@@ -210,7 +215,7 @@ class ConvDecoder(nn.Module):
                 width,
                 num_res_blocks + 1,
                 norm_groups,
-                attention=level == last,
+                attention=attention and level == last,
                 resample=None if level == 0 else ("upsample", Upsample(width)),
             )
             for level, width in enumerate(widths)
