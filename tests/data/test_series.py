@@ -7,6 +7,15 @@ import pytest
 import torch
 
 from arcore.data import Series, SeriesWindows, fill_missing, read_tables
+from arcore.data.calendar import (
+    calendar,
+    find_gaps,
+    is_business_daily,
+    mend_gaps,
+    season,
+    shown_time,
+    times_to_come,
+)
 
 pandas = pytest.importorskip("pandas")
 NAN = math.nan
@@ -54,13 +63,13 @@ def test_several_series(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
-        ("x\n1\nn/a?\n", {}, r"column 'x' holds no numbers but for example 'n/a\?' in row 2"),
-        ('x\n1\n"1,234"\n', {}, r"'1,234' in row 2"),
+        ("x\n1\nn/a?\n", {}, r"column 'x' holds no numbers but for example 'n/a\?' on line 3"),
+        ('x\n1\n"1,234"\n', {}, r"'1,234' on line 3"),
         ("t,x\n2020-01-01,1\n", {}, "column 't' holds no numbers"),
         (
             "t,x\n1,1\n1,2\n",
             {"time": "t"},
-            "the time 1 comes twice in the column 't'; if it holds several series",
+            r"the time 1 comes twice in the column 't' \(line 2 and line 3\); if it holds several series",
         ),
         ("t,x\nsoon,1\n", {"time": "t"}, "'t' holds no dates"),
         ("t,x\n,1\n2020-01-01,2\n", {"time": "t"}, "'t' has empty entries"),
@@ -69,7 +78,7 @@ def test_several_series(tmp_path: Path):
         ("x\n1\n", {"time": "t"}, "no column 't': it has x"),
         ("x\n1\n", {"columns": ["y"]}, "no column 'y'"),
         ("t\n1\n", {"time": "t"}, "no columns of values"),
-        ("x\n1\ninf\n", {}, "'x' has an infinite value in row 2"),
+        ("x\n1\ninf\n", {}, "'x' has an infinite value on line 3"),
         ("x\n", {}, "it has no rows"),
         ("", {}, "cannot be read"),
     ],
@@ -104,7 +113,9 @@ def test_missing_values():
     for how, expected in ways.items():
         assert fill_missing(holes, how).values.flatten().tolist() == expected
     assert fill_missing(holes, "keep") is holes
-    with pytest.raises(ValueError, match="'a' lacks values: 4 in 'x' of 6 rows; say missing='drop'"):
+    with pytest.raises(
+        ValueError, match="'a' lacks values: 4 in 'x' of 6 rows, the first on row 1; say missing='drop'"
+    ):
         fill_missing(holes, "refuse")
     with pytest.raises(ValueError, match="missing must be"):
         fill_missing(holes, "guess")
@@ -219,3 +230,91 @@ def test_windows_collate():
     batch = next(iter(torch.utils.data.DataLoader(windows, batch_size=3)))
     assert batch.values.shape == (3, 4, 1)
     assert batch.series.tolist() == [0, 0, 0]
+
+
+def test_lines_are_named_behind_blank_ones_and_without_an_order(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("t,x\n\n2020-01-01,1\n2020-01-03,2\n2020-01-02,\n")
+    with pytest.raises(ValueError, match=r"not in order: 2020-01-02 on line 5 follows 2020-01-03"):
+        read_tables(path, time="t", unsorted="refuse")
+    (one,) = read_tables(path, time="t")
+    assert one.lines.tolist() == [3, 5, 4]
+    assert one.dates
+    with pytest.raises(ValueError, match=r"1 in 'x' of 3 rows, the first on .*t\.csv, line 5"):
+        fill_missing(one, "refuse")
+    with pytest.raises(ValueError, match=r"no series is long enough .* the longest has 2 in .*t\.csv"):
+        SeriesWindows([one], length=9, missing="forward")
+
+
+def test_validation_lies_between_training_and_tests():
+    one = series(list(range(20)))
+    settings = {"length": 4, "held_out": 0.2, "validation": 0.2, "normalise": None}
+    last = {
+        split: [
+            int(w.values[-1, 0])
+            for w in map(SeriesWindows([one], split=split, **settings).__getitem__, range(4))
+        ]
+        for split in ("validation", "test")
+    }
+    assert last == {"validation": [12, 13, 14, 15], "test": [16, 17, 18, 19]}
+    train = SeriesWindows([one], split="train", **settings)
+    assert max(int(train[i].values[-1, 0]) for i in range(len(train))) == 11
+    assert train.mean.item() == pytest.approx(sum(range(12)) / 12)
+    with pytest.raises(ValueError, match="validation must be a share"):
+        SeriesWindows([one], length=4, split="validation")
+    with pytest.raises(ValueError, match="validation must be a share"):
+        SeriesWindows([one], length=4, held_out=0.5, validation=0.5)
+
+
+def test_a_channel_that_does_not_vary_is_named():
+    assert SeriesWindows([series([[1.0, 2], [1, 3], [1, 4]], columns=("a", "b"))], length=1).constant == (
+        "a",
+    )
+
+
+def test_calendar_gaps_and_times_to_come():
+    days = pandas.bdate_range("2024-01-01", periods=30)
+    ns = torch.tensor(days.as_unit("ns").asi8)
+    one = Series("a", ("x",), torch.arange(30.0).double().unsqueeze(1), ns, dates=True)
+    assert calendar(ns)[0].tolist() == [0, 0, 0, 1, 1]
+    assert is_business_daily(one)
+    assert season(one) == 5
+    assert len(find_gaps(one)) == 0
+    following = torch.tensor(pandas.bdate_range("2024-02-12", periods=3).as_unit("ns").asi8)
+    assert times_to_come(one, 3).tolist() == following.tolist()
+    holes = one.rows(torch.tensor([i for i in range(30) if i not in (8, 17, 18)]))
+    assert find_gaps(holes).tolist() == [7, 15]
+    with pytest.raises(
+        ValueError, match=r"gap in time from 2024-01-10 .* to 2024-01-12 .* \(row 9\); there are 2"
+    ):
+        mend_gaps(holes, "refuse")
+    assert mend_gaps(holes, "keep") is holes
+    with pytest.raises(ValueError, match="gaps must be"):
+        mend_gaps(holes, "guess")
+    hours = torch.tensor(pandas.date_range("2024-01-01", periods=9, freq="h").as_unit("ns").asi8)
+    table = torch.arange(9.0).double().unsqueeze(1)
+    hourly = Series("h", ("x",), table, hours, dates=True).rows(torch.tensor([0, 1, 2, 5, 6, 7, 8]))
+    filled = mend_gaps(hourly, "fill")
+    assert filled.times.tolist() == hours.tolist()
+    assert fill_missing(filled, "linear").values.flatten().tolist() == list(range(9))
+    assert season(hourly) == 24
+    months = torch.tensor(pandas.date_range("2023-01-31", periods=9, freq="ME").as_unit("ns").asi8)
+    monthly = Series("m", ("x",), table, months, dates=True)
+    assert len(find_gaps(monthly)) == 0
+    assert season(monthly) == 12
+    assert shown_time(monthly, int(times_to_come(monthly, 1))) == "2023-10-31 00:00:00"
+    plain = Series("p", ("x",), table, torch.arange(9) + 1700)
+    assert times_to_come(plain, 2).tolist() == [1709, 1710]
+    assert times_to_come(Series("q", ("x",), table), 2).tolist() == [9, 10]
+    assert season(plain) == 1
+    with pytest.raises(ValueError, match="gap in time from 1703 to 1709"):
+        mend_gaps(Series("p", ("x",), table[:5], torch.tensor([1700, 1701, 1702, 1703, 1709])), "refuse")
+
+
+def test_windows_carry_their_calendar():
+    ns = torch.tensor(pandas.date_range("2024-01-01", periods=10, freq="h").as_unit("ns").asi8)
+    one = Series("a", ("x",), torch.arange(10.0).double().unsqueeze(1), ns, dates=True)
+    window = SeriesWindows([one], length=4)[3]
+    assert window.calendar[:, 1].tolist() == [3, 4, 5, 6]
+    assert window.start == 3
+    assert (SeriesWindows([series(range(10))], length=4)[0].calendar == 0).all()

@@ -65,6 +65,10 @@ TRAINING_ONLY = {
     "dropout",
     "gate_init",
     "restart_below",
+    "token_dropout",
+    # Of forecasters: how training windows are cut.
+    "context",
+    "horizon",
 }
 # Settings that shapes tell, where files have other words for the same: 50277 rows padded to 50280, or 50280 rows. A
 # model may also be used for longer texts than it was made for.

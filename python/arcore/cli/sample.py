@@ -49,7 +49,7 @@ class ModelOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    named = _model(argv)
+    named, preset = _model(argv)
     groups = {"model": Group(ModelOptions)}
     if named is None:
         if {"-h", "--help"} & set(argv):
@@ -59,12 +59,14 @@ def main(argv: Sequence[str]) -> int:
             f"name a model first, its folder (--checkpoint FOLDER) or PRESET --weights FILE{got}"
         )
     folder, recipe = _recipe(named, argv)
+    if preset is not None and folder is not None:
+        _check_preset(preset, folder)
     if recipe.sampling is None:
         raise ValueError(f"{named} draws nothing: it is no model of images, videos or text")
     groups["sampling"] = Group(recipe.sampling)
     chosen = parse_groups(f"sample {named}", TEXT, groups, argv)
     model = chosen["model"]
-    if "checkpoint" in model and model.get("model") not in (None, str(model["checkpoint"])):
+    if "checkpoint" in model and model.get("model") not in (None, preset, str(model["checkpoint"])):
         raise ValueError(f"name one model: got {model['model']} and --checkpoint {model['checkpoint']}")
     if folder is None and "weights" not in model:
         raise ValueError(
@@ -104,16 +106,29 @@ def _recipe(named: str, argv: Sequence[str]) -> tuple[Path | None, Recipe]:
     return Path(named), recipe_of_checkpoint(named)
 
 
-def _model(argv: Sequence[str]) -> str | None:
-    """The folder or preset among the arguments: the first word, or what follows --checkpoint."""
-    if argv and not argv[0].startswith("-"):
-        return argv[0]
+def _model(argv: Sequence[str]) -> tuple[str | None, str | None]:
+    """The folder or preset among the arguments: the first word, or what follows --checkpoint; and the preset that is
+    named beside a checkpoint, or None."""
+    first = argv[0] if argv and not argv[0].startswith("-") else None
+    folder = None
     for index, word in enumerate(argv):
         if word.startswith("--checkpoint="):
-            return word.partition("=")[2]
-        if word == "--checkpoint" and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
+            folder = word.partition("=")[2]
+        elif word == "--checkpoint" and index + 1 < len(argv):
+            folder = argv[index + 1]
+    if first is None or folder is None or Path(first).exists():
+        return first or folder, None
+    return folder, first
+
+
+def _check_preset(preset: str, folder: Path) -> None:
+    """Refuse a checkpoint of another system than that of the preset that is named beside it."""
+    from arcore.catalog import find
+    from arcore.training import checkpoint
+
+    held = checkpoint.read_config(checkpoint.find(folder))["modules"]["model"]["system"]
+    if find(preset).entry.system.name != held:
+        raise ValueError(f"{folder} holds a {held}, not a {preset}: name one model")
 
 
 def _show(text: str) -> None:

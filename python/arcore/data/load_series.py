@@ -1,0 +1,34 @@
+"""Series as forecasting reads them: a table of one's own or of a package, with gaps and missing values dealt with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from arcore.data.calendar import Gaps, mend_gaps
+from arcore.data.series import Missing, Series, Unsorted, fill_missing, open_series
+
+
+def load_series(
+    source: str | Path,
+    *,
+    time: str | None = None,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+    unsorted: Unsorted = "refuse",
+    gaps: Gaps = "refuse",
+    missing: Missing = "refuse",
+) -> list[Series]:
+    """Series for forecasting.
+
+    Args:
+        source, time, group, columns: see `arcore.data.open_series`.
+        unsorted: see `arcore.data.read_tables`.
+        gaps: see `arcore.data.calendar.mend_gaps`.
+        missing: see `arcore.data.fill_missing`; for `"keep"` nothing is filled.
+
+    Raises:
+        TypeError, FileNotFoundError, ImportError, ValueError: see the functions named above; file and line are named.
+    """
+    found = open_series(source, time=time, group=group, columns=columns, unsorted=unsorted).series
+    return [fill_missing(mend_gaps(one, gaps), missing) for one in found]
