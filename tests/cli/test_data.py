@@ -76,7 +76,7 @@ def test_tables(tmp_path: Path, capsys):
     assert "2 series of close" in out
     assert "a/A: 11 rows, missing values: 1 of 'close'" in out
     assert main(["data", "check", str(tmp_path / "a.csv")]) == 1
-    assert "holds no numbers but for example 'A' in row 1" in capsys.readouterr().out
+    assert "holds no numbers but for example 'A' on line 2" in capsys.readouterr().out
     (tmp_path / "b.csv").write_text("date,ticker,close\n2024-01-01,A,1\n2024-01-01,A,2\n")
     (tmp_path / "c.csv").write_text("date,ticker,open\n2024-01-01,A,x\n")
     (tmp_path / "notes.txt").write_text("")

@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
 
 class LinearTask(ZooTask):
-    def loss(self, values, observed, mean, std, series):
+    def loss(self, values, observed, mean, std, series, *rest):
         error = self.model(values[:, :4]) - values[:, 4:]
         return error.square().mean(), {}
 

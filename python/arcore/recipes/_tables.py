@@ -121,7 +121,7 @@ class Forecasts:
 class TableRecipe(Recipe):
     """A recipe that reads series.
 
-    A batch is a `Window`: the loss of the task takes `values, observed, mean, std, series`. A window has the rows that
+    A batch is a `Window`: the loss of the task takes its fields. A window has the rows that
     a model sees and, at its end, those that it predicts.
 
     Attributes:

@@ -79,8 +79,8 @@ class TableOptions:
     """A table and how it is read.
 
     Attributes:
-        data: a .csv, .tsv or .parquet file, or a folder of them; or sunspots, elnino, co2, stocks, departures, regions
-            (in packages).
+        data: a .csv, .tsv or .parquet file, or a folder of them; or sunspots, elnino, co2, stock_prices, glucose,
+            sea_temperature, departures, regional_departures (in packages).
         time: column of dates or numbers. Default: a column called time, date, datetime, timestamp or timestamps.
         group: column whose values tell series apart.
         columns: the columns that are predicted. Default: all others.
