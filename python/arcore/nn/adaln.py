@@ -59,7 +59,7 @@ class SharedModulation(nn.Module):
     def forward(self, cond: Tensor) -> Tensor:
         """`[B, cond_dim]` to `[B, 1, parts, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
-        return vectors.unflatten(-1, (1, self.parts, -1))
+        return vectors.view(*vectors.shape[:-1], 1, self.parts, -1)
 
 
 class ModulationTable(nn.Module):

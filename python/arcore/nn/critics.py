@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Convolutions of VGG-16 (arXiv:1409.1556, table 1, D) by stage; a stage ends before a pooling by 2.
-_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_STAGES: tuple[tuple[int, ...], ...] = (
+    (64, 64),
+    (128, 128),
+    (256, 256, 256),
+    (512, 512, 512),
+    (512, 512, 512),
+)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -54,6 +60,8 @@ class PerceptualLoss(nn.Module):
                 if len(weight) != channels[-1]:
                     raise ValueError(f"{name} has {len(weight)} weights, expected {channels[-1]}")
             self.register_buffer(f"weight{number}", weight)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1))
         self.requires_grad_(False)

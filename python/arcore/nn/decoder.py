@@ -94,7 +94,7 @@ class GroupedAttention(nn.Module):
         v = qkv[:, :, turned:].transpose(1, 2)
         if cache is not None:
             k, v = cache.stage(layer, k, v)
-        out = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1)
+        out = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         mixed: Tensor = self.out(out)
         return mixed
 

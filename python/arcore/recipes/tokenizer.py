@@ -206,13 +206,14 @@ class Tokenizer(ImageRecipe):
             ]
             return Decoded(torch.cat(drawn), options.columns)
         files, images = read_images(options.images, tokenizer.image_size, tokenizer.in_channels)
-        codes, drawn = [], []
+        read: list[list[Tensor]] = []
+        drawn = []
         for at in range(0, len(images), options.batch):
             found = tokenizer.encode(images[at : at + options.batch].to(place))
             maps = [found] if isinstance(found, Tensor) else found
-            codes.append([part.cpu() for part in maps])
+            read.append([part.cpu() for part in maps])
             drawn.append(tokenizer.decode(found).cpu())
-        whole = [torch.cat(parts) for parts in zip(*codes, strict=True)]
+        whole = [torch.cat(parts) for parts in zip(*read, strict=True)]
         return Coded(files, images, torch.cat(drawn), whole, options.columns)
 
 

@@ -245,17 +245,18 @@ class VAR(nn.Module):
         x = torch.cat([cond.unsqueeze(1) + self.pos_start, self.word_embed(inputs)], dim=1)
         x = x + (self.level_embed() + self.pos_embed)[:, :length]
         mask = masks.next_scale(self.patch_nums[: k + 1]).to(x.device)
-        return self._transform(x, cond, mask, cache, last=length - self.scale_starts[k])
+        out: Tensor = self.head(self._hidden(x, cond, mask, cache)[:, self.scale_starts[k] :], cond)
+        return out
 
-    def _transform(
-        self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None, last: int = 0
-    ) -> Tensor:
-        """Logits of all tokens, or of the `last` ones."""
+    def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
+        out: Tensor = self.head(self._hidden(x, cond, mask, cache), cond)
+        return out
+
+    def _hidden(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None) -> Tensor:
         vectors = self.modulation(cond)
         for layer, block in enumerate(self.blocks):
             x = block(x, vectors, mask, cache, layer)
-        out: Tensor = self.head(x[:, -last:], cond)
-        return out
+        return x
 
     def _check_inputs(self, inputs: Tensor, length: int, batch: int) -> None:
         expected = (batch, length, self.config.z_channels)
