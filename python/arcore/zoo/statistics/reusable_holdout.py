@@ -14,9 +14,9 @@ Legend: n rows, d columns, T threshold, sigma rate of the noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -139,6 +139,108 @@ class Thresholdout(BaseEstimator):  # type: ignore[misc]
     def _noise(self, times: float) -> float:
         sigma = self._limit / 16 if self.sigma is None else self.sigma
         return float(self._random.laplace(scale=times * sigma)) if sigma > 0 else 0.0
+
+
+class Guarded(NamedTuple):
+    """What `EvalGuard.check` answers.
+
+    Attributes:
+        value: to report, in the units of the scores; NaN once the budget is spent and the sets disagree.
+        held_out: whether the held-out prompts were told, which costs one of the budget.
+        spent: of the budget so far.
+    """
+
+    value: float
+    held_out: bool
+    spent: int
+
+
+class EvalGuard:
+    """Thresholdout around an evaluation that is repeated while what it measures is being changed.
+
+    Its state is JSON, so a run that is resumed or evaluated again goes on with the same budget and noise.
+
+    Args:
+        low: least possible score.
+        high: largest possible score.
+        budget: answers from held-out rows; None for no limit.
+        threshold: see `Thresholdout`, in units of scores scaled to [0, 1].
+        sigma: likewise.
+        seed: decides the noise.
+
+    Raises:
+        ValueError: low is not below high.
+    """
+
+    def __init__(
+        self,
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
+        budget: int | None = 20,
+        threshold: float | None = None,
+        sigma: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not low < high:
+            raise ValueError(f"arcore.EvalGuard: expected low < high but got {low} and {high}")
+        self.low, self.high = low, high
+        self._inner = Thresholdout(threshold, sigma, budget, seed)
+        self._begun = False
+
+    def check(self, train: ArrayLike, held_out: ArrayLike) -> Guarded:
+        """The score to report.
+
+        Args:
+            train: `[n_train]` scores on what was trained on.
+            held_out: `[n]` scores on what was not, as many each time.
+
+        Raises:
+            ValueError: a score is outside of [low, high], there is none, or the number of rows changed.
+        """
+        scaled = []
+        for name, values in (("train", train), ("held_out", held_out)):
+            found = np.asarray(values, dtype=np.float64)
+            if found.size and not ((found >= self.low) & (found <= self.high)).all():
+                raise ValueError(
+                    f"arcore.EvalGuard: expected the scores of {name} from {self.low} to {self.high} but got "
+                    f"{found.min()} to {found.max()}; give the range of the reward"
+                )
+            scaled.append((found - self.low) / (self.high - self.low))
+        before = self._inner.spent_ if self._begun else 0
+        try:
+            if self._begun:
+                value = self._inner.answer(*scaled)
+            else:
+                value = self._inner.fit(*scaled).answer_
+                self._begun = True
+        except RuntimeError:
+            value = float("nan")
+        spent = self._inner.spent_
+        return Guarded(self.low + (self.high - self.low) * value, spent > before, spent)
+
+    def state(self) -> dict[str, Any]:
+        """What goes on, ready for JSON; {} before the first check."""
+        if not self._begun:
+            return {}
+        inner = self._inner
+        return {
+            "rows": inner.rows_,
+            "spent": inner.spent_,
+            "threshold": inner._noisy_threshold,
+            "random": inner._random.bit_generator.state,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        if not state:
+            return
+        inner = self._inner
+        inner.rows_, inner.spent_ = int(state["rows"]), int(state["spent"])
+        inner._noisy_threshold = float(state["threshold"])
+        inner._random = np.random.default_rng()
+        inner._random.bit_generator.state = state["random"]
+        self._begun = True
 
 
 def _values(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -1,0 +1,187 @@
+"""What judges responses: a Python file with one function, or a rule that is named on the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["reward", "rewards", "prefer"]
+FUNCTIONS = ("reward", "rewards", "prefer")
+
+
+class RewardFailure(RuntimeError):
+    """A judge raised, or returned something that is no reward; says for which response."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A function that judges texts.
+
+    Attributes:
+        kind: "reward" (prompt, response) to a number; "rewards" to several numbers, in a mapping or a sequence;
+            "prefer" (prompt, first, second) to the probability that the first is preferred.
+        function: the function.
+        names: of the rewards, once they are known.
+    """
+
+    kind: Kind
+    function: Callable[..., Any]
+    names: list[str]
+
+    def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """float32 `[B, M]`.
+
+        Raises:
+            RewardFailure: a value is missing, no number or not finite, or the function raised.
+        """
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            found = self._call(prompt, response)
+            if self.kind == "reward":
+                names, values = ["reward"], [found]
+            elif isinstance(found, Mapping):
+                names, values = [str(name) for name in found], list(found.values())
+            elif isinstance(found, Sequence) and not isinstance(found, str | bytes):
+                names, values = [f"reward_{i}" for i in range(len(found))], list(found)
+            else:
+                raise RewardFailure(
+                    f"expected rewards() to return a mapping or a list of numbers but got {found!r} for {response!r}"
+                )
+            if not self.names:
+                self.names.extend(names)
+            if names != self.names:
+                raise RewardFailure(
+                    f"expected {len(self.names)} rewards ({', '.join(self.names)}) for every response but got "
+                    f"{len(names)} ({', '.join(names)}) for {response!r}"
+                )
+            rows.append([self._number(value, response) for value in values])
+        return torch.tensor(rows, dtype=torch.float32).view(len(rows), -1)
+
+    def preferences(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """float32 `[P]`, probability that each first response is preferred.
+
+        Raises:
+            RewardFailure: see `rewards`; or a value is out of [0, 1].
+        """
+        found = []
+        for prompt, one, other in zip(prompts, first, second, strict=True):
+            value = self._number(self._call(prompt, one, other), one)
+            if not 0 <= value <= 1:
+                raise RewardFailure(f"expected prefer() to return a probability but got {value} for {one!r}")
+            found.append(value)
+        return torch.tensor(found, dtype=torch.float32)
+
+    def _call(self, *texts: str) -> Any:
+        try:
+            return self.function(*texts)
+        except Exception as error:
+            raise RewardFailure(
+                f"{self.kind}() raised {type(error).__name__}: {error} for {texts[1]!r}"
+            ) from error
+
+    def _number(self, value: Any, response: str) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise RewardFailure(
+                f"expected {self.kind}() to return a number but got {value!r} for {response!r}"
+            ) from None
+        if not math.isfinite(number):
+            raise RewardFailure(f"expected {self.kind}() to be finite but got {number} for {response!r}")
+        return number
+
+
+def load_judge(source: str) -> Judge:
+    """A judge from FILE.py, `regex:PATTERN`, `words:N` or `vowels`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has none or several of the functions, or the rule is unknown.
+    """
+    rule, _, rest = source.partition(":")
+    if rule == "regex" and rest:
+        try:
+            pattern = re.compile(rest, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"--reward {source}: this is no regular expression: {error}") from error
+        return Judge("reward", lambda prompt, response: float(pattern.search(response) is not None), [])
+    if rule == "words" and rest.isdigit():
+        count = int(rest)
+
+        def words(prompt: str, response: str) -> float:
+            """1 for exactly so many words, falling by a word's share on either side."""
+            return max(0.0, 1 - abs(len(response.split()) - count) / max(count, 1))
+
+        return Judge("reward", words, [])
+    if source == "vowels":
+        return Judge("reward", vowels, [])
+    path = Path(source)
+    if path.suffix != ".py":
+        raise ValueError(
+            f"--reward {source}: expected a Python file with reward(), rewards() or prefer(), or one of the rules "
+            "regex:PATTERN, words:N and vowels"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"--reward: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"arcore_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward {path}: the file raised {type(error).__name__}: {error}") from error
+    found = [name for name in FUNCTIONS if callable(getattr(module, name, None))]
+    if len(found) != 1:
+        raise ValueError(
+            f"--reward {path}: expected one function of reward(prompt, response), rewards(prompt, response) and "
+            f"prefer(prompt, first, second) but it has {', '.join(found) or 'none'}"
+        )
+    kind: Any = found[0]
+    return Judge(kind, getattr(module, kind), [])
+
+
+def vowels(prompt: str, response: str) -> float:
+    """Share of vowels among the letters, 0 where there are none."""
+    letters = [letter for letter in response.lower() if letter.isalpha()]
+    return sum(letter in "aeiou" for letter in letters) / len(letters) if letters else 0.0
+
+
+def load_prompts(path: Path) -> list[str]:
+    """Prompts of a file: one a line, or JSON lines with a "prompt".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, or a line has no prompt; names the line.
+    """
+    import json
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: there is no file {path}; give one with a prompt per line")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            found.append(line.replace("\\n", "\n"))
+            continue
+        try:
+            text = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str) or not text:
+            raise ValueError(
+                f'{path}:{number}: expected an object with a text "prompt" but got {line[:60]!r}'
+            )
+        found.append(text)
+    if not found:
+        raise ValueError(f"{path}: expected at least one prompt but the file is empty")
+    return found
