@@ -94,6 +94,20 @@ def test_the_equilibrium_is_one(tau: float):
     assert max(worth(other) for other in others) < worth(policy)
 
 
+def test_the_optimistic_step_comes_closer_with_a_constant_eta():
+    table, reference = cyclic_game()
+    nash = regularised_nash(table, reference, tau=0.05)
+
+    def distance(step):
+        policies = self_play(table, reference, tau=0.05, eta=lambda t: 0.5, iterations=50, step=step)
+        return np.abs(policies[-1] - nash).sum()
+
+    assert distance("optimistic") <= 0.01
+    assert distance("plain") >= 0.05
+    with pytest.raises(ValueError, match="'plain' or 'optimistic' but got 'omd'"):
+        self_play(table, reference, tau=0.05, step="omd")
+
+
 def test_self_play_converges_with_decreasing_steps_only():
     table, reference = cyclic_game()
     wanted = regularised_nash(table, reference, tau=0.05)

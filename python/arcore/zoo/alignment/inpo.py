@@ -22,7 +22,7 @@ Nearest neighbour here: SRPO, whose solution does not depend on where the pairs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -112,6 +112,7 @@ def self_play(
     tau: float,
     eta: Callable[[int], float] | None = None,
     iterations: int = 50,
+    step: Literal["plain", "optimistic"] = "plain",
 ) -> Vector:
     """The exact steps, from the reference.
 
@@ -121,9 +122,11 @@ def self_play(
         tau: weight of the KL divergence.
         eta: of step t = 0, 1, ...; None takes tau (t + 2) / 2.
         iterations: how many.
+        step: "optimistic" plays after a step with the last gain seen as a guess of the next one, and then corrects
+            (see `optimistic_mirror_descent`), which does not circle around the equilibrium.
 
     Returns:
-        `[iterations + 1, N]` policies.
+        `[iterations + 1, N]` policies that were played.
 
     Raises:
         ValueError: no preferences, no distribution, or not 0 < tau <= eta.
@@ -134,11 +137,19 @@ def self_play(
             f"expected reference to be {len(table)} positive probabilities that sum to 1 but got shape {start.shape}, "
             f"sum {start.sum():g}; a response of probability 0 could never be chosen"
         )
+    if step not in ("plain", "optimistic"):
+        raise ValueError(f"expected step to be 'plain' or 'optimistic' but got {step!r}")
     policies = [start]
+    corrected = start
     for t in range(iterations):
         now = tau * (t + 2) / 2 if eta is None else eta(t)
         _check_steps("arcore.self_play", tau, now)
-        policies.append(omd_step(policies[-1], start, table @ policies[-1], tau=tau, eta=now))
+        gain = table @ policies[-1]
+        if step == "plain":
+            corrected = policies[-1]
+        elif t > 0:
+            corrected = omd_step(corrected, start, gain, tau=tau, eta=now)
+        policies.append(omd_step(corrected, start, gain, tau=tau, eta=now))
     return np.stack(policies)
 
 
