@@ -63,7 +63,7 @@ def make(folder: Path, loss: Any = None, own: bool = False, **changes: Any) -> A
         "max_completion_length": 6, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "logging_steps": 1,
         "save_strategy": "no", "beta": 0.05, "steps_per_generation": 1, "disable_dropout": True, "bf16": False,
         "gradient_checkpointing": False, "loss_type": "grpo", "disable_tqdm": True, "temperature": 0.9,
-        "epsilon": 0.2, "epsilon_high": 0.2,
+        "epsilon": 0.2, "use_bias_correction_kl": False, "epsilon_high": 0.2,
     }  # fmt: skip
     data = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5", "w6", "w7 w8"]})
     kind = trl.GRPOTrainer if own else trainer_class(loss)

@@ -209,7 +209,10 @@ def grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Loss:
-    """`arcore.objectives.grpo_loss` on TRL's advantages and references; arguments are those of that function."""
+    """`arcore.objectives.grpo_loss` on TRL's advantages and references; arguments are those of that function.
+
+    The KL term is not multiplied by the ratio: TRL's own loss with `use_bias_correction_kl=False`.
+    """
 
     def loss(batch: GrpoBatch) -> Tensor:
         return grpo_loss(
