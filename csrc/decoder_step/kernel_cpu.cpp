@@ -198,47 +198,88 @@ void weigh_values(const float* weights, const float* values, int64_t dim, int64_
   }
 }
 
+// Weights of `count` scores, not yet divided by their sum, which is returned.
+float exponentials(float* scores, int64_t count, float largest) {
+  float total = 0.0f;
+  Vec sums(0.0f);
+  int64_t t = 0;
+  for (; t + kLanes <= count; t += kLanes) {
+    const Vec e = exp2((load(scores + t) - Vec(largest)) * Vec(kLog2e));
+    store(scores + t, e);
+    sums = sums + e;
+  }
+  for (; t < count; ++t) {
+    float lanes[kLanes];
+    store(lanes, exp2(Vec((scores[t] - largest) * kLog2e)));
+    scores[t] = lanes[0];
+    total += lanes[0];
+  }
+  return total + sum_of(sums);
+}
+
+// One query on the keys [start, stop).
+void attend_range(const float* query, const float* keys, const float* values, int64_t dim, int64_t start,
+                  int64_t stop, float* scores, float* out) {
+  const float largest = score_keys(query, keys, dim, start, stop, scores);
+  const float total = exponentials(scores, stop - start, largest);
+  weigh_values(scores, values + start * dim, dim, stop - start, 1.0f / total, out);
+}
+
+// One query on the keys [0, length) and on those behind them whose bit is set.
+void attend_tree(const float* query, const float* keys, const float* values, int64_t dim, int64_t length,
+                 uint64_t bits, float* scores, float* out) {
+  float largest = score_keys(query, keys, dim, 0, length, scores);
+  int64_t count = length;
+  for (uint64_t left = bits; left != 0; left &= left - 1) {
+    const int64_t slot = length + __builtin_ctzll(left);
+    largest = max_of(largest, score_keys(query, keys, dim, slot, slot + 1, scores + count));
+    ++count;
+  }
+  const float factor = 1.0f / exponentials(scores, count, largest);
+  weigh_values(scores, values, dim, length, factor, out);
+  count = length;
+  for (uint64_t left = bits; left != 0; left &= left - 1) {
+    const float* value = values + (length + __builtin_ctzll(left)) * dim;
+    const Vec w(scores[count++] * factor);
+    for (int64_t i = 0; i < dim; i += kLanes)
+      store(out + i, fma(w, load(value + i), load(out + i)));
+  }
+}
+
 void attend(const Args& args, int64_t begin, int64_t end) {
   const int64_t dim = args.head_dim, group = args.heads / args.kv_heads;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / args.kv_heads, head = task % args.kv_heads;
-    const float *cos = args.cos + b * args.angle_row, *sin = args.sin + b * args.angle_row;
-    float* row = args.projected + b * args.qkv.rows;
-    float* key = row + (args.heads + head) * dim;
-    const float* value = row + (args.heads + args.kv_heads + head) * dim;
-    rotate(key, cos, sin, dim, 1.0f);
-    const int64_t length = args.lengths[b];
-    float* keys = args.keys + b * args.key_row + head * args.key_head;
-    float* values = args.values + b * args.value_row + head * args.value_head;
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      store(keys + length * dim + i, load(key + i));
-      store(values + length * dim + i, load(value + i));
+    const int64_t text = task / args.kv_heads, head = task % args.kv_heads;
+    const int64_t length = args.lengths[text];
+    float* keys = args.keys + text * args.key_row + head * args.key_head;
+    float* values = args.values + text * args.value_row + head * args.value_head;
+    for (int64_t t = 0; t < args.drafts; ++t) {
+      const int64_t b = text * args.drafts + t;
+      float* row = args.projected + b * args.qkv.rows;
+      float* key = row + (args.heads + head) * dim;
+      const float* value = row + (args.heads + args.kv_heads + head) * dim;
+      rotate(key, args.cos + b * args.angle_row, args.sin + b * args.angle_row, dim, 1.0f);
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        store(keys + (length + t) * dim + i, load(key + i));
+        store(values + (length + t) * dim + i, load(value + i));
+      }
     }
-    const int64_t stop = length + 1;
-    const int64_t start = args.window > 0 ? max_of<int64_t>(0, stop - args.window) : 0;
-    for (int64_t g = 0; g < group; ++g) {
-      float* query = row + (head * group + g) * dim;
-      rotate(query, cos, sin, dim, args.scale);
-      float* scores = args.scores + (b * args.heads + head * group + g) * args.longest;
-      const float largest = score_keys(query, keys, dim, start, stop, scores);
-      const int64_t count = stop - start;
-      float total = 0.0f;
-      Vec sums(0.0f);
-      int64_t t = 0;
-      for (; t + kLanes <= count; t += kLanes) {
-        const Vec e = exp2((load(scores + t) - Vec(largest)) * Vec(kLog2e));
-        store(scores + t, e);
-        sums = sums + e;
+    for (int64_t t = 0; t < args.drafts; ++t) {
+      const int64_t b = text * args.drafts + t, stop = length + t + 1;
+      const uint64_t before = (uint64_t{2} << t) - 1;
+      const uint64_t bits = args.seen != nullptr ? static_cast<uint64_t>(args.seen[b]) : before;
+      const int64_t start = args.window > 0 ? max_of<int64_t>(0, stop - args.window) : 0;
+      float* row = args.projected + b * args.qkv.rows;
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t own = b * args.heads + head * group + g;
+        float* query = row + (head * group + g) * dim;
+        rotate(query, args.cos + b * args.angle_row, args.sin + b * args.angle_row, dim, args.scale);
+        float* scores = args.scores + own * args.longest;
+        if (bits == before)
+          attend_range(query, keys, values, dim, start, stop, scores, args.mixed + own * dim);
+        else
+          attend_tree(query, keys, values, dim, length, bits, scores, args.mixed + own * dim);
       }
-      for (; t < count; ++t) {
-        float lanes[kLanes];
-        store(lanes, exp2(Vec((scores[t] - largest) * kLog2e)));
-        scores[t] = lanes[0];
-        total += lanes[0];
-      }
-      total += sum_of(sums);
-      weigh_values(scores, values + start * dim, dim, count, 1.0f / total,
-                   args.mixed + (b * args.heads + head * group + g) * dim);
     }
   }
 }

@@ -17,20 +17,25 @@ struct Weights {
   int64_t rows, cols;
 };
 
-// One token of each row goes through a layer.
+// Some tokens of each text go through a layer; token t of a text is row text * drafts + t of x.
 struct Args {
   int64_t batch, dim, heads, kv_heads, head_dim, hidden;
+  int64_t drafts;  // tokens per text; batch is a multiple
   int64_t window;  // tokens seen, the new one included; 0 for all
   float eps, scale;
   float* x;  // [batch, dim], read and written
   const float *norm1, *norm2;
   Weights qkv, out, gate_up, down;
-  // [batch, kv_heads, length, head_dim] with strides; a row's new token is written at `lengths[row]`.
+  // [batch / drafts, kv_heads, length, head_dim] with strides; new token t of a text is written at
+  // `lengths[text] + t`.
   float *keys, *values;
   int64_t key_row, key_head, value_row, value_head;
   const float *cos, *sin;  // [1 or batch, head_dim]; the sine is negative in the first half
   int64_t angle_row;
-  const int64_t* lengths;
+  const int64_t* lengths;  // [batch / drafts]
+  // [batch], bit t says that new token t of the text is seen, with the token's own bit and none above it;
+  // null when each new token sees those before it.
+  const int64_t* seen;
   // Scratch: normed [batch, dim], projected [batch, qkv.rows], mixed [batch, heads * head_dim],
   // activated [batch, hidden], scores [batch, heads, longest].
   float *normed, *projected, *mixed, *activated, *scores;
@@ -45,7 +50,7 @@ struct CpuKernels {
                    int64_t out_row, bool add, int64_t begin, int64_t end);
   // activated[b, f] = silu(gate) * up for f in [begin, end).
   void (*gate)(const Args&, int64_t begin, int64_t end);
-  // Rotates, writes the cache and attends, for (row, key head) in [begin, end).
+  // Rotates, writes the cache and attends, for (text, key head) in [begin, end).
   void (*attend)(const Args&, int64_t begin, int64_t end);
 };
 

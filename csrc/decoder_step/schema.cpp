@@ -55,12 +55,18 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                       const Tensor& out, const OptionalTensor& out_bias, const Tensor& norm2,
                       const Tensor& gate_up, const OptionalTensor& gate_up_bias, const Tensor& down,
                       const OptionalTensor& down_bias, Tensor keys, Tensor values, const Tensor& cos,
-                      const Tensor& sin, const Tensor& lengths, int64_t heads, int64_t window, double eps) {
+                      const Tensor& sin, const Tensor& lengths, int64_t heads, int64_t window, double eps,
+                      int64_t drafts, const OptionalTensor& seen) {
   ARCORE_CHECK(x.dim() == 2, kOp, "expected x of shape (batch, dim) but got ", shape_of(x));
   ARCORE_CHECK(keys.dim() == 4, kOp, "expected keys of shape (batch, kv_heads, length, head_dim) but got ",
                shape_of(keys));
   Args args{};
   args.batch = x.size(0);
+  args.drafts = drafts;
+  ARCORE_CHECK(drafts >= 1 && args.batch % drafts == 0, kOp,
+               "expected drafts of at least 1 that divide the rows of x but got ", drafts, " for ",
+               args.batch);
+  const int64_t texts = args.batch / drafts;
   args.dim = x.size(1);
   args.heads = heads;
   args.kv_heads = keys.size(1);
@@ -81,8 +87,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   check_float("x", x, {args.batch, args.dim});
   check_float("norm1", norm1, {args.dim});
   check_float("norm2", norm2, {args.dim});
-  check_float("keys", keys, {args.batch, args.kv_heads, room, args.head_dim});
-  check_float("values", values, {args.batch, args.kv_heads, room, args.head_dim});
+  check_float("keys", keys, {texts, args.kv_heads, room, args.head_dim});
+  check_float("values", values, {texts, args.kv_heads, room, args.head_dim});
   ARCORE_CHECK(x.is_contiguous() && norm1.is_contiguous() && norm2.is_contiguous(), kOp,
                "expected x, norm1 and norm2 to be contiguous");
   for (const Tensor* t : {&keys, &values})
@@ -115,12 +121,26 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.angle_row = angles == 1 ? 0 : args.head_dim;
   ARCORE_CHECK(lengths.is_cpu() && lengths.scalar_type() == ScalarType::Long && lengths.is_contiguous(), kOp,
                "expected lengths to be contiguous int64 on the CPU");
-  check_shape(kOp, "lengths", lengths, {args.batch});
+  check_shape(kOp, "lengths", lengths, {texts});
   args.lengths = static_cast<const int64_t*>(lengths.data_ptr());
-  for (int64_t b = 0; b < args.batch; ++b) {
-    ARCORE_CHECK(args.lengths[b] >= 0 && args.lengths[b] < room, kOp, "expected lengths from 0 to ", room - 1,
-                 ", the room of the cache less one, but got ", args.lengths[b]);
-    args.longest = std::max(args.longest, args.lengths[b] + 1);
+  for (int64_t b = 0; b < texts; ++b) {
+    ARCORE_CHECK(args.lengths[b] >= 0 && args.lengths[b] + drafts <= room, kOp, "expected lengths from 0 to ",
+                 room - drafts, ", the room of the cache less the new tokens, but got ", args.lengths[b]);
+    args.longest = std::max(args.longest, args.lengths[b] + drafts);
+  }
+  if (seen.has_value()) {
+    ARCORE_CHECK(seen->is_cpu() && seen->scalar_type() == ScalarType::Long && seen->is_contiguous(), kOp,
+                 "expected seen to be contiguous int64 on the CPU");
+    check_shape(kOp, "seen", *seen, {args.batch});
+    ARCORE_CHECK(window == 0, kOp, "expected no window together with seen");
+    args.seen = static_cast<const int64_t*>(seen->data_ptr());
+    for (int64_t b = 0; b < args.batch; ++b) {
+      // The own bit is the highest one.
+      const int64_t own = int64_t{1} << (b % drafts);
+      ARCORE_CHECK(args.seen[b] >= own && args.seen[b] < 2 * own, kOp, "expected seen[", b,
+                   "] to have the bit ", b % drafts, " of the token itself and none above it but got ",
+                   args.seen[b]);
+    }
   }
   if (args.batch == 0) return;
   const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
@@ -146,7 +166,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   multiply(args.qkv, args.normed, args.projected, false);
   const double pairs = static_cast<double>(args.batch * heads) * static_cast<double>(args.longest) *
                        static_cast<double>(2 * args.head_dim);
-  run_tasks(args.batch * args.kv_heads, threads_for(pairs, kWorkPerThread),
+  run_tasks(texts * args.kv_heads, threads_for(pairs, kWorkPerThread),
             [&](int64_t begin, int64_t end) { kernels.attend(args, begin, end); });
   multiply(args.out, args.mixed, args.x, true);
   kernels.normalise(args, args.norm2);
@@ -162,7 +182,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def(
       "decoder_step(Tensor(a!) x, Tensor norm1, Tensor qkv, Tensor? qkv_bias, Tensor out, Tensor? out_bias, "
       "Tensor norm2, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor(b!) keys, "
-      "Tensor(c!) values, Tensor cos, Tensor sin, Tensor lengths, int heads, int window, float eps) -> ()");
+      "Tensor(c!) values, Tensor cos, Tensor sin, Tensor lengths, int heads, int window, float eps, "
+      "int drafts=1, Tensor? seen=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {

@@ -178,3 +178,61 @@ def test_the_schema_says_what_is_written() -> None:
         (*(inputs[name] for name in order), 0, 1e-5),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("length", [0, 5, 40])
+def test_drafts_of_a_text_see_the_text_and_their_ancestors(texts: int, tree: bool, length: int) -> None:
+    parents = [-1, 0, 0, 1, 2] if tree else [-1, 0, 1, 2, 3]
+    inputs = make(batch=texts, room=60)
+    inputs["lengths"] = torch.tensor([length, 3, 17][:texts])
+    words, depth = [], []
+    for i, parent in enumerate(parents):
+        words.append((words[parent] if parent >= 0 else 0) | 1 << i)
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    rows = 5 * texts
+    positions = (inputs["lengths"].unsqueeze(1) + torch.tensor(depth)).view(rows, 1)
+    angles = RotaryTable(16).at(positions)
+    inputs["cos"], inputs["sin"] = angles.cos.view(rows, 16), angles.sin.view(rows, 16)
+    inputs["x"] = torch.randn(rows, 48) * 0.3
+    seen = torch.tensor(words * texts) if tree else None
+    expected, found = double(inputs), copied(inputs)
+    for text, count in enumerate(inputs["lengths"].tolist()):
+        found["keys"][text, :, count:] = found["values"][text, :, count:] = torch.nan
+    reference_decoder_step(**expected, drafts=5, seen=seen)
+    decoder_step(**found, drafts=5, seen=seen)
+    torch.testing.assert_close(found["x"].double(), expected["x"], atol=1e-5, rtol=1e-5)
+    # A path through the drafts, one token at a time behind what is there, gives the same numbers.
+    path = [0, 2, 4] if tree else [0, 1, 2, 3, 4]
+    alone = copied(inputs)
+    for place, node in enumerate(path):
+        own = [text * 5 + node for text in range(texts)]
+        x = inputs["x"][own].clone()
+        more = {
+            "x": x,
+            "cos": alone["cos"][own],
+            "sin": alone["sin"][own],
+            "lengths": inputs["lengths"] + place,
+        }
+        decoder_step(**{**alone, **more})
+        torch.testing.assert_close(x, found["x"][own], atol=1e-5, rtol=1e-5)
+        if not tree:
+            assert torch.equal(x, found["x"][own])
+
+
+def test_drafts_that_do_not_fit_are_refused() -> None:
+    inputs = make(batch=2, room=8)
+    inputs["lengths"] = torch.tensor([2, 3])
+    inputs["x"], cos, sin = torch.randn(4, 48), inputs["cos"][:1], inputs["sin"][:1]
+    inputs |= {"cos": cos, "sin": sin}
+    for change, complaint in (
+        ({"drafts": 3}, "drafts of at least 1 that divide the rows of x but got 3 for 4"),
+        ({"drafts": 2, "lengths": torch.tensor([2, 7])}, "expected lengths from 0 to 6"),
+        ({"drafts": 2, "seen": torch.tensor([1, 3, 1, 1])}, r"expected seen\[3\] to have the bit 1"),
+        ({"drafts": 2, "seen": torch.tensor([1, 3, 1, 6])}, r"expected seen\[3\] to have the bit 1"),
+        ({"drafts": 2, "seen": torch.tensor([1, 3, 1, 2]), "window": 4}, "no window together with seen"),
+        ({"drafts": 2, "seen": torch.tensor([1, 3])}, "seen"),
+    ):
+        with pytest.raises(RuntimeError, match=complaint):
+            decoder_step(**{**copied(inputs), **change})

@@ -149,6 +149,8 @@ def test_options_of_another_decoder_and_missing_ones_are_refused(run: Path) -> N
         TextSampling(prompt="x", decoder="jacobi", window=1)
     with pytest.raises(ValueError, match="needs trained heads: --heads FOLDER"):
         sampled(run / "lm", decoder="hydra")
+    with pytest.raises(ValueError, match="--nodes 17: expected 1 to 16 drafts"):
+        sampled(run / "lm", decoder="hydra", heads=run / "heads", nodes=17)
     with pytest.raises(ValueError, match="expected draft heads but it holds Llama"):
         sampled(run / "lm", decoder="hydra", heads=run / "lm")
     with pytest.raises(ValueError, match="this one has width 64 and 300 tokens; train heads for it"):

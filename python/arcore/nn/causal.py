@@ -102,8 +102,7 @@ class CausalDecoder(nn.Module):
         """Read one token per row; arguments and result are those of `TokenModel`."""
         if ids.dim() != 1:
             raise ValueError(f"expected token ids of shape [B] but got {tuple(ids.shape)}")
-        fits = self._fits_step(cache)
-        hidden = self._step(ids, cache) if fits else self._stage(ids.unsqueeze(1), cache, None)[:, 0]
+        hidden = self._stage(ids.unsqueeze(1), cache, None)[:, 0]
         cache.commit(1)
         return self.logits(hidden)
 
@@ -113,8 +112,8 @@ class CausalDecoder(nn.Module):
         hidden = self._stage(ids, cache, parents)
         return Extended(self.logits(hidden), hidden)
 
-    def _fits_step(self, cache: TokenCache) -> bool:
-        """Whether one op per layer can do a step, which spares a CPU most of what is not the product itself."""
+    def _fits_step(self, cache: TokenCache, new: int = 1) -> bool:
+        """Whether one op per layer can read `new` tokens, which spares a CPU most of what is not the product itself."""
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
         if not cache.derived:
@@ -124,23 +123,35 @@ class CausalDecoder(nn.Module):
                 and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
             )
             cache.derived = {i: layer.step_weights() if fits else None for i, layer in enumerate(self.layers)}
-        return cache.derived[0] is not None and cache.batch <= STEP_ROWS
+        return cache.derived[0] is not None and 0 < cache.batch * new <= STEP_ROWS
 
-    def _step(self, ids: Tensor, cache: TokenCache) -> Tensor:
-        """What comes from behind the last norm for one token per row: int64 `[B]` to `[B, C]`."""
-        if len(ids) != cache.batch:
-            raise ValueError(
-                f"expected a token for each of the cache's {cache.batch} rows but got {len(ids)}"
-            )
-        x = self.embed(ids.unsqueeze(1))[:, 0].contiguous()
+    def _step(self, ids: Tensor, cache: TokenCache, tree: TreeMask | None = None) -> Tensor:
+        """What comes from behind the last norm for a few tokens per row, by one op per layer.
+
+        Args:
+            ids: int64 `[B, N]`.
+            cache: receives their keys and values, staged.
+            tree: of the N tokens of each row, which are a chain when None.
+
+        Returns:
+            `[B, N, C]`.
+        """
+        batch, new = ids.shape
+        x = self.embed(ids).flatten(0, 1).contiguous()
         lengths = torch.tensor(cache.lengths, dtype=torch.int64)
-        start = cache.lengths[0]
-        ragged = cache.ragged
-        angles = (
-            self.rotary.at(lengths.unsqueeze(1)) if ragged else self.rotary.span(start, start + 1, x.device)
-        )
+        if tree is not None:
+            places = tree.prefix.long().unsqueeze(1) + tree.depth
+            angles = self.rotary.at(places.expand(batch, -1))
+        elif cache.ragged:
+            angles = self.rotary.at(lengths.unsqueeze(1) + torch.arange(new))
+        else:
+            start = cache.lengths[0]
+            angles = self.rotary.span(start, start + new, x.device)
         cos, sin = (angle.view(-1, angle.shape[-1]) for angle in angles)
-        cache.open(1)
+        if len(cos) not in (1, len(x)):
+            cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
+        seen = None if tree is None else tree.words.view(len(tree.words), new).expand(batch, -1).flatten()
+        cache.open(new)
         for i, weights in cache.derived.items():
             if i not in self.skipped:
                 keys, values = cache.layer(i)
@@ -153,12 +164,13 @@ class CausalDecoder(nn.Module):
                     sin=sin,
                     lengths=lengths,
                     window=self.window,
+                    drafts=new,
+                    seen=seen,
                 )
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(x).view(batch, new, -1)
         return out
 
     def _stage(self, ids: Tensor, cache: TokenCache, parents: Parents | None) -> Tensor:
-        x = self.embed(ids)
         new = ids.shape[1]
         if len(ids) != cache.batch or new == 0:
             raise ValueError(
@@ -166,8 +178,10 @@ class CausalDecoder(nn.Module):
                 f"{tuple(ids.shape)}"
             )
         if parents is None:
+            if self._fits_step(cache, new):
+                return self._step(ids, cache)
             mask, angles = self.behind(cache.lengths, new, ids.device)
-            return self.run(x, angles, mask, cache)
+            return self.run(self.embed(ids), angles, mask, cache)
         if self.window is not None:
             raise ValueError("a tree of drafts cannot be read under a sliding window; draft chains")
         table = torch.as_tensor(parents, device="cpu")
@@ -177,8 +191,10 @@ class CausalDecoder(nn.Module):
                 f"{list(table.shape)}"
             )
         tree = TreeMask.from_parents(table, list(cache.lengths)).to(ids.device)
+        if self._fits_step(cache, new):
+            return self._step(ids, cache, tree)
         positions = tree.prefix.long().unsqueeze(1) + tree.depth
-        return self.run(x, self.rotary.at(positions), tree, cache)
+        return self.run(self.embed(ids), self.rotary.at(positions), tree, cache)
 
     def behind(self, lengths: Sequence[int], new: int, device: torch.device) -> tuple[IntervalMask, Angles]:
         """The mask and the angles of `new` tokens that follow each row's tokens.

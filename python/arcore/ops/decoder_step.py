@@ -40,8 +40,13 @@ def decoder_step(
     down_bias: Tensor | None = None,
     window: int | None = None,
     eps: float = 1e-5,
+    drafts: int = 1,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Take one token of each row through a layer of Llama's kind, with its keys and values in a cache.
+
+    With `drafts` it takes so many new tokens of each text, a chain or a tree of drafts: row b of x is then token
+    b % drafts of text b // drafts, and the cache has a row per text.
 
     ``x += out(attention(qkv(rms_norm(x))))``, then ``x += down(silu(gate) * up)``, where ``gate, up`` are the halves of
     ``gate_up(rms_norm(x))``. Queries and keys are turned by the rotary angles, channel i paired with channel i + D / 2.
@@ -60,11 +65,11 @@ def decoder_step(
         norm2: weight of the norm before the feed-forward network, ``[C]``.
         gate_up: ``[2 F, C]``, gate first.
         down: ``[C, F]``.
-        keys: cache ``[B, Hkv, L, D]``, the tokens of a head side by side; written in place.
+        keys: cache ``[B / drafts, Hkv, L, D]``, the tokens of a head side by side; written in place.
         values: likewise.
         cos: cosines of the new tokens' positions, ``[1 or B, D]``.
         sin: sines, negative in the first half of the channels.
-        lengths: tokens of each row in the cache, int64 ``[B]``, below L.
+        lengths: tokens of each text in the cache, int64 ``[B / drafts]``; at most L - drafts.
         num_heads: H, a multiple of Hkv.
         qkv_bias: ``[(H + 2 Hkv) D]`` or None.
         out_bias: ``[C]`` or None.
@@ -72,6 +77,9 @@ def decoder_step(
         down_bias: ``[C]`` or None.
         window: a token sees only so many places back, itself included; None for all.
         eps: added to the mean squares.
+        drafts: new tokens of a text.
+        seen: which new tokens each of them sees, int64 ``[B]``: bit t for token t of its text, with the bit of the
+            token itself and none above it. None for a chain. Not together with `window`.
 
     Returns:
         x.
@@ -87,7 +95,7 @@ def decoder_step(
     checked_call(
         "decoder_step", call_in_place, torch.ops.arcore.decoder_step.default,
         x, norm1, qkv, qkv_bias, out, out_bias, norm2, gate_up, gate_up_bias, down, down_bias,
-        keys, values, cos, sin, lengths, num_heads, window or 0, eps,
+        keys, values, cos, sin, lengths, num_heads, window or 0, eps, drafts, seen,
     )  # fmt: skip
     mark_written(x, keys, values)
     return x
@@ -114,23 +122,28 @@ def reference_decoder_step(
     down_bias: Tensor | None = None,
     window: int | None = None,
     eps: float = 1e-5,
+    drafts: int = 1,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """`decoder_step` in plain PyTorch, row by row; any float dtype, device and sizes."""
     _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
     kv_heads, dim = keys.shape[1], keys.shape[3]
     for b in range(len(x)):
-        row, length = x[b], int(lengths[b])
+        text, new = divmod(b, drafts)
+        before = int(lengths[text])
+        row, length = x[b], before + new
         heads = F.linear(F.rms_norm(row, row.shape, norm1, eps), qkv, qkv_bias).view(-1, dim)
         turned = heads[: num_heads + kv_heads]
         angles = (angle[b if len(angle) > 1 else 0] for angle in (cos, sin))
         c, s = angles
         turned = turned * c + turned.roll(dim // 2, -1) * s
-        keys[b, :, length] = turned[num_heads:]
-        values[b, :, length] = heads[num_heads + kv_heads :]
+        keys[text, :, length] = turned[num_heads:]
+        values[text, :, length] = heads[num_heads + kv_heads :]
         start = 0 if window is None else max(0, length + 1 - window)
-        seen = slice(start, length + 1)
+        bits = (2 << new) - 1 if seen is None else int(seen[b])
+        visible = [t for t in range(start, length + 1) if t < before or bits >> (t - before) & 1]
         group = num_heads // kv_heads
-        k, v = (t[b, :, seen].repeat_interleave(group, 0) for t in (keys, values))
+        k, v = (t[text, :, visible].repeat_interleave(group, 0) for t in (keys, values))
         scores = torch.einsum("hd,htd->ht", turned[:num_heads], k) / dim**0.5
         mixed = torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten()
         row = row + F.linear(mixed, out, out_bias)
@@ -165,6 +178,8 @@ def _fake(
     heads: int,
     window: int,
     eps: float,
+    drafts: int = 1,
+    seen: Tensor | None = None,
 ) -> None:
     return None
 

@@ -52,7 +52,7 @@ class TextOptions:
 
 
 # Options of `TextSampling` that not every decoder takes.
-_SPECIAL = ("window", "corpus", "draft", "heads", *VERIFIED, "evaluator", "question", "simulations")
+_SPECIAL = ("window", "corpus", "draft", "heads", "nodes", *VERIFIED, "evaluator", "question", "simulations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class TextSampling:
         corpus: text whose n-grams are counted: kjv, a UTF-8 file, or a folder of *.txt files.
         draft: run folder of a smaller model of the same tokens that drafts.
         heads: run folder of draft heads for the model, from `arcore train hydra_...`.
+        nodes: drafts in the tree that heads propose, 1 to 16.
         guide: models of the same tokens whose distributions multiply the model's, to powers: MODEL:ALPHA, several.
         verify: exact (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
             whose embeddings are near); the last two change the law.
@@ -102,6 +103,7 @@ class TextSampling:
     corpus: str = "kjv"
     draft: str | None = None
     heads: Path | None = None
+    nodes: int = 4
     guide: tuple[str, ...] = field(default=(), metadata={"metavar": "MODEL:ALPHA"})
     verify: str = "exact"
     epsilon: float | None = None
@@ -113,7 +115,7 @@ class TextSampling:
 
     def __post_init__(self) -> None:
         check_options(self, _SPECIAL)
-        for name in ("neighbours", "simulations"):
+        for name in ("neighbours", "simulations", "nodes"):
             number(name, getattr(self, name), whole=True, least=1)
         if self.window < 2:
             raise ValueError(f"--window must be at least 2 but got {self.window}")

@@ -286,9 +286,18 @@ def _lookup(request: TextRequest) -> Written:
     return draft_with(request, LookupDrafter(count=request.options.window - 1))
 
 
+# The last counts and what they are of, so that a second text does not count again.
+_COUNTS: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
+
+
 def _ngram(request: TextRequest) -> Written:
-    counted = request.words.tensor(load_text(request.options.corpus).train[: 8 * COUNTED])[:COUNTED].tolist()
-    return draft_with(request, NGramDrafter.fit([counted], order=ORDER, count=request.options.window - 1))
+    text = load_text(request.options.corpus)
+    key = (text.digest, str(request.words.encode(_PROBE)))
+    if key not in _COUNTS:
+        counted = request.words.tensor(text.train[: 8 * COUNTED])[:COUNTED].tolist()
+        _COUNTS.clear()
+        _COUNTS[key] = NGramDrafter.fit([counted], order=ORDER).table
+    return draft_with(request, NGramDrafter(_COUNTS[key], ORDER, request.options.window - 1))
 
 
 def _draft(request: TextRequest) -> Written:

@@ -10,8 +10,12 @@ from arcore.recipes.text_decoders import VERIFIED, TextDecoder, TextRequest, Wri
 from arcore.training import checkpoint
 from arcore.zoo.acceleration.hydra.heads import HydraDrafter, HydraHeads
 
-# A few paths: on a CPU every node of a tree costs time, unlike on a GPU, which the published tree is made for.
-SMALL = TreeShape.from_paths([(0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 0, 0)])
+# Paths in the order in which they are worth their time on a CPU, where every node of a tree costs some. On a GPU, for
+# which the published tree is made, it hardly does.
+PATHS = (
+    (0,), (0, 0), (1,), (0, 0, 0), (0, 1), (1, 0), (0, 0, 0, 0), (2,), (0, 0, 1), (0, 2), (0, 1, 0), (1, 0, 0), (2, 0),
+    (3,), (1, 1), (0, 0, 0, 1),
+)  # fmt: skip
 
 
 def load_heads(folder: str, model: Any) -> HydraHeads:
@@ -32,25 +36,27 @@ def load_heads(folder: str, model: Any) -> HydraHeads:
     return heads.to(next(model.parameters()).device).eval()
 
 
-def small_shape(heads: HydraHeads) -> TreeShape:
-    """The tree for a CPU, cut to the number of heads and of tokens that they propose."""
+def small_shape(heads: HydraHeads, nodes: int) -> TreeShape:
+    """The tree of so many nodes for a CPU, cut to the number of heads and of tokens that they propose.
+
+    Raises:
+        ValueError: there is no such tree.
+    """
+    if not 1 <= nodes <= len(PATHS):
+        raise ValueError(f"--nodes {nodes}: expected 1 to {len(PATHS)} drafts in the tree of heads")
     count, widest = heads.config.num_heads, heads.config.proposed
-    places = [path for level in SMALL.levels for path in (_path(SMALL, i) for i in level)]
-    return TreeShape.from_paths([path for path in places if len(path) <= count and max(path) < widest])
-
-
-def _path(shape: TreeShape, node: int) -> tuple[int, ...]:
-    above = shape.parents[node]
-    return (*(_path(shape, above) if above >= 0 else ()), shape.ranks[node])
+    return TreeShape.from_paths([path for path in PATHS[:nodes] if len(path) <= count and max(path) < widest])
 
 
 def _write(request: TextRequest) -> Written:
     if request.options.heads is None:
         raise ValueError("--decoder hydra needs trained heads: --heads FOLDER, from `arcore train hydra_...`")
     heads = load_heads(str(request.options.heads), request.base)
-    return draft_with(request, HydraDrafter(heads, small_shape(heads), base=request.base))
+    return draft_with(
+        request, HydraDrafter(heads, small_shape(heads, request.options.nodes), base=request.base)
+    )
 
 
 def text_decoder() -> TextDecoder:
     """Writes with draft heads."""
-    return TextDecoder(_write, ("heads", *VERIFIED))
+    return TextDecoder(_write, ("heads", "nodes", *VERIFIED))
