@@ -28,6 +28,7 @@ from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, steps
 from arcore.catalog.running import Report
 from arcore.data.text import load_text
+from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.masks import causal, full, prefix_lm
 from arcore.nn.t5 import T5Stack
 
@@ -143,9 +144,7 @@ class Data:
 
     def __init__(self, source: str, context: int, seed: int) -> None:
         text = load_text(source)
-        self.train, self.test = (
-            torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8) for part in (text.train, text.test)
-        )
+        self.train, self.test = (ByteTokenizer().tensor(part) for part in (text.train, text.test))
         self.context = context
         if min(len(self.train), len(self.test)) <= 2 * context:
             raise ValueError(

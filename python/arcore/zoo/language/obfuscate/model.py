@@ -241,7 +241,7 @@ def round_trips(paths: Sequence[Path]) -> tuple[int, int]:
     return compiled, back
 
 
-def trained(pairs: Sequence[Obfuscated], mix: Mix, *, count: int, context: int = 384, seed: int = 0) -> Any:
+def trained(pairs: Sequence[Obfuscated], mix: Mix, *, count: int, context: int = 256, seed: int = 0) -> Any:
     """A small model trained on functions."""
     torch.manual_seed(seed)
     model: Any = create_model("obscura_tiny")
@@ -276,14 +276,14 @@ def claim(*, quick: bool) -> Claim:
         equals("of these, that the inverse map gives back, share", back / len(paths), 1.0),
     ]
     if not quick:
-        train, test = (functions(part, 300) for part in halves(paths))
+        train, test = (functions(part, 200) for part in halves(paths[::2]))
         both = sum(len(one.source) + len(one.code) for one in train)
         share = sum(len(one.source) for one in train) / both
         # Of the mix half of the kinds hold both forms, so about `share` of its bytes are source.
-        source = trained(train, "source", count=240)
-        pairs = trained(train, "pairs", count=round(240 / share))
+        source = trained(train, "source", count=150)
+        pairs = trained(train, "pairs", count=round(150 / share))
         losses = [
-            identifier_loss(model, test[:150], mix) for model, mix in ((source, "source"), (pairs, "pairs"))
+            identifier_loss(model, test[:80], mix) for model, mix in ((source, "source"), (pairs, "pairs"))
         ]
         rows.append(
             at_most("names of held-out functions: loss after training on pairs less that of source alone",
