@@ -82,8 +82,8 @@ def _trained(rows: list[Row]) -> tuple[Any, Tensor, Any]:
     model = Kronos(kronos_tiny())
     windows = stock_windows(model.context, model.horizon, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=250, pct_start=0.1)
-    for step in steps(250, "training the language model"):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=150, pct_start=0.1)
+    for step in steps(150, "training the language model"):
         values, dates = stock_batch(windows, 16, seed=step)
         loss, _ = model.objective(*tokenizer.encode(values), dates)
         optimizer.zero_grad()

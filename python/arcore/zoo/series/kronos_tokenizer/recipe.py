@@ -114,7 +114,7 @@ def stock_batch(windows: SeriesWindows, count: int, seed: int = 0) -> tuple[Tens
     return values, torch.stack([w.calendar for w in picked])
 
 
-def trained_on_stocks(steps: int = 300) -> tuple[Any, Tensor]:
+def trained_on_stocks(steps: int = 150) -> tuple[Any, Tensor]:
     """A tiny tokenizer trained on the first part of the stock prices, and held-out windows."""
     from arcore.zoo.series.kronos_tokenizer import KronosTokenizer, kronos_tokenizer_tiny
 

