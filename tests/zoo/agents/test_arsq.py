@@ -11,18 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcore.zoo.agents.arsq import (
+from arcore.zoo.agents.arsq import Options, run
+from arcore.zoo.agents.arsq.episodes import Replay, learn, swing_up
+from arcore.zoo.agents.arsq.values import (
     ActionValues,
     Batch,
     Learner,
-    Options,
-    _Replay,
     climb,
     every_action,
-    learn,
     normalisation_error,
-    run,
-    swing_up,
     to_actions,
     to_tokens,
 )
@@ -108,7 +105,7 @@ def test_tokens_are_the_intervals_of_actions() -> None:
 
 
 def test_transitions_of_three_steps_end_with_their_episode() -> None:
-    store = _Replay(1, 3, 0.5)
+    store = Replay(1, 3, 0.5)
     for t in range(5):
         one = np.array([[float(t)]], dtype=np.float32)
         store.add(one, np.array([[0]]), np.array([1.0 + t]), one + 1, np.array([t == 3]))

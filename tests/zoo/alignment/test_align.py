@@ -16,7 +16,7 @@ import arcore
 from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.nn import Rollout, TokenStats
 from arcore.zoo.alignment import align
-from arcore.zoo.alignment.align import Options, loop
+from arcore.zoo.alignment.align import Options, files, loop
 from arcore.zoo.alignment.align.claim import learn_palindromes
 from arcore.zoo.alignment.align.loop import Aligner
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored, token_rewards
@@ -176,9 +176,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> No
     first.evaluate()
     for _ in range(2):
         first.advance()
-    first.save()
+    files.save(first)
     second = Aligner(options(tmp_path, "drw", SEVERAL, steps=4, resume=True), small())
-    second.load()
+    files.load(second)
     for _ in range(2):
         second.advance()
     second.evaluate()
@@ -189,14 +189,14 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> No
     assert second.evaluations == whole.evaluations
     seconds = [{**row, "seconds": 0} for row in second.rows]
     assert seconds == [{**row, "seconds": 0} for row in whole.rows]
-    second.save()
+    files.save(second)
     with open(tmp_path / "run/metrics.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
     with pytest.raises(ValueError, match=r"has --group 4 but got 6; give the same"):
-        Aligner(options(tmp_path, "drw", SEVERAL, group=6), small()).load()
+        files.load(Aligner(options(tmp_path, "drw", SEVERAL, group=6), small()))
     (tmp_path / "run/checkpoint/trained.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is damaged"):
-        Aligner(options(tmp_path, "drw", SEVERAL), small()).load()
+        files.load(Aligner(options(tmp_path, "drw", SEVERAL), small()))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_merged_weights_are_the_policy(tmp_path: Path) -> None:
     aligner = Aligner(options(tmp_path), (model, tokenizer))
     aligner.advance()
     plain, _ = small(5)
-    plain.load_state_dict(aligner.merged())
+    plain.load_state_dict(files.merged(aligner.model))
     ids = torch.arange(12)[None]
     torch.testing.assert_close(plain(ids), model(ids), rtol=1e-5, atol=1e-5)
 

@@ -184,7 +184,8 @@ class Options:
 
 def run(options: Options) -> Report:
     """Align a language model, or evaluate one that was."""
-    from arcore.zoo.alignment.align.loop import CHECKPOINT, Aligner
+    from arcore.zoo.alignment.align.files import CHECKPOINT, load, merged, save
+    from arcore.zoo.alignment.align.loop import Aligner
     from arcore.zoo.alignment.align.shown import Shown, draw, summary
 
     begun = (options.out / CHECKPOINT).exists()
@@ -195,10 +196,10 @@ def run(options: Options) -> Report:
         )
     aligner = Aligner(options)
     if options.resume or options.evaluate:
-        aligner.load()
+        load(aligner)
     if options.evaluate:
         aligner.evaluate()
-        aligner.save()
+        save(aligner)
         return Report(
             summary(aligner), {"evaluations": aligner.evaluations}, lambda f: draw(f, aligner), (9, 6)
         )
@@ -211,13 +212,13 @@ def run(options: Options) -> Report:
             if aligner.held_out and (done or aligner.step % options.eval_every == 0):
                 shown.evaluated(aligner.evaluate())
             if done or aligner.step % options.save_every == 0:
-                aligner.save()
+                save(aligner)
                 shown.plot()
     if options.save_merged:
         from arcore.catalog.checkpoints import save_pretrained
 
         plain = type(aligner.model)(aligner.model.config)
-        plain.load_state_dict(aligner.merged())
+        plain.load_state_dict(merged(aligner.model))
         save_pretrained(plain, options.out / "merged")
     values = {"rows": aligner.rows, "evaluations": aligner.evaluations, "skipped": aligner.skipped}
     return Report(summary(aligner), values, lambda figure: draw(figure, aligner), (9, 6))

