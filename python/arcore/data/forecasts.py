@@ -176,24 +176,33 @@ def save_figure(draw: Any, path: Path, size: tuple[float, float] = (6.0, 4.0)) -
 def _panel(axis: Any, one: Forecast, c: int, quantiles: Sequence[float]) -> None:
     horizon = len(one.times)
     shown = min(len(one.history.values), max(PAST * horizon, 24))
-    before, after = list(range(-shown + 1, 1)), list(range(1, horizon + 1))
-    axis.plot(before, one.history.values[-shown:, c], color="black", linewidth=1, label="past")
+    before, after = list(range(-shown + 1, 1)), list(range(horizon + 1))
+    past = one.history.values[-shown:, c]
+    # What is predicted begins at the last value, so that one row can be seen too.
+    joined = past[-1:].nan_to_num()
+    axis.axvline(0, color="grey", linewidth=0.5)
+    axis.plot(before, past, color="black", linewidth=1, label="past")
     bands = sorted(quantiles)
     for low, high in zip(bands[: len(bands) // 2], reversed(bands), strict=False):
         below, above = one.quantile(low), one.quantile(high)
         if below is not None and above is not None:
             label = f"{low:g} to {high:g}"
-            axis.fill_between(
-                after, below[:, c], above[:, c], color="C0", alpha=0.2, linewidth=0, label=label
-            )
+            edges = (torch.cat([joined, edge[:, c]]) for edge in (below, above))
+            axis.fill_between(after, *edges, color="C0", alpha=0.2, linewidth=0, label=label)
     for number, (name, values) in enumerate(one.baselines.items()):
-        axis.plot(after, values[:, c], color=f"C{number + 1}", linewidth=0.8, linestyle="--", label=name)
-    axis.plot(after, one.mean[:, c], color="C0", linewidth=1.6, label="forecast")
+        line = torch.cat([joined, values[:, c]])
+        axis.plot(after, line, color=f"C{number + 1}", linewidth=0.8, linestyle="--", label=name)
+    axis.plot(after, torch.cat([joined, one.mean[:, c]]), color="C0", linewidth=1.6, label="forecast")
     if one.actual is not None:
-        axis.plot(after, one.actual[:, c], color="black", linewidth=1, linestyle=":", label="what came")
+        line = torch.cat([joined, one.actual[:, c]])
+        axis.plot(after, line, color="black", linewidth=1, linestyle=":", label="what came")
     if one.history.times is not None:
         times = torch.cat([one.history.times[-shown:], one.times])
-        ticks = [0, shown - 1, shown + horizon - 1]
-        labels = [shown_time(one.history, int(times[tick])).removesuffix(" 00:00:00") for tick in ticks]
+        # The time of the last row known, and the ends where they do not lie too near.
+        ticks = [0, shown - 1] if horizon < shown / 4 else [0, shown - 1, shown + horizon - 1]
+        labels = [
+            shown_time(one.history, int(times[tick])).removesuffix(":00").removesuffix(" 00:00")
+            for tick in ticks
+        ]
         axis.set_xticks([tick - shown + 1 for tick in ticks], labels, fontsize=7)
     axis.tick_params(labelsize=7)

@@ -238,7 +238,7 @@ class Forecasting(Recipe):
         found: Tensor = networks["model"].forecast(values, dates, horizon)
         return found.unsqueeze(0)
 
-    def reads(self, model: Any, horizon: int, options: Any, rows: int) -> int:
+    def reads(self, model: Any, facts: Mapping[str, Any], horizon: int, options: Any, rows: int) -> int:
         """How many rows before a forecast are read, where the shortest table has `rows`."""
         return int(model.context)
 
@@ -270,7 +270,7 @@ class Forecasting(Recipe):
             ValueError: a series has fewer rows than the model reads (file and last line are named).
         """
         model = networks["model"]
-        context = self.reads(model, horizon, options, min(len(past.values) for past in pasts))
+        context = self.reads(model, facts, horizon, options, min(len(past.values) for past in pasts))
         device = next(model.parameters()).device
         values, moments, dates = [], [], []
         for past in pasts:
@@ -440,7 +440,10 @@ class Forecasting(Recipe):
         self, networks: Any, facts: Any, past: Series, horizon: int, options: Any, trained: Any
     ) -> Tensor | None:
         """What earlier forecasts missed by, `[W, H, C]`: those that predict rows in the held-out share of the past."""
-        context, size = self.reads(networks["model"], horizon, options, len(past.values)), len(past.values)
+        context, size = (
+            self.reads(networks["model"], facts, horizon, options, len(past.values)),
+            len(past.values),
+        )
         first = max(context, size - int(size * trained.held_out_share))
         last = size - horizon
         if last - first < 1:

@@ -51,7 +51,8 @@ class KronosSampling(ForecastSampling):
     Attributes:
         tokenizer: weights of the tokenizer, for a model with published weights: a file or folder, or hub. Default: the
             folder `tokenizer` in the folder of the weights.
-        lookback: rows that are read. Default: as many as the model is made for, less the horizon.
+        lookback: rows that are read. Default: as many as it was trained on; of published weights as many as the model
+            is made for, less the horizon.
         temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
         top_k: keep the K likeliest tokens of each draw. Default: all.
         top_p: keep the smallest set of tokens with this much probability, 0 to 1.
@@ -128,15 +129,17 @@ class KronosRecipe(Candles):
             "model": create_model(preset, weights=weights),
             "tokenizer": create_model(name, weights=where),
         }
-        return networks, {"preset": preset}
+        return networks, {"preset": preset, "published": True}
 
     def default_sampling(self) -> Any:
         return KronosSampling(num=self.scored_paths)
 
-    def reads(self, model: Any, horizon: int, options: Any, rows: int) -> int:
-        most = model.max_length - horizon if model.max_length > horizon else model.max_length
-        wanted: int = options.lookback or most
-        return max(2, wanted if options.lookback is not None else min(wanted, rows))
+    def reads(self, model: Any, facts: Mapping[str, Any], horizon: int, options: Any, rows: int) -> int:
+        if options.lookback is not None:
+            return int(options.lookback)
+        # Published models were trained on windows up to the longest; ours on windows of the context.
+        longest = model.max_length - horizon if model.max_length > horizon else model.max_length
+        return max(2, min(rows, longest if facts.get("published") else model.context))
 
     def moments(self, model: Any, facts: Mapping[str, Any], tail: Tensor) -> tuple[Tensor, Tensor]:
         return tail.mean(0), tail.std(0, correction=0) + EPS
