@@ -67,6 +67,13 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, table: Path, tm
     assert {row["split"] for row in whole.history} == {"train", "test"}
 
 
+def test_what_orders_the_rows_is_said(table: Path, tmp_path: Path, capsys: Any):
+    train("gpht_tiny", out=tmp_path, data=str(table), model_settings=SMALL, settings={**SETTINGS, "steps": 1})
+    said = capsys.readouterr().err
+    assert "the column 'Time' orders the rows" in said
+    assert "1 series of a, b, 160 rows in all" in said
+
+
 def test_a_forecast_from_the_command_line(trained: Path, table: Path, tmp_path: Path, capsys: Any):
     out = tmp_path / "f.png"
     words = ["sample", "gpht_tiny", "--checkpoint", str(trained), "--horizon", "20", "--out", str(out)]

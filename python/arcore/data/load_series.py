@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arcore.data.calendar import Gaps, mend_gaps
@@ -18,6 +18,7 @@ def load_series(
     unsorted: Unsorted = "refuse",
     gaps: Gaps = "refuse",
     missing: Missing = "refuse",
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Series]:
     """Series for forecasting.
 
@@ -26,9 +27,14 @@ def load_series(
         unsorted: see `arcore.data.read_tables`.
         gaps: see `arcore.data.calendar.mend_gaps`.
         missing: see `arcore.data.fill_missing`; for `"keep"` nothing is filled.
+        say: receives sentences on what was taken without having been named.
 
     Raises:
         TypeError, FileNotFoundError, ImportError, ValueError: see the functions named above; file and line are named.
     """
-    found = open_series(source, time=time, group=group, columns=columns, unsorted=unsorted).series
+    found, inferred = open_series(source, time=time, group=group, columns=columns, unsorted=unsorted)
+    if inferred is not None:
+        say(f"{source}: the column {inferred!r} orders the rows")
+    count = sum(len(one.values) for one in found)
+    say(f"{source}: {len(found)} series of {', '.join(found[0].columns)}, {count} rows in all")
     return [fill_missing(mend_gaps(one, gaps), missing) for one in found]

@@ -77,31 +77,6 @@ class Series:
             lines=None if self.lines is None else self.lines[index],
         )
 
-    def times_after(self, count: int) -> Any:
-        """The times of rows that would come next.
-
-        Dates go on in their own rhythm where they have one (months, working days); other times by the median step.
-
-        Args:
-            count: how many.
-
-        Returns:
-            A `pandas.DatetimeIndex` for dates, else a list of numbers; rows count from 0 where there are no times.
-        """
-        if self.times is None:
-            return list(range(len(self.values), len(self.values) + count))
-        step = int(self.times.diff().median()) if len(self.times) > 1 else 1
-        if not self.dates:
-            last = int(self.times[-1])
-            return [last + step * place for place in range(1, count + 1)]
-        pandas = require("pandas", extra="series")
-        known = pandas.DatetimeIndex(self.times.numpy().astype("datetime64[ns]"))
-        with warnings.catch_warnings():
-            # A later pandas returns an offset here instead of its name; `date_range` takes both.
-            warnings.simplefilter("ignore")
-            rhythm = pandas.infer_freq(known) if len(known) > 2 else None
-        return pandas.date_range(known[-1], periods=count + 1, freq=rhythm or pandas.Timedelta(step))[1:]
-
 
 class Window(NamedTuple):
     """A piece of a series.

@@ -81,7 +81,8 @@ class TableOptions:
     Attributes:
         data: a .csv, .tsv or .parquet file, or a folder of them; or sunspots, elnino, co2, stock_prices, glucose,
             sea_temperature, departures, regional_departures (in packages).
-        time: column of dates or numbers. Default: a column called time, date, datetime, timestamp or timestamps.
+        time: column of dates or numbers. Default: the only column of dates, else one called time, date, datetime,
+            timestamp or ds; where there is none, the order of the file.
         group: column whose values tell series apart.
         columns: the columns that are predicted. Default: all others.
         unsorted: rows that are not in the order of time: refuse or sort.
@@ -195,7 +196,7 @@ class Forecasting(Recipe):
         )
 
     def prepare(self, start: Start, options: Any) -> Work:
-        series = self.read(options)
+        series = self.read(options, say=start.say)
         shape: Any = get_config(start.preset, **start.changes)
         train = self.windows(series, shape, options, "train")
         for note in train.notes:
