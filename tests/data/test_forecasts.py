@@ -114,3 +114,15 @@ def test_quantiles_of_one_path_are_those_of_earlier_errors():
     errors = torch.arange(11.0).double().view(11, 1, 1).expand(11, 3, 2)
     told = Forecast(one.history, one.times, one.paths, errors=errors)
     torch.testing.assert_close(told.quantile(0.9), one.paths[0] + 9)
+
+
+def test_rank_correlation_over_series():
+    pytest.importorskip("torchmetrics")
+    several = []
+    for growth, came in ((1.1, 1.2), (1.3, 1.5), (0.9, 0.8), (1.0, 1.1)):
+        history = Series("a", ("x", "zero"), torch.tensor([[5.0, 1], [10, 0]], dtype=torch.float64))
+        paths, actual = (torch.full((3, 2, 2), 10 * one, dtype=torch.float64) for one in (growth, came))
+        several.append(Forecast(history, torch.arange(2), paths, actual=actual[0]))
+    assert Forecasts(several).rank_ics() == {"x": pytest.approx(1.0)}
+    assert Forecasts(several).score_lines() == ["RankIC over 4 series: x 1"]
+    assert Forecasts(several[:2]).rank_ics() == {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.data.calendar import shown_time
+from arcore.data.forecast_scores import rank_ic
 from arcore.data.series import Series
 
 # Panels of a picture, and rows of the past that each shows per row of the forecast.
@@ -119,7 +120,30 @@ class Forecasts:
             found = [one.scores[name] for one in self.forecasts if name in one.scores]
             shown = "  ".join(f"{key} {sum(s[key] for s in found) / len(found):.4g}" for key in found[0])
             lines.append(f"{name:16} {shown}")
+        found = self.rank_ics()
+        if found:
+            shown = "  ".join(f"{column} {value:.3g}" for column, value in found.items())
+            lines.append(f"RankIC over {len(self.forecasts)} series: {shown}")
         return lines
+
+    def rank_ics(self) -> dict[str, float]:
+        """By column, the rank correlation over the series of predicted and actual growth to the last row.
+
+        Empty for fewer than three series, or where what came is not known; a column that is 0 somewhere is left out.
+        """
+        known = [(one, one.actual) for one in self.forecasts if one.actual is not None]
+        if len(known) < 3:
+            return {}
+        last = torch.stack([one.history.values[-1] for one, _ in known])
+        ends = [
+            torch.stack(rows) for rows in zip(*((one.mean[-1], came[-1]) for one, came in known), strict=True)
+        ]
+        predicted, actual = (end / last - 1 for end in ends)
+        return {
+            name: float(rank_ic(predicted[:, c], actual[:, c]))
+            for c, name in enumerate(self.forecasts[0].history.columns)
+            if bool((last[:, c] != 0).all())
+        }
 
     def draw(self, figure: Any) -> None:
         """Draw the first panels on a `matplotlib.figure.Figure`: past, forecast with its band, baselines, what came."""
