@@ -76,7 +76,12 @@ def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     for _ in steps(s.updates, "SCST"):
         words = model.draw(s.batch, generator)
         greedy = reward(model.draw(1, None))
-        _step(optimizer, scst_loss(model.logprobs(words), reward(words), greedy))
+        logprobs = model.logprobs(words)
+        with (
+            torch.no_grad()
+        ):  # a penalty on the KL divergence per letter: without one the text is vowels alone
+            apart = (logprobs - base.logprobs(words)).mean(1)
+        _step(optimizer, scst_loss(logprobs, reward(words) - apart, greedy))
     return _tuned(model)
 
 
@@ -196,14 +201,14 @@ def ppo_rlhf(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
 def dpo(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     """Pairs of the base model's words, without a reward model or sampling from the policy."""
     model, generator = copy.deepcopy(base), torch.Generator().manual_seed(s.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     for _ in steps(s.updates, "DPO"):
         better, worse = _pairs(base, reward, s, generator)
         both = torch.cat([better, worse])
         with torch.no_grad():
             reference = base.logprobs(both).sum(1).view(2, -1).T
         policy = model.logprobs(both).sum(1).view(2, -1).T
-        _step(optimizer, preference_loss(policy, reference, torch.ones(len(better)), beta=0.5))
+        _step(optimizer, preference_loss(policy, reference, torch.ones(len(better)), beta=1.0))
     return _tuned(model)
 
 
