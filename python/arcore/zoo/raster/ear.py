@@ -151,7 +151,8 @@ class Erasing:
         strength: how far to move away from the erased class.
         cfg: guidance with which the images are drawn.
         layers: layers whose attention is trained.
-        keep: weight of a KL divergence that keeps the predictions of the other classes; 0 is the published method.
+        keep: weight of a KL divergence per code that keeps the predictions of the other classes and of no class; 0 is
+            the published method.
         context: "full", or "official" for contexts of one code.
         seed: of the images.
     """
@@ -208,6 +209,8 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
     window = how.window or length
     starts = list(range(0, length, window))
     rollout, spans = -1, []
+    others = _others(base, erased, how) if how.keep else None
+    chance = torch.Generator().manual_seed(how.seed)
     for _ in steps(how.updates, "erasing"):
         if not spans:
             rollout, spans = rollout + 1, list(starts)
@@ -218,8 +221,9 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
         loss = erase_loss(hidden, *(goal[:, start:stop] for goal in goals), strength=how.strength)
         if loss.item() <= how.threshold:
             continue
-        if how.keep:
-            loss = loss + how.keep * _kept(base, tuned, erased, how, rollout)
+        if others is not None:
+            rows = torch.randperm(len(others[0]), generator=chance)[: 2 * how.pairs]
+            loss = loss + how.keep * (stop - start) * _moved(tuned, others, rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -228,17 +232,21 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
 
 def _rollout(base: Any, erased: int, toward: int, how: Erasing, number: int) -> tuple[Tensor, list[Tensor]]:
     """The positive images' tokens and what the unchanged model computes on target, positive and neutral ones."""
-    length, found = base.config.side**2, []
     device = next(base.parameters()).device
-    guided = base if how.cfg == 1 else base.guided(how.cfg)
-    for stream, label in enumerate((toward, erased, toward)):
-        labels = torch.full((how.pairs,), label, device=device)
-        prompt = base.prompt(labels)
-        seeds = [how.seed + ((number * 3 + stream) * how.pairs + row) for row in range(how.pairs)]
-        codes = generate(guided, prompt, max_new_tokens=length, seed=seeds).ids
-        found.append(torch.cat([prompt, codes[:, :-1]], 1))
+    labels = torch.tensor([toward, erased, toward], device=device).repeat_interleave(how.pairs)
+    ids = _drawn(base, labels, how.cfg, how.seed + number * len(labels))
     with torch.no_grad():
-        return found[1], [_hidden(base, ids, how.context) for ids in found]
+        hidden = _hidden(base, ids, how.context)
+    return ids.chunk(3)[1], list(hidden.chunk(3))
+
+
+def _drawn(base: Any, labels: Tensor, cfg: float, seed: int) -> Tensor:
+    """Prompts and all codes but the last of images of these classes, int64 `[N, L]`."""
+    prompt = base.prompt(labels)
+    guided = base if cfg == 1 else base.guided(cfg)
+    seeds = [seed + row for row in range(len(labels))]
+    codes = generate(guided, prompt, max_new_tokens=base.config.side**2, seed=seeds).ids
+    return torch.cat([prompt, codes[:, :-1]], 1)
 
 
 def _hidden(model: Any, ids: Tensor, context: str) -> Tensor:
@@ -251,16 +259,24 @@ def _hidden(model: Any, ids: Tensor, context: str) -> Tensor:
     return single
 
 
-def _kept(base: Any, tuned: Any, erased: int, how: Erasing, number: int) -> Tensor:
-    """KL divergence of the tuned model's predictions from the unchanged one's, on images of other classes."""
-    others = torch.tensor([c for c in range(base.null_class) if c != erased])
-    labels = others[(torch.arange(how.pairs) + number * how.pairs) % len(others)]
-    labels = labels.to(next(base.parameters()).device)
-    seeds = [how.seed + 7_000_000 + number * how.pairs + row for row in range(how.pairs)]
-    codes = generate(base, base.prompt(labels), max_new_tokens=base.config.side**2, seed=seeds).ids
+def _others(base: Any, erased: int, how: Erasing) -> tuple[Tensor, Tensor]:
+    """Tokens of images of the other classes and the log-probabilities of their codes, for `keep`."""
+    device = next(base.parameters()).device
+    labels = torch.tensor([c for c in range(base.null_class) if c != erased], device=device)
+    ids = _drawn(base, labels.repeat(max(how.pairs // 2, 1)), how.cfg, how.seed + 7_000_000)
+    # What stands for no class serves guidance, and must stay too.
+    none = ids.clone()
+    none[:, 0] = base.prompt(labels.new_full((1,), base.null_class))[0, 0]
+    ids = torch.cat([ids, none])
     with torch.no_grad():
-        wanted = base(codes, labels).log_softmax(-1)
-    found = tuned(codes, labels).log_softmax(-1)
+        wanted = base.logits(base.hidden(ids)).log_softmax(-1)
+    return ids, wanted
+
+
+def _moved(tuned: Any, others: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """KL divergence per code of the tuned model's predictions from the unchanged one's."""
+    ids, wanted = (x[rows] for x in others)
+    found = tuned.logits(tuned.hidden(ids)).log_softmax(-1)
     return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.decoding import MixedModel
 from arcore.masks import TreeMask
+from arcore.nn.checks import check_ids
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
@@ -119,10 +120,14 @@ class ControlAR(LlamaGen):
         Raises:
             ValueError: control images of another size or number.
         """
-        model = self if control is None else self.controlled(control)
-        if control is not None and len(control) != len(codes):
+        if control is None:
+            return super().forward(codes, labels)
+        if len(control) != len(codes):
             raise ValueError(f"expected a control image for each of {len(codes)} rows but got {len(control)}")
-        return LlamaGen.forward(model, codes, labels)
+        check_ids("labels", labels, self.config.num_classes + 1)
+        x = self.embed(torch.cat([self.prompt(labels), codes[:, :-1]], dim=1))
+        mask, angles = self.behind((0,), x.shape[1], x.device)
+        return self.logits(self._through(x, angles, mask, None, self._additions(control)[:, :, : x.shape[1]]))
 
     def controlled(self, control: Tensor, strength: float = 1.0) -> ControlAR:
         """The model with the control images of its rows; it shares all weights.
@@ -134,19 +139,22 @@ class ControlAR(LlamaGen):
         Raises:
             ValueError: control images of another size.
         """
+        other = copy.copy(self)
+        other._added, other._strength = self._additions(control), float(strength)
+        return other
+
+    def _additions(self, control: Tensor) -> Tensor:
+        """What each place of each control layer gets: `[J, B, S * S, C]`."""
         size, channels = self.image_size, self.config.control_channels
         if control.dim() != 4 or control.shape[1:] != (channels, size, size):
             raise ValueError(
                 f"expected control images of shape [B, {channels}, {size}, {size}] but got {tuple(control.shape)}; "
                 "scale them to the size of the model's images"
             )
-        other = copy.copy(self)
         vectors = self.control_encoder(control.to(self.embedding.weight.dtype))
         has = control.flatten(1).ne(0).any(1)
         added = torch.stack([layer(vectors) for layer in self.condition_layers])  # [J, B, S * S, C]
-        other._added = torch.where(has[None, :, None, None], added, 0.0)
-        other._strength = float(strength)
-        return other
+        return torch.where(has[None, :, None, None], added, 0.0)
 
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> Any:
         """The model under guidance; the branch without a condition has neither class nor control.
@@ -172,7 +180,12 @@ class ControlAR(LlamaGen):
         """See `CausalDecoder.run`; the control is added in front of its layers."""
         if self._added is None:
             return super().run(x, angles, mask, cache)
-        extra = self._strength * self._at(x, mask, cache)
+        return self._through(x, angles, mask, cache, self._strength * self._at(x, mask, cache))
+
+    def _through(
+        self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None, extra: Tensor
+    ) -> Tensor:
+        """All layers and the last norm, with additions `[J, B, N, C]` in front of the control layers."""
         where = {layer: j for j, layer in enumerate(self.config.control_layers)}
         for i, layer in enumerate(self.layers):
             if i in where:
