@@ -46,11 +46,11 @@ def claim(*, quick: bool) -> Claim:
     tokenizer.eval().requires_grad_(False)
     model = XOmni(XOmniConfig(side=4, factor=2, vocab_size=64, max_caption=8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    for number in steps(700, "training the model"):
+    for number in steps(900, "training the model"):
         rows = torch.randint(len(train.images), (32,))
         codes = tokenizer.encode(train.images[rows])
         captions = [NAMES[label] for label in train.labels[rows].tolist()]
-        language = model.loss(model.sequences(captions, codes, image_first=bool(number % 4 == 0)))
+        language = model.loss(model.sequences(captions, codes, image_first=bool(number % 2)))
         flow = model.decoder.loss(train.images[rows], tokenizer.codebook()[codes])
         _step(optimizer, language + flow)
     model.eval()
