@@ -29,7 +29,7 @@ def vgg() -> dict[str, torch.Tensor]:
     return random_vgg()
 
 
-def textbook(state, one, two, lins=None):
+def textbook(state, one, two, heads=None):
     mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
     x, y = (((image.double() + 1) / 2 - mean) / std for image in (one, two))
@@ -41,7 +41,7 @@ def textbook(state, one, two, lins=None):
             weight, bias = (state[f"features.{place}.{part}"].double() for part in ("weight", "bias"))
             x, y = (F.conv2d(z, weight, bias, padding=1).clamp(min=0) for z in (x, y))
         gap = (x / x.pow(2).sum(1, keepdim=True).sqrt() - y / y.pow(2).sum(1, keepdim=True).sqrt()).pow(2)
-        lin = torch.full((WIDTHS[level],), 1 / WIDTHS[level]) if lins is None else lins[level].flatten()
+        lin = torch.full((WIDTHS[level],), 1 / WIDTHS[level]) if heads is None else heads[level].flatten()
         total += (gap * lin.double()[:, None, None]).sum(1).mean().item()
     return total
 
@@ -53,9 +53,9 @@ def test_perceptual_distance_is_that_of_the_formula(vgg, channels):
     loss = PerceptualLoss(vgg)
     assert loss(one, two).item() == pytest.approx(textbook(vgg, one, two), rel=1e-4)
     assert loss(one, one).item() == 0
-    lins = [torch.rand(1, width, 1, 1) for width in WIDTHS]
-    weighted = PerceptualLoss(vgg | {f"lin{k}.model.1.weight": lin for k, lin in enumerate(lins)})
-    assert weighted(one, two).item() == pytest.approx(textbook(vgg, one, two, lins), rel=1e-4)
+    heads = [torch.rand(1, width, 1, 1) for width in WIDTHS]
+    weighted = PerceptualLoss(vgg | {f"lin{k}.model.1.weight": lin for k, lin in enumerate(heads)})
+    assert weighted(one, two).item() == pytest.approx(textbook(vgg, one, two, heads), rel=1e-4)
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
