@@ -36,6 +36,10 @@ PAGES = [
         "api/ops",
         "api/masks",
         "api/models",
+        "api/data",
+        "api/tokenizers",
+        "api/objectives",
+        "zoo/papers",
     ),
 ]
 
@@ -53,6 +57,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_built(site: Path, page: str) -> None:
     assert (site / f"{page}.html").stat().st_size > 2000
+
+
+def test_a_sentence_of_two_lines_is_one_return_value(site: Path) -> None:
+    text = (site / "api/ops.html").read_text()
+    tables = re.findall(r"Returns:</span>.*?</table>", text, re.S)
+    assert len(tables) >= 10
+    assert [table for table in tables if table.count('<tr class="doc-section-item">') > 1] == []
 
 
 def test_reference_shows_docstrings(site: Path) -> None:

@@ -359,7 +359,7 @@ def test_refuses_what_does_not_fit() -> None:
         speculative_chain(model, ModelDrafter(language_model(4)), PROMPTS, max_new_tokens=3)
     with pytest.raises(ValueError, match="made for texts of 2048 tokens"):
         speculative_chain(model, LookupDrafter(), PROMPTS, max_new_tokens=2045)
-    with pytest.raises(ValueError, match="a window of at least 1"):
+    with pytest.raises(ValueError, match="window must be at least 1 token"):
         jacobi(model, PROMPTS, max_new_tokens=3, window=0)
     with pytest.raises(ValueError, match="expected the initialiser to give 1 tokens"):
         jacobi(

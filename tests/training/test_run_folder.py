@@ -141,6 +141,18 @@ def test_figures_go_to_a_logger_of_lightning(toy_task, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.filterwarnings("ignore")  # of wandb itself
+def test_figures_go_to_wandb(toy_task, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    config = TrainConfig(**SETTINGS | {"logger": "wandb"})
+    fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+    __import__("wandb").finish()
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in log.read_bytes()
+
+
 def test_what_is_no_task_and_no_data(toy_task, tmp_path):
     with pytest.raises(TypeError, match=r"task must be an arcore\.training\.Task but got NoneType"):
         fit(None, None, tmp_path / "run")

@@ -34,6 +34,7 @@ from arcore._optional import require
 from arcore.catalog.discovery import Entry, catalog
 from arcore.catalog.gguf import GGUF
 from arcore.catalog.lookup import find, load, model_class
+from arcore.nn.checks import check_instance, check_path
 
 CONFIG = "config.json"
 INDEX = ".index.json"
@@ -135,6 +136,8 @@ def save_checkpoint(
         ImportError: safetensors is missing.
     """
     save_file = require("safetensors.torch", extra="zoo").save_file
+    check_path("folder", folder)
+    check_instance("modules", modules, Mapping, "; name each, as in {'model': model}")
     if meta and "modules" in meta:
         raise ValueError("meta must not have an entry 'modules': it describes the modules")
     content = {"modules": {name: describe(module) for name, module in modules.items()}, **(meta or {})}
@@ -167,7 +170,7 @@ def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
         OSError: the hub cannot be reached; the message names the files.
         ImportError: safetensors or huggingface_hub is missing.
     """
-    folder = Path(source)
+    folder = check_path("source", source)
     if isinstance(source, str) and not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         from arcore.catalog.hub import download
 
@@ -192,7 +195,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, nn.Module
         ValueError: a file is damaged or does not fit (named).
         ImportError: safetensors is missing.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     content = _read_config(folder)
     modules = {}
     for name, description in content.pop("modules").items():
@@ -233,6 +236,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str 
             message names the file.
         ImportError: safetensors is needed and missing.
     """
+    check_instance("module", module, nn.Module)
     path, entry = _split_entry(path, entry)
     if not path.exists():
         raise FileNotFoundError(f"the weights {path} do not exist")
@@ -314,7 +318,7 @@ def eos_beside(path: str | os.PathLike[str], vocab_size: int) -> tuple[int, ...]
 
 def _split_entry(path: str | os.PathLike[str], entry: str | None) -> tuple[Path, str | None]:
     """`file.pt#ema` as a path and an entry."""
-    whole = Path(path)
+    whole = check_path("path", path)
     if "#" in whole.name and not whole.exists():
         name, _, named = whole.name.rpartition("#")
         if entry is not None and entry != named:

@@ -7,17 +7,20 @@ import difflib
 import fnmatch
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
 from arcore.catalog.discovery import Entry, Place, catalog
 from arcore.catalog.system import KINDS, PresetFacts
+from arcore.nn.checks import check_number, check_text, check_whole
 
 NAMES_SHOWN = 20
 
@@ -169,7 +172,33 @@ def _replace(name: str, config: Any, overrides: dict[str, Any]) -> Any:
     for field in overrides:
         if field not in known:
             raise ValueError(f"{name} has no setting {field!r}{hint(field, known)}")
+    try:
+        kinds = get_type_hints(type(config)) if overrides else {}
+    except NameError:  # a kind that is imported for type checkers alone
+        kinds = {}
+    for field, value in overrides.items():
+        _check_setting(field, value, kinds.get(field))
     return dataclasses.replace(config, **overrides)
+
+
+def _check_setting(name: str, value: Any, kind: Any) -> None:
+    """Refuse a number, a text or a flag that is none; what a config makes of other kinds is its own.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if len(parts) - (type(None) in parts) != 1 or (value is None and type(None) in parts):
+        return
+    wanted = next(part for part in parts if part is not type(None))
+    if wanted is int:
+        check_whole(name, value, -sys.maxsize)
+    elif wanted is float:
+        check_number(name, value)
+    elif wanted is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False but got {value!r}")
+    elif wanted is str:
+        check_text(name, value)
 
 
 def list_models(

@@ -12,8 +12,8 @@ from arcore._optional import require
 
 COMMANDS = {
     "demo": "train a small next-scale image model on handwritten digits and show what it learnt",
-    "train": "train a model of the zoo on your images or text",
-    "sample": "draw images or text from a trained model",
+    "train": "train a model of the zoo on your images, videos, text or tables",
+    "sample": "draw images, videos or text from a trained model, or forecast",
     "data": "look through a folder of images, videos or text, or a table, before training on it",
     "run": "use a system that is neither trained nor sampled: an estimator, an analysis, an agent",
     "check": "ask systems of the zoo to prove their papers' claims",

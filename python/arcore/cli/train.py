@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from arcore.training import FitResult
 
 TEXT = """\
-Train a model of the zoo on your images or text.
+Train a model of the zoo on your images, videos, text or tables.
 
 Example: arcore train var_tiny --data digits --out out/digits
 

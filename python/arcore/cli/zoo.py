@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         print(_details(found[0], words))
     else:
         print(_lines(found))
+        print("\n`arcore zoo SYSTEM` shows one of them with its presets and how it is used.")
     return 0
 
 

@@ -104,6 +104,7 @@ def open_dataset(
     source = os.fspath(source)
     frames = check_whole("frames", frames, 1)
     image_size = check_whole("image_size", image_size, 1, "pixel")
+    channels = check_whole("channels", channels, 1)
     if source in NAMES and (source == "moving_digits") != (frames > 1):
         raise ValueError(
             f"the model takes {f'videos of {frames} frames' if frames > 1 else 'images'} but --data {source} has "

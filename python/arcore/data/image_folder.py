@@ -15,7 +15,7 @@ from torch import Tensor
 from arcore.data._pictures import Pictures
 from arcore.data._walk import Found, counted, digest, some, walk
 from arcore.data.images import ImageDataset, check_split, held_out_mask
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_path, check_whole
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -83,6 +83,7 @@ class ImageFolder(ImageDataset):
         value_range: tuple[float, float] | None = None,
     ) -> None:
         check_split(split)
+        root = check_path("root", root)
         if isinstance(channels, bool) or channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3 but got {channels}")
         if nested not in (None, "outer", "inner"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_sequence, check_tensor, check_whole
 
 SPLITS = ("train", "test", "all")
 
@@ -50,6 +50,9 @@ class InMemoryImages(ImageDataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+        for name, value in (("images", images), ("labels", labels)):
+            check_tensor(name, value)
+        check_sequence("class_names", class_names, "texts")
         if images.ndim not in (4, 5) or labels.shape != images.shape[:1]:
             raise ValueError(
                 "expected images [N, C, H, W], or videos [N, F, C, H, W], and labels [N] "
@@ -93,6 +96,7 @@ def held_out_mask(labels: Tensor, every: int = 5) -> Tensor:
     Returns:
         bool tensor `[N]`, True for held-out images.
     """
+    check_tensor("labels", labels)
     every = check_whole("every", every, 1)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arcore.nn.checks import check_number, check_tensor, check_whole
+
 # The ring around a pixel, clockwise from the upper left; neighbour k sets bit k of the code.
 _RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 
@@ -164,6 +166,9 @@ def adaptive_rotation(
     Raises:
         ValueError: shapes or sizes do not fit.
     """
+    check_tensor("images", images)
+    patch_size = check_whole("patch_size", patch_size, 1, "pixel")
+    max_angle = check_number("max_angle", max_angle)
     if images.dim() != 4 or images.shape[2] % patch_size or images.shape[3] % patch_size:
         raise ValueError(
             f"expected images [B, C, H, W] with sides in multiples of {patch_size} but got {tuple(images.shape)}"

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from arcore._optional import require
 from arcore.data._walk import counted, some, walk
 from arcore.data.calendar import CALENDAR, calendar
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_instance, check_number, check_path, check_sequence, check_text, check_whole
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 # What a column of times is called where its values do not tell.
@@ -125,7 +125,12 @@ def read_tables(
         ValueError: a column is missing or holds text, times are no dates or numbers, come twice in a series or are
             refused for their order, or the table is empty (file, column and line are named).
     """
-    path = Path(source)
+    path = check_path("source", source)
+    for name, value in (("time", time), ("group", group)):
+        if value is not None:
+            check_text(name, value, ", the name of a column,")
+    if columns is not None:
+        check_sequence("columns", columns, "names")
     if not path.exists():
         raise FileNotFoundError(
             f"the table {path} does not exist: expected a .csv or .parquet file, or a folder of them"
@@ -365,6 +370,7 @@ def fill_missing(series: Series, how: Missing) -> Series:
     Raises:
         ValueError: a value is missing, or no row is left, or there is no such way.
     """
+    check_instance("series", series, Series)
     filled, keep = _filled(series, how)
     if filled is series.values:
         return series
@@ -461,7 +467,10 @@ class SeriesWindows(Dataset[Window]):
             raise ValueError(f"split must be 'train', 'validation', 'test' or 'all' but got {split!r}")
         if normalise not in ("train", "window", None):
             raise ValueError(f"normalise must be 'train', 'window' or None but got {normalise!r}")
-        if not 0 < held_out < 1:
+        check_sequence("series", series, "Series")
+        for one in series:
+            check_instance("series", one, Series)
+        if not 0 < check_number("held_out", held_out) < 1:
             raise ValueError(f"held_out must be a share between 0 and 1 but got {held_out}")
         if not 0 <= validation < 1 - held_out or (split == "validation" and not validation):
             raise ValueError(

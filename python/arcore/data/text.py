@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from arcore._optional import how_to_install
 from arcore.data._walk import counted, some, walk
 from arcore.data.text_tokenizers import TextTokenizer
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_path, check_tensor, check_text, check_whole
 
 # The end of the text is held out: a tenth, but no more than takes a moment to evaluate.
 HELD_OUT = 0.1
@@ -46,6 +46,7 @@ class TokenCrops(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, tokens: Tensor, length: int, stride: int = 1) -> None:
+        check_tensor("tokens", tokens)
         length, stride = check_whole("length", length, 1, "token"), check_whole("stride", stride, 1, "token")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"expected tokens of an integer dtype but got {tokens.dtype}")
@@ -133,7 +134,10 @@ def load_text(
         ImportError: the package that ships the book is missing.
         ValueError: no text files, an empty text, dangling links, or bytes that are no UTF-8 (file and place are named).
     """
-    reader = _Reader(separator, skip_bad)
+    check_path("source", source)
+    if validation is not None:
+        check_path("validation", validation)
+    reader = _Reader(check_text("separator", separator), skip_bad)
     held_out: str | None = None
     if str(source) == "kjv":
         text = load_kjv()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_text, check_whole
 
 DEFAULT_BPE_SIZE = 2048
 FILE = "tokenizer.json"
@@ -256,6 +256,7 @@ def make_tokenizer(wanted: str | os.PathLike[str], text: str) -> TextTokenizer:
     """
     if not isinstance(wanted, str | os.PathLike):
         raise TypeError(f"expected the tokenizer as bytes, bpe, bpe:NUMBER or a path but got {wanted!r}")
+    check_text("text", text)
     wanted = os.fspath(wanted)
     kind, _, size = wanted.partition(":")
     if wanted == "bytes":

@@ -16,7 +16,7 @@ from arcore.data._pictures import Pictures
 from arcore.data._walk import counted, digest, some, walk
 from arcore.data.image_folder import HELD_OUT_EVERY, IMAGE_SUFFIXES
 from arcore.data.images import ImageDataset, check_split, held_out_mask
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_path, check_whole
 
 # Pictures that may be animated.
 ANIMATED_SUFFIXES = frozenset({".gif", ".webp"})
@@ -69,6 +69,7 @@ class VideoFolder(ImageDataset):
         skip_bad: bool = False,
     ) -> None:
         check_split(split)
+        root = check_path("root", root)
         if isinstance(channels, bool) or channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3 but got {channels}")
         size = check_whole("image_size", image_size, 1, "pixel")

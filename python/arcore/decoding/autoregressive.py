@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arcore.decoding._rows import Decode
 from arcore.decoding.next_token import GenerateOutput, next_token
+from arcore.nn.checks import check_whole
 from arcore.nn.protocols import TokenModel
 
 
@@ -67,6 +68,7 @@ def generate(
         ValueError: a row is empty, the mask does not fit, an argument or a token is out of range, or the model gave
             NaN.
     """
+    pad_id = check_whole("pad_id", pad_id, -(2**63))
     steps = list(
         next_token(
             model,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_sequence, check_whole
 
 
 def allow_without_words(ids: Tensor, words: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
@@ -34,6 +34,7 @@ def allow_without_words(ids: Tensor, words: Sequence[Sequence[int]], vocab_size:
     """
     name = "allow_without_words"
     tokens, lead = _tokens(name, ids, vocab_size)
+    check_sequence(f"{name}: words", words, "words")
     by_length: dict[int, list[list[int]]] = {}
     given: Sequence[Any] = words
     for i, word in enumerate(given):

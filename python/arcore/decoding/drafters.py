@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding.sampling import Sampling
+from arcore.nn.checks import check_whole
 from arcore.nn.protocols import DraftableModel
 
 # Drafts draw from streams of their own: with the numbers of the text itself they would give away what is drawn.
@@ -92,8 +93,8 @@ class AboveDrafter:
     count: int = 8
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.width < 1:
-            raise ValueError(f"expected width >= 1 and count >= 1 but got {self.width} and {self.count}")
+        for name in ("width", "count"):
+            check_whole(name, getattr(self, name), 1)
 
     @property
     def max_nodes(self) -> int:
@@ -133,7 +134,9 @@ class LookupDrafter:
     shortest: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not 1 <= self.shortest <= self.longest:
+        for name in ("count", "longest", "shortest"):
+            check_whole(name, getattr(self, name), 1)
+        if self.shortest > self.longest:
             raise ValueError(
                 "expected count >= 1 and 1 <= shortest <= longest but got "
                 f"{self.count}, {self.shortest} and {self.longest}"

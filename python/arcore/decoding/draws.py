@@ -29,6 +29,7 @@ def row_seeds(seed: int | Sequence[int], batch: int, device: torch.device | str 
         TypeError: a seed is no whole number.
         ValueError: another number of seeds than rows, or one that has more than 64 bits.
     """
+    batch = check_whole("batch", batch, 0)
     given: Any = seed
     if hasattr(given, "__index__") and not getattr(given, "ndim", 0):
         number = check_whole("seed", given, -(2**127))
@@ -108,7 +109,9 @@ def check_settings(
         ValueError: a setting is out of range.
     """
     for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
-        if value is not None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
+        if value is None and name != "temperature":
+            continue
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise TypeError(f"expected {name} to be a number but got {value!r}")
     if top_k is not None and (isinstance(top_k, bool) or not hasattr(top_k, "__index__")):
         raise TypeError(f"expected top_k to be a whole number but got {top_k!r}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcore.nn.checks import check_number, check_sequence, check_tensor
 from arcore.nn.protocols import Extended
 
 
@@ -82,6 +83,13 @@ class Caches:
         return other
 
 
+def _check_model(name: str, model: object) -> None:
+    if not hasattr(model, "vocab_size") or not hasattr(model, "make_cache"):
+        raise TypeError(
+            f"expected {name} to be a model of tokens but got {type(model).__name__}; it lacks vocab_size or make_cache"
+        )
+
+
 def mix_logits(logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
     """`weights[0] * logits[0] + weights[1] * logits[1] + ...`.
 
@@ -110,6 +118,10 @@ class MixedModel:
     """
 
     def __init__(self, models: Sequence[Any], weights: Sequence[float]) -> None:
+        check_sequence("models", models, "models")
+        check_sequence("weights", weights, "numbers")
+        for model in models:
+            _check_model("models", model)
         if not models or len(models) != len(weights):
             raise ValueError(
                 f"expected a weight for each of at least one model but got {len(weights)} for {len(models)}"
@@ -117,7 +129,7 @@ class MixedModel:
         sizes = [model.vocab_size for model in models]
         if len(set(sizes)) != 1:
             raise ValueError(f"expected models of one vocabulary but theirs have {sizes} tokens")
-        self.models, self.weights = list(models), [float(weight) for weight in weights]
+        self.models, self.weights = list(models), [check_number("weights", weight) for weight in weights]
 
     @property
     def vocab_size(self) -> int:
@@ -168,13 +180,20 @@ class GuidedModel:
         uncond: Tensor,
         interval: tuple[int, int] | None = None,
     ) -> None:
+        _check_model("model", model)
+        check_tensor("uncond", uncond)
         if uncond.dim() != 2 or uncond.shape[1] == 0:
             raise ValueError(
                 f"expected uncond of shape [1 or B, L] with L >= 1 but got {tuple(uncond.shape)}"
             )
         if interval is not None and not 0 <= interval[0] <= interval[1]:
             raise ValueError(f"expected an interval of two numbers that do not fall but got {interval}")
-        self.model, self.scale, self.uncond, self.interval = model, float(scale), uncond, interval
+        self.model, self.scale, self.uncond, self.interval = (
+            model,
+            check_number("scale", scale),
+            uncond,
+            interval,
+        )
         self._prompts: list[int] = []
 
     @property

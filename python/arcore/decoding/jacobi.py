@@ -18,6 +18,7 @@ from arcore.decoding.draws import row_seeds
 from arcore.decoding.next_token import left_padded
 from arcore.decoding.sampling import Sampling
 from arcore.decoding.speculative import SpeculativeOutput, draw_first, forget
+from arcore.nn.checks import check_choice, check_whole
 from arcore.nn.protocols import DraftableModel
 from arcore.ops import verify_jacobi
 
@@ -27,6 +28,7 @@ Initialiser = Callable[[int, list[int], int], list[int]]
 
 def random_tokens(vocab_size: int, seed: int = 0) -> Initialiser:
     """Guesses are uniform; the same text gets the same ones."""
+    vocab_size, seed = check_whole("vocab_size", vocab_size, 1), check_whole("seed", seed, -(2**63))
 
     def guess(prompt: int, text: list[int], count: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * len(text))
@@ -42,6 +44,7 @@ def repeat_last(prompt: int, text: list[int], count: int) -> list[int]:
 
 def copy_above(width: int) -> Initialiser:
     """Guesses repeat the token one row above in an image `width` tokens wide; in its first row the last token."""
+    width = check_whole("width", width, 1, "token")
 
     def guess(prompt: int, text: list[int], count: int) -> list[int]:
         full = list(text)
@@ -103,10 +106,8 @@ def jacobi(
         raise TypeError(
             f"{type(model).__name__} cannot read drafted tokens: it has no `extend`; use generate, or another model"
         )
-    if window < 1:
-        raise ValueError(f"expected a window of at least 1 token but got {window}")
-    if coupling not in ("fresh", "common"):
-        raise ValueError(f'expected coupling "fresh" or "common" but got {coupling!r}')
+    window = check_whole("window", window, 1, "token")
+    check_choice("coupling", coupling, ("fresh", "common"))
     chosen = Sampling.of(sampling, **settings)
     fill = repeat_last if initialiser is None else initialiser
     ends = Ends.of(max_new_tokens, eos, stop, decode, model)

@@ -41,7 +41,7 @@ def masked_counts(tokens: int, iterations: int) -> list[int]:
     Raises:
         ValueError: K is out of range.
     """
-    iterations = check_whole("iterations", iterations, 1)
+    iterations, tokens = check_whole("iterations", iterations, 1), check_whole("tokens", tokens, 1)
     if iterations > tokens:
         raise ValueError(f"expected 1 to {tokens} iterations for {tokens} tokens but got {iterations}")
     counts = [tokens]

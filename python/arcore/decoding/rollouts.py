@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arcore.decoding.autoregressive import generate
 from arcore.decoding.sampling import Sampling
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_sequence, check_whole
 from arcore.nn.protocols import TokenModel
 from arcore.nn.rollout import Rollout
 
@@ -44,9 +44,10 @@ def draw_rollout(
         TypeError: the model is of another kind or ids are no integers.
         ValueError: a number is out of range or a prompt is empty.
     """
+    check_sequence("prompts", prompts, "lists of tokens")
     check_whole("count", count, 1)
     check_whole("max_new_tokens", max_new_tokens, 1)
-    sampling = Sampling() if sampling is None else sampling
+    sampling = Sampling.of(sampling)
     if sampling.temperature <= 0:
         raise ValueError(
             f"expected a temperature above 0 but got {sampling.temperature}; greedy answers have no log-probability to "

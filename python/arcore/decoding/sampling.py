@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from arcore.decoding.draws import check_settings
+from arcore.nn.checks import check_choice, check_instance, check_number
 from arcore.ops import filter_probs, sample
 from arcore.ops.sample import Order, Sampled
 
@@ -33,14 +34,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_settings(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        check_choice("order", self.order, get_args(Order))
         for name in ("typical_p", "epsilon", "eta"):
             value = getattr(self, name)
+            if value is not None:
+                check_number(name, value)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"expected 0 < {name} <= 1 but got {value}; None switches it off")
 
     @classmethod
     def of(cls, given: Sampling | None, **fields: Any) -> Sampling:
         """`given`, or one made of named fields; both together are refused."""
+        if given is not None:
+            check_instance("sampling", given, Sampling)
         if given is not None and fields:
             raise ValueError(f"expected sampling or {', '.join(fields)} but got both; put them into sampling")
         return cls(**fields) if given is None else given

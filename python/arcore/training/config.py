@@ -41,8 +41,8 @@ class TrainConfig:
         accelerator: where to compute: `"auto"`, `"cpu"` or `"gpu"`.
         devices: devices per node: a number, or `"auto"` for all (one on a CPU).
         num_nodes: machines; start the same command on each, or use SLURM or torchrun.
-        strategy: how devices share the work: `"auto"`, `"ddp"`, `"fsdp"` (sharded weights, GPUs only), or another name
-            that Lightning knows.
+        strategy: how devices share the work: `"auto"`, `"ddp"`, `"fsdp"` (weights sharded over the processes), or
+            another name that Lightning knows.
         oversubscribe: allow more processes on a CPU than it has cores.
         workers: processes that read data; 0 reads them in the training process.
         logger: where the figures go beside metrics.csv: `"csv"` nowhere, `"tensorboard"` or `"wandb"`.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import Published, preset
-from arcore.nn.checks import check_floating, check_ids, check_patch_nums
+from arcore.nn.checks import check_floating, check_ids, check_patch_nums, check_tensor
 from arcore.nn.codebook import record_use
 from arcore.nn.conv import ConvDecoder, ConvEncoder
 
@@ -438,6 +438,7 @@ class MultiScaleVQ(nn.Module):
     def _latent(self, images: Tensor) -> Tensor:
         size = self.config.image_size
         hint = "bytes become images in [-1, 1] by `images / 127.5 - 1`"
+        check_tensor("images", images)
         check_floating("images", images, self.quant_conv.weight, hint)
         if images.dim() != 4 or images.shape[1:] != (self.config.in_channels, size, size):
             raise ValueError(
