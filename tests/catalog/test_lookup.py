@@ -58,7 +58,7 @@ def test_information_is_true(name: str):
         assert sentence.endswith((".", "pth"))
     assert catalog()[name].doc
     for entry in info.presets:
-        assert entry.tokenizer is None or entry.tokenizer in arcore.list_models(recipe="tokenizer")
+        assert entry.tokenizer is None or entry.tokenizer in arcore.list_models()
         assert arcore.model_info(entry.name) == info
 
 
@@ -77,7 +77,10 @@ def test_a_model_and_its_tokenizer_agree():
     ]
     assert pairs
     for model, tokenizer in pairs:
-        for field in ("patch_nums", "vocab_size", "z_channels"):
+        fields = ("patch_nums", "vocab_size", "z_channels", "s1_bits", "s2_bits")
+        shared = [field for field in fields if hasattr(model, field) and hasattr(tokenizer, field)]
+        assert shared or not hasattr(tokenizer, "patch_nums")
+        for field in shared:
             assert getattr(model, field) == getattr(tokenizer, field)
 
 
@@ -87,7 +90,7 @@ def test_lists_are_sorted_and_filtered():
     assert {"msvq_tiny", "var_d16", "var_tiny"} <= set(names)
     assert "msvq_tiny" not in arcore.list_models(topic="next_scale")
     assert "msvq_tiny" in arcore.list_models(recipe="tokenizer", kind="model")
-    assert arcore.list_models("var_d*") == ["var_d16", "var_d20", "var_d24", "var_d30"]
+    assert arcore.list_models("var_d*") == ["var_d16", "var_d20", "var_d24", "var_d30", "var_d36"]
 
 
 @pytest.mark.parametrize(
