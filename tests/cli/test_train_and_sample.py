@@ -119,6 +119,18 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert f"go on from the last checkpoint with: arcore train msvq_tiny --resume {run}" in err
 
 
+def test_what_is_said_depends_on_what_is_saved(tmp_path):
+    from arcore.cli.train import _how_to_go_on
+
+    assert _how_to_go_on("var_tiny", tmp_path) == "there was no checkpoint yet"
+    (tmp_path / "run.json").write_text("{}")
+    command = f"arcore train var_tiny --resume {tmp_path}"
+    said = _how_to_go_on("var_tiny", tmp_path)
+    assert said == f"nothing is saved yet; begin again, with the same settings, with: {command}"
+    (tmp_path / "tokenizer" / "step-00000010").mkdir(parents=True)
+    assert _how_to_go_on("var_tiny", tmp_path) == f"go on from the last checkpoint with: {command}"
+
+
 class TestTrainRefusals:
     def test_no_preset(self, fails):
         assert "PRESET" in fails("train")

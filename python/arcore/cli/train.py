@@ -156,7 +156,7 @@ def _how_to_go_on(preset: str, out: Path) -> str:
     where = (
         "go on from the last checkpoint"
         if saved
-        else "nothing is saved yet; begin again with the same settings"
+        else "nothing is saved yet; begin again, with the same settings,"
     )
     return f"{where} with: {shlex.join(['arcore', 'train', preset, '--resume', str(out)])}"
 
