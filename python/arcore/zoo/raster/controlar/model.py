@@ -211,9 +211,9 @@ class ControlAR(LlamaGen):
         found = self._added[:, torch.arange(len(x), device=x.device)[:, None], places.clamp(max=last - 1)]
         return torch.where((places < last)[None, :, :, None], found, 0.0)
 
-    def _fits_step(self, cache: TokenCache) -> bool:
+    def _fits_step(self, cache: TokenCache, new: int = 1) -> bool:
         # The op for a step knows no additions.
-        return self._added is None and super()._fits_step(cache)
+        return self._added is None and super()._fits_step(cache, new)
 
     def start_from(self, base: LlamaGen) -> None:
         """Take over the weights of a base model.
