@@ -219,7 +219,7 @@ def learned(kind: type[LifeGPT], rule: str, width: int, count: int, seed: int = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=count, pct_start=0.1)
     for _ in steps(count, f"training {kind.__name__}"):
-        ids, targets = lessons(random_states(96, 1, width, generator), rule)
+        ids, targets = lessons(random_states(64, 1, width, generator), rule)
         logits = model.forward_hiding(ids, hide(ids, model.config.forget))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
