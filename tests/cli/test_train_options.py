@@ -146,6 +146,10 @@ def test_the_printed_commands_work_with_spaces_in_the_path(arcore, tmp_path, mon
     again = arcore("train", "dit_tiny", "--resume", out)
     assert again.code == 0
     assert "nothing to do, the run is at step 4 already; --steps N goes on" in again.out
+    elsewhere = arcore("train", "dit_tiny", "--resume", out, "--out", out.with_name("other"))
+    assert f"draw images: arcore sample {shlex.quote(str(out))}" in elsewhere.out, (
+        "there is nothing in the other folder"
+    )
 
 
 def test_more_processes_than_cores(fails, tmp_path):

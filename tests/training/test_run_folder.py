@@ -119,6 +119,19 @@ def test_a_precision_that_the_device_does_not_have_is_said_aloud(toy_task, tmp_p
     assert "not to be had" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("mamba_tiny", "64-true"), ("mar_tiny", "bf16-true"), ("llama_tiny", "64")]
+)
+def test_a_precision_that_a_model_does_not_take_names_one_that_it_takes(tmp_path, preset, precision):
+    """The advice is that of the command line, not to change a layer by hand."""
+    from arcore.recipes import train
+
+    settings = {"steps": 1, "batch_size": 2, "precision": precision, "accelerator": "cpu"}
+    with pytest.raises(ValueError, match="train with precision bf16-mixed or 32-true") as caught:
+        train(preset, out=tmp_path / "run", settings=settings, show_progress=False)
+    assert str(caught.value).startswith(f"precision {precision} ")
+
+
 @pytest.mark.parametrize("name", ["devices", "workers"])
 def test_more_processes_than_cores_are_refused(toy_task, tmp_path, name):
     config = TrainConfig(**SETTINGS | {name: 9999})

@@ -133,7 +133,8 @@ def _report(recipe: Recipe, preset: str, out: Path, result: FitResult) -> None:
         early = ", stopped early: the held-out loss falls no more" if result.stopped_early else ""
         print(f"{preset}: step {last['step']}, {last['split']} {figures}{early}")
     print(f"checkpoint: {result.checkpoint}")
-    for line in recipe.finish(result.checkpoint, out):
+    # A run that was finished before wrote nothing into another folder.
+    for line in recipe.finish(result.checkpoint, out if result.steps else result.checkpoint.parent):
         print(line)
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from arcore._optional import require
 from arcore.training import checkpoint, state
 from arcore.training.config import TrainConfig
-from arcore.training.guard import Guard
+from arcore.training.guard import Diverged, Guard
 from arcore.training.history import History
 from arcore.training.keeping import Average, Keeper
 from arcore.training.progress import Progress
@@ -131,6 +131,13 @@ def fit(
             trainer.fit(task, ckpt_path=source)
         except MisconfigurationException as error:
             raise ValueError(f"the training engine refuses this: {error}") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, Diverged) or task.step > task.start_step or not _converts_weights(config):
+                raise
+            raise ValueError(
+                f"precision {config.precision} changes the dtype of all weights, which this model does not take: train "
+                f"with precision bf16-mixed or 32-true. Its own words: {error}"
+            ) from error
     last = checkpoint.find(out)
     return FitResult(
         last, history.rows, trainer.global_rank, task.step - task.start_step, keeper.stopped_early
@@ -162,6 +169,11 @@ def _settle(task: Task, items: int, *, evaluates: bool) -> None:
                     f"{name}={count} would start {count} processes on the {cores} core{'s' if cores > 1 else ''} of "
                     f"this CPU: choose at most {cores}, or say that you mean it with oversubscribe (--oversubscribe)"
                 )
+
+
+def _converts_weights(config: TrainConfig) -> bool:
+    asked = _PRECISIONS.get(config.precision, config.precision)
+    return asked.endswith("-true") and asked != "32-true"
 
 
 def _on_cpu(config: TrainConfig) -> bool:

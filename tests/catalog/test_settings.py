@@ -1,0 +1,35 @@
+"""Overrides of a preset's settings by values of another type."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_type_hints
+
+import pytest
+
+from arcore.catalog import create_model, get_config, list_models
+
+WRONG: dict[Any, list[Any]] = {bool: ["yes", 1, None], int: [2.5, True, "4"], float: ["0.1", True], str: [3]}
+TINY = [name for name in list_models("*_tiny")]
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_every_plain_setting_of_every_system_refuses_other_types(preset: str) -> None:
+    config = get_config(preset)
+    kinds = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        for value in WRONG.get(kinds[field.name], []):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                get_config(preset, **{field.name: value})
+            assert repr(value) in str(caught.value) or field.name in str(caught.value)
+
+
+def test_the_message_says_what_was_expected() -> None:
+    with pytest.raises(TypeError, match="learn_sigma must be True or False but got 'yes'"):
+        create_model("dit_tiny", learn_sigma="yes")
+
+
+def test_a_whole_number_is_a_number() -> None:
+    floats = [f for f, kind in get_type_hints(type(get_config("llama_tiny"))).items() if kind is float]
+    assert floats
+    assert getattr(get_config("llama_tiny", **{floats[0]: 1}), floats[0]) == 1
