@@ -23,6 +23,7 @@ constexpr const char* kBackwardOp = "token_logprobs_backward";
 constexpr const char* kUpdateOp = "token_logprobs_update_";
 constexpr const char* kFinishOp = "token_logprobs_finish";
 constexpr const char* kTileBackwardOp = "token_logprobs_tile_backward_";
+constexpr const char* kTallyOp = "token_logprobs_tally_";
 
 // The rows of t, whose last dimension the kernels read as contiguous.
 inline Rows rows_of(const char* op, const char* name, const Tensor& t) {
@@ -191,6 +192,21 @@ inline Tensor gradient_like(const Tensor& logits) {
 inline RowState* state_of(const char* op, const Tensor& state, int64_t rows) {
   return reinterpret_cast<RowState*>(
       row_values<double>(op, "state", state, rows * kStateDoubles, ScalarType::Double));
+}
+
+inline Tally* tally_of(const char* op, const Tensor& tally, int64_t rows) {
+  return reinterpret_cast<Tally*>(
+      row_values<double>(op, "tally", tally, rows * kTallyDoubles, ScalarType::Double));
+}
+
+// The gradient of the mean and what it needs, into `args`.
+inline void set_grad_mean(const char* op, BackwardArgs& args, const OptionalTensor& grad_mean,
+                          const OptionalTensor& tally) {
+  if (!grad_mean.has_value()) return;
+  ARCORE_CHECK(tally.has_value(), op, "expected tally together with grad_mean but got none");
+  args.grad_mean =
+      row_values<const float>(op, "grad_mean", *grad_mean, args.problem.rows, ScalarType::Float);
+  args.tally = tally_of(op, *tally, args.problem.rows);
 }
 
 struct RowGrads {

@@ -56,6 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, co
   return {out.logp, out.logsumexp, out.entropy, state};
 }
 
+// The mean of a row has no CUDA kernel yet.
+void refuse_mean(const char* op, const OptionalTensor& grad_mean, const OptionalTensor& tally) {
+  ARCORE_CHECK(!grad_mean.has_value() && !tally.has_value(), op,
+               "expected no grad_mean and no tally on a GPU, where label smoothing has no kernel, but got one");
+}
+
 void set_grads(const char* op, BackwardArgs& args, const OptionalTensor& grad_logp,
                const OptionalTensor& grad_logsumexp, const OptionalTensor& grad_entropy) {
   const RowGrads grads = check_grads(op, grad_logp, grad_logsumexp, grad_entropy, args.problem.rows);
@@ -69,8 +75,10 @@ std::tuple<Tensor, Tensor> backward_cuda(const OptionalTensor& grad_logp,
                                          const OptionalTensor& grad_entropy, const Tensor& logits,
                                          const Tensor& target, const OptionalTensor& temperature_rows,
                                          const OptionalTensor& mask, const Tensor& state, double temperature,
-                                         double softcap, int64_t ignore_index) {
+                                         double softcap, int64_t ignore_index,
+                                         const OptionalTensor& grad_mean, const OptionalTensor& tally) {
   const CudaScope scope(logits);
+  refuse_mean(kBackwardOp, grad_mean, tally);
   BackwardArgs args{};
   args.problem =
       check_logits(kBackwardOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
@@ -116,8 +124,10 @@ Tensor tile_backward_cuda(const OptionalTensor& grad_logp, const OptionalTensor&
                           const OptionalTensor& grad_entropy, Tensor tile, const Tensor& target,
                           const OptionalTensor& temperature_rows, const OptionalTensor& mask,
                           const Tensor& state, double temperature, double softcap, int64_t ignore_index,
-                          int64_t first_column, int64_t vocab, bool need_temperature) {
+                          int64_t first_column, int64_t vocab, bool need_temperature,
+                          const OptionalTensor& grad_mean, const OptionalTensor& tally) {
   const CudaScope scope(tile);
+  refuse_mean(kTileBackwardOp, grad_mean, tally);
   BackwardArgs args{};
   args.problem = check_tile(kTileBackwardOp, tile, target, temperature_rows, mask, temperature, softcap,
                             ignore_index, first_column, vocab);

@@ -269,22 +269,93 @@ void finish(const FinishArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Gradient of one row without its target's own term: e^d * (constant - slope * d) * (1 - (y / cap)^2).
+// Adds a block of at most kRowBlock values, padded with -inf to whole vectors, with its maximum.
+void add_tally(const float* y, int64_t n, int64_t first_column, float highest, Tally* tally) {
+  const Vec lowest(std::numeric_limits<float>::lowest()), zero(0.0f), one(1.0f);
+  Vec sum[4] = {zero, zero, zero, zero}, count[4] = {zero, zero, zero, zero};
+  auto add = [&](int j, const float* from) {
+    const Vec value = load(from);
+    sum[j] = sum[j] + where_less(value, lowest, zero, value);
+    count[j] = count[j] + where_less(value, lowest, zero, one);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j)
+      add(j, y + i + j * kLanes);
+  for (; i < n; i += kLanes)
+    add(0, y + i);
+  tally->sum += static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  tally->count += static_cast<double>(reduce_add((count[0] + count[1]) + (count[2] + count[3])));
+  if (static_cast<double>(highest) > tally->best) {
+    int64_t at = 0;
+    while (at + 1 < n && y[at] != highest)
+      ++at;
+    tally->best = static_cast<double>(highest);
+    tally->column = static_cast<double>(first_column + at);
+  }
+}
+
+template <typename T>
+void tally_exact(const TallyArgs& args, int64_t row, Tally* tally) {
+  const Problem& p = args.problem;
+  const ExactRow<T> exact(p, args.logits, row);
+  for (int64_t column = 0; column < p.columns; ++column) {
+    const double y = exact.y(column);
+    if (y == -HUGE_VAL) continue;
+    tally->sum += y;
+    tally->count += 1.0;
+    if (y > tally->best) {
+      tally->best = y;
+      tally->column = static_cast<double>(p.first_column + column);
+    }
+  }
+}
+
+void tally(const TallyArgs& args, int64_t begin, int64_t end) {
+  const Problem& p = args.problem;
+  RowReader reader(p);
+  for (int64_t row = begin; row < end; ++row) {
+    Tally found = p.first_column == 0 ? Tally{0.0, 0.0, -HUGE_VAL, -1.0} : args.tally[row];
+    if (p.target[row] != p.ignore_index) {
+      if (p.softcap == 0.0 || arcore::is_moderate(p.softcap)) {
+        reader.open(args.logits, row);
+        for (int64_t at = 0; at < p.columns; at += kRowBlock) {
+          const int64_t n = min_of(kRowBlock, p.columns - at);
+          float highest;
+          const float* y = reader.block(at, n, &highest);
+          add_tally(y, round_up(n, kLanes), p.first_column + at, highest, &found);
+        }
+      } else if (p.dtype == StorageType::kBFloat16) {
+        tally_exact<BFloat16>(args, row, &found);
+      } else if (p.dtype == StorageType::kFloat16) {
+        tally_exact<Half>(args, row, &found);
+      } else {
+        tally_exact<float>(args, row, &found);
+      }
+    }
+    args.tally[row] = found;
+  }
+}
+
+// Gradient of one row without its target's own term: (e^d * (constant - slope * d) + flat) * (1 - (y / cap)^2),
+// with flat where y is above -inf.
 struct RowGrad {
-  float shift, inverse_temperature, constant, slope, inverse_cap;
+  float shift, inverse_temperature, constant, slope, inverse_cap, flat;
 };
 
-// Returns the sum of d times the gradient before softcap, if kMoment.
-template <bool kEntropy, bool kSoftcap, bool kMoment>
+// Returns the sum of d times the gradient before softcap and without flat, if kMoment.
+template <bool kEntropy, bool kSoftcap, bool kMoment, bool kFlat>
 double grad_block(const RowGrad& g, const float* y, int64_t n, float* grad) {
   const Vec center(g.shift), scale(g.inverse_temperature), lowest(kExpIsZero);
   const Vec constant(g.constant), slope(-g.slope), inverse_cap(g.inverse_cap), one(1.0f);
+  const Vec flat(g.flat), none(std::numeric_limits<float>::lowest());
   Vec moment(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec value = load(y + i);
     const Vec d = (value - center) * scale;
     Vec out = exp(d) * (kEntropy ? fma(slope, max(lowest, d), constant) : constant);
     if constexpr (kMoment) moment = fma(max(lowest, d), out, moment);
+    if constexpr (kFlat) out = out + where_less(value, none, Vec(0.0f), flat);
     if constexpr (kSoftcap) {
       const Vec t = max(Vec(-1.0f), value * inverse_cap);
       out = out * fma(Vec(0.0f) - t, t, one);
@@ -296,12 +367,13 @@ double grad_block(const RowGrad& g, const float* y, int64_t n, float* grad) {
 
 using GradBlock = double (*)(const RowGrad&, const float*, int64_t, float*);
 
+template <bool kFlat>
 GradBlock grad_block_for(bool entropy, bool softcap, bool moment) {
   static constexpr GradBlock kTable[2][2][2] = {
-      {{grad_block<false, false, false>, grad_block<false, false, true>},
-       {grad_block<false, true, false>, grad_block<false, true, true>}},
-      {{grad_block<true, false, false>, grad_block<true, false, true>},
-       {grad_block<true, true, false>, grad_block<true, true, true>}}};
+      {{grad_block<false, false, false, kFlat>, grad_block<false, false, true, kFlat>},
+       {grad_block<false, true, false, kFlat>, grad_block<false, true, true, kFlat>}},
+      {{grad_block<true, false, false, kFlat>, grad_block<true, false, true, kFlat>},
+       {grad_block<true, true, false, kFlat>, grad_block<true, true, true, kFlat>}}};
   return kTable[entropy][softcap][moment];
 }
 
@@ -312,16 +384,19 @@ double value_or_zero(const float* values, int64_t row) {
 // Below, in float64. dz is 0 where p is; products with the others are finite or beyond float32.
 template <typename T>
 void backward_exact(const BackwardArgs& args, int64_t row, T* grad, double level, double grad_logp,
-                    double grad_lse, double grad_entropy, double inverse_temperature) {
+                    double grad_lse, double grad_entropy, double grad_mean, double inverse_temperature) {
   const Problem& p = args.problem;
   const RowState& s = args.state[row];
+  const double flat = grad_mean == 0.0 ? 0.0 : grad_mean / args.tally[row].count;
   const ExactRow<T> exact(p, args.logits, row);
   const double log_sum = std::log(s.sum);
   const int64_t target = p.target[row] - p.first_column;
-  double moment = p.first_column == 0 ? grad_lse * s.max * inverse_temperature : 0.0;
+  double moment = p.first_column == 0 ? (grad_lse + grad_mean) * s.max * inverse_temperature : 0.0;
   for (int64_t column = 0; column < p.columns; ++column) {
-    const double d = (exact.y(column) - s.max) * inverse_temperature, probability = std::exp(d) / s.sum;
+    const double y = exact.y(column);
+    const double d = (y - s.max) * inverse_temperature, probability = std::exp(d) / s.sum;
     double dz = probability == 0.0 ? 0.0 : probability * (level - grad_entropy * (d - log_sum));
+    if (y != -HUGE_VAL) dz += flat;
     if (column == target) dz += grad_logp;
     if (dz != 0.0) moment += dz * d;
     const double slope = exact.slope(column);
@@ -345,7 +420,8 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
     const double grad_logp = s.target == -kInfinity ? 0.0 : value_or_zero(args.grad_logp, row);
     const double grad_lse = value_or_zero(args.grad_logsumexp, row);
     const double grad_entropy = value_or_zero(args.grad_entropy, row);
-    const bool unused = grad_logp == 0.0 && grad_lse == 0.0 && grad_entropy == 0.0;
+    const double grad_mean = value_or_zero(args.grad_mean, row);
+    const bool unused = grad_logp == 0.0 && grad_lse == 0.0 && grad_entropy == 0.0 && grad_mean == 0.0;
     if (p.target[row] == p.ignore_index || is_empty(s) || unused) {
       std::memset(static_cast<void*>(grad), 0, static_cast<size_t>(p.columns) * sizeof(T));
       if (args.grad_temperature != nullptr) args.grad_temperature[row] = 0.0f;
@@ -356,16 +432,21 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
     const double level =
         grad_lse - grad_logp - (grad_entropy == 0.0 ? 0.0 : grad_entropy * (log_sum - s.weighted / s.sum));
     if (!is_moderate(p, inverse_temperature)) {
-      backward_exact<T>(args, row, grad, level, grad_logp, grad_lse, grad_entropy, inverse_temperature);
+      backward_exact<T>(args, row, grad, level, grad_logp, grad_lse, grad_entropy, grad_mean,
+                        inverse_temperature);
       continue;
     }
     const double scale = inverse_temperature / s.sum;
+    const double flat = grad_mean == 0.0 ? 0.0 : grad_mean / args.tally[row].count;
     const RowGrad g{static_cast<float>(s.max), static_cast<float>(inverse_temperature),
                     static_cast<float>((level + grad_entropy * log_sum) * scale),
                     static_cast<float>(grad_entropy * scale),
-                    p.softcap != 0.0 ? static_cast<float>(1.0 / p.softcap) : 0.0f};
-    const GradBlock block =
-        grad_block_for(grad_entropy != 0.0, p.softcap != 0.0, args.grad_temperature != nullptr);
+                    p.softcap != 0.0 ? static_cast<float>(1.0 / p.softcap) : 0.0f,
+                    static_cast<float>(flat * inverse_temperature)};
+    const bool entropy = grad_entropy != 0.0, softcap = p.softcap != 0.0;
+    const bool with_moment = args.grad_temperature != nullptr;
+    const GradBlock block = flat != 0.0 ? grad_block_for<true>(entropy, softcap, with_moment)
+                                        : grad_block_for<false>(entropy, softcap, with_moment);
     reader.open(args.logits, row);
     double moment = 0.0;
     for (int64_t at = 0; at < p.columns; at += kRowBlock) {
@@ -385,7 +466,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
     if (grad_logp != 0.0 && target >= 0 && target < p.columns) {
       const double logp = log_prob(s, inverse_temperature),
                    ratio = s.target * static_cast<double>(g.inverse_cap);
-      const double dz = std::exp(logp) * (level - grad_entropy * logp) + grad_logp;
+      const double dz = std::exp(logp) * (level - grad_entropy * logp) + grad_logp + flat;
       grad[target] = static_cast<T>(static_cast<float>(dz * inverse_temperature * (1.0 - ratio * ratio)));
       target_share = grad_logp * (s.target - s.max) * inverse_temperature;
     }
@@ -393,7 +474,10 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
       // sum dz * z: the target's share, what the blocks added (they carry 1 / temperature), and, once per
       // row, the shift by max, since all dz of a row add up to grad_lse.
       double total = target_share + moment * temperature;
-      if (p.first_column == 0) total += grad_lse * s.max * inverse_temperature;
+      if (p.first_column == 0) {
+        total += grad_lse * s.max * inverse_temperature;
+        if (flat != 0.0) total += flat * args.tally[row].sum * inverse_temperature;
+      }
       args.grad_temperature[row] = static_cast<float>(-total * inverse_temperature);
     }
   }
@@ -414,7 +498,7 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
-  static constexpr CpuKernels kKernels{update, finish, backward};
+  static constexpr CpuKernels kKernels{update, finish, backward, tally};
   return kKernels;
 }
 

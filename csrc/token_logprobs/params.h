@@ -45,6 +45,22 @@ struct UpdateArgs {
   bool entropy;
 };
 
+// What label smoothing and top-1 agreement ask of a row: the columns that can occur, their y, and the largest.
+struct Tally {
+  double sum;     // of y where it is above -inf
+  double count;   // of such columns
+  double best;    // the largest y
+  double column;  // the lowest column that has it; -1 where there is none
+};
+constexpr int64_t kTallyDoubles = 4;
+static_assert(sizeof(Tally) == kTallyDoubles * sizeof(double));
+
+struct TallyArgs {
+  Problem problem;
+  Rows logits;
+  Tally* tally;  // [rows]; written if first_column is 0, else continued
+};
+
 struct FinishArgs {
   Problem problem;
   const RowState* state;
@@ -58,12 +74,15 @@ struct BackwardArgs {
   const RowState* state;
   const float *grad_logp, *grad_logsumexp, *grad_entropy;  // [rows], or null
   float* grad_temperature;                                 // [rows], or null; what these columns add to it
+  const float* grad_mean;                                  // [rows], or null; of the mean of y / temperature
+  const Tally* tally;                                      // [rows], where grad_mean is given; CPU only
 };
 
 struct CpuKernels {
   void (*update)(const UpdateArgs&, int64_t begin, int64_t end);
   void (*finish)(const FinishArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
+  void (*tally)(const TallyArgs&, int64_t begin, int64_t end);
 };
 
 // ---- CUDA ----

@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const OptionalTensor& grad_logp, const O
                                         const OptionalTensor& grad_entropy, const Tensor& logits,
                                         const Tensor& target, const OptionalTensor& temperature_rows,
                                         const OptionalTensor& mask, const Tensor& state, double temperature,
-                                        double softcap, int64_t ignore_index) {
+                                        double softcap, int64_t ignore_index,
+                                        const OptionalTensor& grad_mean, const OptionalTensor& tally) {
   BackwardArgs args{};
   args.problem =
       check_logits(kBackwardOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
@@ -82,6 +83,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const OptionalTensor& grad_logp, const O
   args.grad_logp = grads.logp;
   args.grad_logsumexp = grads.logsumexp;
   args.grad_entropy = grads.entropy;
+  set_grad_mean(kBackwardOp, args, grad_mean, tally);
   Tensor grad = gradient_like(logits);
   Tensor grad_temperature =
       torch::stable::new_empty(logits, {temperature_rows.has_value() ? p.rows : 0}, ScalarType::Float);
@@ -107,6 +109,23 @@ void update_cpu(const Tensor& tile, const Tensor& target, const OptionalTensor& 
   if (p.rows > 0) run_update({p, rows_of(kUpdateOp, "tile", tile), states, entropy});
 }
 
+void tally_cpu(const Tensor& tile, const Tensor& target, const OptionalTensor& mask, double softcap,
+               int64_t ignore_index, int64_t first_column, int64_t vocab, Tensor tally) {
+  // Whole rows may have any leading dimensions.
+  const bool whole = first_column == 0 && tile.dim() >= 1 && tile.size(tile.dim() - 1) == vocab;
+  const Problem p = whole ? check_logits(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index)
+                          : check_tile(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index,
+                                       first_column, vocab);
+  TallyArgs args{p, {}, tally_of(kTallyOp, tally, p.rows)};
+  for (const auto& [name, t] : {std::pair{"tile", &tile}, {"target", &target}})
+    check_apart(kTallyOp, "tally", tally, name, *t);
+  check_apart(kTallyOp, "tally", tally, "mask", mask);
+  if (p.rows == 0) return;
+  args.logits = rows_of(kTallyOp, "tile", tile);
+  const CpuKernels& kernels = cpu_kernels();
+  run_tasks(p.rows, threads_of(p), [&](int64_t begin, int64_t end) { kernels.tally(args, begin, end); });
+}
+
 std::tuple<Tensor, Tensor, Tensor> finish_cpu(const Tensor& state, const Tensor& target,
                                               const OptionalTensor& temperature_rows, double temperature,
                                               int64_t ignore_index, int64_t vocab, bool entropy) {
@@ -120,7 +139,8 @@ Tensor tile_backward_cpu(const OptionalTensor& grad_logp, const OptionalTensor& 
                          const OptionalTensor& grad_entropy, Tensor tile, const Tensor& target,
                          const OptionalTensor& temperature_rows, const OptionalTensor& mask,
                          const Tensor& state, double temperature, double softcap, int64_t ignore_index,
-                         int64_t first_column, int64_t vocab, bool need_temperature) {
+                         int64_t first_column, int64_t vocab, bool need_temperature,
+                         const OptionalTensor& grad_mean, const OptionalTensor& tally) {
   BackwardArgs args{};
   args.problem = check_tile(kTileBackwardOp, tile, target, temperature_rows, mask, temperature, softcap,
                             ignore_index, first_column, vocab);
@@ -132,13 +152,16 @@ Tensor tile_backward_cpu(const OptionalTensor& grad_logp, const OptionalTensor& 
                                 {"temperature_rows", &temperature_rows},
                                 {"grad_logp", &grad_logp},
                                 {"grad_logsumexp", &grad_logsumexp},
-                                {"grad_entropy", &grad_entropy}})
+                                {"grad_entropy", &grad_entropy},
+                                {"grad_mean", &grad_mean},
+                                {"tally", &tally}})
     check_apart(kTileBackwardOp, "tile", tile, name, *t);
   const RowGrads grads =
       check_grads(kTileBackwardOp, grad_logp, grad_logsumexp, grad_entropy, args.problem.rows);
   args.grad_logp = grads.logp;
   args.grad_logsumexp = grads.logsumexp;
   args.grad_entropy = grads.entropy;
+  set_grad_mean(kTileBackwardOp, args, grad_mean, tally);
   Tensor grad_temperature =
       torch::stable::new_empty(state, {need_temperature ? args.problem.rows : 0}, ScalarType::Float);
   if (need_temperature) args.grad_temperature = static_cast<float*>(grad_temperature.data_ptr());
@@ -163,7 +186,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       "logits, "
       "Tensor target, Tensor? temperature_rows, Tensor? mask, Tensor state, float temperature, float "
       "softcap, "
-      "int ignore_index) -> (Tensor grad_logits, Tensor grad_temperature_rows)");
+      "int ignore_index, Tensor? grad_mean=None, Tensor? tally=None) -> (Tensor grad_logits, Tensor "
+      "grad_temperature_rows)");
   m.def(
       "token_logprobs_update_(Tensor tile, Tensor target, Tensor? temperature_rows, Tensor? mask, "
       "float temperature, float softcap, int ignore_index, int first_column, int vocab, bool entropy, "
@@ -175,13 +199,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       "token_logprobs_tile_backward_(Tensor? grad_logp, Tensor? grad_logsumexp, Tensor? grad_entropy, "
       "Tensor(a!) tile, Tensor target, Tensor? temperature_rows, Tensor? mask, Tensor state, float "
       "temperature, "
-      "float softcap, int ignore_index, int first_column, int vocab, bool need_temperature) -> Tensor");
+      "float softcap, int ignore_index, int first_column, int vocab, bool need_temperature, "
+      "Tensor? grad_mean=None, Tensor? tally=None) -> Tensor");
+  m.def(
+      "token_logprobs_tally_(Tensor tile, Tensor target, Tensor? mask, float softcap, int ignore_index, "
+      "int first_column, int vocab, Tensor(a!) tally) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
   m.impl("token_logprobs", TORCH_BOX(&arcore::token_logprobs::forward_cpu));
   m.impl("token_logprobs_backward", TORCH_BOX(&arcore::token_logprobs::backward_cpu));
   m.impl("token_logprobs_update_", TORCH_BOX(&arcore::token_logprobs::update_cpu));
+  m.impl("token_logprobs_tally_", TORCH_BOX(&arcore::token_logprobs::tally_cpu));
   m.impl("token_logprobs_finish", TORCH_BOX(&arcore::token_logprobs::finish_cpu));
   m.impl("token_logprobs_tile_backward_", TORCH_BOX(&arcore::token_logprobs::tile_backward_cpu));
 }

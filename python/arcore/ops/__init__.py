@@ -1,5 +1,12 @@
 """Public ops. Each has a `reference_<op>` of the same signature in plain PyTorch."""
 
+from arcore.ops._cross_entropy import (
+    CrossEntropy,
+    linear_cross_entropy,
+    reference_linear_cross_entropy,
+    reference_token_cross_entropy,
+    token_cross_entropy,
+)
 from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
 from arcore.ops._linear_scan import linear_scan, reference_linear_scan
 from arcore.ops.block_sparse_attention import (
@@ -44,6 +51,7 @@ from arcore.ops.ssd import reference_ssd, ssd
 from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
 
 __all__ = [
+    "CrossEntropy",
     "TokenLogprobs",
     "Verified",
     "VerifiedWindow",
@@ -55,6 +63,7 @@ __all__ = [
     "confidence_mask",
     "decoder_step",
     "filter_probs",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_scan",
     "logits_from_probs",
@@ -64,12 +73,14 @@ __all__ = [
     "reference_confidence_mask",
     "reference_decoder_step",
     "reference_filter_probs",
+    "reference_linear_cross_entropy",
     "reference_linear_logprobs",
     "reference_linear_scan",
     "reference_sample",
     "reference_selective_scan",
     "reference_selective_state_update",
     "reference_ssd",
+    "reference_token_cross_entropy",
     "reference_token_logprobs",
     "reference_verify_chain",
     "reference_verify_jacobi",
@@ -80,6 +91,7 @@ __all__ = [
     "selective_scan",
     "selective_state_update",
     "ssd",
+    "token_cross_entropy",
     "token_logprobs",
     "verify_chain",
     "verify_jacobi",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,11 +78,43 @@ def linear_logprobs(
             is neither in [0, V) nor `ignore_index`.
     """
     op = "linear_logprobs"
+    x = prepare_linear(op, hidden, weight, bias, target, temperature, softcap, mask, ignore_index, tile)
+    logp, lse, entropy, _ = checked_call(
+        op, torch.ops.arcore.linear_logprobs, *x.tensors, *x.numbers, return_entropy, *x.tile
+    )
+    return TokenLogprobs(
+        logp.view(target.shape),
+        lse.view(target.shape),
+        entropy.view(target.shape) if return_entropy else None,
+    )
+
+
+class LinearArguments(NamedTuple):
+    """Checked arguments in the form of the ops."""
+
+    tensors: tuple[Tensor | None, ...]  # hidden [rows, H], weight, bias, target, temperature of rows, mask
+    numbers: tuple[Any, ...]  # temperature, softcap, ignore_index
+    tile: tuple[int, int]
+
+
+def prepare_linear(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    tile: tuple[int, int] | None,
+) -> LinearArguments:
+    """Check the arguments of a public function of a head, and lay them out for its op."""
     if _autocasts(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(hidden, weight, bias, target, softcap, mask, ignore_index)
+    check_linear(op, hidden, weight, bias, target, softcap, mask, ignore_index)
     check_dtype(op, "hidden", hidden)
     scalar, rows = split_temperature(op, temperature, target)
     count = target.numel()
@@ -99,15 +131,10 @@ def linear_logprobs(
         mask = mask.reshape(1, width) if alike else mask.expand(*target.shape, width).reshape(count, width)
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(count, width)
     flat = None if rows is None else float_rows(rows.reshape(-1))
-    logp, lse, entropy, _ = checked_call(
-        op, torch.ops.arcore.linear_logprobs, hidden.reshape(count, hidden.shape[-1]), weight, bias,
-        index_rows(target).view(-1), flat, mask, scalar, float(softcap or 0.0), ignore_index, return_entropy,
-        tile_rows, tile_columns,
-    )  # fmt: skip
-    return TokenLogprobs(
-        logp.view(target.shape),
-        lse.view(target.shape),
-        entropy.view(target.shape) if return_entropy else None,
+    return LinearArguments(
+        (hidden.reshape(count, hidden.shape[-1]), weight, bias, index_rows(target).view(-1), flat, mask),
+        (scalar, float(softcap or 0.0), ignore_index),
+        (tile_rows, tile_columns),
     )
 
 
@@ -125,14 +152,15 @@ def reference_linear_logprobs(
     tile: tuple[int, int] | None = None,
 ) -> TokenLogprobs:
     """`linear_logprobs` by way of the whole logits, any float dtype and device; `tile` has no effect."""
-    _check(hidden, weight, bias, target, softcap, mask, ignore_index)
+    check_linear("linear_logprobs", hidden, weight, bias, target, softcap, mask, ignore_index)
     return reference_token_logprobs(
         linear(hidden, weight, bias), target, temperature=temperature, softcap=softcap, mask=mask,
         ignore_index=ignore_index, return_entropy=return_entropy,
     )  # fmt: skip
 
 
-def _check(
+def check_linear(
+    op: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -141,7 +169,7 @@ def _check(
     mask: Tensor | None,
     ignore_index: int,
 ) -> None:
-    op = "linear_logprobs"
+    """What is asked of the arguments of `op` and of its reference."""
     same_device(f"arcore.{op}", hidden=hidden, weight=weight, bias=bias, target=target, mask=mask)
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -204,6 +232,29 @@ def _forward(
     tile_rows: int,
     tile_columns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's forward."""
+    return forward_by_tiles(
+        hidden, weight, bias, target, temperature_rows, mask, temperature, softcap, ignore_index, entropy, tile_rows,
+        tile_columns,
+    )  # fmt: skip
+
+
+def forward_by_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature_rows: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    tile_rows: int,
+    tile_columns: int,
+    tally: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, logsumexp, entropy and state of each row; `tally` receives what `token_logprobs_tally_` counts."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     state = hidden.new_zeros(rows, 4, dtype=torch.float64)
     state[:, 0] = state[:, 3] = -math.inf
@@ -215,6 +266,10 @@ def _forward(
                 logits, target[r0:r1], _part(temperature_rows, r0, r1), _part(mask, r0, r1), temperature, softcap,
                 ignore_index, v0, vocab, entropy, state[r0:r1],
             )  # fmt: skip
+            if tally is not None:
+                torch.ops.arcore.token_logprobs_tally_(
+                    logits, target[r0:r1], _part(mask, r0, r1), softcap, ignore_index, v0, vocab, tally[r0:r1]
+                )
     logp, lse, entropies = torch.ops.arcore.token_logprobs_finish(
         state, target, temperature_rows, temperature, ignore_index, vocab, entropy
     )
@@ -263,6 +318,33 @@ def _gradients(
     tile_columns: int,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's backward."""
+    return gradients_by_tiles(
+        grad_logp, grad_logsumexp, grad_entropy, hidden, weight, bias, target, temperature_rows, mask, state,
+        temperature, softcap, ignore_index, tile_rows, tile_columns, need,
+    )  # fmt: skip
+
+
+def gradients_by_tiles(
+    grad_logp: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature_rows: Tensor | None,
+    mask: Tensor | None,
+    state: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    tile_rows: int,
+    tile_columns: int,
+    need: list[bool],
+    grad_mean: Tensor | None = None,
+    tally: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias and temperature_rows; an empty one where `need` is False."""
     rows, (vocab, width) = hidden.shape[0], weight.shape
     need_hidden, need_weight, need_bias, need_temperature = need
@@ -288,7 +370,7 @@ def _gradients(
             shares = torch.ops.arcore.token_logprobs_tile_backward_(
                 _part(grad_logp, r0, r1), _part(grad_logsumexp, r0, r1), _part(grad_entropy, r0, r1), dz,
                 target[r0:r1], _part(temperature_rows, r0, r1), _part(mask, r0, r1), state[r0:r1], temperature,
-                softcap, ignore_index, v0, vocab, need_temperature,
+                softcap, ignore_index, v0, vocab, need_temperature, _part(grad_mean, r0, r1), _part(tally, r0, r1),
             )  # fmt: skip
             if need_temperature:
                 grad_temperature[r0:r1] += shares
@@ -460,7 +542,7 @@ def _fake_tile_gradient(*args: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _vmap_by_loop(op: str) -> Any:
+def vmap_by_loop(op: str) -> Any:
     """One call per example: a head or gradients of one's own leave nothing to share."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -486,7 +568,7 @@ for _name, _kernel, _fake_kernel in (
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
     _library.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"arcore::{_name}", _fake_kernel, lib=_library)
-    torch.library.register_vmap(f"arcore::{_name}", _vmap_by_loop(_name), lib=_library)
+    torch.library.register_vmap(f"arcore::{_name}", vmap_by_loop(_name), lib=_library)
 register_derivatives("linear_logprobs", _backward, _setup_context, _tangents)
 for _name in ("linear_logprobs_backward", "linear_logprobs_tile_gradient"):
     forbid_derivative(

@@ -85,6 +85,21 @@ def token_logprobs(
             CPU, a target is neither in [0, V) nor `ignore_index`.
     """
     op = "token_logprobs"
+    x = prepare_tokens(op, logits, target, temperature, softcap, mask, ignore_index)
+    logp, lse, entropy, _ = checked_call(op, torch.ops.arcore.token_logprobs, *x, return_entropy)
+    return TokenLogprobs(logp, lse, entropy if return_entropy else None)
+
+
+def prepare_tokens(
+    op: str,
+    logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+    ignore_index: int,
+) -> tuple[Any, ...]:
+    """Check the arguments of a public function of logits, and lay them out for its op."""
     check_rows(op, "logits", logits, logits.shape[-1:].numel(), target, softcap, mask, ignore_index)
     check_dtype(op, "logits", logits)
     for name, tensor in (("logits", logits), ("mask", mask)):
@@ -95,11 +110,7 @@ def token_logprobs(
             )
     scalar, rows = split_temperature(op, temperature, target)
     kept = None if mask is None else mask.expand(*target.shape, mask.shape[-1])
-    logp, lse, entropy, _ = checked_call(
-        op, torch.ops.arcore.token_logprobs, logits, index_rows(target), float_rows(rows), kept, scalar,
-        float(softcap or 0.0), ignore_index, return_entropy,
-    )  # fmt: skip
-    return TokenLogprobs(logp, lse, entropy if return_entropy else None)
+    return logits, index_rows(target), float_rows(rows), kept, scalar, float(softcap or 0.0), ignore_index
 
 
 def reference_token_logprobs(
@@ -286,10 +297,13 @@ def _fake_backward(
     temperature: float,
     softcap: float,
     ignore_index: int,
+    grad_mean: Tensor | None = None,
+    tally: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     same_device(
         "arcore.token_logprobs_backward", logits=logits, target=target, temperature_rows=temperature_rows, mask=mask,
         state=state, grad_logp=grad_logp, grad_logsumexp=grad_logsumexp, grad_entropy=grad_entropy,
+        grad_mean=grad_mean, tally=tally,
     )  # fmt: skip
     rows = 0 if temperature_rows is None else target.numel()
     grad = torch.empty_like(logits)
@@ -383,8 +397,11 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     logits, mask = (_columns_to_front(args[i], in_dims[i], size) for i in (3, 6))
     target, rows, state = (_rows_to_front(args[i], in_dims[i], size) for i in (4, 5, 7))
     assert state is not None
+    more = [_rows_to_front(args[i], in_dims[i], size) for i in range(11, len(args))]
+    if len(more) == 2 and more[1] is not None:
+        more[1] = more[1].view(-1, 4)
     grad, grad_rows = torch.ops.arcore.token_logprobs_backward(
-        *grads, logits, target, rows, mask, state.view(-1, 4), *args[8:]
+        *grads, logits, target, rows, mask, state.view(-1, 4), *args[8:11], *more
     )
     if rows is None:
         return (grad, grad_rows), (0, None)
@@ -397,4 +414,5 @@ forbid_derivative(
     "arcore::token_logprobs has no second derivative; use reference_token_logprobs where you need one",
 )
 register_in_place("token_logprobs_update_")
+register_in_place("token_logprobs_tally_")
 register_in_place("token_logprobs_tile_backward_")
