@@ -217,8 +217,8 @@ def test_nothing_to_do():
         ({"stop": [[]]}, "expected stop sequences of at least one token"),
         ({"repetition_penalty": 0.0}, "expected repetition_penalty > 0"),
         ({"temperature": -1.0}, "expected a finite temperature >= 0"),
-        ({"top_k": 0}, "expected top_k >= 1"),
-        ({"temperature": 0.0, "top_p": 1.5}, "expected 0 < top_p <= 1"),
+        ({"top_k": -2}, "expected top_k >= -1"),
+        ({"temperature": 0.0, "top_p": 1.5}, "expected 0 <= top_p <= 1"),
         ({"seed": [1, 2]}, "expected one seed, or 1 of them"),
     ],
 )

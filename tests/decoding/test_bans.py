@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from arcore.decoding import allow_without_repeats, allow_without_words
+from arcore.decoding import Sampling, allow_without_repeats, allow_without_words, generate, stream
+from arcore.decoding.laws import small_model
 from arcore.ops import sample
 
 VOCAB = 6
@@ -87,3 +88,65 @@ def test_errors():
     ):
         with pytest.raises(error, match=text):
             call()
+
+
+def test_generate_bans_what_its_sampling_says():
+    """Prompt and new tokens count, row by row; draws of rows without a ban's effect stay the same."""
+    model = small_model(VOCAB, seed=3)
+    prompts = [[1, 2, 3], [4, 5], [0]]
+    free = generate(model, prompts, max_new_tokens=40, seed=1)
+    assert any(3 in row for row in free.rows())
+    words = generate(model, prompts, max_new_tokens=40, seed=1, without_words=[[3], [1, 2]])
+    for prompt, row in zip(prompts, words.rows(), strict=True):
+        text = prompt[-1:] + row
+        assert 3 not in row
+        assert [1, 2] not in [text[i : i + 2] for i in range(len(text) - 1)]
+    grams = generate(model, prompts, max_new_tokens=12, seed=1, without_repeats=2, repetition_penalty=1.1)
+    for prompt, row in zip(prompts, grams.rows(), strict=True):
+        text = prompt + row
+        pairs = [tuple(text[i : i + 2]) for i in range(len(text) - 1)]
+        assert len(pairs) == len(set(pairs))
+    # A row alone and in the batch, and a stream, give the same text.
+    settings = {"without_repeats": 2, "max_new_tokens": 12}
+    alone = generate(model, prompts[:1], seed=1, **settings).rows()[0]
+    batch = generate(model, prompts, seed=1, **settings).rows()[0]
+    assert alone == batch == [int(t[0]) for t in stream(model, prompts[:1], seed=1, **settings)]
+
+
+def test_generate_takes_what_sample_takes():
+    model = small_model(VOCAB, seed=3)
+    plain = generate(model, [[1]], max_new_tokens=20, seed=2).rows()
+    for off in ({"top_k": 0}, {"top_k": -1}, {"top_k": VOCAB}, {"top_p": 1.0}, {"min_p": 0.0}, {"epsilon": 0.0},
+                {"eta": 0.0}, {"typical_p": 1.0}, {"guidance": "after"}):  # fmt: skip
+        assert generate(model, [[1]], max_new_tokens=20, seed=2, **off).rows() == plain, off
+    likeliest = generate(model, [[1]], max_new_tokens=20, seed=2, temperature=0).rows()
+    assert generate(model, [[1]], max_new_tokens=20, seed=2, top_p=0.0).rows() == likeliest
+    wider = generate(model, [[1]], max_new_tokens=20, seed=2, top_p=0.0, min_tokens_to_keep=VOCAB).rows()
+    assert wider == plain
+    tied = generate(model, [[1]], max_new_tokens=20, seed=2, top_p=0.5, top_p_ties="sorted").rows()
+    assert tied == generate(model, [[1]], max_new_tokens=20, seed=2, top_p=0.5).rows()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"without_words": "bad"}, TypeError, "expected without_words as lists of token ids but got 'bad'"),
+        ({"without_words": [[]]}, TypeError, "expected without_words as lists of token ids"),
+        ({"without_words": [["bad"]]}, TypeError, "expected without_words as lists of token ids"),
+        ({"without_repeats": 0}, ValueError, "without_repeats must be at least 1 but got 0"),
+        ({"min_tokens_to_keep": 0}, ValueError, "min_tokens_to_keep must be at least 1 but got 0"),
+        ({"guidance": "never"}, ValueError, "expected guidance to be one of"),
+        ({"top_p_ties": "sorted", "order": "joint"}, ValueError, "expected top_p_ties='together'"),
+        ({"epsilon": 1.5}, ValueError, "expected 0 <= epsilon <= 1 but got 1.5"),
+    ],
+)
+def test_wrong_settings_of_generate(settings, error, message):
+    with pytest.raises(error, match=message):
+        stream(small_model(VOCAB), [[1]], max_new_tokens=3, **settings)
+
+
+def test_loops_that_do_not_follow_the_text_refuse_bans():
+    with pytest.raises(ValueError, match="this loop does not follow the text; use generate"):
+        Sampling(without_repeats=2).probs(torch.zeros(2, VOCAB))
+    with pytest.raises(ValueError, match="this loop does not follow the text; use generate"):
+        Sampling(without_words=[[1]]).draw(torch.zeros(2, VOCAB), torch.arange(2), torch.arange(2))

@@ -44,8 +44,8 @@ def test_seeds_leave_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "expected top_k >= 1 but got 0; None keeps all"),
-        ({"top_p": 0.0}, r"expected 0 < top_p <= 1 but got 0\.0"),
+        ({"top_k": -2}, "expected top_k >= -1 but got -2; None, 0 and -1 keep all"),
+        ({"top_p": -0.5}, r"expected 0 <= top_p <= 1 but got -0\.5"),
         ({"top_p": 1.1}, r"but got 1\.1"),
         ({"top_p": math.nan}, "but got nan"),
         ({"min_p": 1.5}, r"expected 0 <= min_p <= 1 but got 1\.5"),

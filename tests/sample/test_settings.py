@@ -301,3 +301,59 @@ def test_a_nucleus_by_sorting(dtype, least):
         filter_probs(logits, order="joint", **options)
     with pytest.raises(ValueError, match="expected top_p_ties 'together' or 'sorted' but got 'exact'"):
         sample(logits, top_p=0.5, top_p_ties="exact", seed=torch.arange(6))
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_guidance_after_bias_and_penalties_in_the_op_and_the_reference(least):
+    torch.manual_seed(0)
+    cond, uncond, bias = torch.randn(3, 40), torch.randn(3, 40), torch.randn(40)
+    history, prompt = torch.randint(40, (3, 9)), torch.randint(40, (3, 4))
+    history[:, 0] = -1
+    heat = torch.tensor([1.2, 1e9, 1.0])  # out of range in the second row
+    options = {
+        "uncond": uncond, "cfg_scale": 2.0, "bias": bias, "repetition_penalty": heat, "presence_penalty": 0.3,
+        "frequency_penalty": 0.2, "history": history, "prompt": prompt, "top_k": 12, "min_tokens_to_keep": least,
+        "guidance": "after",
+    }  # fmt: skip
+    keys = {"seed": torch.arange(3), "num_samples": 4}
+    ours, theirs = sample(cond, **options, **keys), reference_sample(cond, **options, **keys)
+    assert torch.equal(ours, theirs)
+    assert (ours[1] == -1).all()
+    probs = filter_probs(cond, **options)
+    assert torch.equal(probs, reference_filter_probs(cond, **options))
+    one = {
+        k: v[2:] if isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == 3 else v
+        for k, v in options.items()
+    }
+    assert torch.equal(filter_probs(cond[2:], **one), probs[2:])
+
+    def changed(x):
+        y = x + bias
+        counts = torch.stack([row[row >= 0].bincount(minlength=40) for row in history])
+        seen = (counts > 0) | torch.stack([row.bincount(minlength=40) > 0 for row in prompt])
+        y = torch.where(seen, torch.where(y > 0, y / heat[:, None], y * heat[:, None]), y)
+        return y - 0.2 * counts - 0.3 * (counts > 0)
+
+    mixed = 2.0 * changed(cond) - changed(uncond)
+    want = filter_probs(mixed[[0, 2]], top_k=12, min_tokens_to_keep=least)
+    torch.testing.assert_close(probs[[0, 2]], want, rtol=1e-5, atol=1e-7)
+    # One tensor of logits has nothing to guide: both orders are the same.
+    alone = {
+        k: v for k, v in options.items() if k not in ("uncond", "cfg_scale", "guidance", "repetition_penalty")
+    }
+    both = [filter_probs(cond, **alone, repetition_penalty=1.3, guidance=g) for g in ("before", "after")]
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-7)
+
+
+def test_guidance_is_before_or_after():
+    with pytest.raises(
+        ValueError, match=r"arcore\.sample: expected guidance 'before' or 'after' but got 'never'"
+    ):
+        sample(torch.randn(3), guidance="never", seed=1)
+    with pytest.raises(ValueError, match=r"arcore.sample: expected history of a shape that broadcasts"):
+        sample(
+            torch.randn(2, 3),
+            guidance="after",
+            history=torch.zeros(3, 1, dtype=torch.int64),
+            seed=torch.arange(2),
+        )

@@ -228,3 +228,19 @@ def test_guidance_of_normalised_logits_before_the_penalty(scale):
     torch.testing.assert_close(ours, theirs.softmax(-1), rtol=2e-5, atol=1e-7)
     plain = filter_probs(logits, uncond=uncond, **options)
     assert (plain - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guidance_after_the_penalty(scale):
+    """A processor of guidance at the end of the list mixes what the penalties made of both halves of the batch."""
+    logits, uncond = _logits(1), _logits(2)
+    ids = logits.topk(20).indices
+    halves, doubled = torch.cat([logits, uncond]), torch.cat([ids, ids])
+    theirs = lp.RepetitionPenaltyLogitsProcessor(1.4)(doubled, halves.clone())
+    theirs = lp.ClassifierFreeGuidanceLogitsProcessor(scale)(ids, theirs)
+    theirs = lp.TopKLogitsWarper(60)(ids, theirs)
+    options = {"uncond": uncond, "cfg_scale": scale, "repetition_penalty": 1.4, "history": ids, "top_k": 60}
+    ours = filter_probs(logits, guidance="after", **options)
+    assert torch.equal(ours > 0, theirs > -math.inf)
+    torch.testing.assert_close(ours, theirs.softmax(-1), rtol=2e-5, atol=1e-7)
+    assert (filter_probs(logits, **options) - ours).abs().max() > 1e-3

@@ -58,7 +58,7 @@ def generate(
         pad_id: fills the result after a row's end.
         return_logprobs: also return log-probabilities, after temperature and filters.
         return_kept: also return which tokens passed the filters.
-        **settings: further fields of `Sampling`.
+        **settings: further fields of `Sampling`, e.g. `min_tokens_to_keep`, `without_words` and `without_repeats`.
 
     Returns:
         New tokens and how many each row has.

@@ -102,7 +102,7 @@ def check_settings(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> None:
-    """Refuses what `arcore.ops.sample` refuses, and the ways to switch a filter off that are likelier a mistake.
+    """Refuses what `arcore.ops.sample` refuses.
 
     Raises:
         TypeError: a setting is no number.
@@ -117,9 +117,9 @@ def check_settings(
         raise TypeError(f"expected top_k to be a whole number but got {top_k!r}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"expected a finite temperature >= 0 but got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"expected top_k >= 1 but got {top_k}; None keeps all tokens")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"expected 0 < top_p <= 1 but got {top_p}; None keeps all tokens")
+    if top_k is not None and top_k < -1:
+        raise ValueError(f"expected top_k >= -1 but got {top_k}; None, 0 and -1 keep all tokens")
+    if top_p is not None and not 0.0 <= top_p <= 1.0:
+        raise ValueError(f"expected 0 <= top_p <= 1 but got {top_p}; None keeps all tokens")
     if min_p is not None and not 0.0 <= min_p <= 1.0:
         raise ValueError(f"expected 0 <= min_p <= 1 but got {min_p}; None keeps all tokens")

@@ -122,10 +122,12 @@ def _steps(
         return
     vocab = model.vocab_size
     position = torch.full((batch,), length, device=ids.device) if mask is None else mask.sum(dim=1)
-    if repetition_penalty != 1.0:
+    remembers = repetition_penalty != 1.0 or sampling.bans
+    if remembers:
         # What each row has read; -1 is nothing.
         read = torch.full((batch, length + ends.max_new_tokens), -1, dtype=torch.int64, device=ids.device)
         read[:, :length] = ids if mask is None else ids.masked_fill(~mask, -1)
+    if repetition_penalty != 1.0:
         more = {**more, "repetition_penalty": repetition_penalty, "history": read}
     rows = Rows(batch, ends)
     active = torch.ones(batch, dtype=torch.bool, device=ids.device)
@@ -136,10 +138,12 @@ def _steps(
             logits = logits[:, :vocab]
             if logits.dtype == torch.float64:
                 logits = logits.float()
+            if sampling.bans:
+                more["mask"] = sampling.allowed(read[:, : length + count], vocab)
             found = sampling.draw(logits, seeds, position + count, **more)
             out = found if isinstance(found, Sampled) else Sampled(found)
             drawn = out.tokens
-            if repetition_penalty != 1.0:
+            if remembers:
                 read[:, length + count] = drawn
             yield Step(drawn.masked_fill(~active, -1), out.logprob, out.kept)
             if ends.watched:

@@ -23,6 +23,7 @@ Order = Literal["hf", "vllm", "joint"]
 Mode = Literal["inverse_cdf", "gumbel", "greedy"]
 Ties = Literal["exact", "all", "none"]
 TopPTies = Literal["together", "sorted"]
+Guidance = Literal["before", "after"]
 Setting = float | Tensor | None
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +98,7 @@ def sample(
     offset: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     num_samples: int = 1,
+    guidance: Guidance = "before",
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
     min_tokens_to_keep: int = 1,
@@ -174,6 +176,10 @@ def sample(
         offset: int64 per row or number, default 0.
         generator: draws the seeds, if `seed` is None; None means torch's global one.
         num_samples: draws per row, independent, with replacement.
+        guidance: "before" mixes first, as `generate(guidance_scale=...)` of transformers does; "after" puts `bias` and
+            penalties on each tensor of logits and mixes then, as its `ClassifierFreeGuidanceLogitsProcessor` does
+            behind them. That takes a float32 copy of each tensor, and makes the mixed logits of
+            `return_logprob="raw"` those of what was penalised.
         order: of the filters.
         mode: "inverse_cdf"; "gumbel", V numbers per draw; "greedy", the likeliest of the processed tokens, the lowest
             id among equals.
@@ -203,6 +209,17 @@ def sample(
     (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
     """
     name = "arcore.sample"
+    if _guides_after(name, guidance):
+        logits, uncond = _penalised(
+            name,
+            logits,
+            uncond,
+            bias,
+            (repetition_penalty, presence_penalty, frequency_penalty),
+            history,
+            prompt,
+        )
+        bias = repetition_penalty = presence_penalty = frequency_penalty = history = prompt = None
     if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
             filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
@@ -263,6 +280,7 @@ def filter_probs(
     frequency_penalty: Setting = None,
     history: Tensor | None = None,
     prompt: Tensor | None = None,
+    guidance: Guidance = "before",
     order: Order = "hf",
     min_tokens_to_keep: int = 1,
     top_p_ties: TopPTies = "together",
@@ -281,6 +299,17 @@ def filter_probs(
         TypeError, ValueError: as `sample`.
     """
     name = "arcore.filter_probs"
+    if _guides_after(name, guidance):
+        logits, uncond = _penalised(
+            name,
+            logits,
+            uncond,
+            bias,
+            (repetition_penalty, presence_penalty, frequency_penalty),
+            history,
+            prompt,
+        )
+        bias = repetition_penalty = presence_penalty = frequency_penalty = history = prompt = None
     if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
             filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
@@ -416,6 +445,7 @@ def reference_sample(
     offset: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     num_samples: int = 1,
+    guidance: Guidance = "before",
     order: Order = "hf",
     mode: Mode = "inverse_cdf",
     min_tokens_to_keep: int = 1,
@@ -433,6 +463,17 @@ def reference_sample(
     Log-probabilities and entropies agree to rounding. Arguments, returns and errors are those of `sample`.
     """
     name = "arcore.sample"
+    if _guides_after(name, guidance):
+        logits, uncond = _penalised(
+            name,
+            logits,
+            uncond,
+            bias,
+            (repetition_penalty, presence_penalty, frequency_penalty),
+            history,
+            prompt,
+        )
+        bias = repetition_penalty = presence_penalty = frequency_penalty = history = prompt = None
     if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
             reference_filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
@@ -506,6 +547,7 @@ def reference_filter_probs(
     frequency_penalty: Setting = None,
     history: Tensor | None = None,
     prompt: Tensor | None = None,
+    guidance: Guidance = "before",
     order: Order = "hf",
     min_tokens_to_keep: int = 1,
     top_p_ties: TopPTies = "together",
@@ -516,6 +558,17 @@ def reference_filter_probs(
 ) -> Tensor | FilteredProbs:
     """`filter_probs` in plain PyTorch, row by row: the same probabilities to the last bit."""
     name = "arcore.filter_probs"
+    if _guides_after(name, guidance):
+        logits, uncond = _penalised(
+            name,
+            logits,
+            uncond,
+            bias,
+            (repetition_penalty, presence_penalty, frequency_penalty),
+            history,
+            prompt,
+        )
+        bias = repetition_penalty = presence_penalty = frequency_penalty = history = prompt = None
     if _runs_one_by_one(name, min_tokens_to_keep, top_p_ties, top_p, order):
         mask = _keep_at_least(
             reference_filter_probs, min_tokens_to_keep, top_p_ties, mask, order,
@@ -576,6 +629,69 @@ def reference_confidence_mask(
         for r in range(rows)
     ]
     return torch.stack(chosen).view(confidence.shape) if chosen else confidence.bool()
+
+
+def _guides_after(op: str, guidance: str) -> bool:
+    if guidance not in get_args(Guidance):
+        raise ValueError(f"{op}: expected guidance 'before' or 'after' but got {guidance!r}")
+    return guidance == "after"
+
+
+def _penalised(
+    op: str,
+    logits: Tensor | Sequence[Tensor],
+    uncond: Tensor | None,
+    bias: Tensor | None,
+    penalties: tuple[Setting, Setting, Setting],
+    history: Tensor | None,
+    prompt: Tensor | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """`logits` and `uncond`, each with bias and penalties, float32; rows whose settings are out of range are NaN."""
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    one = isinstance(logits, Tensor)
+    # The checks of what else may be wrong, in the words of a call that guides first.
+    checked = _prepare(
+        op, logits, uncond, None if uncond is None else 1.0,
+        None if one else [1.0] * len(logits), None, bias, history, prompt, "hf",
+        (None,) * 7 + penalties,
+    )  # fmt: skip
+    sources = [logits] if isinstance(logits, Tensor) else list(logits)
+    lead, vocab = checked.lead, checked.vocab
+    values: list[Any] = []
+    good: Tensor | None = None
+    for name, value in zip(names, penalties, strict=True):
+        if not isinstance(value, Tensor):
+            values.append(_number(op, name, value))
+            continue
+        low, high = rules.RANGES[name]
+        row = _broadcast(op, name, value.double(), lead).unsqueeze(-1)
+        fits = (row >= low) & (row <= high)
+        good = fits if good is None else good & fits
+        values.append(torch.where(fits, row, 1.0).float())
+    repetition, presence, frequency = values
+
+    def occurrences(ids: Tensor | None) -> Tensor | None:
+        if ids is None:
+            return None
+        full = _broadcast(op, "history", ids, (*lead, ids.shape[-1]))
+        real = (full >= 0) & (full < vocab)
+        counts = torch.zeros(*lead, vocab + 1, device=full.device)  # one column more, for padding
+        return counts.scatter_add(-1, torch.where(real, full, vocab), real.float())[..., :vocab]
+
+    written, read = occurrences(history), occurrences(prompt)
+
+    def change(x: Tensor) -> Tensor:
+        y = x.detach().float()
+        if bias is not None:
+            y = y + bias.float()
+        seen = [counts > 0 for counts in (written, read) if counts is not None]
+        if seen:
+            y = torch.where(seen[0] | seen[-1], torch.where(y > 0, y / repetition, y * repetition), y)
+        if written is not None:
+            y = y - frequency * written - presence * (written > 0)
+        return y if good is None else torch.where(good, y, math.nan)
+
+    return [change(x) for x in sources], None if uncond is None else change(uncond)
 
 
 def _runs_one_by_one(op: str, least: int, ties: str, top_p: Setting, order: str) -> bool:
