@@ -157,3 +157,24 @@ def test_other_models_have_no_block_size(tmp_path):
         run("dit_tiny", tmp_path / "run", block_size=4)
     with pytest.raises(ValueError, match="dit_tiny has no setting 'block_size'"):
         run("dit_tiny", tmp_path / "run", model_settings={"block_size": 4})
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_samples_of_diffusion_forcing_are_drawn_at_the_official_times(monkeypatch, solver):
+    """`linspace(-1, T - 1, steps + 1)` cut to whole numbers, as the released sampler has them."""
+    from arcore import create_model
+    from arcore.recipes import frame_diffusion
+
+    seen = {}
+    monkeypatch.setattr(
+        frame_diffusion,
+        "generate_frames",
+        lambda model, labels, **given: seen.update(given) or torch.zeros(1),
+    )
+    model = create_model("diffusion_forcing_tiny")
+    monkeypatch.setattr(type(model), "to_pixels", lambda self, frames: frames)
+    options = frame_diffusion.FrameSampling(steps=7, solver=solver)
+    frame_diffusion.RECIPE.draw({"model": model}, torch.zeros(1, dtype=torch.int64), options)
+    total = model.schedule.num_steps
+    official = torch.linspace(-1, total - 1, 8).long().flip(0)
+    assert seen["times"][:-1].tolist() == official[:-1].tolist()

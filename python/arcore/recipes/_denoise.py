@@ -38,13 +38,15 @@ def solver_of(source: Any, options: Any, steps: int, *, learned: bool) -> tuple[
     """The solver that is asked for, and its times.
 
     Args:
-        source: has `schedule` and `prediction`.
+        source: has `schedule` and `prediction`, and perhaps `spacing` of times.
         options: have `solver` and `temperature`.
         steps: evaluations.
         learned: the model predicts a variance.
     """
     schedule, kind = source.schedule, options.solver
-    times = schedule.grid(steps, "linspace_inner" if kind == "dpm" else "linspace")
+    # The times of the official sampler, where the model says that they are others.
+    spaced = getattr(source, "spacing", "linspace")
+    times = schedule.grid(steps, "linspace_inner" if kind == "dpm" else spaced)
     if kind != "ddpm":
         return (DDIM if kind == "ddim" else DPMSolver2M)(schedule, source.prediction), times
     variance: Any = "learned" if learned else "posterior"
