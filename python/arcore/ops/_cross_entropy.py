@@ -234,8 +234,8 @@ def _losses(
     """Numbers of rows; a term of weight 0 is left out, since 0 * inf would be NaN."""
     loss = None if smoothing == 1.0 else (smoothing - 1.0) * logp
     if smoothing > 0.0:
-        # Of a row that keeps nothing, as of a target that cannot occur: inf, and no -inf beside it.
-        spread = smoothing * torch.where(lse == -math.inf, math.inf, lse - mean)
+        # inf for a row that keeps nothing, or whose numbers float32 has no room for; not inf - inf.
+        spread = smoothing * torch.where(lse.isinf(), math.inf, lse - mean)
         loss = spread if loss is None else loss + spread
     assert loss is not None
     penalty = coefficient * lse.square() if coefficient > 0.0 else torch.zeros_like(loss)
