@@ -1,4 +1,4 @@
-"""Mamba-3: the claim, published names, padding and packing, drafts, configs that do not fit."""
+"""Mamba-3: published names, padding and packing, drafts, configs that do not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import arcore
 from arcore.decoding import generate, speculative_chain
 from arcore.decoding.drafters import LookupDrafter
-from arcore.zoo.state_space.mamba3 import Mamba3, Mamba3Config, claim
+from arcore.zoo.state_space.mamba3 import Mamba3, Mamba3Config
 
 SMALL: dict[str, Any] = {
     "d_model": 32,
@@ -30,17 +30,6 @@ def shaken(model: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
-
-
-def test_claim():
-    checked = claim(quick=True)
-    assert checked.holds, checked.rows
-
-
-@pytest.mark.slow
-def test_claim_in_full():
-    checked = claim(quick=False)
-    assert checked.holds, checked.rows
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
