@@ -127,6 +127,7 @@ def fit(
         task.train_data, task.test_data = train, test
         if average is not None:
             average.start(task, source)
+        before = _wandb_run()
         try:
             trainer.fit(task, ckpt_path=source)
         except MisconfigurationException as error:
@@ -138,6 +139,11 @@ def fit(
                 f"precision {config.precision} changes the dtype of all weights, which this model does not take: train "
                 f"with precision bf16-mixed or 32-true. Its own words: {error}"
             ) from error
+        finally:
+            # A run of wandb that stays open would take the figures of the next training of this process.
+            ours = _wandb_run()
+            if before is None and ours is not None:
+                ours.finish()
     last = checkpoint.find(out)
     return FitResult(
         last, history.rows, trainer.global_rank, task.step - task.start_step, keeper.stopped_early
@@ -240,6 +246,11 @@ def _logger(config: TrainConfig, out: Path) -> Any:
     if config.logger == "tensorboard":
         return loggers.TensorBoardLogger(save_dir=out, name="", version="tensorboard")
     return loggers.WandbLogger(project="arcore", name=out.name, save_dir=out)
+
+
+def _wandb_run() -> Any:
+    """The run of wandb that is open in this process, or None."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def _say_what_was_replaced(config: TrainConfig, trainer: pl.Trainer, items: int) -> None:
