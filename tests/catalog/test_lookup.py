@@ -75,12 +75,11 @@ def test_a_model_and_its_tokenizer_agree():
         for entry in arcore.model_info(name).presets
         if entry.tokenizer
     ]
+    # Models of other protocols take the number of codes from the tokenizer that they are trained with.
+    pairs = [pair for pair in pairs if hasattr(pair[1], "patch_nums")]
     assert pairs
     for model, tokenizer in pairs:
-        fields = ("patch_nums", "vocab_size", "z_channels", "s1_bits", "s2_bits")
-        shared = [field for field in fields if hasattr(model, field) and hasattr(tokenizer, field)]
-        assert shared or not hasattr(tokenizer, "patch_nums")
-        for field in shared:
+        for field in ("patch_nums", "vocab_size", "z_channels"):
             assert getattr(model, field) == getattr(tokenizer, field)
 
 
