@@ -57,7 +57,7 @@ class BabyAI:
     """
 
     def __init__(
-        self, name: str, count: int, *, limit: int = 4, seed: int = 0, levels: int | None = None
+        self, name: str, count: int, *, limit: int = 5, seed: int = 0, levels: int | None = None
     ) -> None:
         gymnasium = require("gymnasium", extra="agents")
         require("minigrid", extra="agents")
@@ -108,11 +108,19 @@ class BabyAI:
         self.seen[room], _ = self.rooms[room].reset(seed=begun)
 
     def _act(self, room: int, turn: int, distance: int) -> bool:
+        world = self.rooms[room]
+        # What is seen half-way is not needed, and costs most of a step.
+        world.gen_obs = dict
+        won = False
         for action in [*((), (RIGHT,), (RIGHT, RIGHT), (LEFT,))[turn], *[FORWARD] * distance]:
-            self.seen[room], reward, ended, _, _ = self.rooms[room].step(action)
+            _, reward, ended, _, _ = world.step(action)
             if ended:
-                return bool(reward > 0)
-        return False
+                won = bool(reward > 0)
+                break
+        del world.gen_obs
+        if not won:
+            self.seen[room] = world.gen_obs()
+        return won
 
     def _symbols(self, room: int) -> Any:
         image = self.seen[room]["image"].reshape(VIEW, 3)

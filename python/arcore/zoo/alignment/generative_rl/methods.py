@@ -72,7 +72,7 @@ def _tuned(model: Writer) -> Tuned:
 def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     """Samples against the greedy word."""
     model, generator = copy.deepcopy(base), torch.Generator().manual_seed(s.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in steps(s.updates, "SCST"):
         words = model.draw(s.batch, generator)
         greedy = reward(model.draw(1, None))
@@ -81,7 +81,7 @@ def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
             torch.no_grad()
         ):  # a penalty on the KL divergence per letter: without one the text is vowels alone
             apart = (logprobs - base.logprobs(words)).mean(1)
-        _step(optimizer, scst_loss(logprobs, reward(words) - apart, greedy))
+        _step(optimizer, scst_loss(logprobs, reward(words) - 0.7 * apart, greedy))
     return _tuned(model)
 
 
@@ -176,7 +176,7 @@ def ppo_rlhf(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     model = copy.deepcopy(base)
     critic = nn.Linear(model.cell.hidden_size, 1)
     optimizer = torch.optim.Adam([*model.parameters(), *critic.parameters()], lr=1e-3)
-    weight, target = 0.1, 0.2  # of the penalty; nats per letter
+    weight, target = 0.1, 0.3  # of the penalty; nats per letter
     mask = torch.ones(s.batch, LENGTH, dtype=torch.bool)
     for _ in steps(s.updates, "PPO-RLHF"):
         words = model.draw(s.batch, generator)
@@ -201,7 +201,7 @@ def ppo_rlhf(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
 def dpo(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     """Pairs of the base model's words, without a reward model or sampling from the policy."""
     model, generator = copy.deepcopy(base), torch.Generator().manual_seed(s.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
     for _ in steps(s.updates, "DPO"):
         better, worse = _pairs(base, reward, s, generator)
         both = torch.cat([better, worse])
@@ -219,10 +219,10 @@ def value_guided(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tune
     value = RewardModel(base.letters)
     learner = torch.optim.Adam(value.parameters(), lr=3e-3)
     for _ in steps(s.updates, "value-guided decoding"):
-        words = base.draw(s.batch, generator)
+        words = base.draw(4 * s.batch, generator)
         every = value.head(value.writer.states(words)[:, 1:])[..., 0]
         _step(learner, (every - reward(words)[:, None]).square().mean())
-    beta, top = 0.05, 12
+    beta, top = 0.03, 12
 
     @torch.no_grad()
     def weighed(logits: Tensor, begun: Tensor) -> Tensor:
