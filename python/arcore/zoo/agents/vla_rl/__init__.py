@@ -188,7 +188,7 @@ class Options:
     demonstrations: int = 4000
     corrupted: float = 0.65
     clone_steps: int = 400
-    rollouts: int = 120
+    rollouts: int = 200
     rooms: int = 16
     levels: int = 4096
     progress: float = 0.0

@@ -72,7 +72,7 @@ def _tuned(model: Writer) -> Tuned:
 def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
     """Samples against the greedy word."""
     model, generator = copy.deepcopy(base), torch.Generator().manual_seed(s.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in steps(s.updates, "SCST"):
         words = model.draw(s.batch, generator)
         greedy = reward(model.draw(1, None))
@@ -81,7 +81,7 @@ def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
             torch.no_grad()
         ):  # a penalty on the KL divergence per letter: without one the text is vowels alone
             apart = (logprobs - base.logprobs(words)).mean(1)
-        _step(optimizer, scst_loss(logprobs, reward(words) - 0.7 * apart, greedy))
+        _step(optimizer, scst_loss(logprobs, reward(words) - 0.5 * apart, greedy))
     return _tuned(model)
 
 
@@ -222,7 +222,7 @@ def value_guided(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tune
         words = base.draw(4 * s.batch, generator)
         every = value.head(value.writer.states(words)[:, 1:])[..., 0]
         _step(learner, (every - reward(words)[:, None]).square().mean())
-    beta, top = 0.03, 12
+    beta, top = 0.02, 12
 
     @torch.no_grad()
     def weighed(logits: Tensor, begun: Tensor) -> Tensor:
