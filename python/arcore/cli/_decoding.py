@@ -192,7 +192,8 @@ def _law(model: Any, prompt: list[int], chosen: Any, write: Any, request: Any, d
     from arcore.decoding.laws import g_test
 
     settings = dataclasses.replace(chosen, max_new_tokens=LENGTH, temperature=1.0, top_k=WORDS)
-    sampling, outcomes = Sampling(top_k=WORDS), {(): 1.0}
+    sampling = Sampling(top_k=WORDS)
+    outcomes: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         ids = torch.tensor([[*prompt, *text] for text in outcomes])
         with torch.no_grad():

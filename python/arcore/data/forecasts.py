@@ -120,9 +120,9 @@ class Forecasts:
             found = [one.scores[name] for one in self.forecasts if name in one.scores]
             shown = "  ".join(f"{key} {sum(s[key] for s in found) / len(found):.4g}" for key in found[0])
             lines.append(f"{name:16} {shown}")
-        found = self.rank_ics()
-        if found:
-            shown = "  ".join(f"{column} {value:.3g}" for column, value in found.items())
+        ranks = self.rank_ics()
+        if ranks:
+            shown = "  ".join(f"{column} {value:.3g}" for column, value in ranks.items())
             lines.append(f"RankIC over {len(self.forecasts)} series: {shown}")
         return lines
 

@@ -159,7 +159,7 @@ def read_tables(
         name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
         try:
             table = _read(file)
-            found = series_of_table(
+            read = series_of_table(
                 table,
                 time=time,
                 group=group,
@@ -170,7 +170,7 @@ def read_tables(
             )
         except ValueError as error:
             raise ValueError(f"the table {file}: {error}") from error
-        series += [replace(one, file=str(file)) for one in found]
+        series += [replace(one, file=str(file)) for one in read]
     return sorted(series, key=lambda one: one.name)
 
 

@@ -84,7 +84,7 @@ def causal_lm_stats(
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(whole, getattr(whole, "base_model_prefix", "") or "model", None)
     head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
-    if decoder is None or decoder is whole or not hasattr(head, "weight"):
+    if decoder is None or decoder is whole or head is None or not hasattr(head, "weight"):
         raise TypeError(
             f"arcore.causal_lm_stats: expected a causal language model of transformers but got {type(whole).__name__}"
         )

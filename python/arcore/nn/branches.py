@@ -85,10 +85,10 @@ def pack_branches(tokens: Tensor, lengths: Tensor, prompts: Tensor, groups: Tens
             steps = torch.arange(total, total + count)
             ones = torch.ones_like(steps)
             if total == start + prompt:  # the first branch follows its prompt: one range
-                found = [ones * start, steps + 1, 0 * ones, 0 * ones]
+                ranges = [ones * start, steps + 1, 0 * ones, 0 * ones]
             else:
-                found = [ones * start, ones * (start + prompt), ones * total, steps + 1]
-            bounds.append(torch.stack(found, -1))
+                ranges = [ones * start, ones * (start + prompt), ones * total, steps + 1]
+            bounds.append(torch.stack(ranges, -1))
             total += count
             row += 1
     device = tokens.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class BinarySphericalQuantizer(nn.Module):
 
     def codes(self, z: Tensor) -> Tensor:
         """Codes `[..., n]` of vectors `[..., n]`, without gradient; 0 counts as negative."""
-        return torch.where(z > 0, 1.0, -1.0).to(z.dtype) / self.bits**0.5
+        signs: Tensor = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
+        return signs / math.sqrt(self.bits)
 
     def forward(self, z: Tensor) -> Quantised:
         """Quantise vectors `[..., n]` of any length."""

@@ -68,7 +68,7 @@ def score(
             f"arcore.score: expected kept sets of the {len(target)} response tokens but got {len(kept)}; give one per "
             "True place of the mask, in row order"
         )
-    options = {"temperature": temperature, "mask": kept, "return_entropy": entropy}
+    options: dict[str, Any] = {"temperature": temperature, "mask": kept, "return_entropy": entropy}
     if not len(target):
         shape = tokens.shape
         dtype = torch.float32

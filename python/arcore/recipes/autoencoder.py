@@ -28,7 +28,7 @@ class AutoencoderOptions(ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("kl_weight", self.kl_weight, least=0.0)
+        number("kl_weight", self.kl_weight, whole=False, least=0.0)
 
 
 class AutoencoderTask(ZooTask):

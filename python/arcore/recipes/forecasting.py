@@ -107,8 +107,9 @@ class TableOptions:
             number(name, getattr(self, name), whole=False, least=0, most=0.9)
             if not getattr(self, name):
                 raise ValueError(f"{name} must be above 0 but got 0")
-        if isinstance(self.columns, list):
-            object.__setattr__(self, "columns", tuple(self.columns))
+        columns: Any = self.columns
+        if isinstance(columns, list):
+            object.__setattr__(self, "columns", tuple(columns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +304,7 @@ class Forecasting(Recipe):
     def finish(self, checkpoint: Path, out: Path) -> list[str]:
         networks, facts = load_checkpoint(checkpoint)
         options = self.options(**facts["options"])
-        model = networks["model"].eval()
+        model: Any = networks["model"].eval()
         series = self.read(options)
         windows = self.windows(series, model, options, "test")
         chosen = torch.linspace(0, len(windows) - 1, min(TEST_WINDOWS, len(windows))).long().unique().tolist()

@@ -202,6 +202,7 @@ def draw_codes(model: Any, prompt: Tensor, tokenizer: Any, options: RasterSampli
             drafter = load_drafter(options.drafter, model, options.window - 1)
         verify = relaxed(near, delta=options.delta)
         out = speculative_tree(model, drafter, prompt, verify=verify, **settings)
+    assert out.rounds is not None
     return out.ids, float(out.rounds.float().mean())
 
 

@@ -239,9 +239,8 @@ class Llama(CausalDecoder):
     @property
     def head_weight(self) -> Tensor:
         """The last linear layer's weight `[V, C]`, for `arcore.ops.linear_logprobs`."""
-        head: nn.Module = self.embedding if self.lm_head is None else self.lm_head
-        weight: Tensor = head.weight
-        return weight
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return head.weight
 
     @classmethod
     def official_config(cls, content: Mapping[str, Any]) -> LlamaConfig:

@@ -100,7 +100,7 @@ def lessons(graph: Graph, *, share: float, paths: int, seed: int) -> Lessons:
     new = sorted(set(pairs) - set(train))
     if not train:
         raise ValueError("the graph has no edge: there is no path to learn from")
-    texts = {(s, t, s, t) for s, t in train if bool(graph.edges[s, t])}
+    texts: set[tuple[int, ...]] = {(s, t, s, t) for s, t in train if bool(graph.edges[s, t])}
     for s, t in train:
         texts |= {(s, t, *graph.walk(s, t, distance, generator)) for _ in range(paths)}
     edges = torch.zeros(graph.size, graph.size, dtype=torch.bool)
@@ -322,7 +322,7 @@ def learn(options: Options) -> tuple[Found, Graph, Lessons]:
     text = write(model, [show], length)[0].tolist()
     nodes = text[2 : text.index(graph.size)] if graph.size in text else text[2:]
     return (
-        Found(*shares, tuple(map(len, groups)), " -> ".join(graph.names[node] for node in nodes)),  # type: ignore[arg-type]
+        Found(*shares, tuple(map(len, groups)), " -> ".join(graph.names[node] for node in nodes)),  # type: ignore[arg-type, call-arg]
         graph,
         known,
     )

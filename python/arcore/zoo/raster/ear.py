@@ -208,7 +208,8 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
     length = model.config.side**2
     window = how.window or length
     starts = list(range(0, length, window))
-    rollout, spans = -1, []
+    rollout = -1
+    spans: list[Any] = []
     others = _others(base, erased, how) if how.keep else None
     chance = torch.Generator().manual_seed(how.seed)
     for _ in steps(how.updates, "erasing"):
@@ -316,7 +317,8 @@ def run(options: Options) -> Report:
 
     folder = checkpoint.find(options.checkpoint)
     networks, facts = load_checkpoint(folder)
-    model, tokenizer = networks.get("model"), networks.get("tokenizer")
+    model: Any = networks.get("model")
+    tokenizer: Any = networks.get("tokenizer")
     if model is None or tokenizer is None or not hasattr(model, "prompt"):
         raise ValueError(
             f"{options.checkpoint} holds no raster image model; train one with `arcore train llamagen_tiny`"

@@ -284,7 +284,12 @@ def claim(*, quick: bool) -> Claim:
         torch.manual_seed(0)
         trained = GPHT(gpht_tiny())
         windows = SeriesWindows(
-            series, length=96, horizon=12, split="train", held_out=0.2, normalise=trained.normalise
+            series,
+            length=96,
+            horizon=12,
+            split="train",
+            held_out=0.2,
+            normalise=trained.normalise,  # type: ignore[arg-type]
         )
         fit(trained, windows, count=300, what=f"training on {name}")
         error, naive = held_out_errors(trained, series, 24)

@@ -103,7 +103,8 @@ def demonstrations(rooms: BabyAI, count: int, corrupted: float, seed: int) -> tu
     The expert acts; only what is written down is corrupted.
     """
     generator = torch.Generator().manual_seed(seed)
-    seen, acted = [], []
+    seen: list[Any] = []
+    acted: list[Any] = []
     open_steps: list[list[int]] = [[] for _ in rooms.rooms]
     progress: list[float] = []
     while len(seen) * len(rooms.rooms) < count:

@@ -31,9 +31,10 @@ class ActionPolicy(nn.Module):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, bins)) for _ in range(tokens)
         )
-        self.critic = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-        nn.init.zeros_(self.critic[-1].weight)
-        nn.init.zeros_(self.critic[-1].bias)
+        value = nn.Linear(width, 1)
+        nn.init.zeros_(value.weight)
+        nn.init.zeros_(value.bias)
+        self.critic = nn.Sequential(nn.Linear(width, width), nn.GELU(), value)
 
     def logits(self, hidden: Tensor, actions: Tensor) -> Tensor:
         """`[B, C]` and int64 `[B, K]` (the last token is not read) to `[B, K, V]`."""

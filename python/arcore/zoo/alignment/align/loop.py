@@ -47,6 +47,8 @@ class Aligner:
         self.judge: Judge = load_judge(options.reward)
         self._check_judge()
         prompts = load_prompts(options.prompts)
+        self.model: Any
+        self.tokenizer: Any
         self.model, self.tokenizer = language_model(options.model) if model is None else model
         held = round(options.held_out * len(prompts))
         if options.held_out > 0 and not 0 < held < len(prompts):

@@ -225,7 +225,7 @@ class Encoded(NamedTuple):
 
     residues: Tensor
     edges: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     known: Tensor
 
 

@@ -192,7 +192,7 @@ class BlankRecipe(Recipe):
 
     def sample(
         self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any, show: Callable[[str], None]
-    ) -> Results:
+    ) -> Results | Vectors:
         model = networks["model"]
         protein = model.config.vocabulary == "protein"
         letters = model.vocabulary.symbols + BLANK

@@ -53,8 +53,8 @@ def attend_both_ways(
     queries = torch.cat([forwards.turn(q), backwards.turn(q)], -1)
     keys = torch.cat([torch.cat([forwards.turn(k), none], -1), torch.cat([none, backwards.turn(k)], -1)], 1)
     values = torch.cat([v, v], 1)
-    heads_first = (part.transpose(1, 2) for part in (queries, keys, values))
-    return block_sparse_attention(*heads_first, mask, scale=q.shape[-1] ** -0.5).transpose(1, 2)
+    q_first, k_first, v_first = (part.transpose(1, 2) for part in (queries, keys, values))
+    return block_sparse_attention(q_first, k_first, v_first, mask, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
 
 def read_both_ways(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:

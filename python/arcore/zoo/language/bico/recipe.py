@@ -135,7 +135,7 @@ class FactTask(ZooTask):
         both = self.training and bool(torch.rand(()) < self.facts["both"])
         return bico_loss(self.model, images, labels, both=both, rate=self.facts["rate"]), {}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Adapters are added to the weights, so a checkpoint holds an ordinary language model."""
         if not self.facts["lora"] or args or kwargs:
             return super().state_dict(*args, **kwargs)

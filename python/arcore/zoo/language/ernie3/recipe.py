@@ -122,7 +122,8 @@ class ErnieTask(ZooTask):
         for number, kind in zip(images.tolist(), labels.tolist(), strict=True):
             material.generator.manual_seed(derive_seed(self.config.seed, "batch", number))
             lesson = material.draw(TASKS[kind], self.rows)
-            moved = type(lesson)(*(part if part is None else part.to(self.device) for part in lesson))
+            parts: list[Any] = [part if part is None else part.to(self.device) for part in lesson]
+            moved = type(lesson)(*parts)
             losses.append(self.model.loss(TASKS[kind], moved))
         return torch.stack(losses).mean(), {}
 

@@ -57,8 +57,9 @@ def ctc_error() -> float:
     for target in ([4], [4, 5], [5, 5], [4, 5, 4]):
         paths = [p for p in itertools.product([MASK, 4, 5], repeat=5) if ctc.collapse(list(p)) == target]
         total = torch.stack([logs[0, range(5), list(path)].sum() for path in paths]).logsumexp(0)
+        lengths = (torch.tensor([5]), torch.tensor([len(target)]))
         found = F.ctc_loss(
-            logs.transpose(0, 1), torch.tensor([target]), [5], [len(target)], blank=MASK, reduction="none"
+            logs.transpose(0, 1), torch.tensor([target]), *lengths, blank=MASK, reduction="none"
         )
         worst = max(worst, abs(float(found + total)))
     return worst
@@ -135,7 +136,8 @@ def train_method(method: str, data: PairData, sizes: tuple[int, int], count: int
     for step in steps(count, f"training {method}"):
         rows = torch.randint(len(data), (64,))
         source, target = trimmed(data.sources[rows]), trimmed(data.targets[rows])
-        loss, _ = model.method.loss(model, source, target, step / count)
+        method_of: Any = model.method
+        loss, _ = method_of.loss(model, source, target, step / count)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -179,7 +179,7 @@ class XOmniLanguage(CausalDecoder):
         mask, angles = self.behind(cache.lengths, ids.shape[1], ids.device)
         return self.mixed(self.embed(ids), ids >= TEXT, angles, mask, cache)
 
-    def _fits_step(self, cache: TokenCache) -> bool:
+    def _fits_step(self, cache: TokenCache, new: int = 1) -> bool:
         # The op for a step runs every layer on every row.
         return False
 

@@ -59,7 +59,7 @@ class Pairs(OneStepCodes):
 
 def distil_pairs(count: int, batch: int = 128) -> tuple[float, float, float]:
     """Share of pairs that the teacher never gives, before and after distilling, and the share of the pair (1, 1)."""
-    generator, guidance = Pairs(), Pairs()
+    generator, guidance = Pairs(), Pairs()  # type: ignore[abstract]
     codebook, labels = torch.tensor([[-1.0], [1.0]]), torch.zeros(batch, dtype=torch.int64)
     optimizers = [
         torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.9)) for net in (generator, guidance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def claim(*, quick: bool) -> Claim:
     model = RoMA(config)
     _train(model, load_digits("train", image_size=48).images, count=70 if quick else 400)
     test = load_digits("test", image_size=48).images[:: 5 if quick else 1]
-    patches = {"patch_size": config.patch_size, "cluster": config.cluster}
+    patches: dict[str, Any] = {"patch_size": config.patch_size, "cluster": config.cluster}
     of_the_mean = next_cluster_targets(test, **patches).square().mean().item()
     model.eval()
     with torch.no_grad():

@@ -209,7 +209,8 @@ class Kronos(nn.Module):
             if isinstance(part, nn.Embedding):
                 part.weight.normal_(std=self.config.dim**-0.5)
         if not self.config.learned_calendar:
-            for table in self.calendar:
+            tables: Any = self.calendar
+            for table in tables:
                 rates = 10000.0 ** (-torch.arange(0, self.config.dim, 2) / self.config.dim)
                 angles = torch.arange(len(table.weight)).unsqueeze(1) * rates
                 table.weight.copy_(torch.stack([angles.sin(), angles.cos()], -1).flatten(1))

@@ -85,7 +85,8 @@ def _trained(rows: list[Row]) -> tuple[Any, Tensor, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=150, pct_start=0.1)
     for step in steps(150, "training the language model"):
         values, dates = stock_batch(windows, 16, seed=step)
-        loss, _ = model.objective(*tokenizer.encode(values), dates)
+        coarse, fine = tokenizer.encode(values)
+        loss, _ = model.objective(coarse, fine, dates)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

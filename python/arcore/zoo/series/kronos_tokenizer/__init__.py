@@ -240,7 +240,7 @@ class KronosTokenizer(nn.Module):
         """
         left = {key: value for key, value in state.items() if not key.startswith("tokenizer.bsq.")}
         head_dim = self.config.dim // self.config.num_heads
-        ours = {}
+        ours: dict[str, Tensor] = {}
         for part in ("encoder", "decoder"):
             ours |= layers_from_official(left, part, part, len(getattr(self, part)), head_dim)
         renamed = {
