@@ -64,7 +64,7 @@ def test_latents_are_kept_as_numbers_with_a_sentence(arcore, tmp_path):
     outcome = arcore(*words)
     assert outcome.code == 0, outcome.err
     assert "as latents of 4 channels (2, 4, 8, 8)" in outcome.out
-    assert "which arcore does not have" in outcome.out
+    assert "--vae FILE" in outcome.out
     assert not (tmp_path / "x.png").exists()
     assert load_file(tmp_path / "x.safetensors")["latents"].shape == (2, 4, 8, 8)
 

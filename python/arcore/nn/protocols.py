@@ -326,3 +326,19 @@ class DraftableModel(TokenModel, Protocol):
                 in which each follows the one before.
         """
         ...
+
+
+@runtime_checkable
+class LatentDecoder(Protocol):
+    """Makes images of latents.
+
+    Attributes:
+        latent_shape: shape of the latent of one image, None where any size will do.
+    """
+
+    @property
+    def latent_shape(self) -> tuple[int | None, ...]: ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` in [-1, 1], float32, of latents `[B, *latent_shape]` as models draw them."""
+        ...

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from arcore.catalog import get_config
 from arcore.data import ImageDataset, open_dataset
 from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
+from arcore.recipes._latents import decoded, model_config, open_decoder
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.augment import Augmented, Normalized
 from arcore.training.checkpoint import read_meta
 from arcore.training.checks import number
 
+# What the decoder of latents is called among the networks that draw.
+DECODER = "decoder"
 # A folder's own size is taken up to here; larger pictures are scaled to what the preset was made for.
 LARGEST_INFERRED = 128
 # What --class says for the label that guidance uses for no class.
@@ -185,6 +188,13 @@ class PictureRecipe(ImageRecipe):
             raise ValueError("this is a model of images: say what to draw with --class NAME|NUMBER")
         image_format(options.out)
 
+    def beside(self, preset: str | None, folder: Path | None, options: Any) -> dict[str, Any]:
+        wanted = getattr(options, "vae", None)
+        if wanted is None:
+            return {}
+        name, config = model_config(preset, folder, self.trained)
+        return {DECODER: open_decoder(wanted, name, config)}
+
     def sample(
         self,
         networks: Mapping[str, Any],
@@ -193,7 +203,12 @@ class PictureRecipe(ImageRecipe):
         show: Callable[[str], None],
     ) -> Pictures:
         labels, what = self.labels(networks, facts, options)
-        return Pictures(self.draw(networks, labels, options).cpu(), what, options.columns)
+        images = self.draw(networks, labels, options).cpu()
+        if DECODER in networks:
+            return Pictures(decoded(networks[DECODER], images), what, options.columns)
+        # A model of an encoder's tokens has no patches of pixels.
+        latents = getattr(networks[self.trained].config, "patch_size", 1) is None
+        return Pictures(images, what, options.columns, latents)
 
     def labels(
         self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any

@@ -25,11 +25,13 @@ class Pictures:
         images: `[N, C, H, W]`, or videos `[N, F, C, H, W]`, in [-1, 1] where C is 1 or 3; else latents.
         what: for the sentence that says what was written.
         columns: per row; None: about square.
+        latents: the numbers are no images, whatever their shape.
     """
 
     images: Tensor
     what: str
     columns: int | None = None
+    latents: bool = False
 
     def save(self, path: Path) -> list[str]:
         """Write a picture, or the numbers where they are asked for or there is no picture of them.
@@ -38,12 +40,13 @@ class Pictures:
             Sentences about what was written.
         """
         channels = self.images.shape[-3]
-        if channels not in (1, 3):
+        if self.latents or channels not in (1, 3):
             target = path.with_suffix(TENSORS)
             self._save_numbers(target, "latents")
+            kind = "latents" if self.latents else f"latents of {channels} channels"
             return [
-                f"{target}: {self.what}, as latents of {channels} channels {tuple(self.images.shape)}: they become "
-                "pictures with the decoder that the model was made for, which arcore does not have"
+                f"{target}: {self.what}, as {kind} {tuple(self.images.shape)}: they become "
+                "pictures with the decoder that the model was made for, --vae FILE"
             ]
         if path.suffix.lower() == TENSORS:
             self._save_numbers(path, "images")

@@ -171,6 +171,19 @@ class Recipe(ABC):
             raise ValueError(f"no package is known to ship weights of {preset!r}; give --weights FILE")
         return {self.trained: create_model(preset, weights=weights)}, {}
 
+    def beside(self, preset: str | None, folder: Path | None, options: Any) -> dict[str, Any]:
+        """Further networks that sampling needs, read and checked before the model's own weights are.
+
+        Args:
+            preset: of published weights, or None.
+            folder: checkpoint, or None.
+            options: of the type `sampling`.
+
+        Raises:
+            ValueError, OSError: they do not fit the model, or cannot be read.
+        """
+        return {}
+
     def sample(
         self,
         networks: Mapping[str, Any],

@@ -63,6 +63,7 @@ def sample(
     place = _device(device)
     if checkpoint_folder is not None:
         folder = checkpoint.find(checkpoint_folder)
+        beside = recipe.beside(None, folder, options)
         networks, facts = load_checkpoint(folder)
         facts["folder"] = str(folder)
         if averaged:
@@ -70,10 +71,11 @@ def sample(
     else:
         assert preset is not None
         assert weights is not None
+        beside = recipe.beside(preset, None, options)
         if str(weights) == HUB:
             weights = fetch(preset)
         networks, facts = recipe.published(preset, weights, options)
-    networks = {name: network.to(place).eval() for name, network in networks.items()}
+    networks = {name: network.to(place).eval() for name, network in {**networks, **beside}.items()}
     return recipe.sample(networks, facts, options, show)
 
 

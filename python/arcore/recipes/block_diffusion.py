@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from arcore.objectives import diffusion_loss
+from arcore.recipes._denoise import DenoiseSampling
 from arcore.recipes._images import ImageOptions
 from arcore.recipes._recipe import Start, ZooTask
 from arcore.recipes.diffusion import Diffusion, DiffusionTask
@@ -45,6 +46,7 @@ class BlockDiffusion(Diffusion):
     """Block after block."""
 
     options: ClassVar[type] = BlockDiffusionOptions
+    sampling: ClassVar[type | None] = DenoiseSampling
     task: ClassVar[type[ZooTask]] = BlockDiffusionTask
 
     def build(

@@ -28,11 +28,18 @@ class FrameSampling(DenoiseSampling):
         lag: steps by which each frame starts later than the one before: 0 denoises all frames together, as many as
             `steps` one after the other. Default: the model's own.
         frames: of a video; more than in training slide a window over them. Default: as in training.
+        as_released: the times and the order of the released sampler of AR-Diffusion, which leave a trace of noise.
     """
 
     solver: Kind = "ddim"
     lag: int | None = None
     frames: int | None = None
+    as_released: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.as_released and self.solver != "ddim":
+            raise ValueError("--as-released steps by --solver ddim")
 
 
 class FrameDiffusionTask(DiffusionTask):
@@ -79,6 +86,8 @@ class FrameDiffusion(PictureRecipe):
         model = networks["model"]
         steps = min(50, model.schedule.num_steps) if options.steps is None else options.steps
         solver, times = solver_of(model, options, steps, learned=False)
+        if options.as_released:
+            times = model.schedule.grid(steps, "every") + 1
         frames = generate_frames(
             model,
             labels,
@@ -87,6 +96,7 @@ class FrameDiffusion(PictureRecipe):
             solver=solver,
             times=times,
             cfg_scale=options.cfg,
+            official_quirks=options.as_released,
             seed=options.seed,
         )
         pixels: Tensor = model.to_pixels(frames)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,13 @@ class MaskedSampling(DenoiseSampling):
 
     Attributes:
         steps: evaluations of the diffusion head per token. Default: 100.
+        iterations: passes of the transformer. Default: 64, or as many as there are tokens.
+        cfg_schedule: linear lets guidance grow with the tokens that are there; constant does not.
     """
 
     solver: Kind = "ddpm"
+    iterations: int | None = None
+    cfg_schedule: Literal["linear", "constant"] = "linear"
 
 
 class MaskedAutoregressiveTask(ZooTask):
@@ -63,7 +67,14 @@ class MaskedAutoregressive(PictureRecipe):
         steps = min(100, model.head.schedule.num_steps - 1) if options.steps is None else options.steps
         solver, times = solver_of(model.head, options, steps, learned=model.head.learn_variance)
         tokens = generate_masked(
-            model, labels, solver=solver, times=times, cfg_scale=options.cfg, seed=options.seed
+            model,
+            labels,
+            iterations=options.iterations,
+            solver=solver,
+            times=times,
+            cfg_scale=options.cfg,
+            cfg_schedule=options.cfg_schedule,
+            seed=options.seed,
         )
         pixels: Tensor = model.to_pixels(tokens)
         return pixels

@@ -223,8 +223,14 @@ def dit_l_2() -> DiTConfig:
 
 @preset
 def dit_xl_2() -> DiTConfig:
-    """ImageNet, 256 pixels, extra large, 2x2 patches; weights: DiT-XL-2-256x256.pt. 512 pixels: image_size=64."""
+    """ImageNet, 256 pixels, extra large, 2x2 patches; weights: DiT-XL-2-256x256.pt."""
     return DiTConfig(depth=28, embed_dim=1152, num_heads=16)
+
+
+@preset
+def dit_xl_2_512() -> DiTConfig:
+    """ImageNet, 512 pixels, extra large, 2x2 patches; weights: DiT-XL-2-512x512.pt."""
+    return DiTConfig(depth=28, embed_dim=1152, num_heads=16, image_size=64)
 
 
 @torch.no_grad()
