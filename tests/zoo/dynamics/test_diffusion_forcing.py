@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import arcore
 from arcore.decoding import generate_frames
+from arcore.decoding.draws import RowNormals
 from arcore.models import DiffusionForcing
-from arcore.schedules import DDIM, grouped_levels, pyramid_levels
+from arcore.schedules import DDIM, grouped_levels, pyramid_levels, trapezoid_levels
+from arcore.zoo.dynamics.diffusion_forcing.plan import plan, replan
 
 from ..conftest import shaken
 
@@ -332,3 +334,102 @@ def test_bad_inputs():
         model(x.bfloat16(), t, labels)
     with pytest.raises(ValueError, match=r"videos of shape \('B', 'frames', 1, 16, 16\)"):
         model.to_frames(torch.randn(2, 8, 3, 16, 16))
+
+
+def released_plan(
+    model: DiffusionForcing,
+    start: Tensor,
+    goal: Tensor,
+    noise: Tensor,
+    horizon: int,
+    strength: float,
+    steps: int,
+) -> Tensor:
+    """The released planner of one row from its formulas, tokens in front, noise given."""
+    bars, stack = model.schedule.alphas_cumprod, model.config.frame_stack
+    start, goal = (start - model.mean) / model.std, (goal - model.mean) / model.std
+    tokens = len(noise)
+    pad = 0 if model.config.causal else model.num_frames - tokens - 1
+    x = torch.cat([start.repeat(stack)[None], noise, torch.zeros(pad, noise.shape[1])])
+    real = torch.linspace(-1, 999, steps + 1).long()
+    for m in range(steps + tokens - 1):
+        row, row_to = (
+            [0] + [min(max(steps + i - n, 0), steps) for i in range(tokens)] + [steps] * pad
+            for n in (m, m + 1)
+        )
+        now, then = real[row], real[row_to]
+        read = torch.where(now < 0, model.config.stabilization - 1, now)
+        bar, bar_to = bars[read].float()[:, None], torch.where(then < 0, 1.0, bars[then]).float()[:, None]
+        seen = torch.where((now < 0)[:, None], bar.sqrt() * x, x).requires_grad_()
+        x0 = model(seen[None], read[None], torch.zeros(1, dtype=torch.int64))[0]
+        places = x0.reshape(-1, 2)
+        wanted = torch.cat([start.expand(stack, 2), goal.expand(len(places) - stack, 2)])
+        away = torch.tanh((places - wanted).square().sum(1).sqrt() / 2)
+        weight = torch.tensor([20.0] * stack + [1.0] * horizon + [0.0] * (len(places) - stack - horizon))
+        # The mean runs over a column of distances and one of actions, of which there are none.
+        reward = -1000 * torch.stack([away * weight, 0 * away], 1).mean()
+        (up,) = torch.autograd.grad(strength * reward, seen)
+        eps = (seen - bar.sqrt() * x0) / (1 - bar).sqrt() - (1 - bar_to).sqrt() * up
+        x0 = (seen - (1 - bar).sqrt() * eps) / bar.sqrt()
+        moved = bar_to.sqrt() * x0 + (1 - bar_to).sqrt() * eps
+        x = torch.where((now == then)[:, None], x, moved).detach()
+    return x[1 : tokens + 1].reshape(-1, 2)[:horizon] * model.std + model.mean
+
+
+def planner(causal: bool) -> DiffusionForcing:
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_dim": 48, "frames": 24, "frame_stack": 4}
+    model = shaken(arcore.create_model("diffusion_forcing_maze2d_medium", **sizes, causal=causal)).eval()
+    model.mean.copy_(torch.tensor([3.5, 3.2]))
+    model.std.copy_(torch.tensor([1.3, 1.5]))
+    return model
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("horizon", [20, 9, 4])
+def test_plans_are_those_of_the_released_planner(causal: bool, horizon: int):
+    model = planner(causal)
+    start, goal = (
+        torch.tensor([[1.0, 1.0], [5.0, 2.0], [3.0, 3.0]]),
+        torch.tensor([[6.0, 6.0], [1.0, 4.0], [4.0, 1.0]]),
+    )
+    found = plan(model, start, goal, horizon=horizon, guidance=0.3, steps=12, seed=[4, 5, 6])
+    assert found.shape == (3, horizon, 2)
+    tokens = -(-horizon // 4)
+    for row in range(3):
+        noise = RowNormals(torch.tensor([4 + row])).draw(tokens, 8)[0]
+        expected = released_plan(model, start[row], goal[row], noise, horizon, 0.3, 12)
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+    alone = plan(model, start[1:2], goal[1:2], horizon=horizon, guidance=0.3, steps=12, seed=[5])
+    torch.testing.assert_close(alone[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_changes_plans_and_replanning_goes_on_from_where_it_led():
+    model = planner(False)
+    start, goal = torch.ones(4, 2), torch.full((4, 2), 6.0)
+    free, led = (plan(model, start, goal, guidance=strength, steps=10) for strength in (0.0, 0.5))
+    assert (led - free).abs().max() > 0.1
+    trapezoid = plan(model, start, goal, steps=10, levels=trapezoid_levels(5, 10, 2))
+    assert trapezoid.shape == (4, 20, 2)
+    seen: list[Tensor] = []
+
+    def act(here: Tensor, wanted: Tensor) -> Tensor:
+        seen.append(here)
+        return here + 0.5 * (wanted - here)
+
+    went = replan(model, act, start, goal, every=8, steps=4)
+    assert went.shape == (4, 20, 2)
+    assert len(seen) == 20
+    assert torch.equal(seen[1], went[:, 0])
+
+
+def test_bad_plans():
+    model = planner(False)
+    start = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="a horizon of at most 20 positions but got 21"):
+        plan(model, start, start, horizon=21)
+    with pytest.raises(ValueError, match=r"start and goal of shape \('B', 2\)"):
+        plan(model, start, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="levels for 5 tokens, from 8 to 0"):
+        plan(model, start, start, steps=8, levels=trapezoid_levels(4, 8, 1))
+    with pytest.raises(ValueError, match="expected a model of positions"):
+        plan(make(), start, start)
