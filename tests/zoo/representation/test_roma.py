@@ -264,6 +264,7 @@ def test_no_gradient_from_the_future(quirks: bool):
         ("arm_small_pz16", 36.6, 20.3, 313),
         ("arm_base_pz16", 99.4, 80.0, 313),
         ("arm_large_pz16", 303.9, 282.5, 541),
+        ("arm_huge_pz16", 659.4, 633.7, 541),
     ],
 )
 def test_published_sizes(preset: str, millions: float, encoder: float, keys: int):

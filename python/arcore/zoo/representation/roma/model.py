@@ -368,3 +368,9 @@ def arm_base_pz16() -> RoMAConfig:
 def arm_large_pz16() -> RoMAConfig:
     """192 pixels, encoder of width 1024 and depth 24; weights: checkpoint-*.pth."""
     return RoMAConfig(embed_dim=1024, depth=24)
+
+
+@preset
+def arm_huge_pz16() -> RoMAConfig:
+    """192 pixels, encoder of width 1536 and depth 24; weights: checkpoint-*.pth."""
+    return RoMAConfig(embed_dim=1536, depth=24)

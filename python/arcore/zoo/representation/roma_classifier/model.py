@@ -269,3 +269,9 @@ def roma_classifier_base_pz16() -> RoMAClassifierConfig:
 def roma_classifier_large_pz16() -> RoMAClassifierConfig:
     """224 pixels, width 1024; starts from arm_large_pz16."""
     return RoMAClassifierConfig(embed_dim=1024, depth=24)
+
+
+@preset
+def roma_classifier_huge_pz16() -> RoMAClassifierConfig:
+    """224 pixels, width 1536; starts from arm_huge_pz16."""
+    return RoMAClassifierConfig(embed_dim=1536, depth=24)
