@@ -37,13 +37,15 @@ class GatedRMSNorm(RMSNorm):
         dim: width C.
         groups: C / groups consecutive channels share one mean square.
         eps: added to the mean square.
+        before_gate: the norm of `x` alone, times `silu(gate)`.
 
     Raises:
         ValueError: `groups` does not divide `dim`.
     """
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, before_gate: bool = False) -> None:
         super().__init__(dim, eps=eps)
+        self.before_gate = before_gate
         if groups < 1 or dim % groups:
             raise ValueError(
                 f"arcore.nn.GatedRMSNorm: expected groups to divide dim={dim} but got groups={groups}"
@@ -53,8 +55,10 @@ class GatedRMSNorm(RMSNorm):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`x` and `gate` `[..., C]` to `[..., C]`."""
         x = x.float()
-        if gate is not None:
+        if gate is not None and not self.before_gate:
             x = x * F.silu(gate.float())
         split = x.unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(split, split.shape[-1:], None, self.eps).flatten(-2)
+        if gate is not None and self.before_gate:
+            normed = normed * F.silu(gate.float())
         return normed.to(self.weight.dtype) * self.weight

@@ -333,6 +333,10 @@ class Mamba2Mixer(nn.Module):
         conv_bias: of the convolution.
         dt_limit: step sizes are clamped to this range.
         norm_eps: of the norm.
+        d_ssm: channels that are scanned, a multiple of `head_dim`; the others pass a gate alone. None: all.
+        d_per_channel: a skip weight for every channel instead of one per head.
+        gated_norm: False leaves the norm out; the gate stays.
+        norm_before_gate: norm first, gate after it.
         dt_min, dt_max: range of the initial step sizes, log-uniform.
         dt_floor: least initial step size.
 
@@ -355,17 +359,26 @@ class Mamba2Mixer(nn.Module):
         conv_bias: bool = True,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         norm_eps: float = 1e-5,
+        d_ssm: int | None = None,
+        d_per_channel: bool = False,
+        gated_norm: bool = True,
+        norm_before_gate: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
     ) -> None:
         super().__init__()
-        inner = expand * dim
+        whole = expand * dim
+        inner = whole if d_ssm is None else d_ssm
         heads = inner // max(head_dim, 1)
+        if d_ssm is not None and not 1 <= d_ssm <= whole:
+            raise ValueError(
+                f"arcore.nn.Mamba2Mixer: expected d_ssm from 1 to expand * dim = {whole} but got {d_ssm}"
+            )
         if min(dim, expand, d_state, head_dim, num_groups) < 1 or d_conv < 2 or heads * head_dim != inner:
             raise ValueError(
-                "arcore.nn.Mamba2Mixer: expected positive sizes, d_conv >= 2 and head_dim to divide expand * dim but "
-                f"got dim={dim}, expand={expand}, head_dim={head_dim}, d_state={d_state}, d_conv={d_conv}"
+                "arcore.nn.Mamba2Mixer: expected positive sizes, d_conv >= 2 and head_dim to divide expand * dim, or "
+                f"d_ssm, but got dim={dim}, expand={expand}, head_dim={head_dim}, d_state={d_state}, d_conv={d_conv}"
             )
         if heads % num_groups:
             raise ValueError(
@@ -376,13 +389,20 @@ class Mamba2Mixer(nn.Module):
         channels = inner + 2 * num_groups * d_state
         self.conv_shape = (d_conv - 1, channels)
         self.state_shape = (heads, head_dim, d_state)
-        self.in_proj = Linear(dim, inner + channels + heads, bias=bias)
+        # Channels that are not scanned, twice: their values and their gates.
+        self.passed = whole - inner
+        self.in_proj = Linear(dim, 2 * self.passed + inner + channels + heads, bias=bias)
         self.conv1d = CausalConv1d(channels, d_conv, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.ones(heads))
-        self.norm = GatedRMSNorm(inner, groups=num_groups, eps=norm_eps)
-        self.out_proj = Linear(inner, dim, bias=bias)
+        self.d_per_channel = d_per_channel
+        self.D = nn.Parameter(torch.ones(inner if d_per_channel else heads))
+        self.norm = (
+            GatedRMSNorm(inner, groups=num_groups, eps=norm_eps, before_gate=norm_before_gate)
+            if gated_norm
+            else None
+        )
+        self.out_proj = Linear(whole, dim, bias=bias)
         if not self.A_log.is_meta:
             with torch.no_grad():
                 self.dt_bias.copy_(_initial_dt_bias(heads, dt_min, dt_max, dt_floor))
@@ -393,11 +413,23 @@ class Mamba2Mixer(nn.Module):
         return -self.A_log.float().exp()
 
     def _split_input(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Gate `[..., D]`, channels of the convolution `[..., D + 2 G N]`, step sizes `[..., H]`."""
-        parts: tuple[Tensor, ...] = self.in_proj(x).split(
-            [self.inner, self.conv_shape[1], self.heads], dim=-1
+        """Gate `[..., D]`, convolution's channels `[..., D + 2 G N]`, step sizes `[..., H]`, what is passed."""
+        gates, values, gate, xbc, dt = self.in_proj(x).split(
+            [self.passed, self.passed, self.inner, self.conv_shape[1], self.heads], dim=-1
         )
-        return parts
+        return gate, xbc, dt, F.silu(gates) * values
+
+    def _skip(self) -> Tensor:
+        """Skip weights `[H]`, or `[H, P]`."""
+        return self.D.view(self.heads, -1) if self.d_per_channel else self.D
+
+    def _mixed(self, y: Tensor, gate: Tensor, passed: Tensor) -> Tensor:
+        """What was scanned `[..., D]`, gated and projected, `[..., C]`."""
+        y = y * F.silu(gate).to(y.dtype) if self.norm is None else self.norm(y, gate)
+        if self.passed:
+            y = torch.cat([passed.to(y.dtype), y], dim=-1)
+        out: Tensor = self.out_proj(y)
+        return out
 
     def _split_scan(self, xbc: Tensor) -> tuple[Tensor, ...]:
         """Scan input `[..., D]`, input and output matrices `[..., G N]`, from what left the convolution."""
@@ -414,7 +446,7 @@ class Mamba2Mixer(nn.Module):
     ) -> Tensor:
         """Mix whole sequences; arguments and result are those of `MambaMixer.forward`."""
         conv_state, state = (None, None) if cache is None else cache.layer(layer)
-        gate, xbc, dt = self._split_input(x)
+        gate, xbc, dt, passed = self._split_input(x)
         xbc = self.conv1d(xbc.transpose(1, 2), seq_idx=seq_idx, state=conv_state).transpose(1, 2)
         u, b, c = self._split_scan(xbc)
         y, last_state = ssd(
@@ -423,7 +455,7 @@ class Mamba2Mixer(nn.Module):
             self.decay(),
             b.unflatten(-1, (self.groups, self.d_state)),
             c.unflatten(-1, (self.groups, self.d_state)),
-            self.D,
+            self._skip(),
             dt_bias=self.dt_bias,
             dt_softplus=True,
             return_last_state=True,
@@ -433,14 +465,13 @@ class Mamba2Mixer(nn.Module):
         )
         if state is not None:
             state.copy_(last_state)
-        out: Tensor = self.out_proj(self.norm(y.flatten(2), gate))
-        return out
+        return self._mixed(y.flatten(2), gate, passed)
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
         """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)
         conv_trail, trail = cache.trail(layer) if x.dim() == 3 else (None, None)
-        gate, xbc, dt = self._split_input(x)
+        gate, xbc, dt, passed = self._split_input(x)
         xbc = self.conv1d.step(xbc, conv_state, conv_trail)
         if layer not in cache.derived:
             cache.derived[layer] = self.decay()
@@ -455,11 +486,10 @@ class Mamba2Mixer(nn.Module):
             cache.derived[layer][:, None, None].expand(heads),
             b.unflatten(-1, (self.groups, self.d_state)),
             c.unflatten(-1, (self.groups, self.d_state)),
-            self.D.unsqueeze(-1).expand(heads[:2]),
+            self._skip().view(heads[0], -1).expand(heads[:2]),
             snapshots=trail,
         )
-        out: Tensor = self.out_proj(self.norm(y.flatten(-2), gate))
-        return out
+        return self._mixed(y.flatten(-2), gate, passed)
 
 
 def _initial_dt_bias(count: int, low: float, high: float, floor: float) -> Tensor:

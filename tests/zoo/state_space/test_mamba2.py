@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import arcore
 from arcore.decoding import generate
@@ -146,3 +147,109 @@ def test_accepted_drafts_leave_the_state_of_the_accepted_text():
         torch.testing.assert_close(again.conv[:, 0], cache.conv[:, row], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="a state has no branches"):
         model.extend(ids[:, :3], cache, parents=[-1, 0, 0])
+
+
+def recurrence(w: dict[str, Tensor], config: Mamba2Config, u: Tensor) -> Tensor:
+    """The mixer of the authors' code, token by token in float64, for `u` `[L, C]`."""
+    whole = config.expand * config.d_model
+    inner = config.d_ssm or whole
+    heads, size, n, groups = inner // config.head_dim, config.head_dim, config.d_state, config.n_groups
+    rest = whole - inner
+    parts = u @ w["in_proj.weight"].T
+    z0, x0, z, xbc, dt = parts.split([rest, rest, inner, inner + 2 * groups * n, heads], -1)
+    taps = w["conv1d.weight"][:, 0]
+    padded = torch.cat([xbc.new_zeros(taps.shape[1] - 1, xbc.shape[1]), xbc])
+    conv = sum(padded[k : k + len(u)] * taps[:, k] for k in range(taps.shape[1])) + w["conv1d.bias"]
+    conv = conv * torch.sigmoid(conv)
+    x, b, c = conv.split([inner, groups * n, groups * n], -1)
+    dt = torch.log1p(torch.exp(dt + w["dt_bias"]))
+    state, out = torch.zeros(heads, size, n, dtype=u.dtype), []
+    skip = w["D"].view(heads, -1)
+    for t in range(len(u)):
+        into = b[t].view(groups, n).repeat_interleave(heads // groups, 0)
+        from_ = c[t].view(groups, n).repeat_interleave(heads // groups, 0)
+        decay = torch.exp(-dt[t] * torch.exp(w["A_log"]))
+        values = x[t].view(heads, size)
+        state = decay[:, None, None] * state + dt[t][:, None, None] * values[:, :, None] * into[:, None, :]
+        out.append((state @ from_[:, :, None])[..., 0] + skip * values)
+    y = torch.stack(out).flatten(1)
+    gate = z * torch.sigmoid(z)
+
+    def norm(v: Tensor) -> Tensor:
+        split = v.unflatten(-1, (groups, -1))
+        return (split / (split.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * w["norm.weight"]
+
+    if config.gated_norm:
+        y, gate = (norm(y), gate) if config.norm_before_gate else (norm(y * gate), torch.ones(()))
+    y = y * gate
+    return torch.cat([z0 * torch.sigmoid(z0) * x0, y], -1) @ w["out_proj.weight"].T
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"d_ssm": 32},
+        {"D_has_hdim": True},
+        {"rmsnorm": False},
+        {"norm_before_gate": True, "ngroups": 2},
+        {"d_ssm": 32, "D_has_hdim": True, "rmsnorm": False},
+    ],
+)
+@pytest.mark.parametrize("width", [0, 100])
+@torch.no_grad()
+def test_rarer_settings_of_the_authors_code(tmp_path: Path, layers: dict[str, Any], width: int):
+    """Their config.json; against the recurrence, in one pass and token by token."""
+    content = {
+        "d_model": 32,
+        "n_layer": 2,
+        "vocab_size": 61,
+        "d_intermediate": width,
+        "ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_state": 16, **layers},
+        "rms_norm": True,
+        "pad_vocab_size_multiple": 16,
+    }
+    config = Mamba2.official_config(content)
+    made = shaken(Mamba2(config)).eval()
+    weights = {f"backbone.{key}": value for key, value in made.state_dict().items()}
+    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model: Any = arcore.create_model("mamba2", weights=tmp_path).eval()
+    assert model.config == config
+    w = {key: value.double() for key, value in made.state_dict().items()}
+
+    def rms(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+
+    ids = torch.randint(61, (1, 13))
+    x = w["embedding.weight"][ids[0]]
+    for k in range(2):
+        of_layer = {
+            key.removeprefix(f"layers.{k}.mixer."): v for key, v in w.items() if f"layers.{k}.mixer." in key
+        }
+        x = x + recurrence(of_layer, config, rms(x, f"layers.{k}.norm"))
+        if width:
+            a, b = (rms(x, f"layers.{k}.norm2") @ w[f"layers.{k}.mlp.fc1.weight"].T).chunk(2, -1)
+            assert a.shape[-1] == 128
+            x = x + (a * b * torch.sigmoid(b)) @ w[f"layers.{k}.mlp.fc2.weight"].T
+    expected = rms(x, "norm_f") @ w["embedding.weight"].T
+    torch.testing.assert_close(model(ids)[0].double(), expected, rtol=0, atol=2e-5)
+    cache = model.make_cache(1)
+    last = [model.prefill(ids[:, :5], cache)]
+    last += [model.step(ids[:, t], cache) for t in range(5, 13)]
+    torch.testing.assert_close(torch.cat(last).double(), expected[4:], rtol=0, atol=2e-5)
+    drafted = model.make_cache(1)
+    model.prefill(ids[:, :5], drafted)
+    torch.testing.assert_close(
+        model.extend(ids[:, 5:], drafted).logits[0].double(), expected[5:], rtol=0, atol=2e-5
+    )
+
+
+def test_what_is_not_built_is_refused():
+    content = {"d_model": 32, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}}
+    with pytest.raises(ValueError, match="without attention layers"):
+        Mamba2.official_config({**content, "attn_layer_idx": [1], "attn_cfg": {"num_heads": 4}})
+    with pytest.raises(ValueError, match="d_ssm from 1 to expand"):
+        Mamba2(Mamba2.official_config({**content, "ssm_cfg": {**content["ssm_cfg"], "d_ssm": 128}}))
+    with pytest.raises(ValueError, match="d_intermediate to be at least 0"):
+        Mamba2.official_config({**content, "d_intermediate": -1})

@@ -11,6 +11,7 @@ def original_config(content: Mapping[str, Any]) -> dict[str, Any]:
     names = (
         "d_model",
         "n_layer",
+        "d_intermediate",
         "vocab_size",
         "pad_vocab_size_multiple",
         "residual_in_fp32",
@@ -23,16 +24,14 @@ def original_layers(content: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What configs of the authors' code say about the mixers.
 
     Raises:
-        ValueError: the mixers are of another kind, or there are more than mixers.
+        ValueError: the mixers are of another kind, or there are attention layers.
     """
     ssm = dict(content.get("ssm_cfg") or {})
     found = ssm.pop("layer", "Mamba1")
     if found != kind:
         raise ValueError(f"expected layers of kind {kind} but ssm_cfg has {found}")
-    if not content.get("rms_norm", True) or content.get("attn_layer_idx") or content.get("d_intermediate"):
-        raise ValueError(
-            "only models with RMS norms, without attention and feed-forward layers, can be loaded"
-        )
+    if not content.get("rms_norm", True) or content.get("attn_layer_idx"):
+        raise ValueError("only models with RMS norms and without attention layers can be loaded")
     return ssm
 
 

@@ -45,6 +45,10 @@ class Mamba2Config(StateSpaceConfig):
         head_dim: channels of a head.
         n_groups: groups of heads that share input and output matrices.
         dt_limit: step sizes are clamped to this range.
+        d_ssm: channels that are scanned; the others pass a gate alone. None: all.
+        d_per_channel: a skip weight for every channel instead of one per head.
+        gated_norm: False leaves the norm of the mixer's output out.
+        norm_before_gate: norm first, gate after it.
         others: those of `StateSpaceConfig`.
     """
 
@@ -53,6 +57,10 @@ class Mamba2Config(StateSpaceConfig):
     head_dim: int = 64
     n_groups: int = 1
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    d_ssm: int | None = None
+    d_per_channel: bool = False
+    gated_norm: bool = True
+    norm_before_gate: bool = False
 
 
 class Mamba2(Mamba):
@@ -76,6 +84,10 @@ class Mamba2(Mamba):
             conv_bias=config.conv_bias,
             dt_limit=config.dt_limit,
             norm_eps=config.norm_eps,
+            d_ssm=config.d_ssm,
+            d_per_channel=config.d_per_channel,
+            gated_norm=config.gated_norm,
+            norm_before_gate=config.norm_before_gate,
         )
 
     @classmethod
@@ -84,10 +96,25 @@ class Mamba2(Mamba):
         if "d_model" in content:
             ssm = original_layers(content, "Mamba2")
             fields = original_config(content)
-            names = {"headdim": "head_dim", "ngroups": "n_groups"} | {
-                name: name for name in ("d_state", "d_conv", "expand", "dt_limit", "bias", "conv_bias")
+            names = {
+                "headdim": "head_dim",
+                "ngroups": "n_groups",
+                "D_has_hdim": "d_per_channel",
+                "rmsnorm": "gated_norm",
             }
-            ssm.pop("chunk_size", None)  # changes speed, not results
+            same = (
+                "d_state",
+                "d_conv",
+                "expand",
+                "dt_limit",
+                "bias",
+                "conv_bias",
+                "d_ssm",
+                "norm_before_gate",
+            )
+            names |= {name: name for name in same}
+            for name in ("chunk_size", "use_mem_eff_path"):
+                ssm.pop(name, None)  # changes speed, not results
             fields |= {ours: ssm.pop(theirs) for theirs, ours in names.items() if theirs in ssm}
             no_more(ssm)
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import Published, preset
@@ -18,6 +19,8 @@ from arcore.zoo.state_space._common import no_more, original_config, original_la
 # Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
 # for any length, and are small enough that the allocator keeps them instead of asking the system for fresh pages.
 PREFILL_TOKENS = 512
+# Widths of feed-forward networks are rounded up to a multiple of this.
+MLP_MULTIPLE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,10 @@ class StateSpaceConfig:
         norm_eps: of the norms.
         residual_in_fp32: keep the residual stream in float32 when the weights are of lower precision.
         tie_embeddings: the last linear layer is the embedding.
+        d_intermediate: width of a gated network after each mixer, rounded up to a multiple of 128; 0: none.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or `d_intermediate` below 0.
     """
 
     d_model: int
@@ -54,11 +58,14 @@ class StateSpaceConfig:
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
+    d_intermediate: int = 0
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        if self.d_intermediate < 0:
+            raise ValueError(f"expected d_intermediate to be at least 0 but got {self.d_intermediate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +80,41 @@ class MambaConfig(StateSpaceConfig):
     dt_rank: int | None = None
 
 
-class MambaLayer(nn.Module):
-    """Norm and mixer of one layer."""
+class GatedMLP(nn.Module):
+    """`fc2(a * silu(b))` with a and b from one linear layer, without biases."""
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        hidden = -(-hidden // MLP_MULTIPLE) * MLP_MULTIPLE
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, gates = linear(x, self.fc1.weight).chunk(2, dim=-1)
+        out: Tensor = linear(values * F.silu(gates), self.fc2.weight)
+        return out
+
+
+class MambaLayer(nn.Module):
+    """Norm and mixer of one layer, and norm and feed-forward network where there is one."""
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module, hidden: int = 0) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
+        self.norm2: nn.Module | None = None
+        self.mlp: nn.Module | None = None
+        if hidden:
+            dim = norm.weight.shape[0]  # type: ignore[index]
+            self.norm2 = RMSNorm(dim, eps=norm.eps)  # type: ignore[arg-type]
+            self.mlp = GatedMLP(dim, hidden)
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The residual stream after the feed-forward network."""
+        if self.mlp is None or self.norm2 is None:
+            return x
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class Mamba(nn.Module):
@@ -97,7 +132,7 @@ class Mamba(nn.Module):
         rows = -(-config.vocab_size // multiple) * multiple
         self.embedding = nn.Embedding(rows, config.d_model, _weight=torch.empty(rows, config.d_model))
         self.layers: Any = nn.ModuleList(
-            MambaLayer(RMSNorm(config.d_model, eps=config.norm_eps), self.make_mixer())
+            MambaLayer(RMSNorm(config.d_model, eps=config.norm_eps), self.make_mixer(), config.d_intermediate)
             for _ in range(config.n_layer)
         )
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -125,9 +160,9 @@ class Mamba(nn.Module):
         for name, parameter in self.layers.named_parameters():
             if name.endswith(("in_proj.bias", "out_proj.bias")):
                 parameter.zero_()
-            elif name.endswith("out_proj.weight"):
+            elif name.endswith(("out_proj.weight", "fc2.weight")):
                 # The variance of the residual stream stays the same for any depth.
-                parameter.div_(self.config.n_layer**0.5)
+                parameter.div_((self.config.n_layer * (2 if self.config.d_intermediate else 1)) ** 0.5)
 
     def shard_units(self) -> list[nn.Module]:
         """Parts whose weights are gathered one after the other where they are sharded over processes."""
@@ -160,7 +195,7 @@ class Mamba(nn.Module):
         x = self._embed(ids, 2)
         packed = self._packing(ids, mask, seq_idx, cu_seqlens)
         for layer in self.layers:
-            x = x + layer.mixer(layer.norm(x), seq_idx=packed)
+            x = layer.fed(x + layer.mixer(layer.norm(x), seq_idx=packed))
         return self._logits(x)
 
     def branches(self, prompt: Tensor, continuations: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +219,7 @@ class Mamba(nn.Module):
                     f"expected mixers with branches but got {type(layer.mixer).__name__}; score rows one by one"
                 )
             one, other = layer.mixer.branches(layer.norm(x), layer.norm(y))
-            x, y = x + one, y + other
+            x, y = layer.fed(x + one), layer.fed(y + other)
         return self._logits(x)[0], self._logits(y)
 
     def make_cache(self, batch: int, max_length: int | None = None) -> StateCache:
@@ -221,7 +256,7 @@ class Mamba(nn.Module):
             last = x[:, piece]
             ids_of = None if packed is None else packed[:, piece]
             for i, layer in enumerate(self.layers):
-                last = last + layer.mixer(layer.norm(last), seq_idx=ids_of, cache=cache, layer=i)
+                last = layer.fed(last + layer.mixer(layer.norm(last), seq_idx=ids_of, cache=cache, layer=i))
         cache.advance(ids.shape[1] if packed is None or mask is None else mask.sum(1))
         return self._logits(last[:, -1])
 
@@ -230,7 +265,7 @@ class Mamba(nn.Module):
         """Read one token per row; arguments and result are those of `TokenModel`."""
         x = self._embed(ids, 1)
         for i, layer in enumerate(self.layers):
-            x = x + layer.mixer.step(layer.norm(x), cache, i)
+            x = layer.fed(x + layer.mixer.step(layer.norm(x), cache, i))
         cache.advance(1)
         return self._logits(x)
 
@@ -252,7 +287,7 @@ class Mamba(nn.Module):
             )
         cache.stage(drafts)
         for i, layer in enumerate(self.layers):
-            x = x + layer.mixer.step(layer.norm(x), cache, i)
+            x = layer.fed(x + layer.mixer.step(layer.norm(x), cache, i))
         cache.rewind()
         hidden = self.norm_f(x)
         return Extended(self._logits(x), hidden)
