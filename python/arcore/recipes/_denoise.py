@@ -22,11 +22,14 @@ class DenoiseSampling(PictureOptions):
         steps: evaluations of the model per block. Default: 25.
         solver: how it steps: DPM-Solver++ of second order, DDIM, or ancestral.
         temperature: scales the noise of the solver ddpm.
+        vae: decoder of the latents that the model draws: file or folder of weights, a run of arcore train kl_*, a name
+            on the model hub, or `hub` (extra hub). Without it latents are kept as numbers.
     """
 
     steps: int | None = None
     solver: Kind = "dpm"
     temperature: float = 1.0
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
