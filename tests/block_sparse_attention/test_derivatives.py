@@ -257,6 +257,36 @@ def test_poison_stays_behind_the_mask(poison: float) -> None:
         assert not found[:, :, 60:].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("second", ["reverse over reverse", "reverse over forward"])
+def test_poison_stays_behind_the_mask_in_second_derivatives(second: str, poison: float) -> None:
+    """Queries, keys and values of another document are as without."""
+    mask, length, place = masks.documents([20, 20]), 20, 25
+    x: Inputs = make_inputs(mask, batch=1, heads=2, kv_heads=1, dim=16)
+    t: Inputs = make_inputs(mask, batch=1, heads=2, kv_heads=1, dim=16, seed=1)
+
+    def run(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        leaves = [y.clone().requires_grad_() for y in (x.q, k, v)]
+
+        def f(*values: Tensor) -> Any:
+            return block_sparse_attention(*values, mask)
+
+        if second == "reverse over forward":
+            moved = jvp(f, tuple(leaves), (t.q, t.k, t.v))[1]
+            return torch.autograd.grad(moved, leaves, x.grad_out)
+        weight = x.grad_out.clone().requires_grad_()
+        first = torch.autograd.grad(f(*leaves), leaves, weight, create_graph=True)
+        return torch.autograd.grad(first, [*leaves, weight], [t.q, t.k, t.v])
+
+    clean = run(x.k, x.v)
+    for i in range(2):
+        dirty = [x.k.clone(), x.v.clone()]
+        dirty[i][:, :, place] = poison
+        for found, expected in zip(run(*dirty), clean, strict=True):
+            torch.testing.assert_close(found[:, :, :length], expected[:, :, :length], rtol=0, atol=1e-5)
+            assert not found[:, :, length:].isfinite().all()
+
+
 def test_a_row_that_sees_one_key_moves_with_its_value_alone() -> None:
     mask = masks.documents([1] * 40)
     (q, k, v, *_), (tq, tk, tv, *_) = (values_of(mask, s, heads=2, kv_heads=2, v_dim=12) for s in (1, 2))

@@ -72,6 +72,24 @@ def test_batch_mates_change_no_bit(kv_heads, n, dtype):
             assert torch.equal(a[b : b + 1], alone)
 
 
+FULL = [(1, 1), (1, 700), (9, 700), (16, 16), (33, 5), (130, 257)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("lengths", FULL, ids=str)
+def test_batch_mates_change_no_bit_of_the_gradients_of_any_shape(lengths, kv_heads, dtype):
+    """Few query rows and many keys, and the other way round, where work is cut in other places."""
+    mask = masks.full(*lengths)
+    x = make_inputs(mask, batch=5, heads=4, kv_heads=kv_heads, dim=40, dtype=dtype)
+    whole = _everything(x, mask)
+    for b in (0, 2, 4):
+        at = slice(b, b + 1)
+        part = type(x)(x.q[at], x.k[at], x.v[at], x.grad_out[at], x.grad_lse[at])
+        for a, alone in zip(whole, _everything(part, mask), strict=True):
+            assert torch.equal(a[at], alone)
+
+
 PROBE = """
 import torch
 from tests.block_sparse_attention.cases import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arcore.ops import selective_scan
+from arcore.ops import selective_scan, ssd
 from tests.selective_scan.cases import call, everything, make_case
 
 ALONG_TIME = ("u", "delta", "z", "B", "C", "grad_out")
@@ -185,3 +185,14 @@ def test_batch_mates_and_repetition_change_no_bit():
         alone = everything(case.map(lambda name, t, i=i: t[i : i + 1] if name in per_row else t))
         for name in ("out", "last_state", "u", "delta", "B", "C", "z", "initial_state"):
             assert torch.equal(alone[name][0], together[name][i]), name
+
+
+def test_numbers_below_2_to_the_minus_126_are_0() -> None:
+    """A denormal input that the other factors would bring back into sight counts as 0; a normal one does not."""
+    ones, A = torch.ones(1, 3, 40), -torch.ones(3, 2)
+    B, C = torch.full((1, 2, 40), 1e20), torch.ones(1, 2, 40)
+    heads = (torch.ones(1, 40, 1), -torch.ones(1), torch.full((1, 40, 1, 2), 1e20), torch.ones(1, 40, 1, 2))
+    for size, seen in ((1e-40, False), (1e-37, True)):
+        u = torch.full((1, 3, 40), size)
+        assert bool((selective_scan(u, ones, A, B, C) != 0).all()) == seen
+        assert bool((ssd(u.mT.reshape(1, 40, 1, 3), *heads) != 0).any()) == seen
