@@ -155,6 +155,7 @@ def raw_call(name: str) -> tuple[list[Any], list[Tensor]]:
             "need_temperature": False,
         }
         given |= {"state": torch.zeros(2, 4, dtype=torch.float64), "grad_logp": torch.ones(2)}
+        given["tally"] = torch.zeros(2, 4, dtype=torch.float64)
     schema = getattr(torch.ops.arcore, name).default._schema
     arguments = [given.get(a.name, a.default_value) for a in schema.arguments]
     written = [
