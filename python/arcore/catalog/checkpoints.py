@@ -66,6 +66,7 @@ TRAINING_ONLY = {
     "dropout",
     "gate_init",
     "restart_below",
+    "teacher_forcing",
     "token_dropout",
     # Of forecasters: how training windows are cut.
     "context",

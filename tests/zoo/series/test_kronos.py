@@ -196,6 +196,21 @@ def test_a_path_does_not_depend_on_how_many_there_are():
     assert none.values.shape == (2, 0, 5, 6)
 
 
+def test_training_predicts_s2_with_a_drawn_or_the_true_s1():
+    s1, s2 = torch.randint(64, (2, 3, 12))
+    dates = torch.zeros(3, 12, 5, dtype=torch.int64)
+    torch.manual_seed(0)
+    taught = Kronos(kronos_tiny()).train()
+    drawing = Kronos(replace(kronos_tiny(), teacher_forcing=False)).train()
+    drawing.load_state_dict(taught.state_dict())
+    found = [
+        float(model.objective(s1, s2, dates)[1]["ce_s2"]) for model in (taught, taught, drawing, drawing)
+    ]
+    assert found[0] == found[1]
+    assert len(set(found[1:])) == 3
+    assert float(drawing.eval().objective(s1, s2, dates)[1]["ce_s2"]) == pytest.approx(found[0], abs=1e-5)
+
+
 def test_paths_behind_a_prefix_see_it_and_themselves():
     mask, positions = packed_paths(3, 2, 2, torch.device("cpu"))
     assert mask.to_bool()[0, 0].long().tolist() == [

@@ -76,6 +76,8 @@ class KronosConfig:
         horizon: rows of it that follow.
         dropout: of what layers add.
         token_dropout: of embeddings.
+        teacher_forcing: in training s2 is predicted with the true s1, else, as in the released code, with a drawn one,
+            from which a model that does not predict s1 well yet cannot learn what s1 tells of s2.
 
     Raises:
         ValueError: a size is out of range or a mode unknown.
@@ -94,6 +96,7 @@ class KronosConfig:
     horizon: int = 10
     dropout: float = 0.0
     token_dropout: float = 0.0
+    teacher_forcing: bool = False
 
     def __post_init__(self) -> None:
         if self.dependency not in ("official_generate", "causal_rope"):
@@ -289,7 +292,7 @@ class Kronos(nn.Module):
         return linear(hidden, self.head_s1.weight, self.head_s1.bias).float()
 
     def objective(self, s1: Tensor, s2: Tensor, calendar: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half of both tokens' cross entropies of the next candle; in training s2 is predicted with drawn s1.
+        """Half of both tokens' cross entropies of the next candle; see `teacher_forcing` of the config.
 
         Args:
             s1, s2: `[B, T + 1]`.
@@ -298,7 +301,7 @@ class Kronos(nn.Module):
         hidden = self.hidden(s1[:, :-1], s2[:, :-1], None if calendar is None else calendar[:, :-1])
         coarse = self.coarse(hidden)
         given = s1[:, 1:]
-        if self.training:
+        if self.training and not self.config.teacher_forcing:
             drawn = torch.multinomial(coarse.detach().softmax(-1).flatten(0, 1), 1)
             given = drawn.view(given.shape)
         fine = self.fine(hidden, given, "causal_rope")
@@ -392,6 +395,7 @@ def kronos_tiny() -> KronosConfig:
         max_length=256,
         dependency="causal_rope",
         context=60,
+        teacher_forcing=True,
     )
 
 
