@@ -277,6 +277,9 @@ class Language(Recipe):
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}: they do "
                 "not belong together"
             )
+        if options.decoder == "plain" and "decoder" in facts:
+            # Models that write in a way of their own say so.
+            options = replace(options, decoder=facts["decoder"])
         return write_texts(model, tokenizer, options, show)
 
 
