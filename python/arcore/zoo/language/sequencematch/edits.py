@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arcore.catalog import create_model
 from arcore.decoding import Sampling, Session
 from arcore.masks import IntervalMask
 
@@ -109,9 +109,17 @@ def edited_hidden(model: Any, raw: Tensor, backspace: int) -> Tensor:
 
 
 def with_backspace(model: Any) -> Any:
-    """A copy of a Llama with one more token, the last one, whose weights are the mean of the others."""
+    """A copy of a Llama with one more token, the last one, whose weights are the mean of the others.
+
+    Raises:
+        TypeError: the model is no Llama.
+    """
+    from arcore.zoo.language.llama import Llama
+
+    if not isinstance(model, Llama):
+        raise TypeError(f"expected a Llama, such as llama_tiny, but got {type(model).__name__}")
     size = model.vocab_size
-    made = create_model(_preset_of(model), **{**_fields(model.config), "vocab_size": size + 1})
+    made = Llama(dataclasses.replace(model.config, vocab_size=size + 1))
     state = {}
     for name, value in model.state_dict().items():
         if name in ("embedding.weight", "lm_head.weight"):
@@ -119,20 +127,6 @@ def with_backspace(model: Any) -> Any:
         state[name] = value
     made.load_state_dict(state)
     return made
-
-
-def _preset_of(model: Any) -> str:
-    from arcore.zoo.language.llama import Llama
-
-    if not isinstance(model, Llama):
-        raise TypeError(f"expected a Llama, such as llama_tiny, but got {type(model).__name__}")
-    return "llama_tiny"
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 class Edited(NamedTuple):
