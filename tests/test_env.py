@@ -72,3 +72,24 @@ def test_import_with_a_damaged_extension_is_one_clear_sentence(tmp_path):
     last = result.stderr.strip().splitlines()[-1]
     assert "ImportError: arcore's compiled extension does not load with torch" in last
     assert "build it with `pip install .`" in last
+
+
+def test_an_extension_older_than_the_sources_is_one_clear_sentence():
+    """As after an update that was not built: the compiled part lacks an op that Python's part asks for."""
+    program = (
+        "import torch\n"
+        "space = type(torch.ops.arcore)\n"
+        "found = space.__getattr__\n"
+        "def lacking(self, name):\n"
+        "    if self.name == 'arcore' and name == 'decoder_step':\n"
+        "        raise AttributeError(f\"'_OpNamespace' 'arcore' object has no attribute '{name}'\")\n"
+        "    return found(self, name)\n"
+        "space.__getattr__ = lacking\n"
+        "from arcore.recipes import recipe_for\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert "is older than arcore's Python files" in last, result.stderr
+    assert "`make build`" in last

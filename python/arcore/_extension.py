@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 with warnings.catch_warnings():
@@ -32,6 +34,24 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"arcore's compiled extension does not load with torch {torch.__version__} ({error}): {_FIX}"
+        ) from error
+
+
+@contextmanager
+def built_from_these_sources() -> Iterator[None]:
+    """Says what to do where Python's side asks for an op that the compiled one does not have.
+
+    Raises:
+        ImportError: it is older than the sources, as after an update that was not built.
+    """
+    try:
+        yield
+    except (AttributeError, RuntimeError) as error:
+        if "_OpNamespace" not in str(error) and "does not exist" not in str(error):
+            raise
+        raise ImportError(
+            f"arcore's compiled extension ({FOLDER / '_ops.so'}) is older than arcore's Python files "
+            f"({error}): {_FIX}, or `make build` in a checkout"
         ) from error
 
 

@@ -1,54 +1,57 @@
 """Public ops. Each has a `reference_<op>` of the same signature in plain PyTorch."""
 
-from arcore.ops._cross_entropy import (
-    CrossEntropy,
-    linear_cross_entropy,
-    reference_linear_cross_entropy,
-    reference_token_cross_entropy,
-    token_cross_entropy,
-)
-from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
-from arcore.ops._linear_scan import linear_scan, reference_linear_scan
-from arcore.ops.block_sparse_attention import (
-    alibi_bias,
-    block_sparse_attention,
-    reference_block_sparse_attention,
-)
-from arcore.ops.causal_conv1d import (
-    causal_conv1d,
-    causal_conv1d_update,
-    reference_causal_conv1d,
-    reference_causal_conv1d_update,
-)
-from arcore.ops.decoder_step import decoder_step, reference_decoder_step
-from arcore.ops.sample import (
-    confidence_mask,
-    filter_probs,
-    logits_from_probs,
-    reference_confidence_mask,
-    reference_filter_probs,
-    reference_sample,
-    sample,
-)
-from arcore.ops.selective_scan import reference_selective_scan, selective_scan
-from arcore.ops.selective_state_update import reference_selective_state_update, selective_state_update
-from arcore.ops.speculative import (
-    Verified,
-    VerifiedWindow,
-    codebook_neighbours,
-    reference_verify_chain,
-    reference_verify_jacobi,
-    reference_verify_relaxed,
-    reference_verify_tree,
-    reference_verify_typical,
-    verify_chain,
-    verify_jacobi,
-    verify_relaxed,
-    verify_tree,
-    verify_typical,
-)
-from arcore.ops.ssd import reference_ssd, ssd
-from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
+from arcore._extension import built_from_these_sources
+
+with built_from_these_sources():
+    from arcore.ops._cross_entropy import (
+        CrossEntropy,
+        linear_cross_entropy,
+        reference_linear_cross_entropy,
+        reference_token_cross_entropy,
+        token_cross_entropy,
+    )
+    from arcore.ops._linear_logprobs import linear_logprobs, reference_linear_logprobs
+    from arcore.ops._linear_scan import linear_scan, reference_linear_scan
+    from arcore.ops.block_sparse_attention import (
+        alibi_bias,
+        block_sparse_attention,
+        reference_block_sparse_attention,
+    )
+    from arcore.ops.causal_conv1d import (
+        causal_conv1d,
+        causal_conv1d_update,
+        reference_causal_conv1d,
+        reference_causal_conv1d_update,
+    )
+    from arcore.ops.decoder_step import decoder_step, reference_decoder_step
+    from arcore.ops.sample import (
+        confidence_mask,
+        filter_probs,
+        logits_from_probs,
+        reference_confidence_mask,
+        reference_filter_probs,
+        reference_sample,
+        sample,
+    )
+    from arcore.ops.selective_scan import reference_selective_scan, selective_scan
+    from arcore.ops.selective_state_update import reference_selective_state_update, selective_state_update
+    from arcore.ops.speculative import (
+        Verified,
+        VerifiedWindow,
+        codebook_neighbours,
+        reference_verify_chain,
+        reference_verify_jacobi,
+        reference_verify_relaxed,
+        reference_verify_tree,
+        reference_verify_typical,
+        verify_chain,
+        verify_jacobi,
+        verify_relaxed,
+        verify_tree,
+        verify_typical,
+    )
+    from arcore.ops.ssd import reference_ssd, ssd
+    from arcore.ops.token_logprobs import TokenLogprobs, reference_token_logprobs, token_logprobs
 
 __all__ = [
     "CrossEntropy",
