@@ -81,7 +81,7 @@ def scst(base: Writer, data: Tensor, reward: Reward, s: Setting) -> Tuned:
             torch.no_grad()
         ):  # a penalty on the KL divergence per letter: without one the text is vowels alone
             apart = (logprobs - base.logprobs(words)).mean(1)
-        _step(optimizer, scst_loss(logprobs, reward(words) - 0.5 * apart, greedy))
+        _step(optimizer, scst_loss(logprobs, reward(words) - 0.4 * apart, greedy))
     return _tuned(model)
 
 
