@@ -16,7 +16,7 @@ the result is a patch of attention weights; `patched` puts it in and takes it ou
 The released code feeds one code at a time without a cache after the first, so its later losses see a context of length
 1. `context="full"` reads what stands before each code, `context="official"` repeats that.
 
-The method has no term that keeps the other classes; `keep` adds one here (a KL divergence), 0 by default.
+The method has no term that keeps the other classes; `keep` adds one here (a KL divergence); 0 is the published method.
 
 Legend: B pairs of prompts, L codes, C width.
 """
