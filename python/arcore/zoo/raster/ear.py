@@ -157,15 +157,15 @@ class Erasing:
         seed: of the images.
     """
 
-    updates: int = 60
-    pairs: int = 16
-    lr: float = 1e-3
+    updates: int = 40
+    pairs: int = 12
+    lr: float = 5e-4
     window: int = 0
     threshold: float = 0.05
     strength: float = 1.0
     cfg: float = 2.0
     layers: int = LAYERS
-    keep: float = 4.0
+    keep: float = 20.0
     context: Literal["full", "official"] = "full"
     seed: int = 0
 
@@ -389,7 +389,7 @@ def claim(*, quick: bool) -> Claim:
     model = train_raster(5 if quick else 600)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     how = Erasing(
-        updates=4 if quick else 60, pairs=4 if quick else 16, cfg=1.0 if quick else 2.0, threshold=0
+        updates=4 if quick else 40, pairs=4 if quick else 12, cfg=1.0 if quick else 2.0, threshold=0
     )
     patch = erase(model, 3, 8, how)
     ids, goals = _rollout(model, 3, 8, how, how.updates)  # a rollout that was not trained on
