@@ -39,13 +39,24 @@ void run_update(const char* op, UpdateCuda& cuda, const Tensor& like, void* stre
   check_launch(op, launch_update_sm80(cuda, stream));
 }
 
+// The kernels hold scores as float32, which numbers beyond these leave. In a tensor they make their rows NaN.
+const Problem& in_range(const char* op, const Problem& p) {
+  ARCORE_CHECK(p.softcap == 0.0 || (p.softcap >= 1e-30 && p.softcap <= 1e30), op,
+               "expected softcap from 1e-30 to 1e30 on a GPU but got ", p.softcap,
+               "; leave it out where it is so large that it changes nothing");
+  ARCORE_CHECK(p.temperature_rows != nullptr || (p.temperature >= 1e-30 && p.temperature <= 1e30), op,
+               "expected temperature from 1e-30 to 1e30 on a GPU but got ", p.temperature,
+               "; compute on the CPU, which takes any");
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tensor& target,
                                                         const OptionalTensor& temperature_rows,
                                                         const OptionalTensor& mask, double temperature,
                                                         double softcap, int64_t ignore_index, bool entropy) {
   const CudaScope scope(logits);
-  const Problem p =
-      check_logits(kOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
+  const Problem p = in_range(
+      kOp, check_logits(kOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index));
   Tensor state = torch::stable::new_empty(logits, {p.rows, kStateDoubles}, ScalarType::Double);
   const Outputs out(p, target, entropy);
   UpdateCuda cuda{{p, rows_of(kOp, "logits", logits), static_cast<RowState*>(state.data_ptr()), entropy},
@@ -58,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, co
 
 // The mean of a row has no CUDA kernel yet.
 void refuse_mean(const char* op, const OptionalTensor& grad_mean, const OptionalTensor& tally) {
-  ARCORE_CHECK(!grad_mean.has_value() && !tally.has_value(), op,
-               "expected no grad_mean and no tally on a GPU, where label smoothing has no kernel, but got one");
+  ARCORE_CHECK(
+      !grad_mean.has_value() && !tally.has_value(), op,
+      "expected no grad_mean and no tally on a GPU, where label smoothing has no kernel, but got one");
 }
 
 void set_grads(const char* op, BackwardArgs& args, const OptionalTensor& grad_logp,
@@ -82,6 +94,7 @@ std::tuple<Tensor, Tensor> backward_cuda(const OptionalTensor& grad_logp,
   BackwardArgs args{};
   args.problem =
       check_logits(kBackwardOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
+  in_range(kBackwardOp, args.problem);
   const Problem& p = args.problem;
   args.state = state_of(kBackwardOp, state, p.rows);
   set_grads(kBackwardOp, args, grad_logp, grad_logsumexp, grad_entropy);
@@ -103,6 +116,7 @@ void update_cuda(const Tensor& tile, const Tensor& target, const OptionalTensor&
   const CudaScope scope(tile);
   const Problem p = check_tile(kUpdateOp, tile, target, temperature_rows, mask, temperature, softcap,
                                ignore_index, first_column, vocab);
+  in_range(kUpdateOp, p);
   UpdateCuda cuda{
       {p, rows_of(kUpdateOp, "tile", tile), state_of(kUpdateOp, state, p.rows), entropy}, {}, 1, nullptr};
   run_update(kUpdateOp, cuda, tile, scope.stream());
@@ -114,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> finish_cuda(const Tensor& state, const Tensor
   const CudaScope scope(state);
   const Problem p =
       check_rows(kFinishOp, target.numel(), vocab, target, temperature_rows, temperature, 0.0, ignore_index);
+  in_range(kFinishOp, p);
   Outputs out(p, target, entropy);
   out.args.state = state_of(kFinishOp, state, p.rows);
   check_launch(kFinishOp, launch_finish_sm80(out.args, scope.stream()));
@@ -131,6 +146,7 @@ Tensor tile_backward_cuda(const OptionalTensor& grad_logp, const OptionalTensor&
   BackwardArgs args{};
   args.problem = check_tile(kTileBackwardOp, tile, target, temperature_rows, mask, temperature, softcap,
                             ignore_index, first_column, vocab);
+  in_range(kTileBackwardOp, args.problem);
   args.state = state_of(kTileBackwardOp, state, args.problem.rows);
   check_no_overlap(kTileBackwardOp, "tile", tile);
   for (const auto& [name, t] : {std::pair{"target", &target}, {"state", &state}})

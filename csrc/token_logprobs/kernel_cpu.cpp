@@ -337,8 +337,8 @@ void tally(const TallyArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Gradient of one row without its target's own term: (e^d * (constant - slope * d) + flat) * (1 - (y / cap)^2),
-// with flat where y is above -inf.
+// Gradient of one row without its target's own term: (e^d * (constant - slope * d) + flat) * (1 - (y /
+// cap)^2), with flat where y is above -inf.
 struct RowGrad {
   float shift, inverse_temperature, constant, slope, inverse_cap, flat;
 };
@@ -438,7 +438,8 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
     }
     const double scale = inverse_temperature / s.sum;
     const double flat = grad_mean == 0.0 ? 0.0 : grad_mean / args.tally[row].count;
-    const RowGrad g{static_cast<float>(s.max), static_cast<float>(inverse_temperature),
+    const RowGrad g{static_cast<float>(s.max),
+                    static_cast<float>(inverse_temperature),
                     static_cast<float>((level + grad_entropy * log_sum) * scale),
                     static_cast<float>(grad_entropy * scale),
                     p.softcap != 0.0 ? static_cast<float>(1.0 / p.softcap) : 0.0f,

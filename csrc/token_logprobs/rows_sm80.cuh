@@ -42,8 +42,12 @@ ARCORE_DEVICE RowView row_view(const Problem& p, int64_t row) {
   return view;
 }
 
+// NaN, which makes the row's results NaN, where a temperature leaves no room for float32 scores: nobody reads
+// the tensor before a GPU does.
 ARCORE_DEVICE double temperature_of(const Problem& p, int64_t row) {
-  return p.temperature_rows != nullptr ? static_cast<double>(p.temperature_rows[row]) : p.temperature;
+  if (p.temperature_rows == nullptr) return p.temperature;
+  const float value = p.temperature_rows[row];
+  return value >= 1e-30f && value <= 1e30f ? static_cast<double>(value) : static_cast<double>(NAN);
 }
 
 ARCORE_DEVICE void finish_row(const FinishArgs& args, int64_t row, const RowState& s) {

@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor> backward_cpu(const OptionalTensor& grad_logp, const O
                                         const OptionalTensor& grad_entropy, const Tensor& logits,
                                         const Tensor& target, const OptionalTensor& temperature_rows,
                                         const OptionalTensor& mask, const Tensor& state, double temperature,
-                                        double softcap, int64_t ignore_index,
-                                        const OptionalTensor& grad_mean, const OptionalTensor& tally) {
+                                        double softcap, int64_t ignore_index, const OptionalTensor& grad_mean,
+                                        const OptionalTensor& tally) {
   BackwardArgs args{};
   args.problem =
       check_logits(kBackwardOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
@@ -113,9 +113,10 @@ void tally_cpu(const Tensor& tile, const Tensor& target, const OptionalTensor& m
                int64_t ignore_index, int64_t first_column, int64_t vocab, Tensor tally) {
   // Whole rows may have any leading dimensions.
   const bool whole = first_column == 0 && tile.dim() >= 1 && tile.size(tile.dim() - 1) == vocab;
-  const Problem p = whole ? check_logits(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index)
-                          : check_tile(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index,
-                                       first_column, vocab);
+  const Problem p = whole
+                        ? check_logits(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index)
+                        : check_tile(kTallyOp, tile, target, std::nullopt, mask, 1.0, softcap, ignore_index,
+                                     first_column, vocab);
   TallyArgs args{p, {}, tally_of(kTallyOp, tally, p.rows)};
   for (const auto& [name, t] : {std::pair{"tile", &tile}, {"target", &target}})
     check_apart(kTallyOp, "tally", tally, name, *t);

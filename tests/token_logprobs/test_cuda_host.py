@@ -9,6 +9,7 @@ import torch
 
 from arcore.ops import token_logprobs
 from tests.cuda_host.build import CudaHost, installed, unavailable
+from tests.token_logprobs import test_extremes as extremes
 from tests.token_logprobs import test_importance_ratio as ratio
 from tests.token_logprobs import test_linear as linear
 from tests.token_logprobs.cases import (
@@ -98,3 +99,43 @@ def test_on_policy_ratio_is_one(vocab: int, dtype: torch.dtype) -> None:
                 logits, old.tokens, mask=old.kept, temperature=settings.get("temperature", 1.0)
             )
             ratio.assert_ratio_is_one(old.logprob, new.logp)
+
+
+@pytest.mark.parametrize("columns", [1, 50, 2100])
+@pytest.mark.parametrize("temperature", [1e-29, 1e29])
+def test_temperatures_up_to_the_ends_of_the_range(columns: int, temperature: float) -> None:
+    extremes.test_any_positive_temperature_and_softcap(columns, {"temperature": temperature}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 1e300}, {"softcap": 1e-40}, {"temperature": 1e-40}, {"temperature": 1e46}],
+    ids=str,
+)
+def test_numbers_beyond_float32_are_refused(options: dict[str, float]) -> None:
+    [name] = options
+    with pytest.raises(ValueError, match=f"{name} from 1e-30 to 1e30 on a GPU"):
+        token_logprobs(torch.randn(3, 40), torch.tensor([0, 1, 2]), **options)
+
+
+def test_a_row_with_a_temperature_beyond_float32_is_nan_alone() -> None:
+    logits, target = torch.randn(4, 300), torch.randint(300, (4,))
+    rows = torch.tensor([1e-39, 0.7, 1e38, 1.0])
+    found = token_logprobs(logits, target, temperature=rows, return_entropy=True)
+    plain = token_logprobs(
+        logits, target, temperature=torch.tensor([1.0, 0.7, 1.0, 1.0]), return_entropy=True
+    )
+    for name in ("logp", "logsumexp", "entropy"):
+        values = getattr(found, name)
+        assert values[[0, 2]].isnan().all()
+        assert torch.equal(values[[1, 3]], getattr(plain, name)[[1, 3]])
+
+
+def test_smoothing_is_refused_on_a_gpu() -> None:
+    logits, target = torch.randn(3, 40), torch.tensor([0, 1, 2])
+    *_, state = torch.ops.arcore.token_logprobs(logits, target, None, None, 1.0, 0.0, -100, False)
+    with pytest.raises(RuntimeError, match="label smoothing has no kernel"):
+        torch.ops.arcore.token_logprobs_backward(
+            None, None, None, logits, target, None, None, state, 1.0, 0.0, -100, torch.ones(3),
+            torch.zeros(3, 4, dtype=torch.float64),
+        )  # fmt: skip
