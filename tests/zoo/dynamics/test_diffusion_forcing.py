@@ -365,7 +365,8 @@ def released_plan(
         places = x0.reshape(-1, 2)
         wanted = torch.cat([start.expand(stack, 2), goal.expand(len(places) - stack, 2)])
         away = torch.tanh((places - wanted).square().sum(1).sqrt() / 2)
-        weight = torch.tensor([20.0] * stack + [1.0] * horizon + [0.0] * (len(places) - stack - horizon))
+        # What its weights are when they are used: those of actions overwrite those of positions.
+        weight = torch.tensor([2.0] * stack + [8.0] * (len(places) - stack))
         # The mean runs over a column of distances and one of actions, of which there are none.
         reward = -1000 * torch.stack([away * weight, 0 * away], 1).mean()
         (up,) = torch.autograd.grad(strength * reward, seen)

@@ -21,8 +21,9 @@ from arcore.nn.checks import check_number, check_whole
 from arcore.schedules import add_noise, pyramid_levels
 from arcore.zoo.dynamics.diffusion_forcing.model import DiffusionForcing
 
-# Of the released planner: the start counts 20 times as much as a later position, the whole 1000 times.
-START_WEIGHT, TOTAL_WEIGHT = 20.0, 1000.0
+# Of the released planner as it runs. Its text says 20 for the start, 1 up to the horizon and 0 behind it, but these
+# weights share their memory with those of actions, 2 and 8, which are written later.
+START_WEIGHT, LATER_WEIGHT, TOTAL_WEIGHT = 2.0, 8.0, 1000.0
 # The released planner averages over the rows of its batch, 128 in its evaluation, which makes the guidance of a row
 # depend on how many others there are; this is its strength there.
 RELEASED_ROWS = 128
@@ -98,7 +99,7 @@ def plan(
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def cost(x0: Tensor) -> Tensor:
-        return _distance(x0, start, goal, horizon, stack)
+        return _distance(x0, start, goal, stack)
 
     with evaluating(model):
         for now, then in pairwise(table):
@@ -154,18 +155,17 @@ def replan(
     return torch.stack(went, dim=1)
 
 
-def _distance(x0: Tensor, start: Tensor, goal: Tensor, horizon: int, stack: int) -> Tensor:
+def _distance(x0: Tensor, start: Tensor, goal: Tensor, stack: int) -> Tensor:
     """What guidance makes small, `[B]`: squashed distances to the start, then to the goal."""
     places = x0.reshape(len(x0), -1, start.shape[1])  # [B, tokens * stack, c]
     count = places.shape[1]
     wanted = torch.cat(
         [start[:, None].expand(-1, stack, -1), goal[:, None].expand(-1, count - stack, -1)], dim=1
     )
-    # Values are in pairs: positions, then speeds. Only the first pair's weight is that of its place.
+    # Values are in pairs: positions, then speeds.
     pairs = (places - wanted).unflatten(-1, (-1, 2)).norm(dim=-1) / 2
-    weight = torch.zeros(count, pairs.shape[-1], device=x0.device)
-    weight[:stack], weight[stack : stack + horizon, 0] = START_WEIGHT, 1.0
-    weight[:stack, 1:], weight[stack:, 1:] = 2.0, 8.0
+    weight = torch.full((count, 1), LATER_WEIGHT, device=x0.device)
+    weight[:stack] = START_WEIGHT
     # A column for actions, of which there are none, counts in the mean.
     return TOTAL_WEIGHT * (pairs.tanh() * weight).sum((1, 2)) / (count * (pairs.shape[-1] + 1))
 
