@@ -64,10 +64,15 @@ def measured(name: str, recorded: dict[str, Any]) -> str:
 
 
 def table() -> str:
-    """README's table: topics with counts, each with the system that most others build on."""
+    """README's table: the topics with most systems and followers, each with the system that most others build on."""
     recorded, topics = claims(), by_topic()
     lines = ["| topic | systems | for example | measured for its claim |", "|---|---:|---|---|"]
-    largest = sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:FLAGSHIPS]
+    built_on = Counter(name for entry in catalog().values() for name in entry.system.builds_on)
+    weight = {
+        topic: len(entries) + sum(built_on[entry.system.name] for entry in entries)
+        for topic, entries in topics.items()
+    }
+    largest = sorted(topics, key=lambda topic: (-weight[topic], topic))[:FLAGSHIPS]
     for topic in sorted(largest):
         entry = topics[topic][0]
         system = entry.system

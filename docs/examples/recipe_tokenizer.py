@@ -1,4 +1,4 @@
-"""An image to token maps, coarse to fine, and back."""
+"""An image to tokens, one map or several from coarse to fine, and back."""
 
 import sys
 
@@ -12,5 +12,6 @@ images = torch.rand(2, config.in_channels, config.image_size, config.image_size)
 with torch.no_grad():
     codes = model.encode(images)
     again = model.decode(codes)
-print("tokens per scale:", [scale.shape[1] for scale in codes])
+maps = [codes] if isinstance(codes, torch.Tensor) else codes
+print("tokens per map:", [tokens.shape[1] for tokens in maps])
 print("images:", tuple(again.shape))

@@ -263,9 +263,9 @@ from arcore import masks
 from arcore.ops import block_sparse_attention
 print(torch.ops.arcore.cpu_isa())
 torch.set_num_threads(1)
-mask, q = masks.causal(8), torch.randn(1, 1, 8, 256, requires_grad=True)
+mask, q = masks.causal(1024), torch.randn(1, 1, 1024, 256, requires_grad=True)
 ends = set()
-for kilobytes in range(0, 3000, 100):
+for kilobytes in range(0, 20000, 500):
     pid = os.fork()
     if pid == 0:
         used = int(open("/proc/self/statm").read().split()[0]) * 4096

@@ -188,7 +188,7 @@ class TestSampleRefusals:
         ("options", "message"),
         [
             (("-n", 0), "-n must be at least 1"),
-            (("--top-k", 0), "top_k"),
+            (("--top-k", -2), "top_k"),
             (("--top-p", 1.5), "top_p"),
             (("--temperature", -1), "temperature"),
             (("--cfg", -1), "cfg_scale"),

@@ -43,7 +43,7 @@ def test_distances_are_networkxs():
 
 
 def test_walks_end_at_the_target_on_edges():
-    graph = random_graph(20, 0.2, 1)
+    graph = random_graph(20, 0.4, 1)
     distance, generator = graph.distances(), torch.Generator().manual_seed(0)
     s, t = (
         (distance.masked_fill(distance.isinf(), -1) == distance[distance < torch.inf].max())

@@ -36,7 +36,6 @@ SYSTEM = System(
         "text than from the triple alone."
     ),
     checked_on="real data",
-    aliases=("ernie",),
 )
 
 
