@@ -217,7 +217,10 @@ def load_drafter(path: Path, model: Any, count: int) -> Drafter:
     network: Any = networks.get("model")
     make = getattr(network, "drafter", None)
     if make is None:
-        raise ValueError(f"{path} holds no drafter: train one with `arcore train lantern_tiny --base FOLDER`")
+        raise ValueError(
+            f"{path} holds no drafter: expected a run whose model has a method drafter; leave --drafter out for drafts "
+            "that repeat the code of the row above"
+        )
     drafter: Drafter = make(getattr(model, "model", model), count)
     return drafter
 
