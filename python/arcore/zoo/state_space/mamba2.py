@@ -237,5 +237,6 @@ def masked_attention(mixer: Mamba2Mixer, x: Tensor) -> Tensor:
     y = y.flatten(2) * gate * gate.sigmoid()
     split = y.unflatten(-1, (mixer.groups, -1))
     normed = (split / (split.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    assert mixer.norm is not None
     out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
     return out

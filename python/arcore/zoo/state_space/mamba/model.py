@@ -105,7 +105,8 @@ class MambaLayer(nn.Module):
         self.norm2: nn.Module | None = None
         self.mlp: nn.Module | None = None
         if hidden:
-            dim = norm.weight.shape[0]  # type: ignore[index]
+            weight: Any = norm.weight
+            dim = int(weight.shape[0])
             self.norm2 = RMSNorm(dim, eps=norm.eps)  # type: ignore[arg-type]
             self.mlp = GatedMLP(dim, hidden)
 
