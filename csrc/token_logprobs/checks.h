@@ -204,8 +204,7 @@ inline void set_grad_mean(const char* op, BackwardArgs& args, const OptionalTens
                           const OptionalTensor& tally) {
   if (!grad_mean.has_value()) return;
   ARCORE_CHECK(tally.has_value(), op, "expected tally together with grad_mean but got none");
-  args.grad_mean =
-      row_values<const float>(op, "grad_mean", *grad_mean, args.problem.rows, ScalarType::Float);
+  args.grad_mean = row_values<const float>(op, "grad_mean", *grad_mean, args.problem.rows, ScalarType::Float);
   args.tally = tally_of(op, *tally, args.problem.rows);
 }
 

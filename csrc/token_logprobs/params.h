@@ -45,7 +45,8 @@ struct UpdateArgs {
   bool entropy;
 };
 
-// What label smoothing and top-1 agreement ask of a row: the columns that can occur, their y, and the largest.
+// What label smoothing and top-1 agreement ask of a row: the columns that can occur, their y, and the
+// largest.
 struct Tally {
   double sum;     // of y where it is above -inf
   double count;   // of such columns
