@@ -222,23 +222,18 @@ def example(entry: Entry) -> tuple[Path, str] | None:
 
 def _example(entry: Entry) -> list[str]:
     name = entry.system.name
-    if "run" in entry.functions:
-        return ["## Example", "", "```sh", f"arcore run {name} --help", f"arcore run {name}", "```", ""]
     found = example(entry)
-    if found is None:
-        return ["## Example", "", "```sh", f"arcore check {name} --quick", "```", ""]
-    path, argument = found
-    command = f"python {path.relative_to(ROOT).as_posix()} {argument}".rstrip()
-    return [
-        "## Example",
-        "",
-        f"`{command}` runs this file:",
-        "",
-        "```python",
-        path.read_text().rstrip(),
-        "```",
-        "",
-    ]
+    commands = [f"arcore run {name} --help", f"arcore run {name}"] if "run" in entry.functions else []
+    if found is None and not commands:
+        commands = [f"arcore check {name} --quick"]
+    lines = ["## Example", ""]
+    if commands:
+        lines += ["```sh", *commands, "```", ""]
+    if found is not None:
+        path, argument = found
+        command = f"python {path.relative_to(ROOT).as_posix()} {argument}".rstrip()
+        lines += [f"`{command}` runs this file:", "", "```python", path.read_text().rstrip(), "```", ""]
+    return lines
 
 
 def _documented(entry: Entry) -> list[tuple[str, Any]]:

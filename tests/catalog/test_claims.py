@@ -105,3 +105,12 @@ def test_values_for_people():
 def test_every_system_has_its_claim():
     for entry in catalog().values():
         assert entry.functions["claim"].summary
+
+
+def test_an_error_far_below_names_the_line_of_the_system(monkeypatch: pytest.MonkeyPatch):
+    """What torch raises inside says nothing by its own place alone."""
+    from arcore.zoo.alignment.inpo import inpo_loss
+
+    sums = torch.zeros(2, 2)
+    outcome = run(monkeypatch, lambda *, quick: inpo_loss(sums, sums, sums, [1.0, 0.0], tau=0.1, eta=0.3))
+    assert "(zoo/alignment/inpo.py:" in outcome.error

@@ -107,6 +107,11 @@ def test_a_folder_is_one_system(zoo: Path):
         ('model="Toy"', 'model="Tay"', "toy.py:5: there is no class Tay, which SYSTEM names"),
         ('    model="Toy",\n', "", "toy.py:5: a system of kind 'model' names its class"),
         ('model="Toy",', 'model="Toy", ops=("sing",),', "toy.py:5: ops names 'sing', which is no op"),
+        (
+            'model="Toy",',
+            'model="Toy", recipe="langauge",',
+            "toy.py:5: recipe names 'langauge', which is none of arcore.recipes; did you mean 'language'",
+        ),
         ('model="Toy",', 'model="Toy", ops="ssd",', "toy.py:5: expected ops to be a tuple of names"),
         (
             'model="Toy",',
@@ -134,6 +139,13 @@ def test_wrong_declarations(zoo: Path, old: str, new: str, message: str):
     entries, problems = read(zoo)
     problems += without_claim(entries)
     assert re.search(message, "\n".join(problems)), problems
+
+
+def test_a_file_that_is_no_text_is_named(zoo: Path):
+    (zoo / "language/toy.py").write_bytes(b"\xff\xfe" + FILE.encode())
+    assert any("toy.py:1: the file cannot be read as Python" in line for line in read(zoo)[1])
+    (zoo / "language/toy.py").write_bytes(FILE.encode() + b"\0")
+    assert any("toy.py:1: " in line and "null bytes" in line for line in read(zoo)[1])
 
 
 def test_names_are_taken_once(zoo: Path):

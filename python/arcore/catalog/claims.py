@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from arcore.catalog.discovery import ZOO
 from arcore.catalog.lookup import find, load
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -172,10 +173,17 @@ def run_claim(name: str, *, quick: bool = False, listener: Listener | None = Non
 
 
 def described(fault: BaseException) -> str:
-    """An exception on one line, with the file and line that raised it."""
-    place = traceback.extract_tb(fault.__traceback__)[-1]
+    """An exception on one line, with the file and line that raised it, and the line of the system that led there."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    of_system = [frame for frame in frames if ZOO in Path(frame.filename).parents]
+    places = [f"{_below_zoo(frame.filename)}:{frame.lineno}" for frame in (*of_system[-1:], frames[-1])]
     said = " ".join(str(fault).split())
-    return f"{type(fault).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"
+    return f"{type(fault).__name__}: {said} ({', in '.join(dict.fromkeys(places))})"
+
+
+def _below_zoo(path: str) -> str:
+    """`zoo/next_scale/var.py` of a system's file, the name alone of another one."""
+    return Path(path).relative_to(ZOO.parent).as_posix() if ZOO in Path(path).parents else Path(path).name
 
 
 @contextmanager

@@ -7,6 +7,7 @@ folders whose names start with `_` are not: they hold what the systems of a topi
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,8 @@ from arcore.catalog.system import System
 
 PACKAGE = "arcore.zoo"
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
+# What a system says whose recipe stands in its own file or folder.
+OWN = "own"
 
 
 class CatalogError(ValueError):
@@ -143,7 +146,11 @@ def _read_file(path: Path, zoo: Path, found: _Found, system: Path) -> Iterator[s
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
-        yield f"{path}:{error.lineno}: {error.msg}"
+        yield f"{path}:{error.lineno or 1}: {error.msg}"
+        return
+    except (OSError, ValueError) as error:
+        # Not UTF-8, or with null bytes.
+        yield f"{path}:1: the file cannot be read as Python: {error}"
         return
     parts = path.relative_to(zoo).with_suffix("").parts
     module = ".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)))
@@ -228,6 +235,15 @@ def _check_entry(entry: Entry, topic: str, taken: dict[str, str]) -> Iterator[st
     elif entry.presets:
         yield f"{at}: the system has presets but names no class with model="
     package = ZOO.parent
+    if system.recipe not in (None, OWN) and not (package / "recipes" / f"{system.recipe}.py").is_file():
+        known = [path.stem for path in (package / "recipes").glob("[a-z]*.py")]
+        close = difflib.get_close_matches(str(system.recipe), [*known, OWN], n=1)
+        hint = (
+            f"; did you mean {close[0]!r}?"
+            if close
+            else f"; there are {', '.join(sorted(known))} and {OWN!r}"
+        )
+        yield f"{at}: recipe names {system.recipe!r}, which is none of arcore.recipes{hint}"
     for op in system.ops:
         if not (package / "ops" / f"{op}.py").is_file():
             yield f"{at}: ops names {op!r}, which is no op of arcore.ops"

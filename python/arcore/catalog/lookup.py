@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from arcore.catalog.discovery import Entry, Place, catalog
 from arcore.catalog.system import KINDS, PresetFacts
@@ -401,13 +402,26 @@ def _classes(topic: str | None) -> dict[str, dict[str, Place]]:
     return found
 
 
+class _NotFilled(TorchFunctionMode):
+    """Leaves out what fills weights: there are no values on the meta device, and pretending takes most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_})
+
+
 def _preset_info(entry: Entry, name: str) -> PresetInfo:
     place = entry.presets[name]
     function = load(place, name)
     facts: PresetFacts = function.preset
     config = function()
     model: Any = model_class(entry)
-    with torch.device("meta"):
+    with torch.device("meta"), _NotFilled():
         module = model(config)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return PresetInfo(name, parameters, place.summary, config, facts.tokenizer)

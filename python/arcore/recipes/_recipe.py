@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from arcore.catalog import Entry, create_model, describe, find, load_weights
+from arcore.catalog.discovery import OWN
 from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
 from arcore.training.ranks import is_first
 from arcore.training.stream import derive_seed
 from arcore.training.task import Task
 
-OWN = "own"
 # What --weights names instead of a file where an installed package ships the weights.
 PACKAGE = "package"
 
