@@ -10,7 +10,7 @@ convolution.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,20 @@ from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, sele
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution and SiLU.
+    """Depthwise causal convolution, and SiLU or nothing.
 
     Args:
         channels: D.
         taps: W.
         bias: add one number per channel.
+        activation: behind the convolution, or None.
     """
 
-    def __init__(self, channels: int, taps: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, channels: int, taps: int, *, bias: bool = True, activation: Literal["silu"] | None = "silu"
+    ) -> None:
         super().__init__()
+        self.activation: Any = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         for parameter in self.parameters():
@@ -55,7 +59,7 @@ class CausalConv1d(nn.Module):
         """
         if state is None:
             return causal_conv1d(
-                x, self.weight.squeeze(1), self.bias, seq_idx, activation="silu", reverse=reverse
+                x, self.weight.squeeze(1), self.bias, seq_idx, activation=self.activation, reverse=reverse
             )
         carried = state.transpose(1, 2)
         out, _ = causal_conv1d(
@@ -66,7 +70,7 @@ class CausalConv1d(nn.Module):
             carried,
             return_final_states=True,
             final_states_out=carried,
-            activation="silu",
+            activation=self.activation,
             reverse=reverse,
         )
         return out
@@ -88,7 +92,7 @@ class CausalConv1d(nn.Module):
             state.transpose(1, 2),
             self.weight.squeeze(1),
             self.bias,
-            "silu",
+            self.activation,
             snapshots=None if trail is None else trail.transpose(2, 3),
         )
         return y.transpose(1, 2) if several else y

@@ -247,8 +247,6 @@ def test_rarer_settings_of_the_authors_code(tmp_path: Path, layers: dict[str, An
 
 def test_what_is_not_built_is_refused():
     content = {"d_model": 32, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}}
-    with pytest.raises(ValueError, match="without attention layers"):
-        Mamba2.official_config({**content, "attn_layer_idx": [1], "attn_cfg": {"num_heads": 4}})
     with pytest.raises(ValueError, match="d_ssm from 1 to expand"):
         Mamba2(Mamba2.official_config({**content, "ssm_cfg": {**content["ssm_cfg"], "d_ssm": 128}}))
     with pytest.raises(ValueError, match="d_intermediate to be at least 0"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from arcore.zoo.state_space._attention import official_attention
+
 
 def original_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What configs of the authors' code say about the network around the mixers."""
+    """What configs of the authors' code say about the network around the mixers, attention layers included."""
     names = (
         "d_model",
         "n_layer",
@@ -17,21 +19,20 @@ def original_config(content: Mapping[str, Any]) -> dict[str, Any]:
         "residual_in_fp32",
         "tie_embeddings",
     )
-    return {name: content[name] for name in names if name in content}
+    fields = {name: content[name] for name in names if name in content} | official_attention(content)
+    return fields if content.get("rms_norm", True) else fields | {"rms_norm": False}
 
 
 def original_layers(content: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What configs of the authors' code say about the mixers.
 
     Raises:
-        ValueError: the mixers are of another kind, or there are attention layers.
+        ValueError: the mixers are of another kind.
     """
     ssm = dict(content.get("ssm_cfg") or {})
     found = ssm.pop("layer", "Mamba1")
     if found != kind:
         raise ValueError(f"expected layers of kind {kind} but ssm_cfg has {found}")
-    if not content.get("rms_norm", True) or content.get("attn_layer_idx"):
-        raise ValueError("only models with RMS norms and without attention layers can be loaded")
     return ssm
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from arcore.catalog import Published, preset
 from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.nn.protocols import Parents
+from arcore.zoo.state_space._attention import AttentionSettings, CausalAttention, HybridCache
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
 
 # Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
@@ -24,7 +25,7 @@ MLP_MULTIPLE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateSpaceConfig:
+class StateSpaceConfig(AttentionSettings):
     """What Mamba and Mamba-2 have in common.
 
     Attributes:
@@ -41,9 +42,11 @@ class StateSpaceConfig:
         residual_in_fp32: keep the residual stream in float32 when the weights are of lower precision.
         tie_embeddings: the last linear layer is the embedding.
         d_intermediate: width of a gated network after each mixer, rounded up to a multiple of 128; 0: none.
+        rms_norm: RMS norms; False: layer norms.
+        others: those of `AttentionSettings`, for layers of attention between those of state spaces.
 
     Raises:
-        ValueError: a size is below 1, or `d_intermediate` below 0.
+        ValueError: a size is below 1, `d_intermediate` below 0, or the settings of the attention do not fit together.
     """
 
     d_model: int
@@ -59,6 +62,7 @@ class StateSpaceConfig:
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     d_intermediate: int = 0
+    rms_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "expand"):
@@ -66,6 +70,7 @@ class StateSpaceConfig:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
         if self.d_intermediate < 0:
             raise ValueError(f"expected d_intermediate to be at least 0 but got {self.d_intermediate}")
+        self.check_attention(self.d_model, self.n_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +100,31 @@ class GatedMLP(nn.Module):
         return out
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, computed in float32; the result has the dtype of the weight, as that of `arcore.nn.RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+def make_norm(config: StateSpaceConfig) -> nn.Module:
+    """A norm of the width C, of the config's kind."""
+    return (RMSNorm if config.rms_norm else LayerNorm)(config.d_model, eps=config.norm_eps)
+
+
 class MambaLayer(nn.Module):
     """Norm and mixer of one layer, and norm and feed-forward network where there is one."""
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module, hidden: int = 0) -> None:
+    def __init__(self, config: StateSpaceConfig, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = make_norm(config)
         self.mixer = mixer
         self.norm2: nn.Module | None = None
         self.mlp: nn.Module | None = None
-        if hidden:
-            weight: Any = norm.weight
-            dim = int(weight.shape[0])
-            self.norm2 = RMSNorm(dim, eps=norm.eps)  # type: ignore[arg-type]
-            self.mlp = GatedMLP(dim, hidden)
+        if config.d_intermediate:
+            self.norm2 = make_norm(config)
+            self.mlp = GatedMLP(config.d_model, config.d_intermediate)
 
     def fed(self, x: Tensor) -> Tensor:
         """The residual stream after the feed-forward network."""
@@ -133,10 +149,13 @@ class Mamba(nn.Module):
         rows = -(-config.vocab_size // multiple) * multiple
         self.embedding = nn.Embedding(rows, config.d_model, _weight=torch.empty(rows, config.d_model))
         self.layers: Any = nn.ModuleList(
-            MambaLayer(RMSNorm(config.d_model, eps=config.norm_eps), self.make_mixer(), config.d_intermediate)
-            for _ in range(config.n_layer)
+            MambaLayer(
+                config,
+                CausalAttention(config.d_model, config) if i in config.attn_layer_idx else self.make_mixer(),
+            )
+            for i in range(config.n_layer)
         )
-        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = make_norm(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
         self._init_weights()
 
@@ -224,16 +243,34 @@ class Mamba(nn.Module):
         return self._logits(x)[0], self._logits(y)
 
     def make_cache(self, batch: int, max_length: int | None = None) -> StateCache:
-        """An empty cache for `batch` rows; it has room for any length."""
-        mixer: Any = self.layers[0].mixer
+        """An empty cache for `batch` rows; it has room for any length.
+
+        Args:
+            batch: rows.
+            max_length: tokens for which attention layers make room at once; where there are more, they make more.
+        """
+        attention = [i for i in range(len(self.layers)) if i in self.config.attn_layer_idx]
+        states = [i for i in range(len(self.layers)) if i not in attention]
+        mixer: Any = self.layers[states[0]].mixer
         weight = self.embedding.weight
-        return StateCache(
-            num_layers=len(self.layers),
-            batch=batch,
-            conv_shape=mixer.conv_shape,
-            state_shape=mixer.state_shape,
-            dtype=weight.dtype,
-            device=weight.device,
+        of_states: dict[str, Any] = {
+            "batch": batch,
+            "conv_shape": mixer.conv_shape,
+            "state_shape": mixer.state_shape,
+            "dtype": weight.dtype,
+            "device": weight.device,
+        }
+        if not attention:
+            return StateCache(num_layers=len(states), **of_states)
+        attending: Any = self.layers[attention[0]].mixer
+        return HybridCache(
+            state_layers=states,
+            attention_layers=attention,
+            num_heads=attending.num_kv_heads,
+            head_dim=attending.head_dim,
+            taps_shape=attending.taps_shape,
+            room=max_length,
+            **of_states,
         )
 
     @torch.no_grad()
@@ -258,7 +295,7 @@ class Mamba(nn.Module):
             ids_of = None if packed is None else packed[:, piece]
             for i, layer in enumerate(self.layers):
                 last = layer.fed(last + layer.mixer(layer.norm(last), seq_idx=ids_of, cache=cache, layer=i))
-        cache.advance(ids.shape[1] if packed is None or mask is None else mask.sum(1))
+            cache.advance(last.shape[1] if mask is None else mask[:, piece].sum(1))
         return self._logits(last[:, -1])
 
     @torch.no_grad()
@@ -292,6 +329,9 @@ class Mamba(nn.Module):
         cache.rewind()
         hidden = self.norm_f(x)
         return Extended(self._logits(x), hidden)
+
+    def _attention(self) -> Iterator[CausalAttention]:
+        return (layer.mixer for layer in self.layers if isinstance(layer.mixer, CausalAttention))
 
     def _embed(self, ids: Tensor, axes: int) -> Tensor:
         if ids.dim() != axes:
@@ -366,6 +406,10 @@ class Mamba(nn.Module):
             key.removeprefix("backbone.").replace("embeddings.weight", "embedding.weight"): value
             for key, value in state.items()
         }
+        for name in [name for name in ours if name.endswith(".mixer.rotary_emb.inv_freq")]:
+            rates, rotary = ours.pop(name), next((part.rotary for part in self._attention()), None)
+            if rotary is None or not torch.allclose(rates.float(), rotary.rates, rtol=1e-2, atol=0):
+                raise ValueError(f"{name} are not the rates of attn_rotary_base in the config")
         if self.lm_head is None and "embedding.weight" in ours:
             head = ours.pop("lm_head.weight", None)
             if head is not None and not torch.equal(head.float(), ours["embedding.weight"].float()):
