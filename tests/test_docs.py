@@ -40,6 +40,8 @@ PAGES = [
         "api/tokenizers",
         "api/objectives",
         "zoo/papers",
+        "taxonomy/nar",
+        "taxonomy/generative_rl",
     ),
 ]
 

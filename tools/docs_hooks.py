@@ -13,12 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_table
 import zoo_table
 
-from arcore.zoo.language.nar.registry import taxonomy
+from arcore.zoo.alignment.generative_rl import taxonomy as generative_rl
+from arcore.zoo.language.nar.registry import taxonomy as nar
+
+# Pages of surveys, made from what the systems declare.
+TAXONOMIES = {"taxonomy/nar.md": nar, "taxonomy/generative_rl.md": generative_rl}
 
 
 def _pages() -> dict[str, str]:
     results = bench_table.load(bench_table.newest(bench_table.ROOT / "bench/results"))
-    return {"benchmarks.md": bench_table.page(results), "taxonomy/nar.md": taxonomy(), **zoo_table.pages()}
+    surveys = {name: made() for name, made in TAXONOMIES.items()}
+    return {"benchmarks.md": bench_table.page(results), **surveys, **zoo_table.pages()}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -26,7 +31,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or []:
         if isinstance(entry, dict) and "Zoo" in entry:
             entry["Zoo"] = sorted(zoo_table.pages(), key=lambda name: (name != "zoo/index.md", name))
-            entry["Zoo"].append("taxonomy/nar.md")
+            entry["Zoo"] += TAXONOMIES
     return config
 
 

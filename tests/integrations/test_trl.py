@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with our scorer and our losses: beside its own numbers, and training."""
+"""TRL's trainers of groups and of pairs with our scorer and our losses: beside their own numbers, and training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,23 @@ with pytest.MonkeyPatch.context() as patch:
         trl = pytest.importorskip("trl")
         datasets = pytest.importorskip("datasets")
         transformers = pytest.importorskip("transformers")
-        from arcore.integrations.trl import causal_lm_stats, grpo, nft, rft, trainer_class
+        from arcore.integrations.trl import (
+            causal_lm_stats,
+            completion_logprobs,
+            dpo,
+            grpo,
+            hinge,
+            inpo,
+            ipo,
+            kto,
+            nft,
+            pair_trainer_class,
+            rft,
+            spo,
+            srpo,
+            trainer_class,
+            win_rates,
+        )
 
 WORDS = 40
 
@@ -153,3 +169,166 @@ def test_what_nft_cannot_use_is_refused(tmp_path: Path) -> None:
 def test_another_trainer_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"as in TRL 1.16, but object has no _get_per_token"):
         trainer_class(nft, base=object)
+
+
+def pairs(folder: Path, loss: Any, *, own: bool = False, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "model_init_kwargs": {"dtype": "float32"}, "per_device_train_batch_size": 4,
+        "max_steps": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "logging_steps": 1,
+        "save_strategy": "no", "beta": 0.3, "disable_dropout": True, "bf16": False, "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    texts = ["w1 w2 w3", "w4 w5", "w6", "w7 w8"]
+    data = datasets.Dataset.from_dict(
+        {
+            "prompt": [f"{text} " for text in texts],
+            "chosen": ["w9", "w10 w11 w12", "w13 w14", "w15"],
+            "rejected": ["w16 w17", "w18", "w19 w20 w21", "w22 w23"],
+        }
+    )
+    llama().save_pretrained(folder / "model")
+    kind = trl.DPOTrainer if own else pair_trainer_class(loss)
+    return kind(
+        model=str(folder / "model"),
+        args=trl.DPOConfig(**settings | changes),
+        train_dataset=data,
+        processing_class=tokenizer(),
+    )
+
+
+def first_batch(trainer: Any) -> dict[str, Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def moved_a_little(trainer: Any) -> None:
+    """Without a step policy and reference are the same, and a sign or a scale would not show."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("name", "loss"), [("sigmoid", dpo), ("hinge", hinge)])
+def test_losses_of_pairs_are_trls_own(name: str, loss: Any, tmp_path: Path) -> None:
+    found = []
+    for own in (True, False):
+        trainer = pairs(tmp_path, loss, own=own, loss_type=[name])
+        moved_a_little(trainer)
+        trainer.model.train()
+        value = trainer.compute_loss(trainer.model, first_batch(trainer))
+        value.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        figures = {key: kept[-1] for key, kept in trainer._metrics["train"].items()}
+        found.append((value.detach(), gradient, figures))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    scale = float(found[0][1].abs().max())
+    assert scale > 0
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5 * scale)
+    for key in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+    ):
+        assert found[1][2][key] == pytest.approx(found[0][2][key], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss", [ipo, kto, inpo(tau=0.1, eta=0.3), srpo(between=[30, 31])], ids=["ipo", "kto", "inpo", "srpo"]
+)
+def test_pairs_train_with_another_loss(loss: Any, tmp_path: Path) -> None:
+    trainer = pairs(tmp_path, loss)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    after = list(trainer.model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert all(torch.isfinite(p).all() for p in after)
+    assert any("rewards/margins" in row for row in trainer.state.log_history)
+
+
+def test_inpo_knows_the_iteration_before_and_srpo_its_revisions(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def kept(batch: Any) -> Tensor:
+        seen.append(batch)
+        return dpo(batch)
+
+    trainer = pairs(tmp_path, kept)
+    moved_a_little(trainer)
+    trainer.compute_loss(trainer.model, inputs := first_batch(trainer))
+    [batch] = seen
+    ratio = (batch.policy - batch.reference).detach()
+    gap = (ratio[:, 0] - ratio[:, 1]) - 1 / 0.6
+    # With the reference as the iteration before, INPO is IPO with beta 1 / (2 gap).
+    first = inpo(tau=0.3, eta=0.3)(batch)
+    assert float(inpo(tau=0.3, eta=0.3, previous=trainer.ref_model)(batch)) == pytest.approx(
+        float(first), rel=1e-5
+    )
+    assert float(first) == pytest.approx(float(gap.square().mean()), rel=1e-4)
+    assert float(inpo(tau=0.1, eta=0.3, previous=llama(7))(batch)) != pytest.approx(float(first), rel=1e-3)
+    between = [30, 31]
+    whole = batch.revise(trainer.model, between).detach()
+    ids, completion = inputs["input_ids"], inputs["completion_mask"].bool()
+    pair, a, b = 1, 1, 0
+    one, other = (pair + 4 * side for side in (a, b))
+    row = ids[one][inputs["attention_mask"][one].bool()].tolist() + between
+    answer = ids[other][completion[other]].tolist()
+    law = trainer.model(torch.tensor([row + answer])).logits.log_softmax(-1)[0]
+    known = sum(law[len(row) + t - 1, token] for t, token in enumerate(answer))
+    assert float(whole[pair, a, b]) == pytest.approx(float(known), rel=1e-4)
+
+
+def test_adapters_have_the_plain_model_as_reference(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    seen: list[Any] = []
+
+    def kept(batch: Any) -> Tensor:
+        seen.append(batch)
+        return dpo(batch)
+
+    llama().save_pretrained(tmp_path / "model")
+    plain = pairs(tmp_path, kept)
+    trainer = type(plain)(
+        model=transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+        args=plain.args,
+        train_dataset=plain.train_dataset,
+        processing_class=tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    trainer.compute_loss(trainer.model, batch := first_batch(trainer))
+    assert not torch.allclose(seen[0].policy, seen[0].reference)
+    logp = completion_logprobs(llama(), batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    torch.testing.assert_close(torch.stack(logp.sum(1).chunk(2), 1), seen[0].reference, rtol=1e-4, atol=1e-4)
+
+
+def test_win_rates_are_rewards_for_trl(tmp_path: Path) -> None:
+    rewards = win_rates(lambda prompt, one, other: float(len(one) >= len(other)), 3)
+    assert rewards(["p"] * 3 + ["q"] * 3, ["a", "bbb", "cc", "x", "yy", "zzz"]) == [0, 1, 0.5, 0, 0.5, 1]
+    for prompts, told in (
+        (["p"] * 4, "whole groups of 3 completions but got 4"),
+        (["p", "q", "p"], "behind each"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            rewards(prompts, ["a"] * len(prompts))
+    with pytest.raises(ValueError, match="group_size of at least 2"):
+        win_rates(lambda *_: 1.0, 1)
+    trainer = make(tmp_path, spo, scale_rewards="none")
+    trainer.current_gradient_accumulation_steps = 1
+    assert torch.isfinite(trainer._compute_loss(trainer.model, inputs()))
+
+
+def test_what_pairs_cannot_be_is_refused(tmp_path: Path) -> None:
+    for changes, told in (({"ld_alpha": 0.5}, "expected ld_alpha=None but got 0.5"),
+                          ({"use_weighting": True}, "expected use_weighting=False but got True")):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            pairs(tmp_path, dpo, **changes)
+    with pytest.raises(ValueError, match=r"expected 0 < tau <= eta but got tau=0\.4 and eta=0\.3"):
+        inpo(tau=0.4, eta=0.3)
+    with pytest.raises(ValueError, match="expected tokens between an answer and its revision"):
+        srpo(between=[])
+    with pytest.raises(RuntimeError, match="expected a trainer with _compute_loss"):
+        pair_trainer_class(dpo, base=object)
+    ones = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no completion to begin with the first token"):
+        completion_logprobs(llama(), ones, ones, ones)

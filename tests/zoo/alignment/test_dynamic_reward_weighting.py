@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from arcore.zoo.alignment.dynamic_reward_weighting import (
     HypervolumeWeight,
+    Options,
     gradient_weights,
     hypervolume,
-    steps_to_all,
+    learn,
+    run,
     weighted_reward_loss,
 )
 
@@ -97,15 +100,37 @@ def test_gradient_weights_by_hand():
 
 
 def test_the_neglected_reward_gains_weight():
-    count, grown = steps_to_all(dynamic=True, seed=0, limit=8, batch=32)
-    assert count == 8
-    assert grown != 1
-    assert steps_to_all(dynamic=False, seed=0, limit=2, batch=32) == (2, pytest.approx(1.0))
+    found = learn("gradient", seed=0, limit=8, batch=32)
+    assert (found.steps, found.reached) == (8, False)
+    assert found.hardest != 1
+    assert learn("fixed", seed=0, limit=2, batch=32).hardest == pytest.approx(1.0)
+    counted = learn("hypervolume", seed=0, limit=8, batch=32, every=2)
+    assert counted.hardest != 1
+    assert 0.5 <= counted.hardest <= 2
+
+
+def test_the_command_compares_the_variants():
+    report = run(Options(seeds=2, limit=3, batch=16))
+    assert list(report.values) == ["fixed", "gradient", "hypervolume"]
+    assert ">3, >3" in report.text
+    assert report.draw is not None
+    report.draw(pytest.importorskip("matplotlib.figure").Figure())
+    assert list(run(Options(variant="hypervolume", seeds=1, limit=1)).values) == ["hypervolume"]
+
+
+def test_a_front_goes_on_from_its_state():
+    first = HypervolumeWeight([0.0, 0.0])
+    first.update([1.0, 0.5])
+    second = HypervolumeWeight.of_state(json.loads(json.dumps(first.state())))
+    assert second.update([0.5, 1.0]) == first.update([0.5, 1.0]) == pytest.approx(0.5 + 1.5 * math.tanh(0.25))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: Options(weights=(0.0, 1.0, 1.0)), "--weights: expected three numbers above 0"),
+        (lambda: Options(every=0), "--every: expected at least 1 but got 0"),
+        (lambda: Options(lr=math.nan), "--lr: expected a number of at least 0"),
         (
             lambda: hypervolume([[1.0]], [0.0, 0.0]),
             r"expected points \[n, M\] and reference \[M\] but got \[1, 1\]",

@@ -9,7 +9,9 @@ With fixed weights the easy reward is learnt first and the hard one may wait for
 
 Nearest neighbour here: GRPO with one reward. The hypervolume is exact, by slicing along the last objective. Whether
 weighting learns faster depends on the objective: advantages divided by the deviation of the combined reward already
-even rewards out.
+even rewards out. The hypervolume's factor is the same for all rewards, so an optimiser that divides by the gradient's
+size, such as Adam, feels only how it changes. `arcore run dynamic_reward_weighting` compares the variants on a task of
+words; `arcore run align --objective drw` and `drw_hypervolume` have them on language models.
 
 Legend: B responses, T tokens, M rewards, P parameters.
 """
@@ -18,6 +20,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
+from arcore.catalog.running import Report
 from arcore.objectives import group_advantages, grpo_loss
 from arcore.objectives.policy import Deviation, Reduction
 from arcore.ops import token_logprobs
@@ -48,6 +54,8 @@ SYSTEM = System(
 )
 
 Array = NDArray[np.float64]
+Variant = Literal["fixed", "gradient", "hypervolume"]
+VARIANTS: tuple[Variant, ...] = ("fixed", "gradient", "hypervolume")
 
 
 def weighted_reward_loss(
@@ -161,6 +169,18 @@ class HypervolumeWeight:
             self.volume = volume
         return 0.5 + 1.5 * math.tanh(gained)
 
+    def state(self) -> dict[str, list[Any]]:
+        """What goes on, ready for JSON."""
+        return {"reference": self.reference.tolist(), "points": [point.tolist() for point in self.points]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, list[Any]]) -> HypervolumeWeight:
+        """One that goes on from what `state` gave."""
+        made = cls(state["reference"])
+        made.points = [np.asarray(point, dtype=np.float64) for point in state["points"]]
+        made.volume = hypervolume(made.points, made.reference)
+        return made
+
 
 def gradient_weights(weights: Tensor, gradients: Tensor, *, lr: float, mu: float = 1.0) -> Tensor:
     """The next weights, by the influence of each reward's gradient; they sum to 1.
@@ -206,29 +226,137 @@ def _rewards(words: Tensor) -> Tensor:
     return torch.stack([hard, (words != 6).all(1), words[:, 0] < 3], 1).float()
 
 
-def steps_to_all(*, dynamic: bool, seed: int, limit: int = 400, batch: int = 128) -> tuple[int, float]:
-    """Updates until the means of all three rewards are at least 0.9, and by how much the hard one's weight grew."""
+@dataclass(frozen=True)
+class Learnt:
+    """What a run came to.
+
+    Attributes:
+        steps: updates until the means of all three rewards were at least 0.9; the limit where they never were.
+        reached: whether they were.
+        hardest: the hard reward's weight over that of the beginning, times the factor of the hypervolume.
+        means: mean rewards by update, `[3]` each.
+    """
+
+    steps: int
+    reached: bool
+    hardest: float
+    means: list[list[float]]
+
+
+def learn(
+    variant: Variant,
+    *,
+    seed: int,
+    limit: int = 400,
+    batch: int = 128,
+    first: tuple[float, float, float] = (0.03, 0.485, 0.485),
+    lr: float = 5.0,
+    every: int = 5,
+) -> Learnt:
+    """Train a small model of words towards three rewards, one of them hard and neglected at first.
+
+    Args:
+        variant: fixed weights, weights that follow the gradients, or rewards scaled by the front's growth.
+        seed: decides weights and draws.
+        limit: most updates.
+        batch: words of an update.
+        first: weights at the beginning, the hard reward's first.
+        lr: of gradient weights.
+        every: updates between two validations of the hypervolume.
+    """
     torch.manual_seed(seed)
     model = Speller(7, 4)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.01)
-    weights = torch.tensor([0.03, 0.485, 0.485])
-    one_hot = torch.eye(3)
-    for update in steps(limit, "gradient weights" if dynamic else "fixed weights"):
+    weights, factor = torch.tensor(first), 1.0
+    one_hot, front = torch.eye(3), HypervolumeWeight(np.zeros(3))
+    means: list[list[float]] = []
+    for update in steps(limit, f"{variant} weights"):
         words = model.draw(batch)
         rewards = _rewards(words)
+        means.append(rewards.mean(0).tolist())
         if (rewards.mean(0) >= 0.9).all():
-            return update, float(weights[0] / 0.03)
-
-        if dynamic:
-            weights = gradient_weights(
-                weights, torch.stack([_gradient(model, words, rewards, one) for one in one_hot]), lr=5.0
-            )
-        whole = _gradient(model, words, rewards, weights)
+            return Learnt(update, True, factor * float(weights[0] / first[0]), means)
+        if variant == "gradient":
+            gradients = torch.stack([_gradient(model, words, rewards, one) for one in one_hot])
+            weights = gradient_weights(weights, gradients, lr=lr)
+        elif variant == "hypervolume" and update % every == 0:
+            factor = front.update(_rewards(model.draw(4 * batch)).mean(0).numpy())
+        whole = _gradient(model, words, rewards, factor * weights)
         for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
         optimizer.step()
-    return limit, float(weights[0] / 0.03)
+    return Learnt(limit, False, factor * float(weights[0] / first[0]), means)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Three rewards of words of four letters: a palindrome (hard), no letter 6, a first letter below 3.
+
+    Attributes:
+        variant: fixed, gradient, hypervolume, or all.
+        seeds: runs of each.
+        limit: most updates of a run.
+        batch: words of an update.
+        weights: at the beginning, the hard reward's first.
+        lr: of gradient weights.
+        every: updates between two validations of the hypervolume.
+        seed: the first one.
+    """
+
+    variant: Literal["fixed", "gradient", "hypervolume", "all"] = "all"
+    seeds: int = 3
+    limit: int = 400
+    batch: int = 128
+    weights: tuple[float, float, float] = (0.03, 0.485, 0.485)
+    lr: float = 5.0
+    every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("limit", 1), ("batch", 2), ("every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}: expected at least {least} but got {getattr(self, name)}")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(
+                f"--weights: expected three numbers above 0 but got {self.weights}; a weight of 0 could never grow"
+            )
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"--lr: expected a number of at least 0 but got {self.lr}")
+
+
+def run(options: Options) -> Report:
+    """Train with each variant and compare how many updates they take."""
+    names: tuple[Variant, ...] = VARIANTS if options.variant == "all" else (options.variant,)
+    found = {
+        name: [
+            learn(name, seed=options.seed + i, limit=options.limit, batch=options.batch, first=options.weights,
+                  lr=options.lr, every=options.every)
+            for i in range(options.seeds)
+        ]
+        for name in names
+    }  # fmt: skip
+    lines = [f"{'weights':12}{'updates to all >= 0.9, by seed':34}{'hard reward counts':>20}"]
+    for name, runs in found.items():
+        shown = ", ".join(str(one.steps) if one.reached else f">{one.steps}" for one in runs)
+        growth = sum(one.hardest for one in runs) / len(runs)
+        lines.append(f"{name:12}{shown:34}{growth:18.2f} x")
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for number, (name, runs) in enumerate(found.items()):
+            for i, one in enumerate(runs):
+                axes.plot(
+                    [m[0] for m in one.means], color=f"C{number}", label=None if i else name, linewidth=1
+                )
+        axes.set(xlabel="update", ylabel="share of palindromes (the hard reward)")
+        axes.legend()
+
+    values = {
+        name: [{"steps": one.steps, "reached": one.reached, "hardest": one.hardest} for one in runs]
+        for name, runs in found.items()
+    }
+    return Report("\n".join(lines), values, draw)
 
 
 def _gradient(model: Speller, words: Tensor, rewards: Tensor, weights: Tensor) -> Tensor:
@@ -256,10 +384,11 @@ def claim(*, quick: bool) -> Claim:
         at_most("largest factor", max(factors), 2.0),
     )
     if not quick:
-        fixed, moved = ([steps_to_all(dynamic=d, seed=s) for s in range(3)] for d in (False, True))
-        fewer = sum(b[0] < a[0] for a, b in zip(fixed, moved, strict=True))
+        fixed, moved = ([learn(name, seed=seed) for seed in range(3)] for name in ("fixed", "gradient"))
+        fewer = sum(b.steps < a.steps for a, b in zip(fixed, moved, strict=True))
+        grown = min(one.hardest for one in moved)
         rows += (
             at_least("seeds of 3 in which gradient weights take fewer steps to all >= 0.9", fewer, 2),
-            at_least("growth of the hard reward's weight, least of the seeds", min(b[1] for b in moved), 5.0),
+            at_least("growth of the hard reward's weight, least of the seeds", grown, 5.0),
         )
     return Claim(rows)

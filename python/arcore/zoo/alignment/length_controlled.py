@@ -18,6 +18,7 @@ Legend: n instructions.
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.catalog.running import Report
+from arcore.zoo.statistics.reusable_holdout import guard_file, told
 
 SYSTEM = System(
     name="length_controlled",
@@ -41,6 +43,7 @@ SYSTEM = System(
         "a model against itself has 50."
     ),
     checked_on="synthetic data",
+    builds_on=("reusable_holdout",),
 )
 
 try:
@@ -62,6 +65,7 @@ class LengthControlled(BaseEstimator):  # type: ignore[misc]
     Attributes:
         raw_: mean preference in percent.
         win_rate_: the same at equal lengths.
+        chances_: `[n]`, of which `win_rate_` is the mean: the model's chance on each instruction at equal lengths.
         error_: standard error of `win_rate_`, by the delta method.
         theta_: strength of the model, in logits.
         phi_: what length is worth.
@@ -121,6 +125,7 @@ class LengthControlled(BaseEstimator):  # type: ignore[misc]
         neutral = design.copy()
         neutral[:, 1] = 0.0
         chance = _sigmoid(neutral @ weights)
+        self.chances_ = chance
         self.raw_ = 100 * float(wins.mean())
         self.win_rate_ = 100 * float(chance.mean())
         slope = (chance * (1 - chance)) @ neutral / len(wins)
@@ -184,10 +189,21 @@ class Options:
         file: CSV with columns preference (0 to 1), length and baseline_length (characters), and optionally model and
             difficulty.
         penalty: of the effect of length.
+        guard: file of a guard against looking too often at the same instructions while a model is being changed. Half
+            of the instructions are worked with and the other half is held out; what is told is guarded. Default: none.
+        guard_budget: how often the guard may tell what the held-out half says.
+        seed: of the guard.
     """
 
     file: Path = field(metadata={"positional": True, "metavar": "CSV"})
     penalty: float = 1e-3
+    guard: Path | None = None
+    guard_budget: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.guard_budget < 0:
+            raise ValueError(f"--guard-budget: expected at least 0 but got {self.guard_budget}")
 
 
 def read_preferences(path: Path) -> dict[str, dict[str, list[float]]]:
@@ -232,7 +248,10 @@ def run(options: Options) -> Report:
     """Both win rates of each model in the file."""
     lines = [f"{'model':24}{'raw':>8}{'controlled':>12}{'s.e.':>8}{'length':>9}{'rows':>7}"]
     values: dict[str, Any] = {}
-    for model, columns in read_preferences(options.file).items():
+    models = read_preferences(options.file)
+    if options.guard is not None:
+        return _guarded(options, options.guard, models)
+    for model, columns in models.items():
         found = LengthControlled(options.penalty).fit(**columns)
         name = model or options.file.stem
         ratio = sum(columns["length"]) / max(sum(columns["baseline_length"]), 1.0)
@@ -262,6 +281,31 @@ def run(options: Options) -> Report:
         axes.legend()
 
     return Report("\n".join(lines), values, draw)
+
+
+def _guarded(options: Options, path: Path, models: Mapping[str, Mapping[str, Sequence[float]]]) -> Report:
+    """The length-controlled win rate of each model, from one half of the instructions unless the other disagrees.
+
+    Halves are the even and the odd lines, the same ones for every model and every call.
+    """
+    lines, values = [], {}
+    with guard_file(path, budget=options.guard_budget, seed=options.seed) as guard:
+        for model, columns in models.items():
+            name = model or options.file.stem
+            if len(columns["preference"]) < 4:
+                raise ValueError(
+                    f"{options.file}: expected at least 4 lines of {name!r} to guard half of them but got "
+                    f"{len(columns['preference'])}; leave --guard out"
+                )
+            halves = [
+                LengthControlled(options.penalty).fit(**{n: column[part::2] for n, column in columns.items()})
+                for part in (0, 1)
+            ]
+            found = guard.check(*(half.chances_ for half in halves))
+            lines.append(f"{name:24} length-controlled win rate {told(found)}")
+            values[name] = found._asdict()
+    lines.append(f"Win rates from 0 to 1. The guard's state is in {path}.")
+    return Report("\n".join(lines), values)
 
 
 def synthetic(

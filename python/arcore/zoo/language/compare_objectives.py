@@ -16,8 +16,10 @@ Legend: B rows, N inputs, M targets, C width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -31,6 +33,7 @@ from arcore.data.text import load_text
 from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.masks import causal, full, prefix_lm
 from arcore.nn.t5 import T5Stack
+from arcore.zoo.statistics.reusable_holdout import EvalGuard, guard_file
 
 SYSTEM = System(
     name="compare_objectives",
@@ -41,6 +44,7 @@ SYSTEM = System(
     summary="Causal, prefix and encoder-decoder models under three objectives: losses, zero-shot choices, adaptation.",
     claim="A prefix of nothing is the causal model exactly; the causal model trained on all tokens predicts them best.",
     checked_on="real data",
+    builds_on=("reusable_holdout",),
 )
 
 Architecture = Literal["CD", "ND", "ED"]
@@ -193,12 +197,25 @@ def held_out_loss(model: Model, objective: Objective, data: Data, count: int = 6
     return float(F.cross_entropy(model(pair).flatten(0, 1), pair.targets.flatten()))
 
 
-@torch.no_grad()
-def choice_accuracy(model: Model, data: Data, count: int = 100, ahead: int = 16) -> float:
+def choice_accuracy(model: Model, data: Data) -> float:
     """Share of held-out pieces whose continuation is likelier than three others, from elsewhere in the text."""
+    return float(choices(model, data).mean())
+
+
+@torch.no_grad()
+def choices(model: Model, data: Data, *, test: bool = True, count: int = 100, ahead: int = 16) -> Tensor:
+    """Whether the right continuation of each piece is likelier than three others: 0 or 1, float `[count]`.
+
+    Args:
+        model: whose likelihoods.
+        data: where pieces come from.
+        test: from the held-out text, else from the training text.
+        count: pieces.
+        ahead: bytes of a continuation.
+    """
     before, data.generator = data.generator, torch.Generator().manual_seed(2)
-    pieces = data.draw(count, test=True, length=data.context)
-    others = data.draw(3 * count, test=True, length=ahead).view(3, count, ahead)
+    pieces = data.draw(count, test=test, length=data.context)
+    others = data.draw(3 * count, test=test, length=ahead).view(3, count, ahead)
     data.generator = before
     start = torch.full_like(pieces[:, :1], START)
     inputs = torch.cat([start, pieces[:, :-ahead]], 1)
@@ -206,7 +223,7 @@ def choice_accuracy(model: Model, data: Data, count: int = 100, ahead: int = 16)
     for targets in (pieces[:, -ahead:], *others):
         losses = F.cross_entropy(model(Pair(inputs, targets)).transpose(1, 2), targets, reduction="none")
         scores.append(losses.mean(1))
-    return float((torch.stack(scores).argmin(0) == 0).float().mean())
+    return (torch.stack(scores).argmin(0) == 0).float()
 
 
 def task_pairs(data: Data, batch: int) -> Pair:
@@ -239,6 +256,9 @@ class Options:
         heads: of the attention.
         lr: learning rate.
         seed: decides weights and data.
+        guard: file of a guard against looking too often at the held-out text while settings are being changed; the
+            shares of right choices are then told by it. Default: none.
+        guard_budget: how often the guard may tell what the held-out text says.
     """
 
     data: str = "kjv"
@@ -251,11 +271,14 @@ class Options:
     heads: int = 4
     lr: float = 2e-3
     seed: int = 0
+    guard: Path | None = None
+    guard_budget: int = 20
 
     def __post_init__(self) -> None:
         for name, least in (
             ("steps", 1),
             ("multitask", 0),
+            ("guard_budget", 0),
             ("context", 24),
             ("batch", 1),
             ("dim", 1),
@@ -268,13 +291,17 @@ class Options:
 
 
 class Entry(NamedTuple):
-    """Of one architecture and objective: losses in nats per byte, shares of right choices, parameters."""
+    """Of one architecture and objective: losses in nats per byte, shares of right choices, parameters.
+
+    `guarded` is the share after tasks as the guard tells it, NaN where it does not or there is none.
+    """
 
     own: float
     next_token: float
     choice: float
     after_tasks: float
     parameters: int
+    guarded: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -292,8 +319,13 @@ class Grid:
     scratch: int
 
 
-def compare(options: Options) -> Grid:
-    """Train every architecture on every objective for equal steps."""
+def compare(options: Options, guard: EvalGuard | None = None) -> Grid:
+    """Train every architecture on every objective for equal steps.
+
+    Args:
+        options: what and how long.
+        guard: tells the shares of right choices, from training text where the held-out one agrees.
+    """
     entries: dict[tuple[str, str], Entry] = {}
     wanted, causal_flm = float("nan"), None
     data = Data(options.data, options.context, options.seed)
@@ -325,8 +357,14 @@ def compare(options: Options) -> Grid:
                     f"tasks for {architecture}:{objective}",
                 )
             count = sum(parameter.numel() for parameter in model.parameters())
+            after = choices(model, data)
+            guarded = (
+                math.nan
+                if guard is None
+                else guard.check(choices(model, data, test=False).numpy(), after.numpy()).value
+            )
             entries[architecture, objective] = Entry(
-                own, following, choice, choice_accuracy(model, data), count
+                own, following, choice, float(after.mean()), count, guarded
             )
     assert causal_flm is not None
     return Grid(entries, _adaptation(options, data, causal_flm, wanted), options.steps)
@@ -364,15 +402,25 @@ def _figure(grid: Grid) -> Any:
 
 def run(options: Options) -> Report:
     """A table of all architectures and objectives."""
-    grid = compare(options)
-    lines = [
-        f"{'':8}{'own loss':>10}{'next byte':>11}{'choice of 4':>13}{'after tasks':>13}{'parameters':>12}"
-    ]
+    if options.guard is None:
+        grid = compare(options)
+    else:
+        with guard_file(options.guard, budget=options.guard_budget, seed=options.seed) as guard:
+            grid = compare(options, guard)
+    names = "own loss", "next byte", "choice of 4", "after tasks", "parameters"
+    if options.guard is not None:
+        # Shares from the held-out text itself would let it be looked at without end.
+        names = "own loss", "next byte", "guarded", "parameters"
+    lines = ["        " + "".join(f"{name:>13}" for name in names)]
     for (architecture, objective), entry in grid.entries.items():
+        shares = [entry.choice, entry.after_tasks] if options.guard is None else [entry.guarded]
         lines.append(
-            f"{architecture}:{objective:5}{entry.own:10.3f}{entry.next_token:11.3f}{entry.choice:13.2f}"
-            f"{entry.after_tasks:13.2f}{entry.parameters:12,}"
+            f"{architecture}:{objective:5}{entry.own:13.3f}{entry.next_token:13.3f}"
+            + "".join(f"{share:13.2f}" for share in shares)
+            + f"{entry.parameters:13,}"
         )
+    if options.guard is not None:
+        lines.append(f"guarded: choices of 4 after tasks; nan: the budget is spent. State: {options.guard}")
     adapted = f"{grid.adapted} steps" if grid.adapted else f"not within {grid.scratch} steps"
     lines.append(f"from CD:FLM to the loss of ND:MLM: {adapted}; from nothing it took {grid.scratch}")
     values = {

@@ -14,13 +14,17 @@ Legend: n rows, d columns, T threshold, sigma rate of the noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from arcore._files import atomic_path
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.catalog.running import Report
@@ -241,6 +245,49 @@ class EvalGuard:
         inner._random = np.random.default_rng()
         inner._random.bit_generator.state = state["random"]
         self._begun = True
+
+
+@contextmanager
+def guard_file(path: Path, **settings: Any) -> Iterator[EvalGuard]:
+    """A guard whose state stands in a file, so that a command that is run again goes on with it.
+
+        with guard_file(Path("guard.json"), budget=20) as guard:
+            guard.check(train, held_out)
+
+    Args:
+        path: JSON; made where there is none, and written when all went well.
+        settings: of `EvalGuard`.
+
+    Raises:
+        ValueError: the file is damaged, or of a guard with another range.
+    """
+    guard = EvalGuard(**settings)
+    if path.exists():
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            span, kept = (float(state["low"]), float(state["high"])), dict(state["guard"])
+            guard.load(kept)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--guard {path}: this is no guard's file ({error}); give another name"
+            ) from error
+        if span != (guard.low, guard.high):
+            raise ValueError(
+                f"--guard {path}: expected the guard of scores from {guard.low:g} to {guard.high:g} but got one of "
+                f"{span[0]:g} to {span[1]:g}; each kind of evaluation needs a file of its own"
+            )
+    yield guard
+    with atomic_path(path) as temporary:
+        content = {"low": guard.low, "high": guard.high, "guard": guard.state()}
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def told(found: Guarded, *, digits: int = 4) -> str:
+    """One clause about an answer, for reports."""
+    if np.isnan(found.value):
+        return "not told: the guard's budget is spent, take fresh rows"
+    how = "from the held-out part" if found.held_out else "both parts agree"
+    return f"{found.value:.{digits}f} ({how}; {found.spent} answers spent)"
 
 
 def _values(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -210,16 +210,20 @@ class Trainer:
         self.rollouts = state["rollouts"]
 
 
-@torch.no_grad()
 def success(
     policy: ActionPolicy, rooms: Rooms, *, episodes: int, seed: int, temperature: float = 1.0
 ) -> float:
     """Share of so many episodes that are won by drawing from the policy."""
+    return float(wins(policy, rooms, episodes=episodes, seed=seed, temperature=temperature).mean())
+
+
+@torch.no_grad()
+def wins(policy: ActionPolicy, rooms: Rooms, *, episodes: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """Whether each of at least so many episodes is won, 0 or 1, `[N]`; those that end together all count."""
     generator = torch.Generator().manual_seed(seed)
-    ended, won = 0, 0.0
-    while ended < episodes:
+    found: list[Tensor] = []
+    while sum(map(len, found)) < episodes:
         actions, _, _ = policy.act(rooms.observe(), generator, temperature=temperature)
         rewards, ends = rooms.step(actions)
-        ended += int(ends.sum())
-        won += float(rewards.sum())
-    return won / ended
+        found.append(rewards[ends])
+    return torch.cat(found)

@@ -43,10 +43,12 @@ class Options:
     """A policy, its prompts and its judge.
 
     Attributes:
-        prompts: text file with a prompt per line (\\n for a new line), or JSON lines with "prompt".
+        prompts: text file with a prompt per line (\\n for a new line), or JSON lines with "prompt"; or
+            reasoning_gym:TASK or reasoning_gym:TASK:COUNT, problems of the package reasoning-gym.
         reward: FILE.py with reward(prompt, response), rewards(prompt, response) or prefer(prompt, first, second); or
-            regex:PATTERN, words:N, vowels.
-        objective: grpo, dr_grpo, dapo, gspo, ppo, rft, nft, dpo, ipo, hinge, kto, inpo, srpo, spo or drw.
+            regex:PATTERN, words:N, vowels; or reasoning_gym, the package's own check of answers to its problems.
+        objective: grpo, dr_grpo, dapo, gspo, ppo, rft, nft, dpo, ipo, hinge, kto, inpo, srpo, spo, drw or
+            drw_hypervolume.
         model: run folder, checkpoint, or smollm2_135m.
         reference: another frozen model with the same vocabulary. Default: the policy as it was.
         out: folder of checkpoints, figures and failed rewards.
@@ -76,7 +78,8 @@ class Options:
         smoothing: lambda of ppo's advantages.
         value_weight: of ppo's critic.
         weights: of several rewards, in their order. Default: equal.
-        weights_lr: of drw's weights.
+        weights_lr: of drw's weights; drw_hypervolume keeps the weights and scales all rewards by what the last
+            evaluation of the training prompts added to the front.
         on_reward_error: skip the step, or stop; the responses are kept either way.
         held_out: share of the prompts that are only evaluated on, behind a guard against looking too often.
         eval_every: steps between evaluations; one more at the beginning and the end.
@@ -88,7 +91,7 @@ class Options:
         seed: decides everything random.
     """
 
-    prompts: Path
+    prompts: str | Path
     reward: str
     objective: str = "grpo"
     model: str = "smollm2_135m"

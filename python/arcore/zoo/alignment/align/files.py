@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arcore._files import atomic_folder, atomic_path
 from arcore.nn import Rollout
+from arcore.zoo.alignment.dynamic_reward_weighting import HypervolumeWeight
 
 CHECKPOINT = "checkpoint"
 # What a resumed run must have in common with the one that it resumes.
@@ -41,6 +42,8 @@ def save(run: Any) -> None:
         "options": {name: _plain(getattr(run.options, name)) for name in _SAME},
         "guard": run.guard.state(),
         "weights": None if run.weights is None else run.weights.tolist(),
+        "factor": run.factor,
+        "front": None if run.front is None else run.front.state(),
         "names": run.judge.names,
         "rows": run.rows,
         "evaluations": run.evaluations,
@@ -89,6 +92,9 @@ def load(run: Any) -> None:
     run.evaluations = state["evaluations"]
     run.judge.names.extend(state["names"])
     run.weights = None if state["weights"] is None else torch.tensor(state["weights"])
+    run.factor = state.get("factor", 1.0)
+    front = state.get("front")
+    run.front = None if front is None else HypervolumeWeight.of_state(front)
     run.guard.load(state["guard"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,14 @@ from arcore.objectives import score, score_rollout, sequence_logprob
 from arcore.recipes.language import language_model
 from arcore.zoo.alignment.align.files import keep
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored
-from arcore.zoo.alignment.align.rewards import Judge, RewardFailure, load_judge, load_prompts
-from arcore.zoo.alignment.dynamic_reward_weighting import gradient_weights
+from arcore.zoo.alignment.align.rewards import (
+    Judge,
+    RewardFailure,
+    load_judge,
+    load_problems,
+    load_prompts,
+)
+from arcore.zoo.alignment.dynamic_reward_weighting import HypervolumeWeight, gradient_weights
 from arcore.zoo.statistics.reusable_holdout import EvalGuard, Guarded
 
 REVISE = "\nA better answer:\n"
@@ -44,9 +51,10 @@ class Aligner:
     def __init__(self, options: Any, model: tuple[Any, Any] | None = None) -> None:
         self.options = options
         self.objective = OBJECTIVES[options.objective]
-        self.judge: Judge = load_judge(options.reward)
+        problems = load_problems(str(options.prompts), options.seed)
+        self.judge: Judge = load_judge(options.reward, problems)
         self._check_judge()
-        prompts = load_prompts(options.prompts)
+        prompts = problems.prompts if problems else load_prompts(Path(options.prompts))
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = language_model(options.model) if model is None else model
@@ -79,6 +87,8 @@ class Aligner:
         low, high = options.reward_range
         self.guard = EvalGuard(low=low, high=high, budget=options.guard_budget, seed=options.seed)
         self.weights: Tensor | None = None
+        self.front: HypervolumeWeight | None = None
+        self.factor = 1.0
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.skipped: list[str] = []
@@ -242,7 +252,7 @@ class Aligner:
                         f"({', '.join(self.judge.names)})"
                     )
                 self.weights = torch.tensor(given)
-            rewards = matrix @ self.weights
+            rewards = self.factor * (matrix @ self.weights)
             if self.objective.needs == "verifier" and not ((rewards == 0) | (rewards == 1)).all():
                 raise ValueError(
                     f"--objective {o.objective} needs a verifier's rewards, 0 or 1, but got "
@@ -292,7 +302,7 @@ class Aligner:
                 scored.values = self._values(rollout)
             if self.objective.needs == "revisions":
                 scored.revisions = (self._revisions(self.model, scored), reviser_reference)
-            if self.objective.needs == "several":
+            if o.objective == "drw":
                 self._reweigh(scored)
             loss = self.objective.loss(scored)
             self.optimizer.zero_grad()
@@ -312,7 +322,7 @@ class Aligner:
         apart = (scored.reference - before.logp)[mask]
         assert before.entropy is not None
         figures |= {
-            "reward": float(scored.rewards.mean()),
+            "reward": float(scored.rewards.mean()) / self.factor,
             "kl": float((apart.exp() - apart - 1).mean()),
             "entropy": float(before.entropy[mask].mean()),
             "length": float(rollout.lengths.float().mean()),
@@ -326,7 +336,8 @@ class Aligner:
             }
             if self.objective.needs == "several" and self.weights is not None:
                 figures |= {
-                    f"weight_{n}": float(w) for n, w in zip(self.judge.names, self.weights, strict=True)
+                    f"weight_{n}": self.factor * float(w)
+                    for n, w in zip(self.judge.names, self.weights, strict=True)
                 }
         return figures | scored.figures
 
@@ -381,7 +392,10 @@ class Aligner:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean rewards of one response to each training and held-out prompt, and what the guard says; kept."""
-        scores = [self._evaluated(prompts) for prompts in (self.prompts[: len(self.held_out)], self.held_out)]
+        parts = [self._evaluated(prompts) for prompts in (self.prompts[: len(self.held_out)], self.held_out)]
+        scores = [found for found, _ in parts]
+        if self.options.objective == "drw_hypervolume":
+            self._measure_front(parts[0][1].mean(0))
         guarded: Guarded = self.guard.check(*(found.numpy() for found in scores))
         figures = {
             "step": float(self.step),
@@ -393,7 +407,19 @@ class Aligner:
         self.evaluations.append(figures)
         return figures
 
-    def _evaluated(self, prompts: list[str]) -> Tensor:
+    def _measure_front(self, point: Tensor) -> None:
+        """Let the next rewards count by what the mean rewards of the training prompts, `[M]`, add to the front.
+
+        The volume is above the first such point, or 0 where that is less.
+        """
+        if self.front is None:
+            self.front = HypervolumeWeight(point.clamp(max=0.0).numpy())
+            self.front.update(point.numpy())
+            return
+        self.factor = self.front.update(point.numpy())
+
+    def _evaluated(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """What counts of each response, `[B]`, and all of its rewards, `[B, M]`."""
         _, texts, responses = self._respond(prompts, self.options.eval_samples, 2**40 + self.options.seed)
         if self.judge.kind == "prefer":
             for adapter in self.adapters:
@@ -405,12 +431,13 @@ class Aligner:
                 self.model = kept
                 for adapter in self.adapters:
                     adapter.enable_adapters(True)
-            return self.judge.preferences(texts, responses, others)
+            found = self.judge.preferences(texts, responses, others)
+            return found, found[:, None]
         matrix = self.judge.rewards(texts, responses)
         weights = (
             self.weights if self.weights is not None else torch.full((matrix.shape[1],), 1 / matrix.shape[1])
         )
-        return matrix @ weights
+        return matrix @ weights, matrix
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -239,4 +239,7 @@ OBJECTIVES: dict[str, Objective] = {
     "srpo": Objective(_srpo, "revisions", "a policy and its own reviser"),
     "spo": Objective(_spo, "rater", "win rates against the group's other responses"),
     "drw": Objective(_grpo({}, "none"), "several", "GRPO whose reward weights follow the gradients"),
+    "drw_hypervolume": Objective(
+        _grpo({}, "none"), "several", "GRPO whose rewards count more after the front has grown"
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import re
@@ -13,8 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from arcore._optional import require
+
 Kind = Literal["reward", "rewards", "prefer"]
 FUNCTIONS = ("reward", "rewards", "prefer")
+GYM = "reasoning_gym"
+# Problems where the command line gives no number.
+GYM_COUNT = 64
 
 
 class RewardFailure(RuntimeError):
@@ -99,14 +105,25 @@ class Judge:
         return number
 
 
-def load_judge(source: str) -> Judge:
-    """A judge from FILE.py, `regex:PATTERN`, `words:N` or `vowels`.
+def load_judge(source: str, problems: Problems | None = None) -> Judge:
+    """A judge from FILE.py, `regex:PATTERN`, `words:N`, `vowels` or `reasoning_gym`.
+
+    Args:
+        source: what the command line named.
+        problems: those that the prompts are, for `reasoning_gym`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has none or several of the functions, or the rule is unknown.
+        ValueError: it has none or several of the functions, or the rule is unknown or without its problems.
     """
     rule, _, rest = source.partition(":")
+    if rule == GYM:
+        if rest or problems is None:
+            raise ValueError(
+                f"--reward {source}: {GYM} judges answers to its own problems; give --reward {GYM} and "
+                f"--prompts {GYM}:TASK"
+            )
+        return Judge("reward", problems.score, [])
     if rule == "regex" and rest:
         try:
             pattern = re.compile(rest, re.DOTALL)
@@ -127,7 +144,7 @@ def load_judge(source: str) -> Judge:
     if path.suffix != ".py":
         raise ValueError(
             f"--reward {source}: expected a Python file with reward(), rewards() or prefer(), or one of the rules "
-            "regex:PATTERN, words:N and vowels"
+            f"regex:PATTERN, words:N, vowels and {GYM}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"--reward: there is no file {path}")
@@ -152,6 +169,53 @@ def vowels(prompt: str, response: str) -> float:
     """Share of vowels among the letters, 0 where there are none."""
     letters = [letter for letter in response.lower() if letter.isalpha()]
     return sum(letter in "aeiou" for letter in letters) / len(letters) if letters else 0.0
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Problems of one task of reasoning-gym, which come with a check of answers.
+
+    Attributes:
+        dataset: the package's own object.
+        entries: its problems by their question.
+    """
+
+    dataset: Any
+    entries: Mapping[str, Any]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The questions."""
+        return list(self.entries)
+
+    def score(self, prompt: str, response: str) -> float:
+        """The package's score from 0 to 1; of the part in <answer> tags where there are some, else of all."""
+        tagged = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+        answer = (tagged[-1] if tagged else response).strip()
+        return float(self.dataset.score_answer(answer, self.entries[prompt]))
+
+
+def load_problems(source: str, seed: int) -> Problems | None:
+    """The problems that `reasoning_gym:TASK` or `reasoning_gym:TASK:COUNT` names; None for another source.
+
+    Raises:
+        ImportError: the package is missing.
+        ValueError: there is no such task, or the number is none.
+    """
+    rule, _, rest = source.partition(":")
+    if rule != GYM:
+        return None
+    gym = require(GYM, extra="reasoning")
+    task, _, number = rest.partition(":")
+    if number and (not number.isdigit() or int(number) < 1):
+        raise ValueError(f"--prompts {source}: expected a number of problems but got {number!r}")
+    known = sorted(require(f"{GYM}.factory", extra="reasoning").DATASETS)
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(known[:8])}, ..."
+        raise ValueError(f"--prompts {source}: {GYM} has no task {task!r}; {hint}")
+    dataset = gym.create_dataset(task, size=int(number or GYM_COUNT), seed=seed)
+    return Problems(dataset, {entry["question"]: entry for entry in dataset})
 
 
 def load_prompts(path: Path) -> list[str]:

@@ -198,7 +198,8 @@ def claim(*, quick: bool) -> Claim:
         at_most("SeqGAN: the same, for a fixed discriminator", max(e for _, e in errors), 1e-10),
     )
     if not quick:
-        found = compare(Options())
+        # The methods' settings were chosen on seed 0; what is told of them is told on another.
+        found = compare(Options(seed=21))
         for name in METHODS:
             reward, _, apart = found[name]
             rows += (

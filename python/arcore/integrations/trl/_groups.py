@@ -1,15 +1,4 @@
-"""Our objectives and our log-prob op inside TRL's GRPO trainer.
-
-    from arcore.integrations.trl import nft, trainer_class
-
-    trainer = trainer_class(nft)(model=model, reward_funcs=verifier, args=config, train_dataset=data)
-
-TRL computes its loss inside of `GRPOTrainer`, from log-probabilities that its models return; there is no argument for
-another one, so `trainer_class` makes a subclass that replaces these two methods and nothing else: generation, rewards,
-logging and checkpoints stay TRL's. Its trainers of pairs (DPO, online DPO) keep their losses inside larger methods and
-are not touched; `arcore run align` has those objectives. Written for TRL 1.16; another version whose methods have other
-names is refused.
-"""
+"""Our losses and our log-prob op inside of TRL's GRPO trainer."""
 
 from __future__ import annotations
 
@@ -20,11 +9,12 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.integrations.trl._scoring import causal_lm_stats
 from arcore.nn.rollout import TokenStats
 from arcore.objectives import grpo_loss
 from arcore.objectives.policy import Reduction
-from arcore.ops import linear_logprobs
 from arcore.zoo.alignment.nft import nft_loss
+from arcore.zoo.alignment.spo import win_rate_rewards
 
 _METHODS = ("_get_per_token_logps_and_entropies", "_compute_loss")
 
@@ -54,53 +44,6 @@ class GrpoBatch(NamedTuple):
 
 
 Loss = Callable[[GrpoBatch], Tensor]
-
-
-def causal_lm_stats(
-    model: Any, ids: Tensor, mask: Tensor, keep: int, *, temperature: float = 1.0, entropy: bool = True
-) -> TokenStats:
-    """Log-probabilities of the last `keep` tokens under a causal model of transformers, through `linear_logprobs`.
-
-    Args:
-        model: with a decoder below `get_output_embeddings()`, such as `LlamaForCausalLM`; peft's wrapper may be around.
-        ids: int64 `[B, L]`.
-        mask: `[B, L]`, 0 at padding.
-        keep: tokens T at the end of each row.
-        temperature: divides the logits.
-        entropy: also give entropies.
-
-    Returns:
-        `[B, T]` each; what stands at padding means nothing.
-
-    Raises:
-        ValueError: keep does not fit.
-        TypeError: the model has no such parts.
-    """
-    if not 1 <= keep < ids.shape[1]:
-        raise ValueError(
-            f"arcore.causal_lm_stats: expected 1 <= keep < {ids.shape[1]} but got {keep}; a token is predicted from "
-            "the one before it, so the first cannot be scored"
-        )
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(whole, getattr(whole, "base_model_prefix", "") or "model", None)
-    head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
-    if decoder is None or decoder is whole or head is None or not hasattr(head, "weight"):
-        raise TypeError(
-            f"arcore.causal_lm_stats: expected a causal language model of transformers but got {type(whole).__name__}"
-        )
-    out = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-    hidden = out.last_hidden_state[:, -keep - 1 : -1]
-    cap = getattr(whole.config, "final_logit_softcapping", None)
-    found = linear_logprobs(
-        hidden,
-        head.weight,
-        ids[:, -keep:],
-        bias=getattr(head, "bias", None),
-        temperature=temperature,
-        softcap=cap,
-        return_entropy=entropy,
-    )
-    return TokenStats(found.logp, found.entropy, found.logsumexp)
 
 
 def trainer_class(loss: Loss | None = None, base: Any = None) -> Any:
@@ -265,3 +208,47 @@ def _verified(batch: GrpoBatch, negative_weight: float) -> Tensor:
     apart = torch.where(batch.mask, batch.reference - batch.stats.logp, 0.0)
     penalty = (apart.exp() - apart - 1).sum() / max(1, int(batch.mask.sum()))
     return loss + batch.kl_weight * penalty
+
+
+def spo(batch: GrpoBatch) -> Tensor:
+    """SPO: GRPO without division by a deviation on win rates as rewards; needs `win_rates` and `scale_rewards="none"`.
+
+    See `arcore.zoo.alignment.spo`.
+    """
+    return grpo()(batch)
+
+
+def win_rates(prefer: Callable[[str, str, str], float], group_size: int) -> Callable[..., list[float]]:
+    """A reward function for TRL: the share of the other completions of its prompt that each beats.
+
+    Args:
+        prefer: from a prompt and two completions to the probability that the first is preferred.
+        group_size: TRL's `num_generations`, at least 2.
+
+    Raises:
+        ValueError: the group's size is below 2; or, when called, completions come in other groups.
+    """
+    if group_size < 2:
+        raise ValueError(f"arcore.win_rates: expected a group_size of at least 2 but got {group_size}")
+
+    def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        if len(completions) % group_size:
+            raise ValueError(
+                f"arcore.win_rates: expected whole groups of {group_size} completions but got {len(completions)}"
+            )
+        found: list[float] = []
+        for first in range(0, len(completions), group_size):
+            own = range(first, first + group_size)
+            if any(prompts[i] != prompts[first] for i in own):
+                raise ValueError(
+                    f"arcore.win_rates: expected {group_size} completions of each prompt behind each other"
+                )
+            wins = torch.full((group_size, group_size), 0.5)
+            for i in own:
+                for j in range(first, i):
+                    won = float(prefer(prompts[first], completions[i], completions[j]))
+                    wins[i - first, j - first], wins[j - first, i - first] = won, 1 - won
+            found += win_rate_rewards(wins).tolist()
+        return found
+
+    return rewards
