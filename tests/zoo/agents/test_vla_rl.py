@@ -151,6 +151,10 @@ def test_the_command_clones_and_improves(tmp_path: Path) -> None:
     assert len(report.values["curve"]) == 1
     assert (tmp_path / "p.safetensors").is_file()
     assert "sums, factorised head" in run(Options(env="sums", factorised=True, **few)).text
+    guarded = run(Options(env="sums", guard=tmp_path / "guard.json", **few))
+    assert set(guarded.values) == {"curve", "guarded"}
+    assert "answers spent" in guarded.text
+    assert run(Options(env="sums", guard=tmp_path / "guard.json", **few)).values["guarded"]["spent"] >= 0
 
 
 def test_refuses() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from arcore.zoo.alignment.align import Options, files, loop
 from arcore.zoo.alignment.align.claim import learn_palindromes
 from arcore.zoo.alignment.align.loop import Aligner
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored, token_rewards
-from arcore.zoo.alignment.align.rewards import RewardFailure, load_judge, load_prompts, vowels
+from arcore.zoo.alignment.align.rewards import RewardFailure, load_judge, load_problems, load_prompts, vowels
 from arcore.zoo.alignment.align.shown import Shown, draw, summary
 from arcore.zoo.statistics.reusable_holdout import EvalGuard
 
@@ -166,18 +167,19 @@ def test_filters_full_weights_and_variants_keep_the_ratio(changes: dict[str, Any
     assert moved(aligner, before)
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
-    whole = Aligner(options(tmp_path, "drw", SEVERAL, steps=4), small())
+@pytest.mark.parametrize("name", ["drw", "drw_hypervolume"])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
+    whole = Aligner(options(tmp_path, name, SEVERAL, steps=4), small())
     whole.evaluate()
     for _ in range(4):
         whole.advance()
     whole.evaluate()
-    first = Aligner(options(tmp_path, "drw", SEVERAL, steps=4), small())
+    first = Aligner(options(tmp_path, name, SEVERAL, steps=4), small())
     first.evaluate()
     for _ in range(2):
         first.advance()
     files.save(first)
-    second = Aligner(options(tmp_path, "drw", SEVERAL, steps=4, resume=True), small())
+    second = Aligner(options(tmp_path, name, SEVERAL, steps=4, resume=True), small())
     files.load(second)
     for _ in range(2):
         second.advance()
@@ -187,16 +189,17 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> No
     assert second.weights is not None
     assert torch.equal(second.weights, whole.weights)
     assert second.evaluations == whole.evaluations
+    assert second.factor == whole.factor
     seconds = [{**row, "seconds": 0} for row in second.rows]
     assert seconds == [{**row, "seconds": 0} for row in whole.rows]
     files.save(second)
     with open(tmp_path / "run/metrics.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
     with pytest.raises(ValueError, match=r"has --group 4 but got 6; give the same"):
-        files.load(Aligner(options(tmp_path, "drw", SEVERAL, group=6), small()))
+        files.load(Aligner(options(tmp_path, name, SEVERAL, group=6), small()))
     (tmp_path / "run/checkpoint/trained.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is damaged"):
-        files.load(Aligner(options(tmp_path, "drw", SEVERAL), small()))
+        files.load(Aligner(options(tmp_path, name, SEVERAL), small()))
 
 
 @pytest.mark.parametrize(
@@ -397,6 +400,76 @@ def test_shows_a_table_and_draws(tmp_path: Path) -> None:
     assert figure.axes[0].get_title() == "reward"
     assert "grpo: 1 steps of 2 x 4 responses" in summary(aligner)
     assert Shown(aligner)._table().row_count == 1
+
+
+def test_rewards_count_more_after_the_front_has_grown(tmp_path: Path) -> None:
+    aligner = Aligner(options(tmp_path, "drw_hypervolume", SEVERAL), small())
+    aligner._measure_front(torch.tensor([0.5, 0.5]))
+    assert aligner.factor == 1  # there was nothing to compare with
+    aligner._measure_front(torch.tensor([1.0, 0.5]))
+    assert aligner.factor == pytest.approx(0.5 + 1.5 * math.tanh(0.25))
+    plain = Aligner(options(tmp_path, "drw_hypervolume", SEVERAL), small())
+    rollout, prompts, responses = plain.draw(0)
+    found = [one._judged(rollout, prompts, responses).rewards for one in (aligner, plain)]
+    torch.testing.assert_close(found[0], aligner.factor * found[1])
+    aligner._measure_front(torch.tensor([0.9, 0.4]))  # dominated
+    assert aligner.factor == 0.5
+    assert aligner.advance()["reward"] <= 1  # told without the factor
+
+
+class _Gym:
+    """What is used of reasoning-gym: sums as questions, and a score of answers."""
+
+    DATASETS: ClassVar = {"chain_sum": 0, "chain_product": 0}
+
+    def create_dataset(self, name: str, size: int, seed: int) -> Any:
+        class Sums(list):  # type: ignore[type-arg]
+            def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
+                return 1.0 if answer == entry["answer"] else 0.01
+
+        return Sums({"question": f"{i} + {seed} =", "answer": str(i + seed)} for i in range(size))
+
+
+def test_problems_of_reasoning_gym_are_prompts_and_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gym = _Gym()
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        monkeypatch.setitem(sys.modules, name, gym)  # type: ignore[arg-type]
+    problems = load_problems("reasoning_gym:chain_sum:6", 3)
+    assert problems is not None
+    assert len(problems.prompts) == 6
+    judge = load_judge("reasoning_gym", problems)
+    answers = ["5", " 5\n", "so <answer>5</answer>.", "<answer>4</answer> or 5"]
+    assert judge.rewards(["2 + 3 ="] * 4, answers).flatten().tolist() == pytest.approx([1, 1, 1, 0.01])
+    aligner = Aligner(
+        Options(
+            prompts="reasoning_gym:chain_sum:8", reward="reasoning_gym", out=tmp_path, group=2,
+            max_new_tokens=4, lora_rank=2, eval_samples=1, steps=1,
+        ),
+        small(),
+    )  # fmt: skip
+    assert 0 <= aligner.evaluate()["train"] <= 1
+    assert "reward" in aligner.advance()
+    assert load_problems("prompts.txt", 0) is None
+    for source, told in (
+        ("reasoning_gym:chain_sun", "has no task 'chain_sun'; did you mean chain_sum"),
+        ("reasoning_gym:chain_sum:many", "expected a number of problems but got 'many'"),
+        ("reasoning_gym:zzzz", "it has chain_product, chain_sum"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_problems(source, 0)
+    with pytest.raises(ValueError, match="give --reward reasoning_gym and --prompts reasoning_gym:TASK"):
+        load_judge("reasoning_gym")
+
+
+def test_reasoning_gym_itself() -> None:
+    pytest.importorskip("reasoning_gym")
+    problems = load_problems("reasoning_gym:chain_sum:4", 0)
+    assert problems is not None
+    for prompt, entry in problems.entries.items():
+        assert problems.score(prompt, f"<answer>{entry['answer']}</answer>") == 1
+        assert problems.score(prompt, "no number") < 1
 
 
 @pytest.mark.slow

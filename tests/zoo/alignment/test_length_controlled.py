@@ -125,3 +125,36 @@ def test_files_that_are_none(tmp_path: Path, text: str, message: str):
         run(Options(file=file))
     with pytest.raises(FileNotFoundError, match="there is no"):
         run(Options(file=tmp_path / "other.csv"))
+
+
+def test_a_guarded_file_tells_no_more_than_its_budget(tmp_path: Path) -> None:
+    """Models of which one has learnt the lines that are worked with."""
+    rows = ["model,preference,length,baseline_length"]
+    for line in range(200):
+        length = 900 + 7 * (line % 13)
+        rows.append(f"honest,{int(line % 4 < 2)},{length},900")  # half of both halves
+    for line in range(200):
+        rows.append(f"cheating,{int(line % 2 == 0)},{900 + 7 * (line % 13)},900")
+    file, guard = tmp_path / "prefs.csv", tmp_path / "guard.json"
+    file.write_text("\n".join(rows) + "\n")
+    first = run(Options(file=file, guard=guard, guard_budget=1))
+    assert not first.values["honest"]["held_out"]
+    assert first.values["honest"]["value"] == pytest.approx(0.5, abs=0.05)
+    assert first.values["cheating"]["held_out"]
+    assert first.values["cheating"]["value"] < 0.2
+    assert "from the held-out part; 1 answers spent" in first.text
+    again = run(Options(file=file, guard=guard, guard_budget=1))
+    assert "not told: the guard's budget is spent" in again.text
+    guard.write_text('{"low": 0, "high": 3, "guard": {}}')
+    with pytest.raises(ValueError, match="expected the guard of scores from 0 to 1 but got one of 0 to 3"):
+        run(Options(file=file, guard=guard))
+    guard.write_text("[]")
+    with pytest.raises(ValueError, match="this is no guard's file"):
+        run(Options(file=file, guard=guard))
+    file.write_text("\n".join(rows[:3]) + "\n")
+    with pytest.raises(
+        ValueError, match="expected at least 4 lines of 'honest' to guard half of them but got 2"
+    ):
+        run(Options(file=file, guard=tmp_path / "new.json"))
+    with pytest.raises(ValueError, match="--guard-budget: expected at least 0 but got -1"):
+        Options(file=file, guard_budget=-1)

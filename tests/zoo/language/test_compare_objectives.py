@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from arcore.zoo.language.compare_objectives import (
     Options,
     Pair,
     choice_accuracy,
+    choices,
     held_out_loss,
     make_pair,
+    run,
     task_pairs,
 )
 
@@ -131,7 +134,10 @@ def test_measures(tmp_path: Path):
         def forward(self, pair: Pair) -> torch.Tensor:
             return -torch.arange(320.0).expand(*pair.targets.shape, 320) / 50
 
-    assert 0 <= choice_accuracy(Oracle(), data, count=40) <= 1  # type: ignore[arg-type]
+    right = choices(Oracle(), data, count=40)  # type: ignore[arg-type]
+    assert set(right.tolist()) <= {0.0, 1.0}
+    assert float(choices(Oracle(), data).mean()) == choice_accuracy(Oracle(), data)  # type: ignore[arg-type]
+    assert choices(Oracle(), data, test=False, count=7).shape == (7,)  # type: ignore[arg-type]
     one = held_out_loss(Oracle(), "FLM", data)  # type: ignore[arg-type]
     task_pairs(data, 2)
     assert one == held_out_loss(Oracle(), "FLM", data)  # type: ignore[arg-type]
@@ -172,3 +178,19 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(found) == 9
     assert found["ND:FLM"] == found["CD:FLM"]
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_a_guard_tells_shares_and_goes_on(tmp_path: Path):
+    path = tmp_path / "some.txt"
+    path.write_text("".join(f"line {i} of a text that goes on. " for i in range(200)))
+    few = Options(
+        data=str(path), steps=1, multitask=0, context=24, batch=2, dim=16, layers=1, heads=2,
+        guard=tmp_path / "guard.json", guard_budget=1,
+    )  # fmt: skip
+    report = run(few)
+    assert "guarded" in report.text
+    assert "choice of 4" not in report.text
+    shares = [entry["guarded"] for entry in report.values["entries"].values()]
+    assert all(math.isnan(share) or -0.5 < share < 1.5 for share in shares)
+    assert not math.isnan(shares[0])
+    run(few)  # reads the file that the first one wrote

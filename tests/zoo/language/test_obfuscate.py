@@ -13,6 +13,7 @@ import torch
 
 import arcore
 from arcore.cli import main
+from arcore.zoo.language.obfuscate.files import code_files
 from arcore.zoo.language.obfuscate.model import (
     END,
     OBFUSCATED,
@@ -24,7 +25,7 @@ from arcore.zoo.language.obfuscate.model import (
     renamed,
 )
 from arcore.zoo.language.obfuscate.recipe import CodeOptions
-from arcore.zoo.language.obfuscate.rename import obfuscate, python_files, read, restore
+from arcore.zoo.language.obfuscate.rename import obfuscate, read, restore
 from tests.zoo.protocol_language import Protocol as Protocol
 
 MODULE = '''
@@ -112,7 +113,7 @@ def test_names_that_a_text_may_look_up_are_kept():
 
 @pytest.mark.parametrize("module", ["bisect", "keyword", "stat", "colorsys", "heapq"])
 def test_modules_of_the_standard_library(module: str):
-    [path] = [path for path in python_files(["stdlib"]) if path.stem == module]
+    [path] = [path for path in code_files(["stdlib"]) if path.stem == module]
     one = obfuscate(read(path), str(path))
     space: dict[str, Any] = {"__name__": "obfuscated"}
     exec(compile(one.code, module, "exec"), space)
@@ -179,11 +180,11 @@ def test_bad_input(tmp_path: Path):
     path.write_bytes(b"x = '\xff'\n")
     with pytest.raises(ValueError, match=r"bad\.py:1: the file cannot be read as text"):
         read(path)
-    with pytest.raises(FileNotFoundError, match="give Python files, folders of them, or stdlib"):
-        python_files([str(tmp_path / "none")])
+    with pytest.raises(FileNotFoundError, match="folders of them, or stdlib"):
+        code_files([str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="there is no Python file in"):
-        python_files([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="there is no file of code"):
+        code_files([str(tmp_path / "empty")])
     with pytest.raises(ValueError, match="choose pairs or source"):
         CodeOptions(mix="both")  # type: ignore[arg-type]
 

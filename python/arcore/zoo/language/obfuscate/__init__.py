@@ -6,7 +6,8 @@ source then obfuscated, obfuscated then source, source alone, and obfuscated alo
 (`llama`) and nothing is masked. What it learns of names serves to give obfuscated code readable ones again: here the
 code's other text is forced and only names are written, so what comes out always is the given program.
 
-Left out: other languages than Python.
+Python is renamed by its own `ast`; C, JavaScript, Java and Go by tree-sitter's grammars (extra `code`), more carefully:
+only names that nothing outside of the file's identifiers can mean. Left out: the paper's other languages.
 
 Nearest neighbour here: `llama`, trained on text.
 """
@@ -27,7 +28,7 @@ SYSTEM = System(
     builds_on=("llama",),
     ops=("block_sparse_attention", "sample"),
     recipe="own",
-    summary="Renames the identifiers of Python code consistently, learns from both forms, and gives names again.",
+    summary="Renames the identifiers of code consistently, learns from both forms, and gives names again.",
     claim=(
         "All modules of the standard library compile after obfuscation and come back by the inverse map; with pairs in "
         "training, names of held-out functions are no harder to predict than from source alone."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import keyword
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +23,15 @@ from arcore.data.text import TokenCrops
 from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
 from arcore.zoo.language.llama import Llama, LlamaConfig
-from arcore.zoo.language.obfuscate.rename import Obfuscated, obfuscate, parse, python_files, read, restore
+from arcore.zoo.language.obfuscate.files import (
+    RESERVED,
+    check_compiles,
+    code_files,
+    functions_of,
+    obfuscate_file,
+    restore,
+)
+from arcore.zoo.language.obfuscate.renamed import Obfuscated
 
 END, SOURCE, OBFUSCATED = "\x00", "\x01", "\x02"
 Mix = Literal["pairs", "source"]
@@ -58,14 +65,7 @@ def obscura_255m() -> LlamaConfig:
 
 def functions(files: Sequence[Path], longest: int) -> list[Obfuscated]:
     """Functions and methods of files, each obfuscated on its own, whose source has at most `longest` characters."""
-    found = []
-    for path in files:
-        for node in ast.walk(parse(read(path), str(path))):
-            if isinstance(node, ast.FunctionDef):
-                text = ast.unparse(node)
-                if len(text) <= longest and text.isascii():
-                    found.append(obfuscate(text, f"{path}: {node.name}"))
-    return found
+    return [one for path in files for one in functions_of(path, longest)]
 
 
 def documents(pairs: Sequence[Obfuscated], mix: Mix, generator: torch.Generator) -> str:
@@ -109,7 +109,7 @@ def name_again(model: Any, code: str, *, temperature: float = 0.0, seed: int = 0
         raise ValueError(
             "the code has no identifier such as VAR_1: obfuscate it first with `arcore run obfuscate`"
         )
-    taken = set(re.findall(r"\w+", code)) | set(keyword.kwlist)
+    taken = set(re.findall(r"\w+", code)) | RESERVED
     room = 2 * len(code) + (_LONGEST_NAME + 8) * len({match[0] for match in found}) + 3
     # Names may be longer than what they stand for wherever they stand again.
     room += _LONGEST_NAME * len(found)
@@ -159,9 +159,9 @@ def name_again(model: Any, code: str, *, temperature: float = 0.0, seed: int = 0
     return names
 
 
-def renamed(code: str, names: dict[str, str]) -> str:
+def renamed(code: str, names: dict[str, str], language: str = "python") -> str:
     """Obfuscated code under the names that `name_again` found."""
-    return restore(code, {name: ours for ours, name in names.items()})
+    return restore(code, {name: ours for ours, name in names.items()}, language)
 
 
 @torch.no_grad()
@@ -183,10 +183,11 @@ def identifier_loss(model: Any, pairs: Sequence[Obfuscated], mix: Mix) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Python files and where their obfuscated forms go.
+    """Files of code and where their obfuscated forms go.
 
     Attributes:
-        files: Python files, folders of them, or stdlib.
+        files: Python, C, JavaScript, Java or Go files (.py, .c, .js, .mjs, .java, .go), folders of them, or stdlib
+            (Python's own). Other languages than Python need the extra code.
         out: folder for the obfuscated files, and for pairs.jsonl with source, code and names of each.
     """
 
@@ -196,11 +197,10 @@ class Options:
 
 def run(options: Options) -> Report:
     """Obfuscate files."""
-    paths = python_files(list(options.files))
-    texts = [read(path) for path in paths]
-    found = [obfuscate(text, str(path)) for path, text in zip(paths, texts, strict=True)]
+    paths = code_files(list(options.files))
+    found = [obfuscate_file(path) for path in paths]
     for path, one in zip(paths, found, strict=True):
-        _compile(one.code, path)
+        check_compiles(one, path)
     root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     options.out.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -215,25 +215,19 @@ def run(options: Options) -> Report:
     with atomic_path(options.out / "pairs.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     count = sum(len(one.names) for one in found)
-    text = f"{options.out}: {len(found)} files, {count} identifiers renamed; all compile; names are in pairs.jsonl"
+    text = (
+        f"{options.out}: {len(found)} files, {count} identifiers renamed; all parse; names are in pairs.jsonl"
+    )
     return Report(text, {"files": len(found), "identifiers": count})
-
-
-def _compile(code: str, path: Path) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compile(code, str(path), "exec")
 
 
 def round_trips(paths: Sequence[Path]) -> tuple[int, int]:
     """Of Python files, how many compile after obfuscation, and how many come back by the inverse map."""
     compiled, back = 0, 0
     for path in paths:
-        one = obfuscate(read(path), str(path))
+        one = obfuscate_file(path)
         try:
-            _compile(one.code, path)
+            check_compiles(one, path)
         except SyntaxError:
             continue
         compiled += 1
@@ -263,7 +257,7 @@ def trained(pairs: Sequence[Obfuscated], mix: Mix, *, count: int, context: int =
 
 def claim(*, quick: bool) -> Claim:
     """Modules of the standard library after obfuscation; in full all of them, and training on both kinds of text."""
-    paths = python_files(["stdlib"])
+    paths = code_files(["stdlib"])
     if quick:
         paths = [path for path in paths if path.stem in ("bisect", "keyword", "stat", "sched")]
     compiled, back = round_trips(paths)

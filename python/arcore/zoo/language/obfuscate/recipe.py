@@ -19,6 +19,7 @@ from arcore.recipes._recipe import Recipe, Start, Work
 from arcore.recipes.language import LanguageTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
+from arcore.zoo.language.obfuscate.files import code_files, obfuscate_file
 from arcore.zoo.language.obfuscate.model import (
     Mix,
     as_bytes,
@@ -28,7 +29,6 @@ from arcore.zoo.language.obfuscate.model import (
     name_again,
     renamed,
 )
-from arcore.zoo.language.obfuscate.rename import obfuscate, python_files, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class CodeOptions:
     """Code and how it is read.
 
     Attributes:
-        data: stdlib (Python's own), a Python file, or a folder of them.
+        data: stdlib (Python's own), a file of Python, C, JavaScript, Java or Go, or a folder of them.
         mix: pairs (source and obfuscated code, both ways and alone) or source (alone).
         longest: functions of more characters are left out.
         context: bytes of a piece.
@@ -60,7 +60,7 @@ class CodeSampling:
     """Obfuscated code that gets names.
 
     Attributes:
-        file: Python file; what is not obfuscated yet is obfuscated first.
+        file: file of code; what is not obfuscated yet is obfuscated first.
         out: file for the code under its new names. Default: none, it is printed.
         seed: decides all random draws.
         temperature: 0 takes the likeliest names.
@@ -96,7 +96,7 @@ class CodeRecipe(Recipe):
     sampling: ClassVar[type | None] = CodeSampling
 
     def prepare(self, start: Start, options: Any) -> Work:
-        files = python_files([options.data])
+        files = code_files([options.data])
         parts = [functions(part, options.longest) for part in halves(files)]
         if not parts[0]:
             raise ValueError(f"{options.data} has no function of at most {options.longest} characters")
@@ -136,11 +136,11 @@ class CodeRecipe(Recipe):
     def sample(
         self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any, show: Callable[[str], None]
     ) -> Named:
-        one = obfuscate(read(options.file), str(options.file))
+        one = obfuscate_file(options.file)
         # A file that is obfuscated already binds such names only, and keeps its numbers.
         code = one.source if all(map(_OURS.fullmatch, one.names)) else one.code
         names = name_again(networks["model"], code, temperature=options.temperature, seed=options.seed)
-        named = renamed(code, names)
+        named = renamed(code, names, one.language)
         show(named + "\n")
         return Named(named)
 

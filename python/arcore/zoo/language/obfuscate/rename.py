@@ -9,8 +9,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from arcore.zoo.language.obfuscate.renamed import Obfuscated, numbered
 
 # Calls through which a program can look its own names up by text.
 _LOOKUPS = frozenset(
@@ -18,21 +19,6 @@ _LOOKUPS = frozenset(
 )
 _KEPT = frozenset(dir(builtins)) | frozenset(keyword.kwlist) | {"self", "cls", "_"}
 _WORD = re.compile(r"[^\W\d]\w*")
-
-
-@dataclass(frozen=True)
-class Obfuscated:
-    """A module before and after.
-
-    Attributes:
-        source: without comments and docstrings, as `ast.unparse` writes it.
-        code: the same with other names.
-        names: from names in `source` to those in `code`; no two go to the same.
-    """
-
-    source: str
-    code: str
-    names: Mapping[str, str]
 
 
 def parse(text: str, where: str = "<text>") -> ast.Module:
@@ -97,18 +83,8 @@ def obfuscate(text: str, where: str = "<text>") -> Obfuscated:
     source = ast.unparse(tree)
     kinds = _bound(tree)
     kept = _kept(tree)
-    present = set(_WORD.findall(source))
-    names: dict[str, str] = {}
-    counts = dict.fromkeys(("FUNC", "CLASS", "VAR", "IMPORT"), 0)
-    for name, kind in kinds.items():
-        if name in kept or name in _KEPT or name.startswith("__"):
-            continue
-        while True:
-            counts[kind] += 1
-            new = f"{kind}_{counts[kind]}"
-            if new not in present:
-                break
-        names[name] = new
+    free = {n: kind for n, kind in kinds.items() if n not in kept | _KEPT and not n.startswith("__")}
+    names = numbered(free, source)
     return Obfuscated(source, ast.unparse(_renamed(tree, names)), names)
 
 
@@ -255,27 +231,3 @@ def _renamed(tree: ast.Module, names: Mapping[str, str]) -> ast.Module:
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):
                         part.value = change(part.value)
     return copy
-
-
-def python_files(sources: list[str]) -> list[Path]:
-    """Python files: those named, those of folders and below, and for `stdlib` the standard library's top level.
-
-    Raises:
-        FileNotFoundError: one does not exist.
-        ValueError: there is none.
-    """
-    found: list[Path] = []
-    for source in sources:
-        if source == "stdlib":
-            import os
-
-            found += sorted(Path(os.__file__).parent.glob("*.py"))
-        elif Path(source).is_dir():
-            found += sorted(path for path in Path(source).rglob("*.py") if path.is_file())
-        elif Path(source).is_file():
-            found.append(Path(source))
-        else:
-            raise FileNotFoundError(f"{source} does not exist: give Python files, folders of them, or stdlib")
-    if not found:
-        raise ValueError(f"there is no Python file in {', '.join(sources)}")
-    return found
