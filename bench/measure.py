@@ -72,3 +72,16 @@ def cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return os.uname().machine
+
+
+def interleaved_seconds(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median process CPU time of each of several runs that take turns, so that a machine's moods reach all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for turn in range(rounds):
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+            start = time.process_time()
+            runs[name]()
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(found) for name, found in times.items()}

@@ -76,5 +76,12 @@ def step(impl: str, head: bool) -> Callable[[], None]:
 def bench_branches(benchmark, case: str, impl: str):
     run = step(impl, case == "attention+head")
     seconds = cpu_seconds(run, rounds=3)
-    benchmark.extra_info.update(op="branches", case=case, impl=impl, seconds=seconds, tokens=TOKENS[impl])
+    benchmark.extra_info.update(
+        op="branches",
+        case=case,
+        impl=impl,
+        direction="forward+backward",
+        seconds=seconds,
+        tokens=TOKENS[impl],
+    )
     benchmark.pedantic(run, rounds=1)

@@ -46,6 +46,15 @@ def discounted_returns(
         ValueError: shapes differ, a mask is not bool or has a gap, or discount is out of range.
     """
     rewards, go_on, last, mask = _checked("discounted_returns", rewards, discount, done, mask, last)
+    if mask is None:
+        factors = discount * go_on
+        if rewards.shape[-1]:
+            if last is not None:
+                end = rewards[..., -1:] + factors[..., -1:] * last.unsqueeze(-1)
+                rewards = torch.cat([rewards[..., :-1], end], -1)
+            factors[..., -1] = 0
+        return linear_scan(factors, rewards, reverse=True)
+    last = rewards.new_zeros(rewards.shape[:-1]) if last is None else last
     after = torch.where(_ends(mask), last.unsqueeze(-1), 0.0)
     found = linear_scan(discount * go_on * ~_ends(mask), rewards + discount * go_on * after, reverse=True)
     return torch.where(mask, found, 0.0)
@@ -86,6 +95,17 @@ def gae(
     if not 0 <= smoothing <= 1:
         raise ValueError(f"arcore.gae: expected smoothing from 0 to 1 but got {smoothing}; 0.95 is common")
     rewards, go_on, last, mask = _checked("gae", rewards.detach(), discount, done, mask, last)
+    if mask is None:
+        values = values.detach().to(rewards.dtype)
+        end = rewards.new_zeros(rewards.shape[:-1]) if last is None else last.detach()
+        following = torch.cat([values[..., 1:], end.unsqueeze(-1)], -1)[..., : values.shape[-1]]
+        factors = discount * go_on
+        delta = rewards + factors * following - values
+        factors = smoothing * factors
+        factors[..., -1:] = 0
+        found = linear_scan(factors, delta, reverse=True)
+        return Advantages(found, found + values)
+    last = rewards.new_zeros(rewards.shape[:-1]) if last is None else last
     values = torch.where(mask, values.detach().to(rewards.dtype), 0.0)
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     following = torch.where(_ends(mask), last.detach().unsqueeze(-1), following)
@@ -106,7 +126,7 @@ def _checked(
     done: Tensor | None,
     mask: Tensor | None,
     last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Rewards that are 0 at padding, 1 where the episode goes on, the value after the last step, and the mask."""
     op = f"arcore.{name}"
     if rewards.dim() < 1 or not rewards.is_floating_point():
@@ -127,13 +147,11 @@ def _checked(
             f"{op}: expected last of shape {tuple(rewards.shape[:-1])} but got {tuple(last.shape)}; give one "
             "value per row"
         )
-    if mask is None:
-        mask = torch.ones_like(rewards, dtype=torch.bool)
-    elif (mask[..., 1:] & ~mask[..., :-1]).any():
+    if mask is not None and (mask[..., 1:] & ~mask[..., :-1]).any():
         raise ValueError(
             f"{op}: expected a mask whose steps stand first in each row but it has a gap; take those "
             "steps out of the row before"
         )
-    last = rewards.new_zeros(rewards.shape[:-1]) if last is None else last.to(rewards.dtype)
+    last = None if last is None else last.to(rewards.dtype)
     go_on = torch.ones_like(rewards) if done is None else (~done).to(rewards.dtype)
-    return torch.where(mask, rewards, 0.0), go_on, last, mask
+    return rewards if mask is None else torch.where(mask, rewards, 0.0), go_on, last, mask
