@@ -25,7 +25,8 @@ from arcore.zoo.biology.xtrimopglm.blanks import (
     masked_tokens,
     padded,
 )
-from arcore.zoo.biology.xtrimopglm.model import GOLDEN, GLMConfig, bracket_accuracy, brackets
+from arcore.zoo.biology.xtrimopglm.claim import GOLDEN, bracket_accuracy, brackets
+from arcore.zoo.biology.xtrimopglm.model import GLM, GLMConfig
 from arcore.zoo.biology.xtrimopglm.recipe import BlankOptions, BlankSampling
 
 
@@ -124,6 +125,89 @@ def test_published_names_load_and_give_the_plain_models_logits(tmp_path: Path):
     torch.save({"module": official}, tmp_path / "short.pt")
     with pytest.raises(ValueError, match=r"final_layernorm\.bias"):
         arcore.create_model("glm_tiny", weights=tmp_path / "short.pt")
+
+
+def released(s: dict[str, Tensor], ids: Tensor, positions: Tensor, visible: Tensor, heads: int) -> Tensor:
+    """xTrimoPGLM's layers written out, token by token and head by head, on weights under the released names."""
+    x = s["transformer.embedding.word_embeddings.weight"][ids]
+    dim, layers = x.shape[1], sum(key.endswith("input_layernorm.weight") for key in s)
+    width, alpha = dim // heads, (2 * layers) ** 0.5
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (dim,), s[f"{name}.weight"], s[f"{name}.bias"])
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+
+    def turned(x: Tensor) -> Tensor:
+        parts = []
+        for half, place in zip(x.chunk(2, -1), positions, strict=True):
+            rates = 10000.0 ** -(torch.arange(0, width // 2, 2) / (width // 2))
+            angles = (place[:, None] * rates).repeat(1, 2)
+            first, second = half.chunk(2, -1)
+            parts.append(half * angles.cos() + torch.cat([-second, first], -1) * angles.sin())
+        return torch.cat(parts, -1)
+
+    for i in range(layers):
+        first = f"transformer.encoder.layers.{i}"
+        h = norm(f"{first}.input_layernorm", x)
+        mixed = linear(f"{first}.self_attention.query_key_value", h).view(len(ids), heads, 3 * width)
+        out = []
+        for head in range(heads):
+            q, k, v = mixed[:, head].chunk(3, -1)
+            scores = turned(q) @ turned(k).T / math.sqrt(width)
+            out.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v)
+        x = alpha * h + linear(f"{first}.self_attention.dense", torch.cat(out, -1))
+        h = norm(f"{first}.post_attention_layernorm", x)
+        value, gate = linear(f"{first}.mlp.dense_h_to_4h", h).chunk(2, -1)
+        x = alpha * h + linear(f"{first}.mlp.dense_4h_to_h", value * F.gelu(gate))
+    return linear("transformer.output_layer", norm("transformer.encoder.final_layernorm", x))
+
+
+@torch.no_grad()
+def test_xtrimopglms_released_layout_loads_and_gives_its_logits(tmp_path: Path):
+    model: Any = shaken(arcore.create_model("xtrimopglm_deep_tiny")).eval()
+    official = {"transformer.encoder.layers.0.self_attention.rotary_emb.inv_freq": torch.ones(4)}
+    for name, value in model.state_dict().items():
+        if ".query_key_value." in name:  # q, k and v of a head stand together there
+            value = value.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2)
+        name = name.replace(".attention.", ".self_attention.").replace("head.", "output_layer.")
+        place = {"word_embeddings": "embedding.", "output_layer": ""}.get(name.split(".")[0], "encoder.")
+        official[f"transformer.{place}{name}"] = value.clone()
+    torch.save(official, tmp_path / "pytorch_model.bin")
+    loaded: Any = arcore.create_model("xtrimopglm_deep_tiny", weights=tmp_path / "pytorch_model.bin").eval()
+    one = blank(list(range(1, 15)), [(8, 11), (2, 4)], mask=100, sop=101, eop=102)
+    place = torch.arange(len(one.ids))
+    visible = (place <= place[:, None]) | (place < int(one.prefix))
+    expected = released(official, one.ids, one.positions, visible, 4)
+    found = loaded(one.ids[None], one.positions[None], int(one.prefix))[0]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    settings = {
+        "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "padded_vocab_size": 128, "deepnorm": True,
+        "ffn_hidden_size": 128, "seq_length": 512, "glu_activation": "geglu", "rotary_embedding_2d": True,
+        "apply_residual_connection_post_layernorm": True,
+    }  # fmt: skip
+    assert GLM.official_config(settings) == model.config
+    for name, value in (("glu_activation", "swiglu"), ("rmsnorm", True), ("moe", True), ("deepnorm", False)):
+        with pytest.raises(ValueError, match="but the config has"):
+            GLM.official_config({**settings, name: value})
+
+
+def test_deepnorm_begins_with_smaller_branches():
+    torch.manual_seed(0)
+    model: Any = arcore.create_model("xtrimopglm_deep_tiny")
+    beta = 6**-0.5
+    attention, mlp = model.layers[0].attention, model.layers[0].mlp
+    q, k, v = attention.query_key_value.weight.chunk(3)
+    for weight, wanted in (
+        (q, 1), (k, 1), (v, beta), (attention.dense.weight, beta), (mlp.dense_h_to_4h.weight, beta),
+        (mlp.dense_4h_to_h.weight, beta),
+    ):  # fmt: skip
+        assert float(weight.detach().std()) == pytest.approx(0.02 * wanted, rel=0.05)
+    with pytest.raises(ValueError, match="expected norm pre or deep and mlp gelu or geglu but got 'post'"):
+        GLMConfig(dim=8, num_layers=1, num_heads=2, vocab_size=9, norm="post")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hidden_dim to be at least 1"):
+        GLMConfig(dim=8, num_layers=1, num_heads=2, vocab_size=9, hidden_dim=0)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ A and what came before it, and is predicted token by token. Tokens have two posi
 they belong to, stand in A; and where they stand in their span, 0 in A. Three tasks share the weights: single masked
 tokens predicted where they stand (understanding), short spans, and a long span at the end (generation).
 
-Positions are two learned tables, as in GLM, whose published weights fit, or rotary ones in two dimensions. Left out:
-DeepNorm and the published weights of xTrimoPGLM itself, which are code of their own on the model hub.
+Positions are two learned tables, as in GLM, whose published weights fit, or rotary ones in two dimensions. Layers are
+pre-norm, or DeepNorm with GEGLU and a head of its own as in xTrimoPGLM's released code, whose layout of weights loads;
+these weights are on the model hub and were not tried, and their tokens are numbered by a vocabulary beside them.
 
 Nearest neighbour here: `llama`, which reads to the left only.
 
