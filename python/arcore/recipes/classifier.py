@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from arcore.catalog import load_checkpoint
 from arcore.recipes._images import EncoderOptions, ImageRecipe
+from arcore.recipes._predictions import PredictionOptions, Predictions, predict
 from arcore.recipes._recipe import Start, ZooTask
 from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
@@ -43,7 +45,31 @@ class Classifier(ImageRecipe):
 
     defaults: ClassVar[TrainConfig] = TrainConfig(steps=500, batch_size=32, lr=1e-3)
     options: ClassVar[type] = ClassifierOptions
+    sampling: ClassVar[type | None] = PredictionOptions
     task: ClassVar[type[ZooTask]] = ClassifierTask
+
+    def finish(self, checkpoint: Path, out: Path) -> list[str]:
+        words = ["arcore", "sample", str(out), "--images"]
+        return [f"classify pictures: {shlex.join(words)} FILE|FOLDER"]
+
+    def check_sampling(self, options: Any) -> None:
+        if options.images is None:
+            raise ValueError("this is a classifier of images: say what to classify with --images FILE|FOLDER")
+
+    def sample(
+        self,
+        networks: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        options: Any,
+        show: Callable[[str], None],
+    ) -> Predictions:
+        model = networks[self.trained]
+        classes = model.config.num_classes
+        names = [str(name) for name in facts.get("class_names") or range(classes)]
+        if len(names) != classes:
+            raise ValueError(f"the model has {classes} classes, but its checkpoint names {len(names)}")
+        trained = (facts.get("options") or {}).get("normalize", "half")
+        return predict(model, names, options, options.normalize or trained, show)
 
     def build(
         self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
