@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,22 @@ def test_the_table_of_loops_and_heads(run: Path, capsys: pytest.CaptureFixture[s
         == 0
     )
     assert "tokens per call of the model" in capsys.readouterr().out
+
+
+def test_several_batches_and_a_file_of_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench", "decoding", str(run / "lm"), "--tokens", "5", "--count", "3", "--batch", "1", "2"]
+    threads = torch.get_num_threads()
+    try:
+        rows = ["--row", f"medusa heads={run / 'heads'} nodes=2", "--row", f"draft draft={run / 'other'}"]
+        assert main([*asked, *rows, "--json", str(run / "table.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("3 of 3 the same") == 6
+    table = json.loads((run / "table.json").read_text())
+    assert [(row["batch"], row["loop"].split()[0]) for row in table["rows"]] == [
+        (batch, loop) for batch in (1, 2) for loop in ("plain", "medusa", "draft")
+    ]
+    assert all(row["calls_per_token"] <= 1 for row in table["rows"])
 
 
 def test_texts_of_another_law_are_found_out(run: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arcore._files import atomic_path
+from arcore.cli._output import check_file
 from arcore.cli._parse import PlainParser
+from arcore.env import cpu_model
 
 if TYPE_CHECKING:
     from arcore.recipes.language import TextSampling
@@ -21,7 +25,9 @@ the enumerated law of the model (p-value of a G-test).
 
 Example: arcore bench decoding smollm2_135m --tokens 48 --limit 60
 
-Example: arcore bench decoding smollm2_135m --row "hydra heads=out/hydra" --row "draft draft=out/small window=5" """
+Example: arcore bench decoding smollm2 --batch 1 8 --row "hydra heads=out/hydra" --row "medusa heads=out/medusa"
+
+Example: arcore bench decoding smollm2 --row "draft draft=out/small window=5" --law 400 --temperature 1 """
 ROWS = ("suffix window=5", "suffix window=9", "ngram window=5", "jacobi window=8")
 PROMPTS = (
     "In the beginning God created the heaven and the earth.",
@@ -61,55 +67,103 @@ def main(argv: Sequence[str]) -> int:
     rows = [_row(text, options) for text in ("plain", *(options.row or ROWS))]
     model, words = language_model(options.model)
     lines = PROMPTS if options.prompts is None else _lines(options.prompts)
-    prompts = [words.encode(text) for text in lines]
-    groups = [prompts[i : i + options.batch] for i in range(0, len(prompts), options.batch)]
+    prompts = [words.encode(text) for text in lines[: options.count]]
     limit = "" if options.limit is None else f", up to {options.limit:g} s a row"
-    print(
-        f"{options.model}, {len(prompts)} texts of {options.tokens} tokens, {options.batch} at a time, temperature "
-        f"{options.temperature:g}{limit}"
-    )
-    law = " law (p)" if options.law else ""
-    print(
-        f"{'loop':34}{'accepted':>9}{'calls/token':>12}{'tokens/s':>10}{'gain':>6}{'of saved':>9}{law}  text"
-    )
-    plain: tuple[list[list[int]], list[float]] | None = None
-    for name, chosen in rows:
-        write = text_decoder(chosen.decoder).write
-
-        def request(ids: list[list[int]], settings: Any, seed: int = 0) -> Any:
-            seeds = [seed + i for i in range(len(ids))]
-            return TextRequest(model, model, words, ids, seeds, settings, language_model)
-
-        write(request(groups[0], dataclasses.replace(chosen, max_new_tokens=2)))
-        texts: list[list[int]] = []
-        seconds: list[float] = []
-        calls, rates = 0, 0.0
-        for group in groups:
-            start = time.process_time()
-            found = write(request(group, chosen))
-            seconds.append(time.process_time() - start)
-            texts += found.rows
-            calls += found.calls
-            rates += found.tokens_per_call * len(group)
-            if options.limit is not None and sum(seconds) >= options.limit:
-                break
-        plain = plain or (texts, seconds)
-        # Prompts that both rows came to.
-        done = min(len(seconds), len(plain[1]))
-        gain = sum(plain[1][:done]) / sum(seconds[:done])
-        saved = calls / (len(seconds) * options.tokens)
-        same = sum(a == b for a, b in zip(texts, plain[0], strict=False))
-        count = min(len(texts), len(plain[0]))
-        p_value = ""
-        if options.law:
-            p_value = f"{_law(model, prompts[0], chosen, write, request, options.law):8.3f}"
+    table = []
+    for batch in options.batch:
+        groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
         print(
-            f"{name:34}{rates / len(texts):9.2f}{saved:12.3f}{sum(map(len, texts)) / sum(seconds):10.1f}{gain:6.2f}"
-            f"{gain * saved:9.2f}{p_value}  {same} of {count} the same",
-            flush=True,
+            f"{options.model}, {len(prompts)} texts of {options.tokens} tokens, {batch} at a time, temperature "
+            f"{options.temperature:g}{limit}"
         )
+        law = " law (p)" if options.law else ""
+        print(
+            f"{'loop':34}{'accepted':>9}{'calls/token':>12}{'tokens/s':>10}{'gain':>6}{'of saved':>9}{law}  text"
+        )
+        plain: _Measured | None = None
+        for name, chosen in rows:
+            write = text_decoder(chosen.decoder).write
+
+            def request(ids: list[list[int]], settings: Any, seed: int = 0) -> Any:
+                seeds = [seed + i for i in range(len(ids))]
+                return TextRequest(model, model, words, ids, seeds, settings, language_model)
+
+            found = _measure(write, request, groups, chosen, options.limit)
+            plain = plain or found
+            p_value = _law(model, prompts[0], chosen, write, request, options.law) if options.law else None
+            table.append({"batch": batch, "loop": name, **found.beside(plain), "law": p_value})
+            print(_line(table[-1]), flush=True)
     print("of saved: the gain over what it would be if a call with drafts took as long as a plain one")
+    if options.json is not None:
+        about = {"model": options.model, "texts": len(prompts), "tokens": options.tokens}
+        about |= {"temperature": options.temperature, "torch": torch.__version__, "machine": cpu_model()}
+        with atomic_path(Path(options.json)) as temporary:
+            temporary.write_text(json.dumps({**about, "rows": table}, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What a loop wrote and took.
+
+    Attributes:
+        texts: tokens of each text.
+        seconds: of processor time of each group of texts.
+        calls: of the model, for each group.
+        rate: tokens of a text per call that it took part in, summed over texts.
+    """
+
+    texts: list[list[int]]
+    seconds: list[float]
+    calls: list[int]
+    rate: float
+
+    def beside(self, plain: _Measured) -> dict[str, Any]:
+        """The figures of a row of the table."""
+        # Prompts that both rows came to.
+        done = min(len(self.seconds), len(plain.seconds))
+        gain = sum(plain.seconds[:done]) / sum(self.seconds[:done])
+        # Plain decoding takes a call per token of the longest text of a group.
+        saved = sum(self.calls[:done]) / sum(plain.calls[:done])
+        same = sum(a == b for a, b in zip(self.texts, plain.texts, strict=False))
+        return {
+            "accepted": self.rate / len(self.texts),
+            "calls_per_token": saved,
+            "tokens_per_second": sum(map(len, self.texts)) / sum(self.seconds),
+            "gain": gain,
+            "of_saved": gain * saved,
+            "same": same,
+            "texts": min(len(self.texts), len(plain.texts)),
+        }
+
+
+def _measure(
+    write: Any, request: Any, groups: list[list[list[int]]], chosen: TextSampling, limit: float | None
+) -> _Measured:
+    """Let a loop write all groups of texts, or as many as it comes to."""
+    write(request(groups[0], dataclasses.replace(chosen, max_new_tokens=2)))
+    texts: list[list[int]] = []
+    seconds: list[float] = []
+    calls: list[int] = []
+    rates = 0.0
+    for group in groups:
+        start = time.process_time()
+        found = write(request(group, chosen))
+        seconds.append(time.process_time() - start)
+        texts += found.rows
+        calls.append(found.calls)
+        rates += found.tokens_per_call * len(group)
+        if limit is not None and sum(seconds) >= limit:
+            break
+    return _Measured(texts, seconds, calls, rates)
+
+
+def _line(row: dict[str, Any]) -> str:
+    p_value = "" if row["law"] is None else f"{row['law']:8.3f}"
+    return (
+        f"{row['loop']:34}{row['accepted']:9.2f}{row['calls_per_token']:12.3f}{row['tokens_per_second']:10.1f}"
+        f"{row['gain']:6.2f}{row['of_saved']:9.2f}{p_value}  {row['same']} of {row['texts']} the same"
+    )
 
 
 def _options(argv: Sequence[str]) -> Any:
@@ -127,11 +181,20 @@ def _options(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--tokens", metavar="N", type=int, default=64, help="new tokens of a text (default: 64)"
     )
-    parser.add_argument("--batch", metavar="B", type=int, default=1, help="texts at a time (default: 1)")
+    parser.add_argument(
+        "--batch",
+        metavar="B",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="texts at a time; several numbers give several tables (default: 1)",
+    )
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest (default)"
     )
     parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: 20 built-in ones)")
+    parser.add_argument("--count", metavar="N", type=int, help="only the first N prompts")
+    parser.add_argument("--json", metavar="FILE", help="write the table to this file too")
     parser.add_argument(
         "--limit", metavar="SECONDS", type=float, help="of processor time after which a row ends early"
     )
@@ -140,11 +203,13 @@ def _options(argv: Sequence[str]) -> Any:
         parser.print_help()
         return None
     options = parser.parse_args(list(argv))
-    if options.tokens < 1 or options.batch < 1 or options.law < 0:
+    if min(options.tokens, *options.batch, options.count or 1) < 1 or options.law < 0:
         raise ValueError(
-            "expected --tokens and --batch of at least 1 and --law of at least 0 but got "
-            f"{options.tokens}, {options.batch} and {options.law}"
+            "expected --tokens, --batch and --count of at least 1 and --law of at least 0 but got "
+            f"{options.tokens}, {options.batch}, {options.count} and {options.law}"
         )
+    if options.json is not None:
+        check_file(Path(options.json))
     return options
 
 

@@ -30,10 +30,13 @@ class Context:
         texts: all tokens of each row, prompt included.
         seeds: int64 `[B]`, of the rows.
         round: number of the round, from 0.
-        hidden: `[B, C]`, what the target model computed the last token's distribution from; None in the first round
-            and for models without.
+        hidden: `[B, C]`, what the target model computed the last token's distribution from; None for models without,
+            and in the first round for those that do not give it with the prompt.
         limits: tokens that each row can still take, at least 1.
         device: of the target model.
+        states: `[B, N, C]`, the same of all tokens that were read and kept since the last round, each row's from its
+            first place on; None where `hidden` is.
+        kept: how many states each row has; 0 for rows that have ended.
     """
 
     texts: list[list[int]]
@@ -42,6 +45,8 @@ class Context:
     limits: list[int]
     device: torch.device
     hidden: Tensor | None = None
+    states: Tensor | None = None
+    kept: list[int] | None = None
 
 
 @dataclass

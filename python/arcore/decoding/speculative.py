@@ -25,6 +25,8 @@ from arcore.ops import verify_chain, verify_relaxed, verify_tree, verify_typical
 from arcore.ops.speculative import Verified
 
 Verify = Callable[[Tensor, Draft, Tensor, Tensor], Verified]
+# `hidden`, `states` and `kept` of a `Context`.
+_States = tuple[Tensor | None, Tensor | None, list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -207,17 +209,21 @@ def speculative_tree(
     with torch.no_grad(), evaluating(model):
         drafter.start(model, len(ids), ids.shape[1] + max_new_tokens)
         cache = model.make_cache(len(ids), most)
-        logits = model.prefill(ids, cache, mask)
+        states: _States = None, None, None
+        if hasattr(model, "read_prompt"):
+            logits, read, kept = model.read_prompt(ids, cache, mask)
+            states = read[torch.arange(len(ids), device=ids.device), [n - 1 for n in kept]], read, kept
+        else:
+            logits = model.prefill(ids, cache, mask)
         first = draw_first(logits[:, : model.vocab_size], texts, seeds, chosen)
         for row, token in enumerate(first):
             texts[row] += [token][: rows.add(row, [token])]
             counts[row] = 1
-        hidden: Tensor | None = None
         while any(rows.active):
             limits = [max(max_new_tokens - len(new), 1) for new in rows.new]
-            context = Context(texts, seeds, calls - 1, limits, ids.device, hidden)
+            context = Context(texts, seeds, calls - 1, limits, ids.device, *states)
             draft = drafter.propose(context)
-            verified, hidden = _round(model, cache, context, draft, chosen, judge, rows.active)
+            verified, states = _round(model, cache, context, draft, chosen, judge, rows.active)
             calls += 1
             emitted = verified.tokens.tolist()
             for row, accepted in enumerate(verified.accepted.tolist()):
@@ -252,7 +258,7 @@ def _round(
     sampling: Sampling,
     judge: Verify,
     active: list[bool],
-) -> tuple[Verified, Tensor]:
+) -> tuple[Verified, _States]:
     """Read a draft behind each text's last token, verify it, keep what stands in the rows that go on."""
     tokens, vocab = draft.tokens, model.vocab_size
     last = torch.tensor([[text[-1]] for text in context.texts], device=context.device)
@@ -272,6 +278,8 @@ def _round(
     path = torch.cat([torch.zeros_like(last), torch.where(verified.path >= 0, verified.path + 1, -1)], 1)
     going = torch.tensor(active, device=path.device).unsqueeze(1)
     cache.keep(path.masked_fill(~going, -1))
-    end = path.gather(1, verified.accepted.unsqueeze(1))
-    index = end.unsqueeze(2).expand(-1, -1, out.hidden.shape[2])
-    return verified, out.hidden.gather(1, index).squeeze(1)
+    index = path.clamp(min=0).unsqueeze(2).expand(-1, -1, out.hidden.shape[2])
+    states = out.hidden.gather(1, index)
+    accepted = verified.accepted.tolist()
+    hidden = states[torch.arange(len(states), device=path.device), accepted]
+    return verified, (hidden, states, [n + 1 if on else 0 for n, on in zip(accepted, active, strict=True)])

@@ -89,13 +89,25 @@ class CausalDecoder(nn.Module):
     @torch.no_grad()
     def prefill(self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None) -> Tensor:
         """Read several tokens per row; arguments and result are those of `TokenModel`."""
+        return self.read_prompt(ids, cache, mask)[0]
+
+    @torch.no_grad()
+    def read_prompt(
+        self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """`prefill` that also gives what logits are made from, for drafters that look at it.
+
+        Returns:
+            The last logits `[B, V]`; states `[B, L, C]` behind the last norm, each row's from its first place on; and
+            how many of them each row has.
+        """
         ids, counts = left_aligned(ids, cache, mask)
         hidden = self._stage(ids, cache, None)
         cache.commit(counts)
         if isinstance(counts, int):
-            return self.logits(hidden[:, -1])
+            return self.logits(hidden[:, -1]), hidden, [counts] * len(ids)
         last = torch.tensor(counts, device=ids.device) - 1
-        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
+        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last]), hidden, counts
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: TokenCache) -> Tensor:

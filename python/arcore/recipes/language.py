@@ -17,7 +17,7 @@ from arcore.catalog import create_model, load_checkpoint
 from arcore.catalog.checkpoints import GGUF_SUFFIX
 from arcore.catalog.gguf import GGUF
 from arcore.data.identity import place
-from arcore.data.real import PACKAGED, gguf_tokenizer, packaged_weights
+from arcore.data.real import PACKAGED, SHORT, gguf_tokenizer, packaged_weights
 from arcore.data.text import TokenCrops, load_text
 from arcore.data.text_tokenizers import FILE, BPETokenizer, ByteTokenizer, TextTokenizer, make_tokenizer
 from arcore.decoding import generate, row_seeds
@@ -334,13 +334,15 @@ def language_model(source: str) -> tuple[Any, TextTokenizer]:
     """A trained language model and its tokenizer, for what is trained or drawn on top of one.
 
     Args:
-        source: a run folder or checkpoint, or a preset whose weights an installed package ships, e.g. smollm2_135m.
+        source: a run folder or checkpoint, or a preset whose weights an installed package ships, e.g. smollm2_135m or
+            smollm2 for short.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds no language model, or is damaged.
         ImportError: the package is missing.
     """
+    source = source if Path(source).exists() else SHORT.get(source, source)
     if not Path(source).exists() and source in PACKAGED:
         path = packaged_weights(source)
         return create_model(source, weights=path).eval(), gguf_tokenizer(GGUF(path))

@@ -64,6 +64,7 @@ class RasterSampling(PictureOptions):
         window: codes that a call reads with jacobi and lantern.
         delta: lantern: most probability that a draft takes from its neighbours; 0 keeps the law.
         neighbours: lantern: codes that a draft may stand for.
+        bound: lantern: additive, or multiplicative (LANTERN++), by which delta counts in the draft's own probability.
         drafter: lantern: run folder of a trained drafter. Default: drafts repeat the code of the row above.
     """
 
@@ -76,12 +77,15 @@ class RasterSampling(PictureOptions):
     window: int = 16
     delta: float = 0.1
     neighbours: int = 1000
+    bound: Literal["additive", "multiplicative"] = "additive"
     drafter: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decoder not in ("plain", "jacobi", "lantern"):
             raise ValueError(f"--decoder {self.decoder}: choose plain, jacobi or lantern")
+        if self.bound not in ("additive", "multiplicative"):
+            raise ValueError(f"--bound {self.bound}: choose additive or multiplicative")
         if self.window < 2:
             raise ValueError(f"--window must be at least 2 but got {self.window}")
         if not self.delta >= 0 or self.neighbours < 0:
@@ -200,7 +204,7 @@ def draw_codes(model: Any, prompt: Tensor, tokenizer: Any, options: RasterSampli
         drafter: Drafter = AboveDrafter(tokenizer.side, count=options.window - 1)
         if options.drafter is not None:
             drafter = load_drafter(options.drafter, model, options.window - 1)
-        verify = relaxed(near, delta=options.delta)
+        verify = relaxed(near, delta=options.delta, bound=options.bound)
         out = speculative_tree(model, drafter, prompt, verify=verify, **settings)
     assert out.rounds is not None
     return out.ids, float(out.rounds.float().mean())

@@ -160,7 +160,7 @@ def text_decoder(name: str) -> TextDecoder:
     """
     if name in _OWN:
         return _OWN[name]
-    entry = catalog().get(name)
+    entry = catalog().get(name) or next((e for e in catalog().values() if name in e.system.aliases), None)
     if entry is None or FUNCTION not in entry.functions:
         raise ValueError(f"--decoder {name}: choose {', '.join(decoder_names())}")
     found = load(entry.functions[FUNCTION], FUNCTION)()

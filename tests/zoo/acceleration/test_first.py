@@ -9,7 +9,15 @@ from torch import Tensor
 
 from arcore.decoding import LookupDrafter, Sampling, generate, speculative_chain
 from arcore.decoding.laws import outcomes, small_model, text_law
-from arcore.zoo.acceleration.first import Routers, SkippingModel, routed_loss
+from arcore.zoo.acceleration.first.routing import (
+    FirstPatch,
+    Routers,
+    SkippingModel,
+    calibrate,
+    config_for,
+    routed_loss,
+    routed_skipping_loss,
+)
 
 
 class Contract:
@@ -89,3 +97,70 @@ def test_refuses_what_does_not_fit() -> None:
         Routers(8, 1)
     with pytest.raises(ValueError, match="without padding"):
         generate(SkippingModel(model, Routers(32, 3)), [[1, 2], [3]], max_new_tokens=2)
+
+
+def test_sharpness_is_smallest_for_sure_routers() -> None:
+    model, routers = small_model(7, layers=4), Routers(32, 4)
+    ids = torch.randint(7, (3, 9))
+    losses = []
+    for bias in (0.0, 40.0):
+        for router in routers.routers:
+            router.bias.data.fill_(bias)
+        plain, sharp = (routed_loss(model, routers, ids, price=0.0, sharpness=s)[0] for s in (0.0, 1.0))
+        losses.append(float((sharp - plain).detach()))
+    assert losses == pytest.approx([0.25, 0.0], abs=1e-6)
+
+
+def test_the_threshold_is_set_so_that_the_wanted_share_is_skipped() -> None:
+    model, routers = small_model(7, layers=6, seed=3), Routers(32, 6)
+    for router in routers.routers:
+        torch.nn.init.normal_(router.weight)
+        torch.nn.init.zeros_(router.bias)
+    texts = [torch.randint(7, (1, 5)) for _ in range(40)]
+    for skip in (1 / 6, 2 / 6):
+        assert calibrate(model, routers, texts, skip) == pytest.approx(skip, abs=0.05)
+        decided = [SkippingModel(model, routers).decide(text) for text in texts]
+        assert sum(map(len, decided)) / (6 * 40) == pytest.approx(skip, abs=0.05)
+
+
+def test_adapters_change_nothing_at_first_and_are_merged_into_the_weights() -> None:
+    model, plain = small_model(7, layers=4), small_model(7, layers=4)
+    ids = torch.randint(7, (2, 9))
+    patch = FirstPatch(config_for(model))
+    patch.attach(model)
+    assert torch.equal(model(ids), plain(ids))
+    loss, share = routed_skipping_loss(model, patch.routers, ids, prompt=4)
+    torch.testing.assert_close(loss, F.cross_entropy(plain(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
+    assert share == 0
+    loss.backward()
+    assert all(adapter.up.grad.abs().sum() > 0 for layer in patch.adapters for adapter in layer)
+    with torch.no_grad():
+        for parameter in patch.adapters.parameters():
+            parameter.normal_(std=0.1)
+        changed = model(ids)
+        patch.merge(model)
+    torch.testing.assert_close(model(ids), changed)
+    assert not torch.allclose(changed, plain(ids))
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def test_rows_that_skip_other_layers_are_those_that_run_alone() -> None:
+    model, routers = small_model(7, layers=5, seed=2), Routers(32, 5)
+    for router in routers.routers:
+        torch.nn.init.normal_(router.weight, std=3.0)
+        torch.nn.init.zeros_(router.bias)
+    ids = torch.randint(7, (8, 9))
+    chooser = SkippingModel(model, routers)
+    decided = [chooser.decide(row[None, :4]) for row in ids]
+    assert len(set(decided)) > 1
+    together, _ = routed_skipping_loss(model, routers, ids, prompt=4)
+    alone = [routed_skipping_loss(model, routers, row[None], prompt=4)[0] for row in ids]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def test_a_patch_of_another_model_is_refused() -> None:
+    patch = FirstPatch(config_for(small_model(7, layers=4)))
+    with pytest.raises(ValueError, match="of 4 layers of width 32 but this one has 5"):
+        patch.check(small_model(7, layers=5))
+    with pytest.raises(TypeError, match="layers of Llama's kind"):
+        config_for(torch.nn.Linear(2, 2))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arcore
+from arcore.catalog import get_config
 from arcore.catalog.claims import shaken
-from arcore.decoding import Context, ModelDrafter, TreeShape, generate, speculative_tree
+from arcore.decoding import Context, MixedModel, ModelDrafter, TreeShape, generate, speculative_tree
 from arcore.zoo.acceleration.hydra.heads import (
     DEPTH_WIDTHS,
     HydraConfig,
@@ -20,6 +21,7 @@ from arcore.zoo.acceleration.hydra.heads import (
     hydra_loss,
     published_shape,
 )
+from arcore.zoo.acceleration.hydra.recipe import heads_for
 
 
 def base_model(vocab: int = 256) -> Any:
@@ -170,3 +172,68 @@ def test_heads_of_few_tokens_propose_the_frequent_ones_and_change_no_text() -> N
     assert out.rows() == generate(model, [[1, 2], [9]], max_new_tokens=12, temperature=0.0).rows()
     with pytest.raises(ValueError, match="draft_vocab from 1 to the 8 tokens of the model but got 9"):
         HydraConfig(dim=8, vocab_size=8, draft_vocab=9)
+
+
+def plus_heads(vocab: int = 256) -> HydraHeads:
+    config = HydraConfig(
+        dim=64, vocab_size=vocab, num_heads=2, num_layers=2, prefix_heads=4, prefix_kv_heads=2
+    )
+    return shaken(HydraHeads(config)).eval()
+
+
+class Checked(HydraDrafter):
+    """Compares what the prefix layer's cache gives with reading each row's text anew."""
+
+    worst, rounds = 0.0, 0
+
+    def _prefixed(self, context: Context) -> Tensor:
+        found = super()._prefixed(context)
+        for row, text in enumerate(context.texts):
+            if context.kept is None or context.kept[row]:
+                whole = self.heads.prefix(self.model.hidden(torch.tensor([text[:-1]])))[0, -1]
+                self.worst = max(self.worst, float((whole - found[row]).abs().max() / whole.abs().max()))
+        self.rounds += 1
+        return found
+
+
+@torch.no_grad()
+def test_the_prefix_layer_keeps_what_it_read_of_each_row() -> None:
+    model, heads = base_model(), plus_heads()
+    prompts = [[1, 2, 3], [4], [5] * 9]
+    options: dict[str, Any] = {"max_new_tokens": 15, "temperature": 0.9, "seed": [1, 2, 3], "eos": 7}
+    expected = generate(model, prompts, **options).rows()
+    drafter = Checked(heads, TreeShape.full(3, 1))
+    assert speculative_tree(model, drafter, prompts, **options).rows() == expected
+    assert drafter.rounds > 3
+    assert drafter.worst < 1e-4
+    # A mix gives no states of its prompt; the heads' own model reads it.
+    mixed = MixedModel([model, model], [0.5, 0.5])
+    drafter = Checked(heads, TreeShape.full(3, 1), base=model)
+    assert speculative_tree(mixed, drafter, prompts, **options).rows() == expected
+    assert drafter.worst < 1e-4
+
+
+def test_a_prefix_layer_begins_as_a_norm_and_learns() -> None:
+    model = base_model()
+    config = HydraConfig(dim=64, vocab_size=256, num_heads=2, prefix_heads=4)
+    heads = HydraHeads(config).start_from(model)
+    ids = torch.randint(256, (2, 12))
+    hidden = model.hidden(ids)
+    assert heads.prefix is not None
+    torch.testing.assert_close(
+        F.normalize(heads.prefix(hidden), dim=-1), F.normalize(hidden, dim=-1), rtol=1e-4, atol=1e-5
+    )
+    hydra_loss(heads, model, ids, lm=0.0, teacher=1.0).backward()
+    gradients = {name: p.grad for name, p in heads.prefix.named_parameters()}
+    assert gradients["layers.0.attention.out.weight"].abs().sum() > 0
+    with pytest.raises(ValueError, match="prefix_heads to divide dim=64 but got 5"):
+        HydraConfig(dim=64, vocab_size=256, prefix_heads=5)
+
+
+def test_heads_of_a_kind_take_the_sizes_of_their_model() -> None:
+    model = base_model()
+    for kind, (layers, prefix) in {"hydra": (1, None), "medusa": (1, None), "hydra++": (4, 4)}.items():
+        config = get_config("hydra_tiny", **heads_for(model, kind))
+        assert (config.dim, config.vocab_size, config.num_layers) == (64, 256, layers)
+        assert config.prefix_heads == prefix
+        HydraHeads(config).check(model)

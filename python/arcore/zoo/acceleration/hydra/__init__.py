@@ -8,7 +8,10 @@ so at temperature 0 the text is that of plain decoding, token by token, and any 
 Differs from its neighbour, a draft model (`arcore.decoding.ModelDrafter`), in that the heads are trained on the hidden
 states of the model they serve and have no cache of their own.
 
-Left out: Hydra++'s prefix layer. Its further layers per head and the teacher loss are settings here.
+Hydra++ is a setting: a prefix layer of the model's kind, with a cache of its own, between the model's hidden states and
+the heads, more layers per head, and the model's own distributions as targets (`arcore train hydra --kind hydra++`).
+
+Left out: the released files of heads, and noise on embeddings.
 
 Legend: B rows, L tokens, C width of the model, V vocabulary, i head from 0.
 """

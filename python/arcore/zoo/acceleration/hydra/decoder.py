@@ -30,7 +30,7 @@ def load_heads(folder: str, model: Any) -> HydraHeads:
     if not isinstance(heads, HydraHeads):
         raise ValueError(
             f"--heads {folder}: expected draft heads but it holds {type(heads).__name__}; train some with "
-            "`arcore train hydra_tiny --base FOLDER`"
+            "`arcore train hydra --base FOLDER`"
         )
     heads.check(model)
     return heads.to(next(model.parameters()).device).eval()
@@ -50,7 +50,7 @@ def small_shape(heads: HydraHeads, nodes: int) -> TreeShape:
 
 def _write(request: TextRequest) -> Written:
     if request.options.heads is None:
-        raise ValueError("--decoder hydra needs trained heads: --heads FOLDER, from `arcore train hydra_...`")
+        raise ValueError("--decoder hydra needs trained heads: --heads FOLDER, from `arcore train hydra`")
     heads = load_heads(str(request.options.heads), request.base)
     return draft_with(
         request, HydraDrafter(heads, small_shape(heads, request.options.nodes), base=request.base)

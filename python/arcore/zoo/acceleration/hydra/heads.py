@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from arcore.catalog import create_model, preset
 from arcore.catalog.claims import Claim, at_least, equals, steps
 from arcore.decoding import Context, Draft, TreeShape, exact, generate, speculative_tree, typical
-from arcore.nn import linear
+from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, RotaryTable, TokenCache, linear
+from arcore.nn.causal import CausalDecoder
 from arcore.ops import verify_typical
 
 # Widths 10, 28, 23 and 2 over four depths, 63 nodes: the shape of the published tree for 7 B models, by rank products.
@@ -55,6 +56,11 @@ class HydraConfig:
         shared_lm_head: heads end in the model's own last layer instead of one each; much smaller, not in the paper.
         draft_vocab: tokens D that heads may propose, the most frequent ones of the text that they are trained on; all
             when None. On a CPU most of a head's time is its last layer (not in the paper; FR-Spec, arXiv:2502.14856).
+        prefix_heads: query heads of Hydra++'s prefix layer, a further layer of the model's kind that heads read
+            instead of the hidden states; None for heads without.
+        prefix_kv_heads: its key heads; as many as query heads when None.
+        prefix_hidden_dim: width of its feed-forward network; 8/3 C when None.
+        prefix_theta: base of its rotary rates.
 
     Raises:
         ValueError: a size is below 1, `draft_vocab` is above the vocabulary, or `kind` unknown.
@@ -67,6 +73,10 @@ class HydraConfig:
     num_layers: int = 1
     shared_lm_head: bool = False
     draft_vocab: int | None = None
+    prefix_heads: int | None = None
+    prefix_kv_heads: int | None = None
+    prefix_hidden_dim: int | None = None
+    prefix_theta: float = 10000.0
 
     def __post_init__(self) -> None:
         for name in ("dim", "vocab_size", "num_heads", "num_layers"):
@@ -78,6 +88,8 @@ class HydraConfig:
             )
         if self.kind not in ("hydra", "medusa"):
             raise ValueError(f'expected kind "hydra" or "medusa" but got {self.kind!r}')
+        if self.prefix_heads is not None and (self.prefix_heads < 1 or self.dim % self.prefix_heads):
+            raise ValueError(f"expected prefix_heads to divide dim={self.dim} but got {self.prefix_heads}")
 
     @property
     def proposed(self) -> int:
@@ -104,6 +116,48 @@ class ResBlock(nn.Module):
         return out
 
 
+class PrefixLayer(CausalDecoder):
+    """Hydra++'s prefix layer: one more layer of the model's kind over its hidden states, with a cache of its own.
+
+    It begins as a norm whose scale is the model's.
+    """
+
+    # It reads what another model read, which has its own limit.
+    max_length = 1 << 30
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__()
+        assert config.prefix_heads is not None
+        head_dim = config.dim // config.prefix_heads
+        self.vocab_size = 0
+        layer = DecoderLayer(
+            config.dim,
+            attention=GroupedAttention(
+                config.dim,
+                num_heads=config.prefix_heads,
+                num_kv_heads=config.prefix_kv_heads or config.prefix_heads,
+                head_dim=head_dim,
+            ),
+            mlp=GatedMLP(config.dim, config.prefix_hidden_dim or 8 * config.dim // 3),
+            norm_eps=1e-5,
+        )
+        self.layers = nn.ModuleList([layer])
+        self.norm = RMSNorm(config.dim, eps=1e-5)
+        self.rotary = RotaryTable(head_dim, theta=config.prefix_theta)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and not parameter.is_meta:
+                if name.endswith(("out.weight", "down.weight")):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, hidden: Tensor, cache: TokenCache | None = None) -> Tensor:
+        """`[B, L, C]` to `[B, L, C]`, each place from those up to it; with a cache they follow what it holds."""
+        lengths = (0,) if cache is None else cache.lengths
+        mask, angles = self.behind(lengths, hidden.shape[1], hidden.device)
+        return self.run(hidden, angles, mask, cache)
+
+
 class HydraHeads(nn.Module):
     """The heads. They use embeddings, and with `shared_lm_head` the last layer, of the model that they serve.
 
@@ -127,6 +181,7 @@ class HydraHeads(nn.Module):
             if config.shared_lm_head
             else nn.ModuleList(nn.Linear(dim, config.proposed) for _ in range(config.num_heads))
         )
+        self.prefix = None if config.prefix_heads is None else PrefixLayer(config)  # type: ignore[abstract]
         self.draft_tokens: Tensor | None
         self.register_buffer(
             "draft_tokens", None if config.draft_vocab is None else torch.arange(config.draft_vocab)
@@ -144,6 +199,8 @@ class HydraHeads(nn.Module):
         if self.draft_tokens is not None and text is not None:
             counts = torch.bincount(text.flatten().long(), minlength=self.config.vocab_size)
             self.draft_tokens.copy_(counts.topk(self.config.proposed).indices.sort().values)
+        if self.prefix is not None:
+            self.prefix.norm.weight.fill_(model.norm.weight.square().mean().sqrt())  # type: ignore[operator, union-attr]
         weight = self.last_layer(model)
         for head in self.lm_heads or ():
             head.weight.copy_(weight)  # type: ignore[operator, union-attr]
@@ -180,7 +237,7 @@ class HydraHeads(nn.Module):
 
         Args:
             i: head; it predicts the token i + 2 places after the one that `hidden` was computed from.
-            hidden: `[..., C]`, of the model behind its last norm.
+            hidden: `[..., C]`, of the model behind its last norm, or of the prefix layer where there is one.
             embedded: `[..., i + 1, C]`, the tokens between; Medusa's heads do not look at them.
             model: the model.
             last_layer: what `last_layer(model)` gave, so that it is not gathered again.
@@ -208,6 +265,8 @@ class HydraHeads(nn.Module):
         Returns:
             For head i float32 `[B, L - i - 2, D]`: at place t the distribution of token t + i + 2.
         """
+        if self.prefix is not None:
+            hidden = self.prefix(hidden)
         embedded = model.embedding(ids).detach()
         last_layer = self.last_layer(model) if self.lm_heads is None else None
         out = []
@@ -278,34 +337,85 @@ class HydraDrafter:
         self.model = model if self._given is None else self._given
         self.heads.check(self.model)
         self._last_layer = self.heads.last_layer(self.model) if self.heads.lm_heads is None else None
+        prefix = self.heads.prefix
+        self._cache = None if prefix is None else prefix.make_cache(batch, max_length + self.max_nodes + 1)
+        self._plan = _plan(self.shape, self.heads.config.kind == "medusa", self.model.embedding.weight.device)
 
     @torch.no_grad()
     def propose(self, context: Context) -> Draft:
         batch = len(context.texts)
-        if context.hidden is None:
+        hidden = context.hidden if self._cache is None else self._prefixed(context)
+        if hidden is None:
             return Draft(torch.empty(batch, 0, dtype=torch.int64, device=context.device))
-        shape, medusa = self.shape, self.heads.config.kind == "medusa"
+        tokens = torch.zeros(batch, len(self.shape.parents), dtype=torch.int64, device=context.device)
         last = torch.tensor([text[-1] for text in context.texts], device=context.device)
-        tokens = torch.zeros(batch, len(shape.parents), dtype=torch.int64, device=context.device)
-        # The embeddings on the path to each node, and to the text's end.
-        paths = {-1: self.model.embedding(last).unsqueeze(1)}
-        for depth, nodes in enumerate(shape.levels):
-            parents = sorted({shape.parents[i] for i in nodes})
-            widest = max(shape.ranks[i] for i in nodes) + 1
-            # Medusa's head says the same whatever the path is.
-            asked = parents[:1] if medusa else parents
-            between = torch.stack([paths[p] for p in asked], dim=1)  # [B, parents, depth + 1, C]
-            hidden = context.hidden.unsqueeze(1).expand(-1, len(asked), -1)
-            best = self.heads.head(depth, hidden, between, self.model, self._last_layer).topk(widest).indices
+        # The embeddings on the path to each node of the level before, at first to the text's end: [B, nodes, depth, C].
+        paths = self.model.embedding(last).unsqueeze(1).unsqueeze(1)
+        for depth, level in enumerate(self._plan):
+            asked = paths[:, level.asked]
+            state = hidden.unsqueeze(1).expand(-1, asked.shape[1], -1)
+            best = (
+                self.heads.head(depth, state, asked, self.model, self._last_layer).topk(level.widest).indices
+            )
             if self.heads.draft_tokens is not None:
                 best = self.heads.draft_tokens[best]
-            for i in nodes:
-                row = 0 if medusa else parents.index(shape.parents[i])
-                tokens[:, i] = best[:, row, shape.ranks[i]]
-            embedded = self.model.embedding(tokens[:, nodes])
-            for place, i in enumerate(nodes):
-                paths[i] = torch.cat([paths[shape.parents[i]], embedded[:, place : place + 1]], dim=1)
-        return Draft(tokens, torch.tensor(shape.parents, device=context.device))
+            new = best[:, level.rows, level.ranks]
+            tokens[:, level.nodes] = new
+            if depth + 1 < len(self._plan):
+                embedded = self.model.embedding(new).unsqueeze(2)
+                paths = torch.cat([paths[:, level.parents], embedded], dim=2)
+        return Draft(tokens, torch.tensor(self.shape.parents, device=context.device))
+
+    def _prefixed(self, context: Context) -> Tensor:
+        """What the prefix layer makes of the last token that the model has read, `[B, C]`."""
+        assert self.heads.prefix is not None
+        assert self._cache is not None
+        states, kept = context.states, context.kept
+        if states is None or kept is None:
+            # A mix of models does not give the states of its prompt; the model that heads were trained for reads it.
+            kept = [len(text) - 1 for text in context.texts]
+            ids = [text[:-1] + [0] * (max(kept) - n) for text, n in zip(context.texts, kept, strict=True)]
+            states = self.model.hidden(torch.tensor(ids, device=context.device))
+        assert states is not None
+        out = self.heads.prefix(states, self._cache)
+        self._cache.commit(kept)
+        places = [max(n - 1, 0) for n in kept]
+        found: Tensor = out[torch.arange(len(places), device=out.device), places]
+        return found
+
+
+class _Level(NamedTuple):
+    """Where the nodes of a depth stand, as indices.
+
+    Attributes:
+        nodes: in the tree.
+        parents: of each node, in the level before.
+        asked: nodes of the level before whose children a head is asked for.
+        rows: of each node, which of `asked` is its parent.
+        ranks: of each node.
+        widest: most children that are looked at.
+    """
+
+    nodes: Tensor
+    parents: Tensor
+    asked: Tensor
+    rows: Tensor
+    ranks: Tensor
+    widest: int
+
+
+def _plan(shape: TreeShape, medusa: bool, device: torch.device) -> list[_Level]:
+    """The levels of a tree; Medusa's heads say the same whatever the path is and are asked once per level."""
+    plan, before = [], [-1]
+    for nodes in shape.levels:
+        parents = [before.index(shape.parents[i]) for i in nodes]
+        asked = [0] if medusa else sorted(set(parents))
+        rows = [0 if medusa else asked.index(parent) for parent in parents]
+        ranks = [shape.ranks[i] for i in nodes]
+        tables = (torch.tensor(x, device=device) for x in (nodes, parents, asked, rows, ranks))
+        plan.append(_Level(*tables, max(ranks) + 1))
+        before = nodes
+    return plan
 
 
 def _lm_weight(model: Any) -> Tensor:
@@ -326,9 +436,45 @@ def medusa_tiny() -> HydraConfig:
 
 
 @preset
+def medusa_smollm2_135m() -> HydraConfig:
+    """Medusa's heads of the same kind, for SmolLM2 of 135 M parameters."""
+    return HydraConfig(dim=576, vocab_size=49152, kind="medusa", shared_lm_head=True, draft_vocab=4096)
+
+
+@preset
 def hydra_smollm2_135m() -> HydraConfig:
     """Four heads for SmolLM2 of 135 M parameters, which end in its own last layer and propose frequent tokens."""
     return HydraConfig(dim=576, vocab_size=49152, shared_lm_head=True, draft_vocab=4096)
+
+
+@preset
+def hydra_plus_tiny() -> HydraConfig:
+    """Hydra++: three heads of four layers behind a prefix layer, for a model of width 64 on bytes."""
+    return HydraConfig(
+        dim=64,
+        vocab_size=256,
+        num_heads=3,
+        num_layers=4,
+        prefix_heads=4,
+        prefix_kv_heads=2,
+        prefix_hidden_dim=176,
+    )
+
+
+@preset
+def hydra_plus_smollm2_135m() -> HydraConfig:
+    """Hydra++ for SmolLM2 of 135 M parameters: heads of four layers behind a prefix layer, frequent tokens."""
+    return HydraConfig(
+        dim=576,
+        vocab_size=49152,
+        num_layers=4,
+        shared_lm_head=True,
+        draft_vocab=4096,
+        prefix_heads=9,
+        prefix_kv_heads=3,
+        prefix_hidden_dim=1536,
+        prefix_theta=100000.0,
+    )
 
 
 @preset

