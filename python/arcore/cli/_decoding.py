@@ -205,8 +205,8 @@ def _options(argv: Sequence[str]) -> Any:
     options = parser.parse_args(list(argv))
     if min(options.tokens, *options.batch, options.count or 1) < 1 or options.law < 0:
         raise ValueError(
-            "expected --tokens, --batch and --count of at least 1 and --law of at least 0 but got "
-            f"{options.tokens}, {options.batch}, {options.count} and {options.law}"
+            "expected --tokens, --count and --batch of at least 1 and --law of at least 0 but got "
+            f"{options.tokens}, {options.count}, {options.batch} and {options.law}"
         )
     if options.json is not None:
         check_file(Path(options.json))

@@ -84,10 +84,11 @@ class Start:
     show_progress: bool = True
 
     def fresh(self, **overrides: Any) -> nn.Module:
-        """The preset's network with the initial weights that the run's seed gives."""
+        """The preset's network with the initial weights that the run's seed gives; a system's smallest preset where the
+        system was named."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.config.seed, "weights", self.preset))
-            network = create_model(self.preset, **{**overrides, **self.changes})
+            network = create_model(_smallest(self.preset), **{**overrides, **self.changes})
         if self.init_from is not None:
             is_run = self.init_from.is_dir() and checkpoint.newest(self.init_from) is not None
             load_weights(network, checkpoint.find(self.init_from) if is_run else self.init_from)
@@ -210,6 +211,13 @@ class Recipe(ABC):
         Raises:
             ValueError: an option is missing or makes no sense.
         """
+
+
+def _smallest(name: str) -> str:
+    """The preset of that name, or the smallest one of the system of that name."""
+    entry, named = find(name)
+    tiny = f"{name}_tiny"
+    return tiny if named is None and tiny in entry.presets else name
 
 
 def recipe_for(name: str) -> Recipe:

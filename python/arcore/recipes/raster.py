@@ -175,7 +175,9 @@ class Raster(PictureRecipe):
         return draw_codes(guided, model.prompt(labels), networks["tokenizer"], options)
 
 
-def draw_codes(model: Any, prompt: Tensor, tokenizer: Any, options: RasterSampling) -> tuple[Tensor, float]:
+def draw_codes(
+    model: Any, prompt: Tensor, tokenizer: Any, options: RasterSampling, mask: Tensor | None = None
+) -> tuple[Tensor, float]:
     """The codes of images by the decoder of the options, int64 `[N, S * S]`, and calls of the model per image.
 
     Args:
@@ -183,10 +185,12 @@ def draw_codes(model: Any, prompt: Tensor, tokenizer: Any, options: RasterSampli
         prompt: int64 `[N, L]`, what stands before the codes.
         tokenizer: of the codes.
         options: decoder, seed and sampling.
+        mask: bool `[N, L]`, False at padding in front of prompts.
     """
     length = tokenizer.side**2
     settings: dict[str, Any] = {
         "max_new_tokens": length,
+        "mask": mask,
         # Picture n of a seed is the same whatever the count is.
         "seed": [options.seed + n for n in range(len(prompt))],
         "temperature": options.temperature,

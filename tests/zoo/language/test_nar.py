@@ -20,6 +20,7 @@ from arcore.zoo.language.nar.check import train_method, two_target_law
 from arcore.zoo.language.nar.methods import at, cmlm, ctc, dag, insertion, levenshtein
 from arcore.zoo.language.nar.network import EOS, MASK, SPECIAL, Batch, Memory, NarConfig
 from arcore.zoo.language.nar.pairs import PairData, distance, load_pairs
+from arcore.zoo.language.nar.recipe import overlap
 from arcore.zoo.language.nar.registry import METHODS, taxonomy, translate
 
 SOURCE = Batch.of([[3, 5, 7, 2], [9, 1], [4, 4, 4]])
@@ -295,6 +296,16 @@ def test_the_taxonomy_names_every_method_and_only_systems_that_are_there() -> No
     assert set(systems) <= set(arcore.catalog.catalog())
 
 
+def test_overlap_is_whole_for_what_is_right_and_falls_with_errors() -> None:
+    pytest.importorskip("sacrebleu")
+    rows = [[4, 5, 6, 7, 8], [9, 4, 4, 5]]
+    assert overlap(rows, rows) == pytest.approx((100.0, 100.0))
+    # Four 4-grams are all gone where each row of five has a wrong token in its middle.
+    bleu, chrf = overlap([[4, 5, 30, 7, 8], [9, 4, 4, 5]], rows)
+    assert 0 < bleu < 100
+    assert 0 < chrf < 100
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"{a}{b}\t{a.upper()} {b.upper()}" for a in "abcdef" for b in "abcdef"]
     (tmp_path / "pairs.tsv").write_text("\n".join(lines))
@@ -312,11 +323,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     teacher = str(tmp_path / "teacher")
     asked = ["train", "nar_tiny", "--method", "at", "--out", teacher, *common]
     assert main([word if word != "4" else "40" for word in asked]) == 0
-    student = ["train", "nar_tiny", "--method", "cmlm", "--kd", teacher, "--out", str(tmp_path / "student")]
+    student = ["train", "nar", "--method", "cmlm", "--kd", teacher, "--out", str(tmp_path / "student")]
     assert main([*student, *common]) == 0
     captured = capsys.readouterr()
     assert "targets in another way" in captured.err
     assert "errors per token" in captured.out
+    assert "BLEU" in captured.out
     assert main(["sample", str(tmp_path / "student"), "--prompt", "ab fe", "--iterations", "2"]) == 0
     assert "(2 calls of the decoder)" in capsys.readouterr().out
     model = load_checkpoint(checkpoint.find(tmp_path / "student"))[0]["model"]

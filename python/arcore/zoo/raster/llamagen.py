@@ -8,7 +8,7 @@ on it, and the class acts through its value alone. That is kept, because the pub
 It differs from Llama in these angles and in its prompt: the token V + c stands for class c, V + `num_classes` for none,
 which is the text of guidance (`arcore.decoding.GuidedModel`). Decoders need to know nothing else.
 
-Left out: text-to-image prompts (captions of T5), and the dropout of the training recipe.
+Images from captions are a neighbour, `llamagen_t2i`. Left out: the dropout of the training recipe.
 
 Legend: B rows, L tokens, C width, V codes, S side of the code map.
 """
@@ -101,21 +101,23 @@ class LlamaGenConfig:
 
 
 class GridRotary:
-    """Angles of a class token and the codes of a map behind it; positions beyond the map have those of its last code.
+    """Angles of the tokens of a condition and the codes of a map behind them; positions beyond the map have those of
+    its last code.
 
     Args:
         head_dim: channels of a head, a multiple of 4.
         side: of the map.
         theta: base of the rates.
+        front: tokens of the condition, whose angles are zero.
     """
 
-    def __init__(self, head_dim: int, *, side: int, theta: float) -> None:
+    def __init__(self, head_dim: int, *, side: int, theta: float, front: int = 1) -> None:
         half = head_dim // 2
         rates = 1.0 / (theta ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half))
         turned = torch.arange(side, device="cpu").unsqueeze(1) * rates  # [S, D / 4]
         rows, columns = turned.repeat_interleave(side, 0), turned.repeat(side, 1)
         table = signed_angles(torch.cat([rows, columns], dim=-1))
-        none = torch.zeros_like(table.cos[:, :1])
+        none = torch.zeros_like(table.cos[:, :1]).expand(-1, front, -1)
         self._table = Angles(torch.cat([none, table.cos], 1), torch.cat([none, table.sin], 1))
 
     def at(self, positions: Tensor) -> Angles:

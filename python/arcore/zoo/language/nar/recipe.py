@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore._files import atomic_path
+from arcore._optional import require
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
 from arcore.recipes import Recipe, Start, Work, ZooTask
@@ -100,12 +102,16 @@ class Score(NamedTuple):
         errors: edits to the right target per token of it.
         calls: of the decoder.
         speed: target tokens per second of processor time.
+        bleu: of tokens, 0 to 100; NaN without the package sacrebleu.
+        chrf: F-score of n-grams of tokens, 0 to 100; likewise.
     """
 
     exact: float
     errors: float
     calls: int
     speed: float
+    bleu: float = float("nan")
+    chrf: float = float("nan")
 
 
 def score(model: Nar, rows: Sequence[tuple[list[int], list[int]]], iterations: int | None = None) -> Score:
@@ -120,7 +126,26 @@ def score(model: Nar, rows: Sequence[tuple[list[int], list[int]]], iterations: i
         sum(distance(a, b) for a, b in pairs) / sum(map(len, wanted)),
         calls,
         sum(map(len, found)) / max(seconds, 1e-9),
+        *overlap(found, wanted),
     )
+
+
+def overlap(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """BLEU and chrF of rows of tokens by sacrebleu; NaN where it is not installed.
+
+    Each token is a word for BLEU and a character for chrF.
+    """
+    if importlib.util.find_spec("sacrebleu") is None:
+        return float("nan"), float("nan")
+    metrics = require("sacrebleu.metrics", extra="data")
+    # From a plane of letters without marks, spaces and capitals.
+    one, other = ([[chr(0x4E00 + token) for token in row] for row in rows] for rows in (found, wanted))
+    words = ([" ".join(row) for row in rows] for rows in (one, other))
+    letters = (["".join(row) for row in rows] for rows in (one, other))
+    hypotheses, references = words
+    bleu = metrics.BLEU(tokenize="none").corpus_score(hypotheses, [references]).score
+    hypotheses, references = letters
+    return float(bleu), float(metrics.CHRF().corpus_score(hypotheses, [references]).score)
 
 
 def distilled(teacher: Nar, sources: Sequence[list[int]]) -> list[list[int]]:
@@ -198,11 +223,12 @@ class NarRecipe(Recipe):
             options["data"], words=options["words"], held_out=options["held_out_words"], longest=LONGEST
         )
         rows = _tokens(pairs.test, pairs.symbols)
-        lines = [f"{'calls':>5}{'exact':>8}{'errors per token':>18}{'tokens/s':>10}"]
+        lines = [f"{'calls':>5}{'exact':>8}{'BLEU':>7}{'chrF':>7}{'errors per token':>18}{'tokens/s':>10}"]
         most = METHODS[model.config.method].iterations
         for count in [None] if most in (None, 1) else [1, 2, most]:
             found = score(model, rows, count)
-            lines.append(f"{found.calls:5}{found.exact:8.3f}{found.errors:18.3f}{found.speed:10.0f}")
+            figures = f"{found.exact:8.3f}{found.bleu:7.1f}{found.chrf:7.1f}{found.errors:18.3f}"
+            lines.append(f"{found.calls:5}{figures}{found.speed:10.0f}")
         words = ["arcore", "sample", str(out), "--prompt", "hello world"]
         return [*lines, f"write targets: {shlex.join(words)}"]
 

@@ -76,7 +76,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "modelling: latent variable (length)": ("nar",),
     "objective": (),
     "decoding: semi-autoregressive": ("sjd", "hydra", "lantern"),
-    "pre-training and other fields": ("mar", "var"),
+    "pre-training and other fields": ("ernie3", "xtrimopglm", "crossnovo", "mar", "var"),
 }
 
 
@@ -86,7 +86,7 @@ def taxonomy() -> str:
         "# Non-autoregressive generation",
         "",
         "The groups of the survey ([arXiv:2204.09269](https://arxiv.org/abs/2204.09269)), and what stands for them "
-        "here. All methods share one encoder-decoder: `arcore train nar_tiny --method NAME`.",
+        "here. All methods share one encoder-decoder: `arcore train nar --method NAME`.",
         "",
         "| group | method | paper | what it does | calls | command |",
         "|---|---|---|---|---|---|",
@@ -95,12 +95,12 @@ def taxonomy() -> str:
         calls = "as many as tokens" if method.iterations is None else str(method.iterations)
         lines.append(
             f"| {method.group} | {method.title} | [arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}) | "
-            f"{method.summary} | {calls} | `arcore train nar_tiny --method {name}` |"
+            f"{method.summary} | {calls} | `arcore train nar --method {name}` |"
         )
     lines += [
         "| data manipulation: distillation | sequence-level distillation | "
         "[arXiv:1606.07947](https://arxiv.org/abs/1606.07947) | Targets are those of an autoregressive teacher. | as "
-        "its method | `arcore train nar_tiny --method cmlm --kd out/teacher` |",
+        "its method | `arcore train nar --method cmlm --kd out/teacher` |",
         "",
         "Other systems of the zoo that belong to a group:",
         "",
