@@ -131,7 +131,9 @@ def test_a_search_for_what_an_evaluator_likes(run: Path, capsys: Any) -> None:
     ):
         (run / f"{name}.py").write_text(content + "\n")
         assert main([*asked, "--evaluator", str(run / f"{name}.py")]) == 2
-        assert complaint in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert complaint in said
+        assert ("what was written so far is" in said) is (name in ("raises", "nan"))
     assert main([*asked, "--evaluator", str(run / "none.py")]) == 2
     assert "there is no such file" in capsys.readouterr().err
     assert main(asked) == 2

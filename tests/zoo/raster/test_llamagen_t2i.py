@@ -93,9 +93,17 @@ def published(config: LlamaGenTextConfig) -> dict[str, Tensor]:
 
 
 def transcription(
-    state: dict[str, Tensor], config: LlamaGenTextConfig, codes: Tensor, caption: Tensor | None, mask: Tensor
+    state: dict[str, Tensor],
+    config: LlamaGenTextConfig,
+    codes: Tensor,
+    caption: Tensor | None,
+    mask: Tensor,
+    added: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """The released network in float64 for one image: a dense mask, rotary positions as complex factors."""
+    """The released network in float64 for one image: a dense mask, rotary positions as complex factors.
+
+    `added` holds what is added to the states that predict codes in front of some layers, `[L, C]` each.
+    """
     w = {name: value.double() for name, value in state.items()}
     head, heads, front = config.dim // config.num_heads, config.num_heads, config.caption_tokens
     given = w["cls_embedding.uncond_embedding"] if caption is None else caption.double()
@@ -120,6 +128,8 @@ def transcription(
 
     for i in range(config.num_layers):
         first = f"layers.{i}."
+        if added is not None and i in added:
+            x = torch.cat([x[: front - 1], x[front - 1 :] + added[i]])
         qkv = norm(x, w[f"{first}attention_norm.weight"]) @ w[f"{first}attention.wqkv.weight"].T
         q, k, v = (part.unflatten(-1, (heads, head)) for part in qkv.chunk(3, dim=-1))
         scores = torch.einsum("ihd,jhd->hij", turn(q), turn(k)) / head**0.5

@@ -345,7 +345,11 @@ def _write(request: TextRequest) -> Written:
             config=RainConfig(simulations=options.simulations, fewest=min(15, options.simulations)),
             seed=seed % 2**16,
         )
-        rows.append(search.run())
+        try:
+            rows.append(search.run())
+        except (RuntimeError, ValueError) as error:
+            written = words.decode(search.text)
+            raise type(error)(f"{error}; what was written so far is {written!r}") from error
         calls += search.session.calls
         notes.append(f"(value {judge(words.decode(rows[-1])):.2f}; {search.evaluations} texts were judged)")
     return Written(rows, calls, max(map(len, rows)) / max(calls, 1), "\n".join(notes))

@@ -14,6 +14,7 @@ from arcore._optional import require
 from arcore.recipes import Start, Work
 from arcore.recipes._pictures import Pictures
 from arcore.recipes.raster import Raster, RasterSampling, draw_codes
+from arcore.zoo.raster.controlar.recipe import read_control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class Captions(Raster):
         rows = torch.arange(options.num) % len(captions)
         device = model.no_caption.device
         captions, mask = captions[rows].to(device), mask[rows].to(device)
-        bound = model.captioned(captions, mask)
+        bound = self.bound(model.captioned(captions, mask), options)
         guided = bound if options.cfg == 1 else bound.guided(options.cfg)
         codes, calls = draw_codes(guided, bound.prompt(rows.to(device)), tokenizer, options, mask)
         images = tokenizer.decode(codes).cpu()
@@ -142,5 +143,41 @@ class Captions(Raster):
             images, f"{what}, {calls:.1f} calls of the model for {codes.shape[1]} codes", options.columns
         )
 
+    def bound(self, model: Any, options: Any) -> Any:
+        """The model that draws, from one that knows its captions."""
+        return model
 
-RECIPE = Captions()
+
+@dataclass(frozen=True, kw_only=True)
+class ControlledCaptionSampling(CaptionSampling):
+    """Pictures of captions that follow a control image.
+
+    Attributes:
+        control: picture of edges, depth or the like, of the size of the model's images.
+        strength: of the control; 0 is none.
+    """
+
+    cfg: float = 4.0
+    control: Path | None = None
+    strength: float = 1.0
+
+
+class ControlledCaptions(Captions):
+    """Codes row by row behind a caption, with a control image."""
+
+    sampling: ClassVar[type | None] = ControlledCaptionSampling
+
+    def check_sampling(self, options: Any) -> None:
+        super().check_sampling(options)
+        if options.control is None:
+            raise ValueError("this model follows a control image: give one with --control FILE")
+        if not options.control.is_file():
+            raise FileNotFoundError(f"the control image {options.control} does not exist")
+
+    def bound(self, model: Any, options: Any) -> Any:
+        control = read_control(options.control, model.image_size).to(model.no_caption.device)
+        with torch.no_grad():
+            return model.controlled(control.expand(options.num, 3, -1, -1), options.strength)
+
+
+RECIPE, CONTROLLED = Captions(), ControlledCaptions()

@@ -117,7 +117,7 @@ class GridRotary:
         turned = torch.arange(side, device="cpu").unsqueeze(1) * rates  # [S, D / 4]
         rows, columns = turned.repeat_interleave(side, 0), turned.repeat(side, 1)
         table = signed_angles(torch.cat([rows, columns], dim=-1))
-        none = torch.zeros_like(table.cos[:, :1]).expand(-1, front, -1)
+        none = torch.zeros_like(table.cos[:, :1]).repeat(1, front, 1, 1)
         self._table = Angles(torch.cat([none, table.cos], 1), torch.cat([none, table.sin], 1))
 
     def at(self, positions: Tensor) -> Angles:

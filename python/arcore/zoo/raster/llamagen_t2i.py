@@ -160,6 +160,13 @@ class LlamaGenText(LlamaGen):
         Raises:
             ValueError: a shape is another, or padding stands elsewhere.
         """
+        x, angles, visible = self._whole(codes, captions, mask)
+        return self.logits(self.run(x, angles, visible)[:, self.config.caption_tokens - 1 :])
+
+    def _whole(
+        self, codes: Tensor, captions: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Angles, IntervalMask]:
+        """Embeddings, angles and mask of captions with all their places and the codes behind them but the last."""
         vectors = self.caption(self._checked(captions, mask))
         check_ids("codes", codes, self.config.vocab_size)
         x = torch.cat([vectors, self.embedding(codes[:, :-1])], dim=1)
@@ -171,10 +178,9 @@ class LlamaGenText(LlamaGen):
             start = torch.minimum((~mask).sum(1, keepdim=True), places)
         bounds = torch.stack([start, stop], -1).unsqueeze(1).to(torch.int32)
         angles = GridRotary.span(self.rotary, 0, count, x.device)  # type: ignore[arg-type]
-        hidden = self.run(x, angles, IntervalMask(bounds, count))
-        return self.logits(hidden[:, self.config.caption_tokens - 1 :])
+        return x, angles, IntervalMask(bounds, count)
 
-    def captioned(self, captions: Tensor, mask: Tensor | None = None) -> LlamaGenText:
+    def captioned(self, captions: Tensor, mask: Tensor | None = None) -> Any:
         """The model with the captions of its rows, for decoders; it shares all weights.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +92,14 @@ def trained(count: int, rate: float = 0.1) -> tuple[Any, int]:
     model = small_model(SYMBOLS + 1, seed=2, scale=0.0).requires_grad_(True).train()
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    samples = sentences(16, 24, generator)
+    own: Continued | None = None
     for step in steps(count, "training with a backspace"):
         history = noisy(sentences(32, 25, generator), backspace, rate, generator)
-        if step % 20 == 0 and step:
-            samples = sample_histories(model, 16, 24, backspace, seed=step)
-        loss = edit_loss(model, history, samples, backspace, weight=min(step / (0.2 * count), 1.0))
+        weight = min(step / (0.2 * count), 1.0)
+        if weight and (own is None or step % 20 == 0):
+            texts = noisy(sentences(16, 25, generator), backspace, rate, generator)
+            own = continued(model, texts.raw, backspace, seed=step)
+        loss = edit_loss(model, history, own, backspace, weight=weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -105,7 +107,7 @@ def trained(count: int, rate: float = 0.1) -> tuple[Any, int]:
 
 
 def edit_loss(
-    model: Any, history: Any, samples: Tensor, backspace: int, *, weight: float, alpha: float = 0.01,
+    model: Any, history: Any, own: Continued | None, backspace: int, *, weight: float, alpha: float = 0.01,
     gamma: float = 0.998,
 ) -> Tensor:  # fmt: skip
     """Likelihood and the objective, mixed.
@@ -113,7 +115,7 @@ def edit_loss(
     Args:
         model: trained.
         history: texts with edits.
-        samples: int64 `[B', M]`, the model's own edit histories.
+        own: the model's own edit histories; None where the weight is 0.
         backspace: the action.
         weight: of the objective; the likelihood has the rest.
         alpha: of the objective.
@@ -123,43 +125,66 @@ def edit_loss(
     likelihood = F.cross_entropy(logits.flatten(0, 1), history.wanted.flatten())
     if weight == 0:
         return likelihood
-    own = model.logits(edited_hidden(model, samples, backspace))[..., : model.vocab_size]
+    assert own is not None
+    sampled = model.logits(edited_hidden(model, own.raw, backspace))[..., : model.vocab_size]
     matched = sequencematch_loss(
         logits,
         history.wanted[:, :-1],
-        own,
+        sampled,
         mask=history.follows[:, :-1],
-        sampled_mask=torch.ones_like(samples[:, 1:], dtype=torch.bool),
+        sampled_mask=own.drawn,
         alpha=alpha,
         gamma=gamma,
     )
     return (1 - weight) * likelihood + weight * matched
 
 
+class Continued(NamedTuple):
+    """Edit histories that a model went on with.
+
+    Attributes:
+        raw: int64 `[B, L]`, a history of the data up to some place and what the model did behind it.
+        drawn: bool `[B, L - 1]`, steps from a token to the next that were the model's.
+    """
+
+    raw: Tensor
+    drawn: Tensor
+
+
 @torch.no_grad()
-def sample_histories(
-    model: Any, count: int, length: int, backspace: int, *, seed: int, starts: Tensor | None = None
-) -> Tensor:
-    """The model's own edit histories, int64 `[count, length]`, by full passes; small models only.
+def continued(model: Any, texts: Tensor, backspace: int, *, seed: int) -> Continued:
+    """Edit histories of the data, each cut at a random place and continued by the model; by full passes.
+
+    Where the model begins matters: the data restart the process behind each inserted error, whose insertion is no
+    step of theirs, and the sums of values over both only belong together when the model starts from such places too.
+    With starts at the beginning of texts alone, the objective grows without bound by raising the values of states
+    behind errors.
 
     Args:
         model: trained.
-        count: rows.
-        length: of them.
-        backspace: the action.
-        seed: of the draws.
-        starts: int64 `[count, 1]`, first tokens; random ones when None.
+        texts: int64 `[B, L]`, edit histories.
+        backspace: the action; the first token is never deleted.
+        seed: of the cuts and draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    raw = torch.randint(backspace, (count, 1), generator=generator) if starts is None else starts
-    left = torch.ones(count)
-    while raw.shape[1] < length:
-        logits = model.logits(edited_hidden(model, raw, backspace)[:, -1])[:, : model.vocab_size]
-        logits[left < 2, backspace] = -torch.inf
-        drawn = logits.softmax(-1).multinomial(1, generator=generator)
-        left += torch.where(drawn[:, 0] == backspace, -1.0, 1.0)
-        raw = torch.cat([raw, drawn], dim=1)
-    return raw
+    length = texts.shape[1]
+    cuts = torch.randint(1, length, (len(texts),), generator=generator)
+    raw, given = texts[:, :1].cpu(), texts.cpu()
+    left = torch.ones(len(texts))
+    for place in range(1, length):
+        drawn = given[:, place]
+        going = place >= cuts
+        if bool(going.any()):
+            logits = model.logits(edited_hidden(model, raw.to(texts.device), backspace)[:, -1]).cpu()
+            logits = logits[:, : model.vocab_size]
+            logits[left < 2, backspace] = -torch.inf
+            own = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
+            drawn = torch.where(going, own, drawn)
+        left += torch.where(drawn == backspace, -1.0, 1.0)
+        raw = torch.cat([raw, drawn.unsqueeze(1)], dim=1)
+    return Continued(
+        raw.to(texts.device), (torch.arange(length - 1) >= cuts.unsqueeze(1) - 1).to(texts.device)
+    )
 
 
 def claim(*, quick: bool) -> Claim:

@@ -21,8 +21,11 @@ from arcore.recipes.text_decoders import TextDecoder, TextRequest, Written
 from arcore.training.checks import number
 from arcore.training.config import TrainConfig
 from arcore.training.stream import RandomStream
-from arcore.zoo.language.sequencematch.check import edit_loss, sample_histories
+from arcore.zoo.language.sequencematch.check import Continued, continued, edit_loss
 from arcore.zoo.language.sequencematch.edits import noisy, with_backspace, write_with_backspace
+
+# Steps of the model's own histories, which are drawn by full passes.
+OWN_LENGTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class EditTask(ZooTask):
     ) -> None:
         super().__init__(config, networks, facts)
         self.words = words
-        self.own: Tensor | None = None
+        self.own: Continued | None = None
 
     def files(self) -> dict[str, str]:
         content = self.words.json()
@@ -84,19 +87,11 @@ class EditTask(ZooTask):
         history = type(history)(*(part.to(images.device) for part in history))
         weight = min(self.step / max(0.2 * self.config.steps, 1), 1.0) if self.training else 0.0
         if weight and (self.own is None or self.step % self.facts["refresh"] == 0):
-            self.own = sample_histories(
-                self.model,
-                len(images),
-                min(images.shape[1], 24),
-                backspace,
-                seed=self.step,
-                starts=images[:, :1].cpu(),
-            )
-        samples = history.raw if self.own is None else self.own
+            self.own = continued(self.model, history.raw[:, :OWN_LENGTH], backspace, seed=self.step)
         loss = edit_loss(
             self.model,
             history,
-            samples,
+            self.own,
             backspace,
             weight=weight,
             alpha=self.facts["alpha"],

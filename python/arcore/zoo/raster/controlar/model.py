@@ -43,14 +43,21 @@ class ControlARConfig(LlamaGenConfig):
         for name in ("patch", "control_channels", "control_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
-        layers = tuple(self.control_layers) or tuple(
-            dict.fromkeys(self.num_layers * j // 3 for j in range(3))
+        object.__setattr__(self, "control_layers", chosen_layers(self.num_layers, self.control_layers))
+
+
+def chosen_layers(num_layers: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers that get the control; every third of the depth when none are named.
+
+    Raises:
+        ValueError: there is no such layer, or one is named twice.
+    """
+    layers = tuple(wanted) or tuple(dict.fromkeys(num_layers * j // 3 for j in range(3)))
+    if len(set(layers)) != len(layers) or not all(0 <= i < num_layers for i in layers):
+        raise ValueError(
+            f"expected control_layers to be different numbers from 0 to {num_layers - 1} but got {layers}"
         )
-        if len(set(layers)) != len(layers) or not all(0 <= i < self.num_layers for i in layers):
-            raise ValueError(
-                f"expected control_layers to be different numbers from 0 to {self.num_layers - 1} but got {layers}"
-            )
-        object.__setattr__(self, "control_layers", layers)
+    return layers
 
 
 class ControlEncoder(nn.Module):
@@ -82,7 +89,88 @@ class ControlMLP(nn.Module):
         return out
 
 
-class ControlAR(LlamaGen):
+class WithControl(LlamaGen):
+    """Adds control vectors to the states in front of some layers; a base of models with control.
+
+    A subclass has `condition_layers`, `config.control_layers` and `control_vectors`.
+    """
+
+    config: Any
+    condition_layers: nn.ModuleList
+    _added: Tensor | None = None
+    _strength = 1.0
+
+    def control_vectors(self, control: Tensor) -> Tensor:
+        """One vector per code of control images, `[B, S * S, D]`."""
+        raise NotImplementedError
+
+    def condition_tokens(self, device: torch.device) -> Tensor:
+        """Tokens of each row's condition, the last of which predicts code 0: int64 `[1 or B]`."""
+        return torch.ones(1, dtype=torch.int64, device=device)
+
+    def controlled(self, control: Tensor, strength: float = 1.0) -> Any:
+        """The model with the control images of its rows; it shares all weights.
+
+        Args:
+            control: as for `forward`.
+            strength: multiplies what is added; 0 is the base model.
+
+        Raises:
+            ValueError: control images of another size.
+        """
+        other = copy.copy(self)
+        other._added, other._strength = self._additions(control), float(strength)
+        return other
+
+    def _additions(self, control: Tensor) -> Tensor:
+        """What each place of each control layer gets: `[J, B, S * S, C]`; nothing for images of zeros."""
+        vectors = self.control_vectors(control)
+        has = control.flatten(1).ne(0).any(1)
+        added = torch.stack([layer(vectors) for layer in self.condition_layers])  # [J, B, S * S, C]
+        return torch.where(has[None, :, None, None], added, 0.0)
+
+    def run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
+        """See `CausalDecoder.run`; the control is added in front of its layers."""
+        if self._added is None:
+            return super().run(x, angles, mask, cache)
+        return self._through(x, angles, mask, cache, self._strength * self._at(x, mask, cache))
+
+    def _through(
+        self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None, extra: Tensor
+    ) -> Tensor:
+        """All layers and the last norm, with additions `[J, B, N, C]` in front of the control layers."""
+        where = {layer: j for j, layer in enumerate(self.config.control_layers)}
+        for i, layer in enumerate(self.layers):
+            if i in where:
+                x = x + extra[where[i]]
+            if i not in self.skipped:
+                x = layer(x, angles, mask, cache, i)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _at(self, x: Tensor, mask: Any, cache: TokenCache | None) -> Tensor:
+        """What is added to the tokens of a call: `[J, B, N, C]`. The token before a code predicts it."""
+        assert self._added is not None
+        if self._added.shape[1] != len(x):
+            raise ValueError(f"expected {len(x)} control images, one per row, but got {self._added.shape[1]}")
+        if isinstance(mask, TreeMask):
+            places = mask.prefix.long().unsqueeze(1) + mask.depth
+        else:
+            lengths = (0,) if cache is None else cache.lengths
+            places = torch.tensor(lengths).unsqueeze(1) + torch.arange(x.shape[1])
+        places = places.to(x.device) + 1 - self.condition_tokens(x.device).unsqueeze(1)
+        places = places.expand(len(x), -1)
+        last = self._added.shape[2]
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        found = self._added[:, rows, places.clamp(min=0, max=last - 1)]
+        return torch.where(((places >= 0) & (places < last))[None, :, :, None], found, 0.0)
+
+    def _fits_step(self, cache: TokenCache, new: int = 1) -> bool:
+        # The op for a step knows no additions.
+        return self._added is None and super()._fits_step(cache, new)
+
+
+class ControlAR(WithControl):
     """The model. Decoders get it from `controlled`, which fixes the control images of the rows.
 
     Args:
@@ -97,8 +185,6 @@ class ControlAR(LlamaGen):
         self.condition_layers = nn.ModuleList(
             ControlMLP(config.control_dim, config.dim) for _ in config.control_layers
         )
-        self._added: Tensor | None = None
-        self._strength = 1.0
         self._without_class = False
 
     @property
@@ -129,32 +215,16 @@ class ControlAR(LlamaGen):
         mask, angles = self.behind((0,), x.shape[1], x.device)
         return self.logits(self._through(x, angles, mask, None, self._additions(control)[:, :, : x.shape[1]]))
 
-    def controlled(self, control: Tensor, strength: float = 1.0) -> ControlAR:
-        """The model with the control images of its rows; it shares all weights.
-
-        Args:
-            control: as for `forward`.
-            strength: multiplies what is added; 0 is the base model.
-
-        Raises:
-            ValueError: control images of another size.
-        """
-        other = copy.copy(self)
-        other._added, other._strength = self._additions(control), float(strength)
-        return other
-
-    def _additions(self, control: Tensor) -> Tensor:
-        """What each place of each control layer gets: `[J, B, S * S, C]`."""
+    def control_vectors(self, control: Tensor) -> Tensor:
+        """See `WithControl`."""
         size, channels = self.image_size, self.config.control_channels
         if control.dim() != 4 or control.shape[1:] != (channels, size, size):
             raise ValueError(
                 f"expected control images of shape [B, {channels}, {size}, {size}] but got {tuple(control.shape)}; "
                 "scale them to the size of the model's images"
             )
-        vectors = self.control_encoder(control.to(self.embedding.weight.dtype))
-        has = control.flatten(1).ne(0).any(1)
-        added = torch.stack([layer(vectors) for layer in self.condition_layers])  # [J, B, S * S, C]
-        return torch.where(has[None, :, None, None], added, 0.0)
+        out: Tensor = self.control_encoder(control.to(self.embedding.weight.dtype))
+        return out
 
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> Any:
         """The model under guidance; the branch without a condition has neither class nor control.
@@ -175,45 +245,6 @@ class ControlAR(LlamaGen):
             none = self.config.vocab_size + self.config.num_classes
             ids = torch.where(ids >= self.config.vocab_size, none, ids)
         return super().embed(ids)
-
-    def run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
-        """See `CausalDecoder.run`; the control is added in front of its layers."""
-        if self._added is None:
-            return super().run(x, angles, mask, cache)
-        return self._through(x, angles, mask, cache, self._strength * self._at(x, mask, cache))
-
-    def _through(
-        self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None, extra: Tensor
-    ) -> Tensor:
-        """All layers and the last norm, with additions `[J, B, N, C]` in front of the control layers."""
-        where = {layer: j for j, layer in enumerate(self.config.control_layers)}
-        for i, layer in enumerate(self.layers):
-            if i in where:
-                x = x + extra[where[i]]
-            if i not in self.skipped:
-                x = layer(x, angles, mask, cache, i)
-        out: Tensor = self.norm(x)
-        return out
-
-    def _at(self, x: Tensor, mask: Any, cache: TokenCache | None) -> Tensor:
-        """What is added to the tokens of a call: `[J, B, N, C]`. The token at place t predicts code t."""
-        assert self._added is not None
-        if self._added.shape[1] != len(x):
-            raise ValueError(f"expected {len(x)} control images, one per row, but got {self._added.shape[1]}")
-        if cache is None:
-            return self._added[:, :, : x.shape[1]]
-        if isinstance(mask, TreeMask):
-            places = mask.prefix.long().unsqueeze(1) + mask.depth
-        else:
-            places = torch.tensor(cache.lengths).unsqueeze(1) + torch.arange(x.shape[1])
-        places = places.to(x.device).expand(len(x), -1)
-        last = self._added.shape[2]
-        found = self._added[:, torch.arange(len(x), device=x.device)[:, None], places.clamp(max=last - 1)]
-        return torch.where((places < last)[None, :, :, None], found, 0.0)
-
-    def _fits_step(self, cache: TokenCache, new: int = 1) -> bool:
-        # The op for a step knows no additions.
-        return self._added is None and super()._fits_step(cache, new)
 
     def start_from(self, base: LlamaGen) -> None:
         """Take over the weights of a base model.
