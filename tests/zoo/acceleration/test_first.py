@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import arcore
+from arcore.catalog import load_checkpoint, save_checkpoint
+from arcore.catalog.claims import shaken
+from arcore.cli import main
 from arcore.decoding import LookupDrafter, Sampling, generate, speculative_chain
 from arcore.decoding.laws import outcomes, small_model, text_law
 from arcore.zoo.acceleration.first.routing import (
@@ -164,3 +170,31 @@ def test_a_patch_of_another_model_is_refused() -> None:
         patch.check(small_model(7, layers=5))
     with pytest.raises(TypeError, match="layers of Llama's kind"):
         config_for(torch.nn.Linear(2, 2))
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"preset": "llama_tiny", "text_tokenizer": "bytes"}
+    sizes = {"dim": 32, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 48}
+    save_checkpoint(tmp_path / "lm", {"model": shaken(arcore.create_model("llama_tiny", **sizes))}, facts)
+    (tmp_path / "text.txt").write_text("in the beginning was the word, and the word was " * 60)
+    asked = ["train", "first", "--base", str(tmp_path / "lm"), "--data", str(tmp_path / "text.txt")]
+    asked += ["--context", "16", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
+    assert main([*asked, "--skip", "0.25", "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    write = ["sample", str(tmp_path / "run"), "--prompt", "in the", "--max-new-tokens", "5"]
+    assert main(write) == 0
+    assert "skipped layers: " in capsys.readouterr().out
+    assert main([*write, "--decoder", "suffix", "--temperature", "0"]) == 0
+    # The routers stay as they are while the model is adapted.
+    networks = [load_checkpoint(tmp_path / "run" / name)[0]["model"] for name in ("step-2", "step-4")]
+    for name, value in networks[0].routers.named_parameters():
+        assert torch.equal(value, dict(networks[1].routers.named_parameters())[name])
+    assert any(adapter.up.abs().sum() > 0 for layer in networks[1].adapters for adapter in layer)
+    for more, complaint in (
+        (["--skip", "0.9"], "at most 0.50 of the 4 layers may be skipped"),
+        (["--skip", "1.5"], "--skip must be between 0 and 1"),
+    ):
+        assert main([*asked, *more, "--out", str(tmp_path / "other")]) == 2
+        assert complaint in capsys.readouterr().err
+    assert main(["train", "first", "--out", str(tmp_path / "other")]) == 2
+    assert "--base FOLDER" in capsys.readouterr().err

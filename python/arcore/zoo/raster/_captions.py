@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arcore._optional import require
 from arcore.recipes import Start, Work
-from arcore.recipes._pictures import Pictures
+from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes.raster import Raster, RasterSampling, draw_codes
 from arcore.zoo.raster.controlar.recipe import read_control
 
@@ -116,6 +116,10 @@ class Captions(Raster):
             f"{start.preset} draws with published weights and is not trained here: no data of captions come with a "
             "package; `arcore train llamagen_tiny` trains on classes"
         )
+
+    def check_sampling(self, options: Any) -> None:
+        """Captions take the place of a class; the options check that there are some."""
+        image_format(options.out)
 
     def sample(
         self,
