@@ -20,7 +20,7 @@ from torch import Tensor
 import arcore
 from arcore.decoding import Context, Draft, generate, speculative_chain
 
-PROMPT, TOKENS, DRAFTS = 32, 24, 3
+PROMPT, TOKENS, DRAFTS = 32, 12, 3
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 BATCHES = (1, 8)
 IMPLEMENTATIONS = ("arcore", "transformers", "drafts_right", "drafts_wrong")
