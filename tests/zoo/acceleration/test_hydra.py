@@ -13,14 +13,8 @@ import arcore
 from arcore.catalog import get_config
 from arcore.catalog.claims import shaken
 from arcore.decoding import Context, MixedModel, ModelDrafter, TreeShape, generate, speculative_tree
-from arcore.zoo.acceleration.hydra.heads import (
-    DEPTH_WIDTHS,
-    HydraConfig,
-    HydraDrafter,
-    HydraHeads,
-    hydra_loss,
-    published_shape,
-)
+from arcore.zoo.acceleration.hydra.drafter import DEPTH_WIDTHS, HydraDrafter, published_shape
+from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads, hydra_loss
 from arcore.zoo.acceleration.hydra.recipe import heads_for
 
 
@@ -53,11 +47,18 @@ class Protocol:
         )
 
     def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:
-        parts = []
+        parts, hidden = [], self.hidden
+        if model.prefix is not None:
+            # Token by token, behind its own cache.
+            cache, steps = model.prefix.make_cache(3, 12), []
+            for t in range(12):
+                steps.append(model.prefix(self.hidden[:, t : t + 1], cache))
+                cache.commit(1)
+            hidden = torch.cat(steps, dim=1)
         for i in range(3):
             for t in range(12 - i - 2):
                 between = self.base.embedding(self.ids[:, t + 1 : t + i + 2])
-                parts.append(model.head(i, self.hidden[:, t], between, self.base))
+                parts.append(model.head(i, hidden[:, t], between, self.base))
         return self.forward(model), torch.stack(parts, dim=1)
 
     def generate(self, model: Any, rows: list[int]) -> tuple[list[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from arcore.cli import main
 from arcore.decoding import Sampling, Session
 from arcore.decoding.laws import small_model
 from arcore.training import checkpoint
-from arcore.zoo.language.sequencematch.check import context_error, continued, identities
+from arcore.zoo.language.sequencematch.check import context_error, continued, identities, stretches
 from arcore.zoo.language.sequencematch.edits import (
     contexts,
     edited_hidden,
@@ -134,24 +134,29 @@ def test_written_texts_are_what_their_edits_leave_and_the_prompt_stays() -> None
 
 
 def test_the_models_own_histories_never_delete_their_first_token() -> None:
-    texts = noisy(torch.randint(8, (20, 13)), 8, 0.4, torch.Generator().manual_seed(0)).raw
-    own = continued(small_model(9, seed=3), texts, 8, seed=0)
-    assert own.raw.shape == (20, 12)
+    history = noisy(torch.randint(8, (20, 13)), 8, 0.4, torch.Generator().manual_seed(0))
+    own = continued(small_model(9, seed=3), history, 8, count=30, seed=0)
+    assert own.raw.shape == (30, 12)
     assert all(min(map(len, contexts(row, 8))) >= 1 for row in own.raw.tolist())
+    assert not torch.equal(own.raw, continued(small_model(9, seed=3), history, 8, count=30, seed=1).raw)
 
 
-def test_the_model_goes_on_behind_every_place_of_the_texts_also_behind_errors() -> None:
-    texts = noisy(torch.randint(8, (200, 13)), 8, 0.4, torch.Generator().manual_seed(0)).raw
-    own = continued(small_model(9, seed=3), texts, 8, seed=0)
-    cuts = own.drawn.int().argmax(1) + 1
-    assert set(cuts.tolist()) == set(range(1, 12))
-    for row, cut in enumerate(cuts.tolist()):
-        assert own.raw[row, :cut].tolist() == texts[row, :cut].tolist()
-        assert own.drawn[row, cut - 1 :].all()
-    # Some begin where the last token of the text is an inserted error.
-    behind = [int(texts[row, cut]) == 8 for row, cut in enumerate(cuts.tolist()) if cut < 12]
-    assert 10 < sum(behind) < 100
-    assert not torch.equal(own.raw, continued(small_model(9, seed=3), texts, 8, seed=1).raw)
+def test_the_models_stretches_are_those_of_the_data() -> None:
+    history = noisy(torch.randint(8, (40, 13)), 8, 0.4, torch.Generator().manual_seed(0))
+    every = stretches(history.follows)
+    # All steps of the data, each once.
+    assert sum(size for *_, size in every) == int(history.follows[:, :-1].sum())
+    # A stretch begins at the start of a text or at an inserted error, whose deletion is its first step.
+    for row, start, _ in every:
+        assert start == 0 or (not history.follows[row, start - 1] and history.wanted[row, start] == 8)
+    own = continued(small_model(9, seed=3), history, 8, count=200, seed=0)
+    for raw, drawn in zip(own.raw.tolist(), own.drawn, strict=True):
+        start, size = int(drawn.int().argmax()), int(drawn.sum())
+        assert drawn[start : start + size].all()
+        assert any(
+            (start, size) == (begin, count) and raw[: start + 1] == history.raw[row, : start + 1].tolist()
+            for row, begin, count in every
+        )
 
 
 def test_what_the_loss_refuses() -> None:

@@ -45,6 +45,29 @@ class Protocol(TextProtocol):
         return self.forward(model), torch.stack(parts, dim=1)
 
 
+# What transformers calls the projections since version 5, and in the released files.
+RENAMED = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+
+
+def released(name: str, back: bool = False) -> str:
+    """The name of a parameter of DINOv2 in the released files, or the other way round."""
+    for new, old in RENAMED.items():
+        name = name.replace(old, new) if back else name.replace(new, old)
+    return name
+
+
+def theirs_from(encoder: Any, state: dict[str, Tensor]) -> Any:
+    """Transformers' model with weights under the released names."""
+    back = "attention.q_proj" in "".join(encoder.state_dict())
+    encoder.load_state_dict({released(name, True) if back else name: value for name, value in state.items()})
+    return encoder.eval()
+
+
 def published(config: ControlARTextConfig) -> dict[str, Tensor]:
     """Random weights under the released names, with those of transformers' DINOv2."""
     transformers = pytest.importorskip("transformers")
@@ -57,7 +80,7 @@ def published(config: ControlARTextConfig) -> dict[str, Tensor]:
         )
     )  # fmt: skip
     for name, value in encoder.state_dict().items():
-        state[f"adapter.model.{name}"] = 0.3 * torch.randn_like(value)
+        state[f"adapter.model.{released(name)}"] = 0.3 * torch.randn_like(value)
     for name, shape in {
         "adapter_mlp.fc1.weight": (dim, inner),
         "adapter_mlp.fc2.weight": (dim, dim),
@@ -85,9 +108,9 @@ def test_the_published_layout_gives_the_numbers_of_a_transcription(tmp_path: Pat
         transformers.Dinov2Config(
             hidden_size=12, num_hidden_layers=2, num_attention_heads=3, patch_size=14, image_size=70
         )
-    ).eval()
+    )
     prefix = "adapter.model."
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    theirs_from(encoder, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     seen = encoder(F.interpolate(control, size=(56, 56), mode="nearest")).last_hidden_state[:, 1:].double()
 
     def mlp(x: Tensor, name: str) -> Tensor:
@@ -117,7 +140,7 @@ def test_dinov2_is_that_of_transformers_at_any_size(side: int) -> None:
     )
     theirs = shaken(transformers.Dinov2Model(config)).eval()
     ours = Dinov2(12, 2, 3, grid=5).eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict({released(name): value for name, value in theirs.state_dict().items()})
     images = torch.randn(2, 3, 14 * side, 14 * side)
     expected = theirs(images).last_hidden_state[:, 1:]
     torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4)

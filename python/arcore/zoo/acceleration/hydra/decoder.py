@@ -8,7 +8,8 @@ from arcore.catalog import load_checkpoint
 from arcore.decoding import TreeShape
 from arcore.recipes.text_decoders import VERIFIED, TextDecoder, TextRequest, Written, draft_with
 from arcore.training import checkpoint
-from arcore.zoo.acceleration.hydra.heads import HydraDrafter, HydraHeads
+from arcore.zoo.acceleration.hydra.drafter import HydraDrafter
+from arcore.zoo.acceleration.hydra.heads import HydraHeads
 
 # Paths in the order in which they are worth their time on a CPU, where every node of a tree costs some. On a GPU, for
 # which the published tree is made, it hardly does.

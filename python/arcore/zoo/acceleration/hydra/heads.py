@@ -1,46 +1,17 @@
-"""The heads, their loss, and the drafter that they make."""
+"""The heads, Hydra++'s prefix layer, and their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.catalog import create_model, preset
-from arcore.catalog.claims import Claim, at_least, equals, steps
-from arcore.decoding import Context, Draft, TreeShape, exact, generate, speculative_tree, typical
+from arcore.catalog import preset
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, RotaryTable, TokenCache, linear
 from arcore.nn.causal import CausalDecoder
-from arcore.ops import verify_typical
-
-# Widths 10, 28, 23 and 2 over four depths, 63 nodes: the shape of the published tree for 7 B models, by rank products.
-DEPTH_WIDTHS = (10, 28, 23, 2)
-
-
-def published_shape(widths: Sequence[int] = DEPTH_WIDTHS) -> TreeShape:
-    """A tree with so many nodes per depth: of all paths whose parent is there, those whose ranks are likeliest to hit.
-
-    A rank's chance falls like 1 / (rank + 1)^2, which orders paths as counted acceptances do.
-    """
-    frontier: list[tuple[int, ...]] = [()]
-    paths: list[tuple[int, ...]] = []
-    for width in widths:
-        options = [(*path, rank) for path in frontier for rank in range(10)]
-        options.sort(key=lambda path: (_cost(path), path))
-        frontier = options[:width]
-        paths += frontier
-    return TreeShape.from_paths(paths)
-
-
-def _cost(path: Sequence[int]) -> int:
-    cost = 1
-    for rank in path:
-        cost *= (rank + 1) ** 2
-    return cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,118 +277,6 @@ def hydra_loss(
     return loss
 
 
-class HydraDrafter:
-    """Proposes a static tree from the heads; a `Drafter` of `arcore.decoding`.
-
-    Args:
-        heads: the heads.
-        shape: of the tree, no deeper than there are heads; the published one, cut to their number, when None.
-        base: the model that the heads were trained for, where the one that is decoded is a mix with others.
-
-    Raises:
-        ValueError: the tree is deeper than there are heads.
-    """
-
-    def __init__(self, heads: HydraHeads, shape: TreeShape | None = None, *, base: Any = None) -> None:
-        count = heads.config.num_heads
-        self.heads = heads
-        self.shape = published_shape(DEPTH_WIDTHS[:count]) if shape is None else shape
-        if self.shape.depth > count:
-            raise ValueError(
-                f"the tree is {self.shape.depth} tokens deep but there are {count} heads; give a tree of their depth"
-            )
-        self.model: Any = base
-        self._given = base
-
-    @property
-    def max_nodes(self) -> int:
-        return len(self.shape.parents)
-
-    def start(self, model: Any, batch: int, max_length: int) -> None:
-        self.model = model if self._given is None else self._given
-        self.heads.check(self.model)
-        self._last_layer = self.heads.last_layer(self.model) if self.heads.lm_heads is None else None
-        prefix = self.heads.prefix
-        self._cache = None if prefix is None else prefix.make_cache(batch, max_length + self.max_nodes + 1)
-        self._plan = _plan(self.shape, self.heads.config.kind == "medusa", self.model.embedding.weight.device)
-
-    @torch.no_grad()
-    def propose(self, context: Context) -> Draft:
-        batch = len(context.texts)
-        hidden = context.hidden if self._cache is None else self._prefixed(context)
-        if hidden is None:
-            return Draft(torch.empty(batch, 0, dtype=torch.int64, device=context.device))
-        tokens = torch.zeros(batch, len(self.shape.parents), dtype=torch.int64, device=context.device)
-        last = torch.tensor([text[-1] for text in context.texts], device=context.device)
-        # The embeddings on the path to each node of the level before, at first to the text's end: [B, nodes, depth, C].
-        paths = self.model.embedding(last).unsqueeze(1).unsqueeze(1)
-        for depth, level in enumerate(self._plan):
-            asked = paths[:, level.asked]
-            state = hidden.unsqueeze(1).expand(-1, asked.shape[1], -1)
-            best = (
-                self.heads.head(depth, state, asked, self.model, self._last_layer).topk(level.widest).indices
-            )
-            if self.heads.draft_tokens is not None:
-                best = self.heads.draft_tokens[best]
-            new = best[:, level.rows, level.ranks]
-            tokens[:, level.nodes] = new
-            if depth + 1 < len(self._plan):
-                embedded = self.model.embedding(new).unsqueeze(2)
-                paths = torch.cat([paths[:, level.parents], embedded], dim=2)
-        return Draft(tokens, torch.tensor(self.shape.parents, device=context.device))
-
-    def _prefixed(self, context: Context) -> Tensor:
-        """What the prefix layer makes of the last token that the model has read, `[B, C]`."""
-        assert self.heads.prefix is not None
-        assert self._cache is not None
-        states, kept = context.states, context.kept
-        if states is None or kept is None:
-            # A mix of models does not give the states of its prompt; the model that heads were trained for reads it.
-            kept = [len(text) - 1 for text in context.texts]
-            ids = [text[:-1] + [0] * (max(kept) - n) for text, n in zip(context.texts, kept, strict=True)]
-            states = self.model.hidden(torch.tensor(ids, device=context.device))
-        assert states is not None
-        out = self.heads.prefix(states, self._cache)
-        self._cache.commit(kept)
-        places = [max(n - 1, 0) for n in kept]
-        found: Tensor = out[torch.arange(len(places), device=out.device), places]
-        return found
-
-
-class _Level(NamedTuple):
-    """Where the nodes of a depth stand, as indices.
-
-    Attributes:
-        nodes: in the tree.
-        parents: of each node, in the level before.
-        asked: nodes of the level before whose children a head is asked for.
-        rows: of each node, which of `asked` is its parent.
-        ranks: of each node.
-        widest: most children that are looked at.
-    """
-
-    nodes: Tensor
-    parents: Tensor
-    asked: Tensor
-    rows: Tensor
-    ranks: Tensor
-    widest: int
-
-
-def _plan(shape: TreeShape, medusa: bool, device: torch.device) -> list[_Level]:
-    """The levels of a tree; Medusa's heads say the same whatever the path is and are asked once per level."""
-    plan, before = [], [-1]
-    for nodes in shape.levels:
-        parents = [before.index(shape.parents[i]) for i in nodes]
-        asked = [0] if medusa else sorted(set(parents))
-        rows = [0 if medusa else asked.index(parent) for parent in parents]
-        ranks = [shape.ranks[i] for i in nodes]
-        tables = (torch.tensor(x, device=device) for x in (nodes, parents, asked, rows, ranks))
-        plan.append(_Level(*tables, max(ranks) + 1))
-        before = nodes
-    return plan
-
-
 def _lm_weight(model: Any) -> Tensor:
     weight: Tensor = model.embedding.weight if model.lm_head is None else model.lm_head.weight
     return weight
@@ -481,90 +340,3 @@ def hydra_plus_smollm2_135m() -> HydraConfig:
 def hydra_vicuna_7b() -> HydraConfig:
     """The paper's heads for Vicuna of 7 B parameters."""
     return HydraConfig(dim=4096, vocab_size=32000)
-
-
-def train_base(tokens: Tensor, vocab_size: int, *, count: int, context: int, batch: int = 8) -> Any:
-    """A small Llama of width 64, trained on tokens `[N]` for `count` steps; for the claims of this topic."""
-    model = create_model(
-        "llama_tiny",
-        dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        hidden_dim=176,
-        vocab_size=vocab_size,
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    for _ in steps(count, "training the model"):
-        ids = _crops(tokens, batch, context + 1)
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval().requires_grad_(False)
-
-
-def train_heads(
-    heads: HydraHeads, model: Any, tokens: Tensor, *, count: int, context: int, batch: int = 8
-) -> HydraHeads:
-    """Train heads on tokens `[N]` for `count` steps."""
-    heads.start_from(model)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=2e-3)
-    for _ in steps(count, f"training {heads.config.kind} heads"):
-        loss = hydra_loss(heads, model, _crops(tokens, batch, context))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return heads.eval()
-
-
-def _crops(tokens: Tensor, batch: int, length: int) -> Tensor:
-    starts = torch.randint(len(tokens) - length, (batch,)).tolist()
-    return torch.stack([tokens[start : start + length] for start in starts]).long()
-
-
-def claim(*, quick: bool) -> Claim:
-    """Heads on a small model of bytes of the King James Bible: same text, tokens per call, rows, padding."""
-    from arcore.data import ByteTokenizer, load_text
-
-    text = load_text("kjv")
-    words = ByteTokenizer()
-    tokens, held_out = (
-        words.tensor(text.train[: 100_000 if quick else 2_000_000]),
-        words.tensor(text.test[:20_000]),
-    )
-    count, context = (30, 40) if quick else (400, 96)
-    model = train_base(tokens, 256, count=count, context=context)
-    shape = TreeShape.from_paths(
-        [(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (0, 2), (2, 0), (1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0),
-         (1, 0, 0), (0, 0, 2), (2, 0, 0)]
-    )  # fmt: skip
-    rows = 4 if quick else 20
-    prompts = [held_out[i * 500 : i * 500 + 20 + i].long().tolist() for i in range(rows)]
-    options: dict[str, Any] = {"max_new_tokens": 16 if quick else 100, "temperature": 0.0}
-    expected = generate(model, prompts, **options).rows()
-    speed: dict[str, float] = {}
-    wrong = 0
-    for kind in ("hydra", "medusa"):
-        config = HydraConfig(dim=64, vocab_size=256, num_heads=3, kind=kind)  # type: ignore[arg-type]
-        heads = train_heads(HydraHeads(config), model, tokens, count=count, context=context)
-        for verify in (exact(), typical()):
-            out = speculative_tree(model, HydraDrafter(heads, shape), prompts, verify=verify, **options)
-            wrong += sum(a != b for a, b in zip(out.rows(), expected, strict=True))
-        speed[kind] = out.tokens_per_round
-        alone = speculative_tree(model, HydraDrafter(heads, shape), prompts[:1], **options).rows()
-        wrong += alone != expected[:1]
-    # Padding behind the first node has the token that the model would say next; it must not count as drafted.
-    probs = torch.zeros(1, 3, 4)
-    probs[0, :, 2] = 1.0
-    lucky = verify_typical(probs, torch.tensor([[2, -1]]), [-1, 0]).accepted
-    return Claim(
-        (
-            equals(f"greedy texts of {rows} rows that differ from plain decoding", wrong, 0),
-            at_least("tokens per call, Hydra", speed["hydra"], 1.2 if quick else 2.0),
-            at_least(
-                "tokens per call, Hydra over Medusa", speed["hydra"] / speed["medusa"], 0.95 if quick else 1.0
-            ),
-            equals("drafts accepted of one and a lucky padding", int(lucky), 1),
-        )
-    )

@@ -12,7 +12,13 @@ from torch import Tensor
 from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding import Sampling, Session
 from arcore.decoding.laws import small_model
-from arcore.zoo.language.sequencematch.edits import contexts, edited_hidden, noisy, write_with_backspace
+from arcore.zoo.language.sequencematch.edits import (
+    History,
+    contexts,
+    edited_hidden,
+    noisy,
+    write_with_backspace,
+)
 from arcore.zoo.language.sequencematch.loss import phi, sequencematch_loss
 
 # A regular language: in state s two of eight symbols may follow, and the symbol is the next state.
@@ -97,8 +103,8 @@ def trained(count: int, rate: float = 0.1) -> tuple[Any, int]:
         history = noisy(sentences(32, 25, generator), backspace, rate, generator)
         weight = min(step / (0.2 * count), 1.0)
         if weight and (own is None or step % 20 == 0):
-            texts = noisy(sentences(16, 25, generator), backspace, rate, generator)
-            own = continued(model, texts.raw, backspace, seed=step)
+            texts = noisy(sentences(64, 25, generator), backspace, rate, generator)
+            own = continued(model, texts, backspace, count=64, seed=step)
         loss = edit_loss(model, history, own, backspace, weight=weight)
         optimizer.zero_grad()
         loss.backward()
@@ -143,7 +149,8 @@ class Continued(NamedTuple):
     """Edit histories that a model went on with.
 
     Attributes:
-        raw: int64 `[B, L]`, a history of the data up to some place and what the model did behind it.
+        raw: int64 `[B, L]`, a history of the data up to some place, what the model did behind it, and tokens that
+            nobody reads.
         drawn: bool `[B, L - 1]`, steps from a token to the next that were the model's.
     """
 
@@ -151,40 +158,58 @@ class Continued(NamedTuple):
     drawn: Tensor
 
 
-@torch.no_grad()
-def continued(model: Any, texts: Tensor, backspace: int, *, seed: int) -> Continued:
-    """Edit histories of the data, each cut at a random place and continued by the model; by full passes.
+def stretches(follows: Tensor) -> list[tuple[int, int, int]]:
+    """Runs of steps that belong to the texts: row, first step, and how many; follows is `History.follows`."""
+    found = []
+    for row, steps_of_row in enumerate(follows[:, :-1].tolist()):
+        start = None
+        for i, own in enumerate([*steps_of_row, False]):
+            if own and start is None:
+                start = i
+            elif not own and start is not None:
+                found.append((row, start, i - start))
+                start = None
+    return found
 
-    Where the model begins matters: the data restart the process behind each inserted error, whose insertion is no
-    step of theirs, and the sums of values over both only belong together when the model starts from such places too.
-    With starts at the beginning of texts alone, the objective grows without bound by raising the values of states
-    behind errors.
+
+@torch.no_grad()
+def continued(model: Any, history: History, backspace: int, *, count: int, seed: int) -> Continued:
+    """Steps of the model from where stretches of the data begin, as many as those have; by full passes.
+
+    An inserted error is no step of the data, so each begins a new stretch, and in the objective the values of where
+    stretches begin and end only cancel between data and model when both have stretches of the same kinds: with starts
+    at the beginning of texts alone, or of other lengths, the objective grows without bound by a shift of all values
+    that depends on the place in the text.
 
     Args:
         model: trained.
-        texts: int64 `[B, L]`, edit histories.
+        history: edit histories of the data.
         backspace: the action; the first token is never deleted.
-        seed: of the cuts and draws.
+        count: stretches B.
+        seed: of the choice of stretches and of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    length = texts.shape[1]
-    cuts = torch.randint(1, length, (len(texts),), generator=generator)
-    raw, given = texts[:, :1].cpu(), texts.cpu()
-    left = torch.ones(len(texts))
+    every, device = stretches(history.follows), history.raw.device
+    chosen = [every[i] for i in torch.randint(len(every), (count,), generator=generator).tolist()]
+    rows, begins, sizes = (torch.tensor(part) for part in zip(*chosen, strict=True))
+    given = history.raw.cpu()[rows]
+    length = given.shape[1]
+    raw, left = given[:, :1], torch.ones(count)
     for place in range(1, length):
-        drawn = given[:, place]
-        going = place >= cuts
+        going = (place > begins) & (place <= begins + sizes)
+        # Behind a stretch stands anything but a backspace.
+        drawn = torch.where(place <= begins, given[:, place], 0)
         if bool(going.any()):
-            logits = model.logits(edited_hidden(model, raw.to(texts.device), backspace)[:, -1]).cpu()
+            logits = model.logits(edited_hidden(model, raw.to(device), backspace)[:, -1]).cpu()
             logits = logits[:, : model.vocab_size]
             logits[left < 2, backspace] = -torch.inf
             own = logits.softmax(-1).multinomial(1, generator=generator)[:, 0]
             drawn = torch.where(going, own, drawn)
         left += torch.where(drawn == backspace, -1.0, 1.0)
         raw = torch.cat([raw, drawn.unsqueeze(1)], dim=1)
-    return Continued(
-        raw.to(texts.device), (torch.arange(length - 1) >= cuts.unsqueeze(1) - 1).to(texts.device)
-    )
+    step = torch.arange(length - 1)
+    mine = (step >= begins.unsqueeze(1)) & (step < (begins + sizes).unsqueeze(1))
+    return Continued(raw.to(device), mine.to(device))
 
 
 def claim(*, quick: bool) -> Claim:

@@ -87,7 +87,8 @@ class EditTask(ZooTask):
         history = type(history)(*(part.to(images.device) for part in history))
         weight = min(self.step / max(0.2 * self.config.steps, 1), 1.0) if self.training else 0.0
         if weight and (self.own is None or self.step % self.facts["refresh"] == 0):
-            self.own = continued(self.model, history.raw[:, :OWN_LENGTH], backspace, seed=self.step)
+            short = type(history)(*(part[:, :OWN_LENGTH] for part in history))
+            self.own = continued(self.model, short, backspace, count=len(images), seed=self.step)
         loss = edit_loss(
             self.model,
             history,

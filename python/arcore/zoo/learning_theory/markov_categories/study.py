@@ -243,7 +243,7 @@ def claim(*, quick: bool) -> Claim:
 def _on_text() -> list[Any]:
     """A small model of bytes of the King James Bible: its surplus, by layer, and how good the probe without it is."""
     from arcore.data import ByteTokenizer, load_text
-    from arcore.zoo.acceleration.hydra.heads import train_base
+    from arcore.zoo.acceleration.hydra.claim import train_base
 
     text, words = load_text("kjv"), ByteTokenizer()
     model = train_base(words.tensor(text.train[:2_000_000]), 256, count=400, context=96)

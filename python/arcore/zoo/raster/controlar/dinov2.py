@@ -74,7 +74,8 @@ class Dinov2(nn.Module):
         self.grid = grid
         self.embeddings = nn.Module()
         self.embeddings.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.embeddings.mask_token = nn.Parameter(torch.zeros(1, dim))
+        # Stands in the files for training with masked patches.
+        self.embeddings.register_buffer("mask_token", torch.zeros(1, dim))
         self.embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1 + grid**2, dim))
         self.embeddings.patch_embeddings = nn.Module()
         self.embeddings.patch_embeddings.projection = nn.Conv2d(3, dim, PATCH, stride=PATCH)
