@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from arcore.data.concepts import ConceptPair, ConceptPairs, concept_pairs
 from arcore.data.digits import load_digits, load_moving_digits
 from arcore.data.image_folder import ImageFolder
 from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
@@ -34,6 +35,8 @@ from arcore.nn.checks import check_whole
 __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
+    "ConceptPair",
+    "ConceptPairs",
     "ImageDataset",
     "ImageFolder",
     "InMemoryImages",
@@ -47,6 +50,7 @@ __all__ = [
     "VideoFolder",
     "Window",
     "adaptive_rotation",
+    "concept_pairs",
     "fill_missing",
     "held_out_mask",
     "load_digits",

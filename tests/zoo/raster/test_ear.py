@@ -13,7 +13,14 @@ import arcore
 from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
 from arcore.cli import main
-from arcore.zoo.raster.ear import Erasing, attention_weights, class_samples, erase, erase_loss, patched
+from arcore.zoo.raster.ear.erasing import (
+    Erasing,
+    attention_weights,
+    class_samples,
+    erase,
+    erase_loss,
+    patched,
+)
 
 Batch = dict[str, Tensor]
 

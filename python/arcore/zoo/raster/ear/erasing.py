@@ -1,25 +1,4 @@
-"""EAR: erasing a concept from an autoregressive image model (arXiv:2506.20151).
-
-The attention of the first layers is trained so that, in the images of the erased class, each code is predicted from
-what another class would give. Three images advance together: a positive one of the class to erase, a neutral and a
-target one of the class to move toward. At each code the last hidden state of the trained model on the positive image is
-drawn to::
-
-    h_target - strength * (h_positive - h_neutral)
-
-all three from the model as it was. The loss is summed over a window of codes, and each window is an update, unless its
-loss is at most a threshold already.
-
-Differs from fine-tuning on other labels (`arcore.recipes.raster`) in that it needs no images, and in what it changes:
-the result is a patch of attention weights; `patched` puts it in and takes it out again, bit for bit.
-
-The released code feeds one code at a time without a cache after the first, so its later losses see a context of length
-1. `context="full"` reads what stands before each code, `context="official"` repeats that.
-
-The method has no term that keeps the other classes; `keep` adds one here (a KL divergence); 0 is the published method.
-
-Legend: B pairs of prompts, L codes, C width.
-"""
+"""The loss, the patch, and the training that makes it."""
 
 from __future__ import annotations
 
@@ -27,36 +6,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore._files import atomic_path
-from arcore._optional import require
-from arcore.catalog import System, load_checkpoint
-from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
-from arcore.catalog.running import Report
+from arcore.catalog.claims import steps
 from arcore.decoding import generate
-from arcore.zoo.raster._digits import accuracy, digit_codes, level_images, train_classifier, train_raster
-
-SYSTEM = System(
-    name="ear",
-    title="EAR",
-    paper="arXiv:2506.20151",
-    topic="raster",
-    kind="objective",
-    builds_on=("llamagen",),
-    ops=("block_sparse_attention", "sample"),
-    summary="Erases a class from a trained raster image model by a patch of the first layers' attention weights.",
-    claim=(
-        "After erasing a digit an independent classifier finds it in at most a tenth of its samples, the others in at "
-        "least 0.8 of theirs; without the patch the model is what it was, bit for bit."
-    ),
-    checked_on="real data",
-)
 
 LAYERS = 5
 
@@ -208,17 +165,17 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
     length = model.config.side**2
     window = how.window or length
     starts = list(range(0, length, window))
-    rollout = -1
+    turn = -1
     spans: list[Any] = []
     others = _others(base, erased, how) if how.keep else None
     chance = torch.Generator().manual_seed(how.seed)
     for _ in steps(how.updates, "erasing"):
         if not spans:
-            rollout, spans = rollout + 1, list(starts)
-            ids, goals = _rollout(base, erased, toward, how, rollout)
+            turn, spans = turn + 1, list(starts)
+            ids, goals = rollout(base, erased, toward, how, turn)
         start = spans.pop(0)
         stop = min(start + window, length)
-        hidden = _hidden(tuned, ids, how.context)[:, start:stop]
+        hidden = last_hidden(tuned, ids, how.context)[:, start:stop]
         loss = erase_loss(hidden, *(goal[:, start:stop] for goal in goals), strength=how.strength)
         if loss.item() <= how.threshold:
             continue
@@ -231,13 +188,13 @@ def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tenso
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
-def _rollout(base: Any, erased: int, toward: int, how: Erasing, number: int) -> tuple[Tensor, list[Tensor]]:
+def rollout(base: Any, erased: int, toward: int, how: Erasing, number: int) -> tuple[Tensor, list[Tensor]]:
     """The positive images' tokens and what the unchanged model computes on target, positive and neutral ones."""
     device = next(base.parameters()).device
     labels = torch.tensor([toward, erased, toward], device=device).repeat_interleave(how.pairs)
     ids = _drawn(base, labels, how.cfg, how.seed + number * len(labels))
     with torch.no_grad():
-        hidden = _hidden(base, ids, how.context)
+        hidden = last_hidden(base, ids, how.context)
     return ids.chunk(3)[1], list(hidden.chunk(3))
 
 
@@ -250,7 +207,7 @@ def _drawn(base: Any, labels: Tensor, cfg: float, seed: int) -> Tensor:
     return torch.cat([prompt, codes[:, :-1]], 1)
 
 
-def _hidden(model: Any, ids: Tensor, context: str) -> Tensor:
+def last_hidden(model: Any, ids: Tensor, context: str) -> Tensor:
     """Last hidden states, `[B, L]` to `[B, L, C]`."""
     if context == "full":
         out: Tensor = model.hidden(ids)
@@ -289,137 +246,3 @@ def class_samples(model: Any, count: int, *, cfg: float, seed: int, top_k: int |
     seeds = [seed + row for row in range(len(labels))]
     out = generate(guided, model.prompt(labels), max_new_tokens=model.config.side**2, seed=seeds, top_k=top_k)
     return out.ids.view(model.null_class, count, -1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Erasing):
-    """Erase a class from a trained model.
-
-    Attributes:
-        checkpoint: run folder or checkpoint of `arcore train llamagen_tiny`.
-        erase: class to erase, its number from 0.
-        toward: class that takes its place.
-        samples: images of each class that an independent classifier judges.
-        out: file for the patch (.safetensors). Default: beside the checkpoint, ear_ERASE.safetensors.
-    """
-
-    checkpoint: Path
-    erase: int
-    toward: int
-    samples: int = 20
-    out: Path | None = None
-
-
-def run(options: Options) -> Report:
-    """Erase a class of a trained model, write the patch, and let a classifier judge samples with and without it."""
-    from arcore.data import open_dataset
-    from arcore.training import checkpoint
-
-    folder = checkpoint.find(options.checkpoint)
-    networks, facts = load_checkpoint(folder)
-    model: Any = networks.get("model")
-    tokenizer: Any = networks.get("tokenizer")
-    if model is None or tokenizer is None or not hasattr(model, "prompt"):
-        raise ValueError(
-            f"{options.checkpoint} holds no raster image model; train one with `arcore train llamagen_tiny`"
-        )
-    model, tokenizer = (network.eval().requires_grad_(False) for network in (model, tokenizer))
-    names = list(facts["class_names"])
-    config: Any = tokenizer.config
-    shape = {"image_size": config.image_size, "channels": config.in_channels}
-    images, labels = _all(open_dataset(facts["data"], split="train", **shape))
-    # The judge also sees what the tokenizer can show, of every second image.
-    shown = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images[::2].split(250)])
-    judge = train_classifier(
-        torch.cat([images, shown]), torch.cat([labels, labels[::2]]), classes=len(names), count=500
-    )
-    held_out, truth = _all(open_dataset(facts["data"], split="test", **shape))
-    seen = accuracy(judge, held_out, truth) if len(truth) else float("nan")
-    patch = erase(model, options.erase, options.toward, options)
-    out = options.out or folder.parent / f"ear_{options.erase}.safetensors"
-    with atomic_path(out) as temporary:
-        require("safetensors.torch", extra="zoo").save_file(patch, temporary)
-    rates, pictures = {}, {}
-    for what, change in (("before", {}), ("after", patch)):
-        with patched(model, change):
-            codes = class_samples(model, options.samples, cfg=options.cfg, seed=options.seed + 10_000_000)
-        drawn = tokenizer.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        truth = torch.arange(len(names)).repeat_interleave(options.samples)
-        hits = (judge(drawn.flatten(0, 1)).argmax(-1) == truth).float().view(len(names), -1).mean(1)
-        rates[what], pictures[what] = hits, drawn
-    others = [c for c in range(len(names)) if c != options.erase]
-    lines = [
-        f"an independent classifier, right for {seen:.3f} of held-out images, takes for their class of "
-        f"{options.samples} samples each:"
-    ]
-    lines += [
-        f"  {names[c]:>12}  before {rates['before'][c]:.2f}  after {rates['after'][c]:.2f}"
-        + ("  (erased)" if c == options.erase else "")
-        for c in range(len(names))
-    ]
-    mean = float(rates["after"][others].mean())
-    lines += [
-        f"erased class {float(rates['after'][options.erase]):.2f}, mean of the others {mean:.2f}",
-        f"patch: {out}",
-    ]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 2)
-        for place, (what, drawn) in zip(axes, pictures.items(), strict=True):
-            shown = drawn[:, :8, 0]
-            sheet = shown.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
-            place.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
-            place.set(title=what, xticks=[], yticks=[])
-
-    values = {what: hits.tolist() for what, hits in rates.items()}
-    values |= {"others": mean, "patch": str(out), "classifier": seen}
-    return Report("\n".join(lines), values, draw, (9.0, 6.0))
-
-
-def _all(data: Any) -> tuple[Tensor, Tensor]:
-    """Images and classes of a dataset."""
-    if not len(data):
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
-    return torch.stack(images), torch.tensor([int(label) for label in labels])
-
-
-def claim(*, quick: bool) -> Claim:
-    """Erase the 3 toward the 8 in a model of small digits; quick: only that the loss falls and the patch comes off."""
-    model = train_raster(5 if quick else 600)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    how = Erasing(
-        updates=4 if quick else 40, pairs=4 if quick else 12, cfg=1.0 if quick else 2.0, threshold=0
-    )
-    patch = erase(model, 3, 8, how)
-    ids, goals = _rollout(model, 3, 8, how, how.updates)  # a rollout that was not trained on
-
-    @torch.no_grad()
-    def measured() -> tuple[Tensor, Tensor]:
-        hidden = _hidden(model, ids, "full")
-        return hidden, erase_loss(hidden, *goals)
-
-    plain = measured()
-    with patched(model, patch):
-        tuned = measured()
-        codes = None if quick else class_samples(model, 20, cfg=2.0, seed=1)
-    changed = sum(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    rows = [
-        equals("weights of the model that differ after the patch is taken off", changed, 0),
-        at_least("largest change of a hidden state while it is on", (tuned[0] - plain[0]).abs().max(), 1e-3),
-    ]
-    if codes is not None:
-        train, labels = digit_codes("train")
-        judge = train_classifier(level_images(train), labels, classes=10)
-        held_out, truth = digit_codes("test")
-        hits = [accuracy(judge, level_images(codes[c]), torch.full((20,), c)) for c in range(10)]
-        seen = accuracy(judge, level_images(held_out), truth)
-        rows += [
-            at_most("loss with the patch over that without", tuned[1] / plain[1], 0.9),
-            at_least("accuracy of the classifier on held-out digits", seen, 0.95),
-            at_most("samples of the erased class that are taken for it", hits[3], 0.1),
-            at_least(
-                "the same of the other classes, mean", sum(hits[c] for c in range(10) if c != 3) / 9, 0.8
-            ),
-        ]
-    return Claim(tuple(rows))
