@@ -210,8 +210,10 @@ def speculative_tree(
         drafter.start(model, len(ids), ids.shape[1] + max_new_tokens)
         cache = model.make_cache(len(ids), most)
         states: _States = None, None, None
-        if hasattr(model, "read_prompt"):
-            logits, read, kept = model.read_prompt(ids, cache, mask)
+        # Of its class: what stands in front of a model and hands on what it lacks has a prefill of its own.
+        if hasattr(type(model), "read_prompt"):
+            reader: Any = model
+            logits, read, kept = reader.read_prompt(ids, cache, mask)
             states = read[torch.arange(len(ids), device=ids.device), [n - 1 for n in kept]], read, kept
         else:
             logits = model.prefill(ids, cache, mask)
