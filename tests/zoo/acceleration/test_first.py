@@ -178,7 +178,18 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_checkpoint(tmp_path / "lm", {"model": shaken(arcore.create_model("llama_tiny", **sizes))}, facts)
     (tmp_path / "text.txt").write_text("in the beginning was the word, and the word was " * 60)
     asked = ["train", "first", "--base", str(tmp_path / "lm"), "--data", str(tmp_path / "text.txt")]
-    asked += ["--context", "16", "--steps", "4", "--batch-size", "4", "--checkpoint-every", "2"]
+    asked += [
+        "--context",
+        "16",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--checkpoint-every",
+        "2",
+        "--keep-last",
+        "2",
+    ]
     assert main([*asked, "--skip", "0.25", "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     write = ["sample", str(tmp_path / "run"), "--prompt", "in the", "--max-new-tokens", "5"]
@@ -186,7 +197,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "skipped layers: " in capsys.readouterr().out
     assert main([*write, "--decoder", "suffix", "--temperature", "0"]) == 0
     # The routers stay as they are while the model is adapted.
-    networks = [load_checkpoint(tmp_path / "run" / name)[0]["model"] for name in ("step-2", "step-4")]
+    networks = [
+        load_checkpoint(tmp_path / "run" / name)[0]["model"] for name in ("step-00000002", "step-00000004")
+    ]
     for name, value in networks[0].routers.named_parameters():
         assert torch.equal(value, dict(networks[1].routers.named_parameters())[name])
     assert any(adapter.up.abs().sum() > 0 for layer in networks[1].adapters for adapter in layer)

@@ -42,8 +42,8 @@ class FirstOptions:
         skip: share of the layers that texts skip, on the mean.
         rank: of the matrices that adapt the model.
         routers: share of the run in which routers are trained; in the rest they stay, and the model is adapted.
-        keep_first: layers at the beginning that are never skipped.
-        keep_last: likewise at the end.
+        always_first: layers at the beginning that are never skipped.
+        always_last: likewise at the end.
     """
 
     base: str | None = None
@@ -52,8 +52,8 @@ class FirstOptions:
     skip: float = 0.25
     rank: int = 8
     routers: float = 0.5
-    keep_first: int = 1
-    keep_last: int = 1
+    always_first: int = 1
+    always_last: int = 1
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -64,7 +64,7 @@ class FirstOptions:
             raise ValueError(f"--routers must be above 0 and at most 1 but got {self.routers}")
         number("context", self.context, whole=True, least=4)
         number("rank", self.rank, whole=True, least=1)
-        for name in ("keep_first", "keep_last"):
+        for name in ("always_first", "always_last"):
             number(name, getattr(self, name), whole=True, least=0)
 
 
@@ -124,12 +124,14 @@ class FirstRecipe(Recipe):
         text = load_text(options.data)
         patch: Any = start.networks.get("model")
         if patch is None:
-            wanted = config_for(base, options.rank, options.keep_first, options.keep_last)
-            most = len(range(options.keep_first, wanted.num_layers - options.keep_last)) / wanted.num_layers
+            wanted = config_for(base, options.rank, options.always_first, options.always_last)
+            most = (
+                len(range(options.always_first, wanted.num_layers - options.always_last)) / wanted.num_layers
+            )
             if options.skip > most:
                 raise ValueError(
                     f"--skip {options.skip}: at most {most:.2f} of the {wanted.num_layers} layers may be skipped with "
-                    f"--keep-first {options.keep_first} and --keep-last {options.keep_last}"
+                    f"--always-first {options.always_first} and --always-last {options.always_last}"
                 )
             patch = FirstPatch(wanted)
         patch.check(base)
