@@ -18,6 +18,7 @@ from arcore.data.images import ImageDataset, InMemoryImages, held_out_mask
 from arcore.data.mnist import load_mnist
 from arcore.data.photos import load_photos
 from arcore.data.rotation_crop import RotatedImages, adaptive_rotation
+from arcore.data.scenes import Scenes, load_scenes
 from arcore.data.series import (
     Series,
     SeriesWindows,
@@ -41,6 +42,7 @@ __all__ = [
     "ImageFolder",
     "InMemoryImages",
     "RotatedImages",
+    "Scenes",
     "Series",
     "SeriesWindows",
     "Text",
@@ -58,6 +60,7 @@ __all__ = [
     "load_mnist",
     "load_moving_digits",
     "load_photos",
+    "load_scenes",
     "load_text",
     "make_tokenizer",
     "open_dataset",
@@ -68,7 +71,7 @@ __all__ = [
 
 
 # Data sets that `open_dataset` knows by name.
-NAMES = ("digits", "mnist", "moving_digits", "photos")
+NAMES = ("digits", "mnist", "moving_digits", "photos", "scenes")
 
 
 def open_dataset(
@@ -85,8 +88,9 @@ def open_dataset(
 
     Args:
         source: `"digits"` (8 x 8 pixels), `"mnist"` (28 x 28), `"moving_digits"` (videos), `"photos"` (crops of two
-            photographs), or the path of a folder with one subfolder of images per class (see `ImageFolder`), or of
-            videos where `frames` is above 1 (see `VideoFolder`).
+            photographs), `"scenes"` (two digits of MNIST beside each other), or the path of a folder
+            with one subfolder of images per class (see `ImageFolder`), or of videos where `frames` is above 1 (see
+            `VideoFolder`).
         image_size: side length in pixels that the model wants; images and videos of folders are resized and
             centre-cropped to it, `"digits"` are repeated to fill it (8, or a multiple of 16), `"mnist"` is padded or
             resized.
@@ -127,6 +131,10 @@ def open_dataset(
         return load_digits(split, image_size=image_size)
     if source == "photos":
         return load_photos(split, image_size=image_size, channels=channels)
+    if source == "scenes":
+        if channels != 1:
+            raise ValueError(f"the scenes of digits are grey but the model takes {channels} channels")
+        return load_scenes(split, image_size=image_size)
     if source == "mnist":
         if channels != 1:
             raise ValueError(f"the digits of mnist are grey but the model takes {channels} channels")

@@ -14,7 +14,9 @@ from arcore.data.image_folder import ImageFolder
 from arcore.data.series import SERIES_NAMES
 
 # What is asked for by a name and not by a place.
-NAMES = frozenset({"digits", "mnist", "moving_digits", "photos", "kjv", "bytes", "bpe", *SERIES_NAMES})
+NAMES = frozenset(
+    {"digits", "mnist", "moving_digits", "photos", "scenes", "kjv", "bytes", "bpe", *SERIES_NAMES}
+)
 
 
 @dataclass(frozen=True)

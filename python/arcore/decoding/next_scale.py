@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,7 @@ def generate_next_scale(
     previews: bool = False,
     smooth: bool = False,
     kept: Kept | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> NextScaleOutput:
     """Draw images scale by scale, with a cache that is allocated once.
 
@@ -117,6 +118,7 @@ def generate_next_scale(
             ((1 + r) * logits + Gumbel noise) / max(0.27 * (1 - 0.95 r), 0.005) over the codes that the filters kept.
             `indices` are still the drawn codes, and the picture is not theirs.
         kept: parts of a given picture that stay; None draws all.
+        progress: told after each scale how many are drawn, and of how many.
 
     Returns:
         Images, codes and previews.
@@ -190,6 +192,8 @@ def generate_next_scale(
                 latent = tokenizer.add_scale(k, drawn, latent)
             if previews:
                 shown.append(tokenizer.decode_latent(latent))
+            if progress is not None:
+                progress(k + 1, last + 1)
         images = shown[-1] if previews else tokenizer.decode_latent(latent)
     check_drawn(images, "the decoded images")
     return NextScaleOutput(images, indices, shown)

@@ -35,6 +35,7 @@ class BinarySphericalQuantizer(nn.Module):
         gamma0: weight of the entropy per sample, which is to fall.
         gamma: weight of the entropy over the batch, which is to rise.
         zeta: weight of both entropies.
+        sharpness: factor on the channels where entropies are taken (an inverse temperature).
 
     Raises:
         ValueError: `group` does not divide `bits`.
@@ -49,6 +50,7 @@ class BinarySphericalQuantizer(nn.Module):
         gamma0: float = 1.0,
         gamma: float = 1.1,
         zeta: float = 0.05,
+        sharpness: float = 1.0,
     ) -> None:
         super().__init__()
         if bits < 1 or group < 1 or bits % group:
@@ -57,6 +59,7 @@ class BinarySphericalQuantizer(nn.Module):
             )
         self.bits, self.group = bits, group
         self.beta, self.gamma0, self.gamma, self.zeta = beta, gamma0, gamma, zeta
+        self.sharpness = sharpness
 
     def codes(self, z: Tensor) -> Tensor:
         """Codes `[..., n]` of vectors `[..., n]`, without gradient; 0 counts as negative."""
@@ -68,11 +71,11 @@ class BinarySphericalQuantizer(nn.Module):
         z = F.normalize(z, dim=-1)
         codes = self.codes(z.detach())
         commit = self.beta * (codes - z).square().sum(-1).mean()
-        p = torch.sigmoid(4 * z / self.bits**0.5)
+        p = torch.sigmoid(4 * self.sharpness * z / self.bits**0.5)
         certain = (_entropy(p) + _entropy(1 - p)).sum(-1).mean()
         corners = bits_of(torch.arange(2**self.group, device=z.device), self.group).to(z.dtype) * 2 - 1
         parts = z.unflatten(-1, (-1, self.group))
-        shares = (2 * parts @ corners.T / self.bits**0.5).softmax(-1).flatten(0, -3).mean(0)
+        shares = (2 * self.sharpness * parts @ corners.T / self.bits**0.5).softmax(-1).flatten(0, -3).mean(0)
         spread = _entropy(shares).sum()
         loss = commit + self.zeta * (self.gamma0 * certain - self.gamma * spread)
         return Quantised(z + (codes - z).detach(), loss)

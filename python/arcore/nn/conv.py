@@ -80,12 +80,12 @@ class Upsample(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention unless it is left out, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
+    def __init__(self, channels: int, norm_groups: int, *, attention: bool = True) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, norm_groups)
-        self.attn_1 = AttnBlock(channels, norm_groups)
+        self.attn_1 = AttnBlock(channels, norm_groups) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +145,7 @@ class ConvEncoder(nn.Module):
         z_channels: width of the latent.
         norm_groups: groups of the group norms; divides all widths.
         attention: an `AttnBlock` after each residual block of the coarsest level, besides that in the middle.
+        mid_attention: one in the middle.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class ConvEncoder(nn.Module):
         norm_groups: int = 32,
         *,
         attention: bool = True,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
@@ -173,7 +175,7 @@ class ConvEncoder(nn.Module):
             )
             for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
-        self.mid = MidBlock(widths[-1], norm_groups)
+        self.mid = MidBlock(widths[-1], norm_groups, attention=mid_attention)
         self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
@@ -202,12 +204,13 @@ class ConvDecoder(nn.Module):
         norm_groups: int = 32,
         *,
         attention: bool = True,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = MidBlock(widths[-1], norm_groups)
+        self.mid = MidBlock(widths[-1], norm_groups, attention=mid_attention)
         # Listed by resolution, fine to coarse, and applied in reverse.
         self.up = nn.ModuleList(
             Level(

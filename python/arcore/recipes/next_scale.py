@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import create_model, get_config, list_models
+from arcore.catalog import create_model, describe, get_config, list_models, load_checkpoint
 from arcore.catalog.lookup import find, load
 from arcore.data._pictures import read_picture
 from arcore.decoding import Kept, generate_next_scale
 from arcore.objectives import next_scale_loss
 from arcore.recipes._images import PictureOptions, PictureRecipe
+from arcore.recipes._progress import drawing
 from arcore.recipes._recipe import Start, ZooTask, recipe_for
 from arcore.recipes._tokenizers import CodesOptions, CodesTask, load_tokenizer, train_tokenizer
+from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
 
 # What model and tokenizer must agree on, and what of it follows the size of the images.
@@ -36,6 +38,7 @@ class NextScaleSampling(PictureOptions):
         top_p: keep the smallest set of codes with this much probability, 0 to 1. Default: all.
         tokenizer: weights of the tokenizer, for a model with published weights.
         smooth: feed on mixtures of codes, for smoother pictures (the authors' more_smooth).
+        redraw: draw the least certain codes of a scale anew, given the others, by a model with a second branch (hmar).
         edit: a picture to change: the codes of what is kept stay, the rest is drawn anew. Class none draws it without
             a class.
         box: left, top, right and bottom of the part that is drawn anew, as shares of the picture. Default: the middle,
@@ -49,6 +52,7 @@ class NextScaleSampling(PictureOptions):
     top_p: float | None = None
     tokenizer: Path | None = field(default=None, metadata={"aliases": ("--vae",)})
     smooth: bool = False
+    redraw: bool = False
     edit: Path | None = None
     box: tuple[float, float, float, float] | None = None
     outside: bool = False
@@ -56,6 +60,8 @@ class NextScaleSampling(PictureOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.redraw and self.smooth:
+            raise ValueError("--redraw keeps the codes it is sure of and --smooth mixes them: choose one")
         if self.edit is None and (self.box or self.outside or self.mask):
             raise ValueError(
                 "--box, --outside and --mask say what of a picture changes: name it with --edit FILE"
@@ -71,14 +77,42 @@ class NextScaleSampling(PictureOptions):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NextScaleOptions(CodesOptions):
+    """Data and tokenizer of a next-scale model.
+
+    Attributes:
+        refine: run of the first stage of a model that has a second one, such as hmar: its second branch is trained, all
+            else stays as it is.
+    """
+
+    refine: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine is not None and self.tokenizer is not None:
+            raise ValueError("refine has a tokenizer already: leave tokenizer out")
+
+
 class NextScaleTask(CodesTask):
-    """Cross entropy of all codes of all scales in one pass."""
+    """Cross entropy of all codes of all scales in one pass; of a second stage, the model's own objective."""
+
+    def __init__(
+        self, config: TrainConfig, networks: Mapping[str, nn.Module], facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(config, networks, facts)
+        if self.facts.get("second_stage"):
+            self.model.requires_grad_(False)
+            for parameter in self.model.refinement_parameters():
+                parameter.requires_grad_(True)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Codes are the same whatever the precision of the model's own arithmetic.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             indices = self.tokenizer.encode(images)
             inputs = self.tokenizer.scale_inputs(indices)
+        if self.facts.get("second_stage"):
+            return self.model.refinement_loss(self.tokenizer, indices, labels), {}
         logits = self.model(inputs, labels)
         # A model may have published weights of its scales.
         loss = next_scale_loss(logits, indices, scale_weights=getattr(self.model, "scale_weights", None))
@@ -90,12 +124,14 @@ class NextScale(PictureRecipe):
     """Codes scale by scale."""
 
     defaults: ClassVar[TrainConfig] = TrainConfig(steps=1000, batch_size=64, lr=1e-3)
-    options: ClassVar[type] = CodesOptions
+    options: ClassVar[type] = NextScaleOptions
     sampling: ClassVar[type | None] = NextScaleSampling
     task: ClassVar[type[ZooTask]] = NextScaleTask
-    movable: ClassVar[tuple[str, ...]] = ("data", "held_out", "tokenizer")
+    movable: ClassVar[tuple[str, ...]] = ("data", "held_out", "tokenizer", "refine")
 
     def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
+        if options.refine is not None:
+            return {"tokenizer": _first_stage(start, options)[1]}
         wanted = get_config(start.preset, **start.changes)
         if options.tokenizer is not None:
             tokenizer = load_tokenizer(options.tokenizer)
@@ -107,8 +143,13 @@ class NextScale(PictureRecipe):
     def build(
         self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
     ) -> nn.Module:
+        if options.refine is not None:
+            return _first_stage(start, options)[0].second_stage()
         codes: Any = networks["tokenizer"].config
         return start.fresh(**{SCALES: getattr(codes, SCALES), **overrides})
+
+    def facts(self, options: Any) -> dict[str, Any]:
+        return {"second_stage": options.refine is not None}
 
     def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if options.tokenizer is None:
@@ -124,6 +165,17 @@ class NextScale(PictureRecipe):
 
     def draw(self, networks: Mapping[str, Any], labels: Tensor, options: Any) -> Tensor:
         kept = _kept(networks["tokenizer"], options, labels) if options.edit is not None else None
+        if options.redraw:
+            model = networks["model"]
+            if not getattr(model.config, "refinement", False):
+                raise ValueError(
+                    "--redraw needs a model with a second branch, such as hmar after arcore train ... --refine RUN"
+                )
+            settings = {name: getattr(options, name) for name in ("top_k", "top_p", "temperature", "seed")}
+            again: Tensor = model.draw_again(
+                networks["tokenizer"], labels, cfg_scale=options.cfg, kept=kept, **settings
+            ).images
+            return again
         return generate_next_scale(
             networks["model"],
             networks["tokenizer"],
@@ -135,7 +187,30 @@ class NextScale(PictureRecipe):
             seed=options.seed,
             smooth=options.smooth,
             kept=kept,
+            progress=drawing(),
         ).images
+
+
+def _first_stage(start: Start, options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of the run that `--refine` names.
+
+    Raises:
+        ValueError: the model has no second stage, or settings are changed that the run decides.
+    """
+    networks, _ = load_checkpoint(checkpoint.find(options.refine))
+    model = networks.get("model")
+    if not hasattr(model, "second_stage") or "tokenizer" not in networks:
+        raise ValueError(
+            f"{options.refine} holds no first stage of a model that has a second one: train one with "
+            "arcore train hmar_tiny"
+        )
+    if find(start.preset).entry.system.name != describe(model)["system"]:
+        raise ValueError(
+            f"{options.refine} is no run of {start.preset}'s system but of {describe(model)['system']}"
+        )
+    if start.changes or start.init_from is not None:
+        raise ValueError("the run that --refine names decides the model: leave --set and --init-from out")
+    return model, networks["tokenizer"]
 
 
 def _kept(tokenizer: Any, options: NextScaleSampling, labels: Tensor) -> Kept:
@@ -172,6 +247,18 @@ def _fitting_tokenizer(preset: str, wanted: Any) -> str:
 def _is_tokenizer(name: str, wanted: Any) -> bool:
     config = get_config(name)
     return recipe_for(name).trained == "tokenizer" and _codes(config) == _codes(wanted)
+
+
+def fitting_preset(preset: str) -> str:
+    """The tokenizer preset that a preset names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    name = load(find(preset).entry.presets[preset], preset).preset.tokenizer
+    if name is None:
+        raise ValueError(f"no tokenizer preset is known for {preset}: train one and give it with --tokenizer")
+    return str(name)
 
 
 def _codes(config: Any) -> dict[str, Any]:

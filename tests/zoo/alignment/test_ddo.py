@@ -125,9 +125,15 @@ def test_self_play_raises_data_above_own_draws(tmp_path: Path) -> None:
 def test_the_command_tunes_a_checkpoint(tmp_path: Path) -> None:
     networks = {"model": arcore.create_model("var_tiny"), "tokenizer": arcore.create_model("msvq_tiny")}
     save_checkpoint(tmp_path / "old", {name: shaken(net) for name, net in networks.items()}, {"note": "ours"})
-    options = Options(checkpoint=tmp_path / "old", out=tmp_path / "new", rounds=1, steps=2)
+    options = Options(
+        checkpoint=tmp_path / "old", data="digits", out=tmp_path / "new", rounds=1, steps=2, draws=1
+    )
     report = run(options)
     assert len(report.values["losses"]) == 2
+    assert {"accuracy_before", "accuracy_after"} <= report.values.keys()
+    assert "before" in report.text
+    with pytest.raises(ValueError, match="--data"):
+        run(Options(checkpoint=tmp_path / "old"))
     tuned, meta = load_checkpoint(tmp_path / "new")
     assert meta == {"note": "ours"}
     assert not torch.equal(tuned["model"].pos_embed, networks["model"].pos_embed)

@@ -262,3 +262,39 @@ def test_scales_may_come_in_any_order():
         for k in (2, 1)
     }
     torch.testing.assert_close(torch.cat([parts[1], parts[2]], 1), model(inputs, labels)[:, 1:])
+
+
+def test_both_stages_and_editing_from_the_command_line(tmp_path: Path, capsys: Any):
+    from PIL import Image
+
+    from arcore.catalog import load_checkpoint
+    from arcore.cli import main
+
+    short = ["--steps", "2", "--batch-size", "4", "--checkpoint-every", "2", "--accelerator", "cpu"]
+    var, first, second = (tmp_path / name for name in ("var", "first", "second"))
+    assert main(["train", "var_tiny", *short, "--tokenizer-steps", "1", "--out", str(var)]) == 0
+    # A run of VAR becomes the first stage.
+    tokenizer = ["--tokenizer", str(var / "tokenizer")]
+    converted = ["--init-from", str(next(var.glob("step-*")) / "model.safetensors")]
+    assert main(["train", "hmar_tiny", *short, *tokenizer, *converted, "--out", str(first)]) == 0
+    assert main(["train", "hmar_tiny", *short, "--refine", str(first), "--out", str(second)]) == 0
+    old, new = (load_checkpoint(next(run.glob("step-*")))[0]["model"] for run in (first, second))
+    assert new.config.refinement
+    state, copied = new.state_dict(), dict(old.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in copied.items())
+    changed = [
+        name
+        for name, value in state.items()
+        if name.startswith("mask_blocks")
+        and not torch.equal(value, copied["ns_" + name.removeprefix("mask_")])
+    ]
+    assert changed
+    Image.new("L", (8, 8), 90).save(tmp_path / "x.png")
+    drawn = ["--class", "3", "-n", "2", "--out", str(tmp_path / "y.png"), "--edit", str(tmp_path / "x.png")]
+    assert main(["sample", str(second), *drawn, "--redraw"]) == 0
+    assert main(["sample", str(first), *drawn]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(first), *drawn, "--redraw"]) == 2
+    assert "second branch" in capsys.readouterr().err
+    assert main(["train", "hmar_tiny", *short, "--refine", str(var), "--out", str(tmp_path / "no")]) == 2
+    assert "no first stage" in capsys.readouterr().err

@@ -240,7 +240,8 @@ class Options:
     """The model that is tuned.
 
     Attributes:
-        checkpoint: run folder or checkpoint of a trained next-scale model, of scikit-learn's digits.
+        checkpoint: run folder or checkpoint of a trained next-scale model.
+        data: images and classes: a folder, digits, mnist, ... Default: what the model was trained on.
         out: folder of the tuned one. Default: out/ddo.
         rounds: of self-play.
         steps: optimiser steps per round.
@@ -248,10 +249,14 @@ class Options:
         beta: factor on the log-ratio.
         lr: learning rate.
         contrastive: condition contrastive alignment: other labels instead of own draws.
+        judge: run of a classifier, such as roma_classifier, that says how many draws are of their class before and
+            after. Default: a small network that is trained on the data first.
+        draws: pictures per class that it looks at; 0 asks no classifier.
         seed: of batches and draws.
     """
 
     checkpoint: Path | None = None
+    data: str | None = None
     out: Path = Path("out/ddo")
     rounds: int = 3
     steps: int = 50
@@ -259,12 +264,14 @@ class Options:
     beta: float = 0.02
     lr: float = 1e-4
     contrastive: bool = False
+    judge: Path | None = None
+    draws: int = 10
     seed: int = 0
 
 
 def run(options: Options) -> Report:
     """Tune a trained model and save it as a checkpoint like the one that came."""
-    from arcore.data import load_digits
+    from arcore.data import open_dataset
     from arcore.training import checkpoint
 
     if options.checkpoint is None:
@@ -277,15 +284,26 @@ def run(options: Options) -> Report:
         raise ValueError(
             f"expected a checkpoint with a model and its tokenizer but {options.checkpoint} holds {', '.join(networks)}"
         )
-    data = load_digits("train")
-    size = getattr(networks["tokenizer"].config, "image_size", None)
-    if size != data.images.shape[-1]:
-        raise ValueError(f"expected a model of digits, 8 x 8 pixels, but this one is for {size} x {size}")
+    model, tokenizer = networks["model"], networks["tokenizer"]
+    source = options.data or meta.get("data")
+    if source is None:
+        raise ValueError("the checkpoint does not say what it was trained on: name the images with --data")
+    data = open_dataset(source, image_size=tokenizer.config.image_size, channels=tokenizer.config.in_channels)
+    names = meta.get("class_names", list(data.class_names))
+    if list(data.class_names) != list(names):
+        raise ValueError(
+            f"--data {source}: its classes are {', '.join(data.class_names[:10])} but the model's "
+            f"{', '.join(names[:10])}"
+        )
+    images = torch.stack([data[i][0] for i in range(len(data))])
+    labels = torch.tensor([data[i][1] for i in range(len(data))])
+    judge = _judge(options, images, labels, list(names)) if options.draws else None
+    before = judge(model, tokenizer) if judge else None
     losses = self_play(
-        networks["model"],
-        networks["tokenizer"],
-        data.images,
-        torch.as_tensor(data.labels),
+        model,
+        tokenizer,
+        images,
+        labels,
         rounds=options.rounds,
         steps_per_round=options.steps,
         alpha=options.alpha,
@@ -300,7 +318,35 @@ def run(options: Options) -> Report:
         f"{len(losses)} steps in {options.rounds} rounds: loss {losses[0]:.4f} at first, {sum(last) / len(last):.4f} "
         f"in the last round on average; saved in {options.out}"
     )
-    return Report(text, {"losses": losses})
+    values: dict[str, Any] = {"losses": losses}
+    if judge is not None:
+        after = judge(model, tokenizer)
+        text += f"\nunguided draws that a classifier takes for their class: {before:.3f} before, {after:.3f} after"
+        values |= {"accuracy_before": before, "accuracy_after": after}
+    return Report(text, values)
+
+
+def _judge(options: Options, images: Tensor, labels: Tensor, names: list[str]) -> Callable[[Any, Any], float]:
+    """Share of a model's draws, the same number of each class and without guidance, that are taken for their class."""
+    from arcore.recipes._rejection import open_judge
+    from arcore.zoo.raster._digits import train_classifier
+
+    sure: Callable[[Tensor], Tensor]
+    if options.judge is not None:
+        given = open_judge(options.judge)
+        given.check(names, len(names) - 1, options.judge)
+        sure = given.chances
+    else:
+        network = train_classifier(images, labels, classes=len(names), count=300)
+        sure = lambda pictures: network(pictures).softmax(-1)  # noqa: E731
+    asked = torch.arange(len(names)).repeat(options.draws)
+
+    @torch.no_grad()
+    def judged(model: Any, tokenizer: Any) -> float:
+        drawn = generate_next_scale(model, tokenizer, asked, cfg_scale=0.0, seed=options.seed + 1).images
+        return float((sure(drawn).argmax(-1) == asked).float().mean())
+
+    return judged
 
 
 def fitted(data: Tensor, ref: Tensor, alpha: float, beta: float, iterations: int) -> Tensor:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arcore.catalog import System, create_model, model_info
+from arcore.catalog import System, create_model, load_checkpoint, model_info
 from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken
 from arcore.catalog.running import Report
 from arcore.decoding import generate_next_scale
@@ -204,14 +205,18 @@ class Options:
     Attributes:
         drafter: preset of the large model.
         refiner: preset of the small model.
-        drafter_weights: file, folder of a run, or hub.
+        drafter_weights: file, run folder or checkpoint, or hub. A run brings its tokenizer, and the refiner must have
+            been trained with it (`arcore train var_mnist_small --tokenizer RUN/tokenizer`).
         refiner_weights: likewise.
-        tokenizer_weights: likewise.
+        tokenizer_weights: file or hub; not for runs.
         draft_scales: scales that the drafter draws.
         label: class of the pictures.
         count: pictures.
         cfg: strength of guidance at the finest scale.
         seed: of the first picture.
+        judge: run of a classifier, such as roma_classifier: the share of pictures that it takes for their class, of the
+            pair and of the drafter alone, of `judged` pictures of each class.
+        judged: pictures of each class for the classifier.
     """
 
     drafter: str = "var_d30"
@@ -224,6 +229,8 @@ class Options:
     count: int = 4
     cfg: float = 1.5
     seed: int = 0
+    judge: Path | None = None
+    judged: int = 10
 
 
 def run(options: Options) -> Report:
@@ -236,15 +243,7 @@ def run(options: Options) -> Report:
         )
     if options.count < 1:
         raise ValueError(f"expected count to be at least 1 but got {options.count}")
-    models: list[Any] = [
-        create_model(name, weights=weights)
-        for name, weights in (
-            (options.drafter, options.drafter_weights),
-            (options.refiner, options.refiner_weights),
-            (tokenizer_name, options.tokenizer_weights),
-        )
-    ]
-    drafter, refiner, tokenizer = models
+    drafter, refiner, tokenizer, names = _networks(options, tokenizer_name)
     out = decode_together(
         drafter,
         refiner,
@@ -264,14 +263,97 @@ def run(options: Options) -> Report:
             axes.imshow(shown.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
 
+    told, found = (
+        ("", {}) if options.judge is None else _accuracies(options, drafter, refiner, tokenizer, names)
+    )
     ratio = out.peak_cache_bytes / alone if alone else float("nan")
     text = (
         f"{options.count} pictures of class {options.label}: {out.calls[0]} scales by {options.drafter}, "
         f"{out.calls[1]} by {options.refiner}; cache at most {out.peak_cache_bytes / 2**20:.3g} MiB"
         + (f", {ratio:.3f} of the drafter's alone" if alone else "")
+        + told
     )
-    values = {"peak_cache_bytes": out.peak_cache_bytes} | ({"ratio": ratio} if alone else {})
+    values = {"peak_cache_bytes": out.peak_cache_bytes, **found} | ({"ratio": ratio} if alone else {})
     return Report(text, values, draw, (2.5 * options.count, 2.6))
+
+
+def _networks(options: Options, tokenizer_name: str) -> tuple[Any, Any, Any, list[str] | None]:
+    """Drafter, refiner, tokenizer, and the names of the classes where a run says them.
+
+    Raises:
+        ValueError: a run is of another preset's system, or the two were trained with different tokenizers.
+    """
+    from arcore.training import checkpoint
+
+    found: list[Any] = []
+    tokenizers: list[Any] = []
+    names = None
+    for name, weights in (
+        (options.drafter, options.drafter_weights),
+        (options.refiner, options.refiner_weights),
+    ):
+        if weights == "hub" or not Path(weights).is_dir():
+            found.append(create_model(name, weights=weights))
+            continue
+        networks, facts = load_checkpoint(checkpoint.find(Path(weights)))
+        if not {"model", "tokenizer"} <= networks.keys():
+            raise ValueError(f"{weights} is no run of a model of codes: it holds {', '.join(networks)}")
+        found.append(networks["model"])
+        tokenizers.append(networks["tokenizer"])
+        names = facts.get("class_names", names)
+    if not tokenizers:
+        return (*found, create_model(tokenizer_name, weights=options.tokenizer_weights), names)  # type: ignore[return-value]
+    if len(tokenizers) == 1:
+        raise ValueError(
+            "give drafter and refiner both as runs, or both as files: a run brings its own tokenizer"
+        )
+    first, second = (part.state_dict() for part in tokenizers)
+    same = first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) for key, value in first.items() if key not in tokenizers[0].statistics
+    )
+    if not same:
+        raise ValueError(
+            f"{options.drafter_weights} and {options.refiner_weights} were trained with different tokenizers: train "
+            f"the second with --tokenizer {Path(options.drafter_weights) / 'tokenizer'}"
+        )
+    return found[0], found[1], tokenizers[0], names
+
+
+def _accuracies(
+    options: Options, drafter: Any, refiner: Any, tokenizer: Any, names: list[str] | None
+) -> tuple[str, dict[str, float]]:
+    """What a classifier says of pictures of the pair and of each model alone."""
+    from arcore.recipes._rejection import open_judge
+
+    assert options.judge is not None
+    judge = open_judge(options.judge)
+    judge.check(names, drafter.null_class - 1, options.judge)
+    asked = torch.arange(drafter.null_class).repeat(options.judged)
+    draws = {
+        "pair": lambda: decode_together(
+            drafter,
+            refiner,
+            tokenizer,
+            asked,
+            draft_scales=options.draft_scales,
+            cfg_scale=options.cfg,
+            seed=options.seed,
+        ),
+        options.drafter: lambda: _alone(drafter, tokenizer, asked, options),
+        options.refiner: lambda: _alone(refiner, tokenizer, asked, options),
+    }
+    found = {
+        f"accuracy_{name}": float((judge.chances(draw().images).argmax(-1) == asked).float().mean())
+        for name, draw in draws.items()
+    }
+    shown = ", ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in found.items())
+    return f"; taken for their class, of {len(asked)} pictures: {shown}", found
+
+
+def _alone(model: Any, tokenizer: Any, asked: Tensor, options: Options) -> Any:
+    return generate_next_scale(
+        model, tokenizer, asked, cfg_scale=options.cfg, top_k=TOP_K, top_p=TOP_P, seed=options.seed
+    )
 
 
 def small_pair(seed: int = 1) -> tuple[VAR, VAR]:

@@ -7,7 +7,8 @@ from the last blocks and trained with all else frozen, draws the least certain t
 
 Legend: B rows, K scales, p_k side of scale k, n_k = p_k^2, L = sum of n_k tokens, C width, z code width, V codes.
 
-Left out: training of the second stage from the command line (`refinement_loss` is its objective), and editing.
+From the command line: `arcore train hmar_tiny` is the first stage, with `--init-from` weights of VAR to convert;
+`--refine RUN` is the second; `arcore sample RUN --edit PICTURE` edits without training, `--redraw` by both branches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from arcore import masks
 from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken
-from arcore.decoding import NextScaleOutput
+from arcore.decoding import Kept, NextScaleOutput
 from arcore.decoding._arguments import check_drawn, check_guidance, check_kind, check_labels, dtype_of
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import row_seeds
@@ -205,6 +207,14 @@ class HMAR(VAR):
         out: Tensor = self.mask_head(x, cond)
         return out
 
+    def second_stage(self) -> HMAR:
+        """This model with a second branch, if it has none yet."""
+        return self if self.config.refinement else with_refinement(self)
+
+    def draw_again(self, tokenizer: ScaleTokenizer, labels: Tensor, **settings: Any) -> NextScaleOutput:
+        """`generate_refined`, for the command line."""
+        return generate_refined(self, tokenizer, labels, **settings)
+
     def refinement_parameters(self) -> list[nn.Parameter]:
         """What the second stage trains; all else is frozen."""
         return [value for name, value in self.named_parameters() if name.startswith("mask_")]
@@ -339,6 +349,7 @@ def generate_refined(
     top_p: float | None = 0.99,
     temperature: float = 1.0,
     seed: int | Sequence[int] = 0,
+    kept: Kept | None = None,
 ) -> NextScaleOutput:
     """Draw images scale by scale; in each, draw the least certain tokens anew, given the others (section 3.3).
 
@@ -351,8 +362,8 @@ def generate_refined(
         tokenizer: the tokenizer that the model was trained with.
         labels: int64 `[B]`.
         schedule: a row per scale, which sums to its tokens; `published_schedule` by default.
-        cfg_scale, top_k, top_p, temperature, seed: as for `arcore.decoding.generate_next_scale`, which a schedule of
-            one pass per scale agrees with.
+        cfg_scale, top_k, top_p, temperature, seed, kept: as for `arcore.decoding.generate_next_scale`, which a schedule
+            of one pass per scale agrees with. What is kept is never drawn anew.
 
     Returns:
         Images and codes; no previews.
@@ -386,6 +397,8 @@ def generate_refined(
     dtype = dtype_of(model)
     latent = tokenizer.empty_latent(len(labels))
     indices: list[Tensor] = []
+    if kept is not None:
+        kept.check(len(labels), sides)
 
     def draw(logits: Tensor, k: int, uncond: Tensor | None = None, again: int = 0) -> tuple[Tensor, Tensor]:
         # Draws of later passes use positions behind those of all tokens.
@@ -415,12 +428,17 @@ def generate_refined(
             if guided:
                 logits, uncond = logits.chunk(2)
             codes, prob = draw(logits, k, uncond)
+            stays = torch.zeros_like(codes, dtype=torch.bool)
+            if kept is not None:
+                stays = kept.places(k, sides).to(codes.device).expand_as(codes)
+                codes = torch.where(stays, kept.indices[k].to(codes.device), codes)
+                prob = prob.masked_fill(stays, torch.inf)
             masked = torch.ones_like(codes, dtype=torch.bool)
             for again in range(1, len(row)):
                 assert inputs is not None
                 # Settled tokens come last in the order, so that the first ones are the least certain of the others.
                 order = prob.masked_fill(~masked, torch.inf).argsort(dim=1, stable=True)
-                masked = torch.zeros_like(masked).scatter(1, order[:, : sum(row[again:])], True)
+                masked = torch.zeros_like(masked).scatter(1, order[:, : sum(row[again:])], True) & ~stays
                 known = own_inputs(tokenizer, k, codes).to(dtype)
                 fresh, chance = draw(model.refine_logits(k, inputs, known, masked, labels), k, again=again)
                 codes, prob = torch.where(masked, fresh, codes), torch.where(masked, chance, prob)

@@ -355,6 +355,21 @@ def var_mnist() -> VARConfig:
     )
 
 
+@preset(tokenizer="msvq_mnist")
+def var_mnist_small() -> VARConfig:
+    """Half of var_mnist, on the same scales; the refiner of a pair that draws together (`code`)."""
+    return VARConfig(
+        depth=2,
+        embed_dim=64,
+        num_heads=2,
+        num_classes=10,
+        vocab_size=256,
+        z_channels=16,
+        patch_nums=(1, 2, 3, 4, 5, 7),
+        gate_init=1e-3,
+    )
+
+
 def _published(depth: int, **more: Any) -> VARConfig:
     return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24, **more)
 
