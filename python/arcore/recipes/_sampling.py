@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,6 +14,8 @@ from arcore.catalog import load_checkpoint
 from arcore.catalog.hub import HUB, fetch
 from arcore.recipes._recipe import Recipe, recipe_for
 from arcore.training import checkpoint
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def recipe_of_checkpoint(path: str | Path) -> Recipe:
@@ -38,6 +42,7 @@ def sample(
     weights: Path | None = None,
     averaged: bool = False,
     device: str = "cpu",
+    precision: Precision = "auto",
     show: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """What a model draws.
@@ -50,6 +55,8 @@ def sample(
         weights: its published weights.
         averaged: take the moving average of the weights that a run with `ema` saved.
         device: where to compute.
+        precision: bfloat16 computes matrix products and convolutions in it; auto does so where the device has units for
+            it and the recipe bears it.
         show: receives text while it grows.
 
     Returns:
@@ -76,7 +83,24 @@ def sample(
             weights = fetch(preset)
         networks, facts = recipe.published(preset, weights, options)
     networks = {name: network.to(place).eval() for name, network in {**networks, **beside}.items()}
-    return recipe.sample(networks, facts, options, show)
+    with _arithmetic(precision, place, recipe):
+        return recipe.sample(networks, facts, options, show)
+
+
+def _arithmetic(precision: Precision, place: torch.device, recipe: Recipe) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16, or nothing."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
+    if precision == "bfloat16" or (precision == "auto" and recipe.halved and has_bf16_units(place)):
+        return torch.autocast(place.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def has_bf16_units(place: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: without units it is emulated, and slower."""
+    if place.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return str(torch.ops.arcore.cpu_bf16()) != "none"
 
 
 def _device(name: str) -> torch.device:

@@ -128,6 +128,7 @@ class NextScale(PictureRecipe):
     sampling: ClassVar[type | None] = NextScaleSampling
     task: ClassVar[type[ZooTask]] = NextScaleTask
     movable: ClassVar[tuple[str, ...]] = ("data", "held_out", "tokenizer", "refine")
+    halved: ClassVar[bool] = True
 
     def readers(self, start: Start, options: Any) -> dict[str, nn.Module]:
         if options.refine is not None:
