@@ -1,4 +1,4 @@
-"""Writes docs/speed.md: one picture of VAR-d16, HMAR-d16 and CoDe at 256 pixels, and a training step, on one CPU thread.
+"""Writes docs/speed.md: VAR-d16, HMAR-d16 and CoDe at 256 pixels, and a training step, on one thread of a CPU.
 
     python bench/models/next_scale_table.py                    all parts
     python bench/models/next_scale_table.py picture training   some; the others keep their numbers
@@ -25,9 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
 import arcore
 from arcore import masks
 from arcore.decoding import generate_next_scale
@@ -37,6 +34,7 @@ from arcore.zoo.next_scale.code import decode_together
 from arcore.zoo.next_scale.hmar import generate_refined, published_schedule
 from arcore.zoo.next_scale.var import VAR, VARConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results/next_scale.json"
 PAGE = ROOT / "docs/speed.md"
 SIDES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
@@ -175,7 +173,6 @@ def picture(rounds: int, depth: int | None) -> dict[str, Any]:
     plain = Plain(model)
     seconds: dict[str, list[float]] = {}
     drawn: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
 
     def ours() -> Any:
         return generate_next_scale(model, tokenizer, LABELS, cfg_scale=1.5, seed=1)
@@ -378,8 +375,8 @@ INTRO = """\
 # Speed of next-scale models
 
 Random weights at the published sizes. "plain" is VAR's forward pass written out with PyTorch's own layers, a dense mask
-where one is needed, and a cache that grows by concatenation; it has the same weights and ran in turns with ours. Made by
-`python bench/models/next_scale_table.py`.
+where one is needed, and a cache that grows by concatenation; it has the same weights and ran in turns with ours. Made
+by `python bench/models/next_scale_table.py`.
 
 Without units for bfloat16 a processor emulates it, and `--precision auto` stays with float32.
 """
