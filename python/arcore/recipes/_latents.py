@@ -39,7 +39,12 @@ def open_decoder(wanted: str, preset: str | None, config: Any) -> nn.Module:
     system = "titok_kl" if len(latent) == 2 else "kl"
     path = Path(wanted)
     if wanted == HUB:
-        known = PUBLISHED.get(latent[0]) if system == "kl" else "titok_kl_l32"
+        if system == "titok_kl":
+            raise ValueError(
+                "AR-Diffusion's decoders are on the hub in TrizZZZ/ar_diffusion, one for each data set, within the "
+                "checkpoints: download that of yours and give --vae FILE"
+            )
+        known = PUBLISHED.get(latent[0])
         if known is None:
             raise ValueError(
                 f"no decoder on the hub is known for latents of {latent[0]} channels: give --vae FILE"

@@ -19,7 +19,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def recipe_of_checkpoint(path: str | Path) -> Recipe:
-    """The recipe of the model in a run folder or checkpoint, or of the tokenizer where there is no model.
+    """The recipe of the model in a run folder or checkpoint, or of the tokenizer or autoencoder where there is none.
 
     Raises:
         FileNotFoundError: there is none.
@@ -27,7 +27,7 @@ def recipe_of_checkpoint(path: str | Path) -> Recipe:
     """
     folder = checkpoint.find(path)
     modules = checkpoint.read_config(folder)["modules"]
-    for name in ("model", "tokenizer"):
+    for name in ("model", "tokenizer", "autoencoder"):
         if name in modules:
             return recipe_for(modules[name]["system"])
     raise ValueError(f"{path} holds no model; what is drawn comes from a model such as var_tiny")

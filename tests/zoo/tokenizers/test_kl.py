@@ -291,3 +291,31 @@ def test_bad_inputs(tmp_path: Path):
         (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             arcore.create_model("kl", weights=tmp_path)
+
+
+def test_own_images_in_colour_and_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from PIL import Image
+
+    from arcore.cli import main
+    from arcore.models import load_checkpoint
+
+    for name, colour in (("sky", (40, 90, 220)), ("leaf", (30, 160, 60))):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (21, 21), tuple(value + number for value in colour)).save(
+                tmp_path / "data" / name / f"{number}.png"
+            )
+    run, short = str(tmp_path / "run"), ["--steps", "2", "--batch-size", "4", "--accelerator", "cpu"]
+    assert main(["train", "kl_tiny", "--data", str(tmp_path / "data"), *short, "--out", run]) == 0
+    assert "kl_tiny is built for 20 x 20 pixels, colour" in capsys.readouterr().err
+    [model] = load_checkpoint(next((tmp_path / "run").glob("step-*")))[0].values()
+    assert (model.config.image_size, model.config.in_channels) == (20, 3)
+    shown = ["sample", run, "--images", str(tmp_path / "data"), "--out"]
+    assert main([*shown, str(tmp_path / "x.png")]) == 0
+    assert "12 pictures, PSNR" in capsys.readouterr().out
+    assert main([*shown, str(tmp_path / "x.safetensors")]) == 0
+    assert "latents (12, 2, 10, 10)" in capsys.readouterr().out
+    assert main(["sample", run]) == 2
+    assert "--images" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at least 2 pixels"):
+        model.config.for_images(1, 3)

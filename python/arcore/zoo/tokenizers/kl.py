@@ -97,6 +97,18 @@ class KLConfig:
         """Pixels f per side of a place of the latent."""
         return int(2 ** (len(self.channel_mult) - 1))
 
+    def for_images(self, image_size: int, channels: int) -> dict[str, Any]:
+        """Fields that fit an autoencoder to images; a size that f does not divide is rounded down.
+
+        Raises:
+            ValueError: the images are smaller than one place of the latent.
+        """
+        if image_size < self.factor:
+            raise ValueError(
+                f"expected images of at least {self.factor} pixels per side, one place of the latent, but got {image_size}"
+            )
+        return {"image_size": image_size // self.factor * self.factor, "in_channels": channels}
+
 
 class KLOutput(NamedTuple):
     """What a training step needs.
