@@ -105,7 +105,8 @@ class KLConfig:
         """
         if image_size < self.factor:
             raise ValueError(
-                f"expected images of at least {self.factor} pixels per side, one place of the latent, but got {image_size}"
+                f"expected images of at least {self.factor} pixels per side, one place of the latent, but got "
+                f"{image_size}"
             )
         return {"image_size": image_size // self.factor * self.factor, "in_channels": channels}
 
