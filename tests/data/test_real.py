@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import arcore
 from arcore.catalog.gguf import GGUF
 from arcore.data.real import gguf_tokenizer, packaged_weights
+from arcore.data.text_tokenizers import make_tokenizer
 from arcore.decoding import generate
 
 GENESIS = (
@@ -74,3 +75,13 @@ def test_smollm2_is_that_of_transformers_and_knows_the_capital_of_france() -> No
     expected = peer.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=12, **settings)
     assert expected[0, len(prompt) :].tolist() == text
     assert Path(path).suffix == ".gguf"
+
+
+@installed
+def test_a_language_model_may_take_the_tokenizer_of_packaged_weights() -> None:
+    pytest.importorskip("tokenizers")
+    words = make_tokenizer("smollm2", "text")
+    assert words.vocab_size == 49152
+    assert words.decode(words.encode("In the beginning, 12.")) == "In the beginning, 12."
+    with pytest.raises(FileNotFoundError, match="neither bytes, bpe"):
+        make_tokenizer("smollm3", "text")

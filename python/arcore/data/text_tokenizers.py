@@ -246,7 +246,8 @@ def make_tokenizer(wanted: str | os.PathLike[str], text: str) -> TextTokenizer:
     """What `arcore train --tokenizer` names for a language model.
 
     Args:
-        wanted: `"bytes"`, `"bpe"`, `"bpe:4096"` (trained on `text`), or the path of a tokenizer.json or its folder.
+        wanted: `"bytes"`, `"bpe"`, `"bpe:4096"` (trained on `text`), the path of a tokenizer.json or its folder, or a
+            preset whose weights a package ships with its tokenizer, e.g. `"smollm2"`.
         text: the training text.
 
     Raises:
@@ -267,9 +268,15 @@ def make_tokenizer(wanted: str | os.PathLike[str], text: str) -> TextTokenizer:
         return BPETokenizer.train(text, int(size) if size else DEFAULT_BPE_SIZE)
     path = Path(wanted)
     if not path.exists():
-        raise FileNotFoundError(
-            f"the tokenizer {wanted!r} is neither bytes, bpe, bpe:NUMBER nor an existing {FILE}"
-        )
+        # Packages' weights know tokenizers, not the reverse.
+        from arcore.data.real.weights import packaged_tokenizer
+
+        found = packaged_tokenizer(wanted)
+        if found is None:
+            raise FileNotFoundError(
+                f"the tokenizer {wanted!r} is neither bytes, bpe, bpe:NUMBER nor an existing {FILE}"
+            )
+        return found
     return BPETokenizer.load(path / FILE if path.is_dir() else path)
 
 

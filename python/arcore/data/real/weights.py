@@ -74,6 +74,16 @@ def packaged_weights(preset: str) -> Path:
     return PACKAGED[preset].path()
 
 
+def packaged_tokenizer(preset: str) -> BPETokenizer | None:
+    """The tokenizer of a preset whose weights a package ships; None for other names.
+
+    Raises:
+        ImportError: the package is missing; the message has the command that installs it.
+    """
+    name = SHORT.get(preset, preset)
+    return gguf_tokenizer(GGUF(packaged_weights(name))) if name in PACKAGED else None
+
+
 # What llama.cpp calls the rules that split a text before pairs are merged.
 _SPLITS = ("gpt-2", "smollm")
 
