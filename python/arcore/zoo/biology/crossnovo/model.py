@@ -386,10 +386,17 @@ def claim(*, quick: bool) -> Claim:
         equals("masses that only one of the two finds a path for", missing, 0),
     ]
     if not quick:
-        both, alone = (learned(features, count=500) for features in (True, False))
+        # Settings were chosen on seeds below 20.
+        found = [
+            [learned(features, count=500, seed=seed) for features in (True, False)] for seed in range(21, 24)
+        ]
+        gains = [both - alone for both, alone in found]
+        told = ", ".join(f"{gain:+.3f}" for gain in gains)
         rows.append(
             at_least(
-                "right residues with the parallel decoder's states less those without", both - alone, 0.0
+                f"right residues with the parallel decoder's states less those without ({told} by seed), mean",
+                sum(gains) / len(gains),
+                0.0,
             )
         )
     return Claim(tuple(rows))

@@ -262,11 +262,27 @@ def claim(*, quick: bool) -> Claim:
                int((next_state(blinker, "life") != blinker.transpose(1, 2)).sum()), 0),
     ]  # fmt: skip
     if not quick:
-        rotary, absolute = (learned(kind, "110", 16, 300) for kind in (LifeGPT, AbsolutePositions))
+        # Settings were chosen on seed 0. Absolute positions catch up later, which the last row shows.
+        found = {
+            count: [
+                [learned(kind, "110", 16, count, seed) for kind in (LifeGPT, AbsolutePositions)]
+                for seed in seeds
+            ]
+            for count, seeds in ((300, (21, 22)), (700, (21,)))
+        }
+        early = [rotary - absolute for rotary, absolute in found[300]]
         rows += [
             at_least(
-                "right states of rule 110 on a ring of 16 after 300 steps, rotary positions", rotary, 0.95
+                "right states of rule 110 on a ring of 16 after 300 steps, rotary positions, least of 2 seeds",
+                min(rotary for rotary, _ in found[300]),
+                0.95,
             ),
-            at_least("the same less that of absolute positions, which are slower", rotary - absolute, 0.3),
+            at_least("the same less that of absolute positions, least of 2 seeds", min(early), 0.3),
+            at_least("right states after 700 steps, rotary positions", found[700][0][0], 0.95),
+            at_least(
+                "the same less that of absolute positions, which have caught up by then",
+                found[700][0][0] - found[700][0][1],
+                0.3,
+            ),
         ]
     return Claim(tuple(rows))

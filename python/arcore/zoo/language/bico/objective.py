@@ -248,7 +248,8 @@ def claim(*, quick: bool) -> Claim:
     """Scores, what hidden tokens change, ordinary batches; in full, reversed facts after both kinds of training."""
     rows = _exact_rows()
     if not quick:
-        found = {how: [reverse_accuracy(how, seed=seed) for seed in range(3)] for how in ("ntp", "bico")}  # type: ignore[arg-type]
+        # Settings were chosen on seeds below 20.
+        found = {how: [reverse_accuracy(how, seed=seed) for seed in range(21, 24)] for how in ("ntp", "bico")}  # type: ignore[arg-type]
         means = {how: sum(one[1] for one in some) / 3 for how, some in found.items()}
         seeds = ", ".join(f"{one[1]:.2f}" for one in found["bico"])
         known, gain = min(one[0] for one in found["bico"]), means["bico"] - means["ntp"]

@@ -137,8 +137,11 @@ def claim(*, quick: bool) -> Claim:
     graph = route_graph(train.columns)
     held_out, days = stacked(test, list(range(0, len(test), 2)))
     errors: dict[bool, list[float]] = {True: [], False: []}
-    kept: Any = None
-    for seed in range(3):
+    # Two injected shifts of each held-out window: one for all its nodes, and one for each node by itself.
+    shifts = [3 * torch.rand(len(held_out), 1, width) for width in (1, len(train.columns))]
+    found_by_shift: list[list[Tensor]] = [[], []]
+    # Settings were chosen on seeds below 40.
+    for seed in range(41, 44):
         for auxiliary in (True, False):
             torch.manual_seed(seed)
             config = replace(st_ssdl_tiny(), channels=len(train.columns))
@@ -150,16 +153,21 @@ def claim(*, quick: bool) -> Claim:
             fit(model, train, count=150, batch=16, lr=5e-3, seed=seed, what=what)
             with torch.no_grad():
                 out = model.forecast(held_out[:, :12], days, 12)
-            errors[auxiliary].append(float((out - held_out[:, 12:]).abs().mean()))
-            kept = model if auxiliary and kept is None else kept
-    # One shift for all nodes of a window: that of a single node shows in its neighbours' states too.
-    shift = 3 * torch.rand(len(held_out), 1, 1).expand(-1, 1, len(train.columns))
-    with torch.no_grad():
-        moved, _ = kept.deviate(held_out[:, :12] + shift, days[:, :12])
-    pair = torch.stack([moved.distance.flatten(), shift.flatten()])
+                errors[auxiliary].append(float((out - held_out[:, 12:]).abs().mean()))
+                if not auxiliary:
+                    continue
+                for kept, shift in zip(found_by_shift, shifts, strict=True):
+                    moved, _ = model.deviate(held_out[:, :12] + shift, days[:, :12])
+                    pair = torch.stack([moved.distance, shift[:, 0].expand_as(moved.distance)])
+                    kept.append(pair.flatten(1))
     means = [sum(errors[key]) / 3 for key in (True, False)]
+    together, alone = (
+        sum(float(pair.corrcoef()[0, 1]) for pair in kept) / len(kept) for kept in found_by_shift
+    )
+    pair = found_by_shift[1][0]
     rows += [
-        at_least("correlation of the deviation with a shift of all nodes", pair.corrcoef()[0, 1], 0.5),
+        at_least("correlation of the deviation with a shift of each node, mean of 3 seeds", alone, 0.5),
+        at_least("the same with one shift for all nodes of a window", together, 0.5),
         at_most(
             "absolute error with the auxiliary losses over without, mean of 3 seeds", means[0] / means[1], 1
         ),
