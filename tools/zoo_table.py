@@ -176,6 +176,8 @@ def _claim(entry: Entry, recorded: dict[str, Any]) -> list[str]:
         "",
         f"Checked on {system.checked_on}; `arcore check {system.name}` repeats it.",
     ]
+    if system.reported:
+        lines += ["", f"The paper reports {system.reported}.", ""]
     found = recorded.get(system.name)
     if found is None:
         return [*lines, "No full check is recorded yet.", ""]

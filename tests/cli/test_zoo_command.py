@@ -39,6 +39,14 @@ def test_shows_a_system(arcore, words):
     assert ("settings of var_d16" in out) is (words == ("var_d16",))
 
 
+def test_shows_what_the_paper_reports(arcore):
+    reported = model_info("dp_mobility").reported
+    assert reported is not None
+    assert f"paper's  {reported}" in arcore("zoo", "dp_mobility").out
+    assert model_info("var").reported is None
+    assert "paper's" not in arcore("zoo", "var").out
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -74,6 +82,7 @@ def test_json_has_what_programs_need(arcore):
         "summary",
         "claim",
         "checked_on",
+        "reported",
         "path",
         "line",
         "presets",

@@ -71,6 +71,7 @@ class ModelInfo:
         summary: one sentence.
         claim: what the check of the paper's claim shows.
         checked_on: what that was checked on.
+        reported: numbers of the paper and what they were measured on, or None.
         model: the class, called with a config; None where the system has no network.
         path: source file.
         line: line of the class, or of the declaration where there is no class.
@@ -89,6 +90,7 @@ class ModelInfo:
     summary: str
     claim: str
     checked_on: str
+    reported: str | None
     model: type[nn.Module] | None
     path: Path
     line: int

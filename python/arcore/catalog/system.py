@@ -51,6 +51,8 @@ class System:
         summary: one sentence.
         claim: what the check of the paper's central claim shows, one sentence.
         checked_on: one of `CHECKED_ON`.
+        reported: numbers of the paper and what they were measured on, to stand beside those of the check; None where
+            there are none that mean something here.
         model: name of the class in the same file or folder whose constructor takes a preset's config; None where the
             system has no network of its own.
         builds_on: names of the systems that the paper builds on.
@@ -71,6 +73,7 @@ class System:
     summary: str
     claim: str
     checked_on: str
+    reported: str | None = None
     model: str | None = None
     builds_on: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()

@@ -88,6 +88,8 @@ def _report(outcome: Outcome) -> str:
     for row, (what, value, required) in zip(outcome.claim.rows, rows, strict=True):
         verdict = "holds" if row.holds else "FAILS"
         lines.append(f"  {verdict}   {what:{widths[0]}}  {value:>{widths[1]}}  {required}")
+    if system.reported:
+        lines.append(f"  the paper reports {system.reported}")
     return "\n".join([*lines, f"  {mode} on {system.checked_on}, {outcome.seconds:.1f} s"])
 
 

@@ -94,7 +94,7 @@ def _source(entry: Entry) -> str:
 
 def _facts(entry: Entry) -> dict[str, Any]:
     system, source = entry.system, entry.source
-    kept = ("name", "title", "paper", "topic", "kind", "recipe", "summary", "claim", "checked_on")
+    kept = ("name", "title", "paper", "topic", "kind", "recipe", "summary", "claim", "checked_on", "reported")
     return {
         **{name: getattr(system, name) for name in kept},
         "url": system.url,
@@ -119,6 +119,8 @@ def _details(entry: Entry, name: str) -> str:
         f"  claim    {info.claim}",
         f"  checked  on {info.checked_on}; `arcore check {info.name}` repeats it",
     ]
+    if info.reported:
+        lines.append(f"  paper's  {info.reported}")
     if info.builds_on:
         lines.insert(5, f"  builds   on {', '.join(info.builds_on)}")
     if "run" in entry.functions:

@@ -172,8 +172,8 @@ class Forecasting(Recipe):
     sampling: ClassVar[type | None] = ForecastSampling
     task: ClassVar[type[ZooTask]] = ForecastTask
     movable: ClassVar[tuple[str, ...]] = ("data",)
-    # Whether a channel that does not vary is an error.
-    refuses_constant: ClassVar[bool] = True
+    # Columns of which one that does not vary is an error; None for all.
+    must_vary: ClassVar[tuple[str, ...] | None] = None
 
     def read(self, options: Any, **more: Any) -> list[Series]:
         """The series of `options`, with fields of `more` in their place."""
@@ -202,11 +202,14 @@ class Forecasting(Recipe):
         train = self.windows(series, shape, options, "train")
         for note in train.notes:
             start.say(note)
-        if self.refuses_constant and train.constant:
+        constant = [
+            name for name in train.constant if self.must_vary is None or name.lower() in self.must_vary
+        ]
+        if constant:
             where = f" of {train.series[0].file}" if train.series[0].file else ""
             last = train.series[0].place(len(train.series[0].values) - 1)
             raise ValueError(
-                f"the column {train.constant[0]!r}{where} does not vary in the training rows (up to {last}), so there "
+                f"the column {constant[0]!r}{where} does not vary in the training rows (up to {last}), so there "
                 "is nothing to learn from it; leave it out with --columns"
             )
         if start.networks:

@@ -237,7 +237,7 @@ def test_equal_rewards_change_nothing_and_are_told(tmp_path: Path) -> None:
         ("grpo", "def reward(p, r):\n    return 0.5\n"),
         ("dpo", "def reward(p, r):\n    return 1\n"),
     ):
-        aligner = Aligner(options(tmp_path, name, source), small())
+        aligner = Aligner(options(tmp_path, name, source, kl_weight=0.0), small())
         before = weights(aligner)
         figures = aligner.advance()
         assert not moved(aligner, before)

@@ -206,3 +206,27 @@ def test_wrong_candles_and_configs():
         KronosTokenizerConfig(encoder_layers=1)
     with pytest.raises(ValueError, match="multiple of 2"):
         KronosTokenizerConfig(dim=30, num_heads=4)
+
+
+def test_prices_must_vary_and_volumes_need_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Only what candles cannot do without is refused."""
+    from arcore.cli import main
+
+    table = tmp_path / "prices.csv"
+    rows = [f"{10 + i % 5},{12 + i % 5},{9 + i % 5},5.0,7" for i in range(300)]
+    table.write_text("open,high,low,close,volume\n" + "\n".join(rows) + "\n")
+    command = [
+        "train",
+        "kronos_tokenizer_tiny",
+        "--data",
+        str(table),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+    ]
+    assert main(command) == 2
+    assert "prices.csv does not vary in the training rows" in capsys.readouterr().err
+    changing = [f"{10 + i % 5},{12 + i % 5},{9 + i % 5},{11 + i % 5},7" for i in range(300)]
+    table.write_text("open,high,low,close,volume\n" + "\n".join(changing) + "\n")
+    assert main(command) == 0

@@ -45,6 +45,7 @@ SYSTEM = System(
         "equilibrium of a cyclic game, and with constant ones at a small tau it cycles."
     ),
     checked_on="closed form",
+    reported="a length-controlled win rate of 42.6 % on AlpacaEval 2 from a Llama-3-8B SFT model",
 )
 
 

@@ -43,6 +43,7 @@ SYSTEM = System(
         "a model against itself has 50."
     ),
     checked_on="synthetic data",
+    reported="a rank correlation with Chatbot Arena of 0.98 after the correction, 0.94 before",
     builds_on=("reusable_holdout",),
 )
 

@@ -38,6 +38,7 @@ SYSTEM = System(
     summary="Encoder and decoder that mix rows by delays found by auto-correlation and split off trends.",
     claim="Correlations by FFT are the direct ones, delays are multiples of the period, trend and season add up.",
     checked_on="real data",
+    reported="a relative improvement of 38 % in squared error on six benchmarks",
 )
 
 # Largest values of minute, hour, weekday, day and month, and their smallest.

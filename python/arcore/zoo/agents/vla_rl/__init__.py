@@ -43,6 +43,7 @@ SYSTEM = System(
         "on BabyAI missions in English; a head that writes tokens one after the other beats one that does not."
     ),
     checked_on="synthetic data",
+    reported="4.5 points more than the best fine-tuned baseline on 40 tasks of LIBERO, from OpenVLA-7B",
     ops=("token_logprobs",),
     builds_on=("reusable_holdout",),
 )

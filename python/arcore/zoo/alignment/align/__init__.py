@@ -33,6 +33,7 @@ SYSTEM = System(
         "and a small model learns palindromes from a verifier; SmolLM2-135M learns a rule through LoRA."
     ),
     checked_on="published weights",
+    reported="51.7 % on MATH by a model of 7 B parameters, 46.8 % before",
     ops=("token_logprobs", "sample", "block_sparse_attention"),
     builds_on=("nft", "inpo", "srpo", "spo", "dynamic_reward_weighting", "reusable_holdout"),
 )
@@ -67,7 +68,7 @@ class Options:
         lr: learning rate.
         lora_rank: rank of the adapters; 0 trains all weights.
         max_grad_norm: gradients are scaled down to this norm.
-        kl_weight: of the KL divergence from the reference.
+        kl_weight: of the KL divergence from the reference; 0 lets the policy go wherever the reward is.
         clip_low: how far below 1 a ratio counts.
         clip_high: how far above 1 (dapo and gspo bring their own).
         clip_negative: limit of the ratio where the advantage is negative, above 1. Default: none.
@@ -112,7 +113,7 @@ class Options:
     lr: float = 1e-4
     lora_rank: int = 8
     max_grad_norm: float = 1.0
-    kl_weight: float = 0.0
+    kl_weight: float = 0.05
     clip_low: float = 0.2
     clip_high: float = 0.2
     clip_negative: float | None = None

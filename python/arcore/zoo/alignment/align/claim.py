@@ -162,15 +162,15 @@ def _smollm2() -> tuple[Row, ...]:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-        settings: dict[str, Any] = {"steps": 100, "group": 6, "prompts_per_step": 1, "max_new_tokens": 8}
+        settings: dict[str, Any] = {"steps": 100, "group": 8, "prompts_per_step": 1, "max_new_tokens": 8}
         options = Options(
             prompts=prompts,
             reward=RULE,
             out=Path(folder) / "run",
-            lr=5e-4,
-            kl_weight=0.05,
+            lr=1e-3,
             eval_samples=8,
             held_out=0.25,
+            seed=21,
             **settings,
         )
         aligner = Aligner(options)

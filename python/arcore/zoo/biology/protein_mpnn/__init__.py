@@ -32,6 +32,7 @@ SYSTEM = System(
     summary="Designs sequences for a protein backbone, residue by residue in any order; loads the published weights.",
     claim="Published weights give the log-probabilities of the package's own code; decoding in steps equals one pass.",
     checked_on="published weights",
+    reported="a recovery of 52.4 % of native sequences, Rosetta 32.9 %",
 )
 
 

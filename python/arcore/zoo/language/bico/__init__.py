@@ -35,6 +35,7 @@ SYSTEM = System(
         "the other more often than after next-token training."
     ),
     checked_on="synthetic data",
+    reported="about 70 % of reversed descriptions with Llama-7B on the data of the reversal curse, from about 0",
 )
 
 

@@ -36,6 +36,7 @@ SYSTEM = System(
         "text than from the triple alone."
     ),
     checked_on="real data",
+    reported="90.6 on SuperGLUE, people 89.8",
 )
 
 

@@ -50,6 +50,7 @@ SYSTEM = System(
     summary="Language model of candles with a coarse and a fine token; draws paths of prices.",
     claim="Coarse tokens tell of fine ones, paths through the shared prefix are those without a cache, nothing leaks.",
     checked_on="real data",
+    reported="a RankIC 93 % above that of the best other foundation model of series, on candles of 45 exchanges",
 )
 
 DependencyMode = Literal["official_generate", "causal_rope"]

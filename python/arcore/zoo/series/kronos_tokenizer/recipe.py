@@ -18,7 +18,7 @@ from arcore.recipes._recipe import ZooTask
 from arcore.recipes.forecasting import Forecasting, TableOptions
 from arcore.training.config import TrainConfig
 from arcore.zoo.series._fitting import fit
-from arcore.zoo.series._ohlcv import CANDLE, candles, rescaled
+from arcore.zoo.series._ohlcv import CANDLE, PRICES, candles, rescaled
 
 PICTURE = "reconstruction.png"
 
@@ -54,7 +54,7 @@ class Candles(Forecasting):
 
     options: ClassVar[type] = CandleOptions
     # Without volumes two columns are zeros.
-    refuses_constant: ClassVar[bool] = False
+    must_vary: ClassVar[tuple[str, ...] | None] = PRICES
 
     def read(self, options: Any, **more: Any) -> list[Series]:
         return [candles(one) for one in super().read(options, **more)]
