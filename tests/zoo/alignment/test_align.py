@@ -245,6 +245,21 @@ def test_equal_rewards_change_nothing_and_are_told(tmp_path: Path) -> None:
         assert figures["kl"] == 0
 
 
+def test_empty_responses_are_judged_as_empty_texts(tmp_path: Path) -> None:
+    """A policy that can only end: its responses are one token, the end, and no text."""
+    model, tokenizer = small()
+    model.eos_ids = tuple(range(256))
+    source = "n = []\ndef reward(prompt, response):\n    n.append(1)\n    return len(response) + len(n) % 2\n"
+    aligner = Aligner(options(tmp_path, source=source, held_out=0.0), (model, tokenizer))
+    rollout, _, responses = aligner.draw(0)
+    assert set(responses) == {""}
+    assert rollout.lengths.tolist() == [1] * 8
+    figures = aligner.advance()
+    assert figures["ratio_error"] == 0
+    assert figures["length"] == 1
+    assert figures["reward"] == pytest.approx(0.5)
+
+
 def test_a_reference_of_another_architecture_but_the_same_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,13 +274,24 @@ class CrossNovo(nn.Module):
 def ctc_loss(logprobs: Tensor, peptides: Tensor, lengths: Tensor) -> Tensor:
     """Connectionist temporal classification, mean over residues; 0 for a peptide that its slots cannot hold.
 
-    The same as `torch.nn.functional.ctc_loss(..., zero_infinity=True)`, in operations that compile as one graph.
+    `torch.nn.functional.ctc_loss(..., zero_infinity=True)`, and in compiled graphs the same in operations that a graph
+    can hold; the gradient is right behind a `log_softmax`, as that function's is.
 
     Args:
         logprobs: `[B, T, V]`, blank 0.
         peptides: int64 `[B, L]`, 0 behind the residues.
         lengths: int64 `[B]`.
     """
+    if torch.compiler.is_compiling():
+        return _ctc_by_steps(logprobs, peptides, lengths)
+    slots = torch.full_like(lengths, logprobs.shape[1])
+    first = logprobs.transpose(0, 1)
+    losses = F.ctc_loss(first, peptides, slots, lengths, reduction="none", zero_infinity=True)
+    return (losses / lengths.clamp(min=1)).mean()
+
+
+def _ctc_by_steps(logprobs: Tensor, peptides: Tensor, lengths: Tensor) -> Tensor:
+    """`ctc_loss` slot by slot; arguments are the same."""
     labels = torch.stack([torch.zeros_like(peptides), peptides], -1).flatten(1)
     labels = F.pad(labels, (0, 1))  # blank, first, blank, second, ..., blank
     size = labels.shape[1]
