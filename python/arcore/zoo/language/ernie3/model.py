@@ -318,12 +318,10 @@ def claim(*, quick: bool) -> Claim:
     """Masks and memory; in full, relations told from triple and text after training on the Bible."""
     rows = _exact_rows()
     if not quick:
-        both, alone = learned("kjv", count=1000)
+        # Settings were chosen on other seeds and on parts of the training triples.
+        both, alone = learned("kjv", count=2400, seed=21)
         rows += [
-            at_least(
-                "held-out relations told from triple and text less those from the triple alone",
-                both - alone,
-                0.2,
-            )
+            at_least("held-out relations told from triple and text", both, 0.6),
+            at_least("the same less those from the triple alone", both - alone, 0.2),
         ]
     return Claim(tuple(rows))
