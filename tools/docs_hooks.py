@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_table
 import zoo_table
 
+from arcore.catalog import Entry
 from arcore.zoo.alignment.generative_rl import taxonomy as generative_rl
 from arcore.zoo.language.nar.registry import taxonomy as nar
 
@@ -27,12 +28,19 @@ def _pages() -> dict[str, str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lists a page per system below "Zoo" in the navigation."""
+    """Lists a page per system below "Zoo" in the navigation, by topic."""
     for entry in config.nav or []:
         if isinstance(entry, dict) and "Zoo" in entry:
-            entry["Zoo"] = sorted(zoo_table.pages(), key=lambda name: (name != "zoo/index.md", name))
-            entry["Zoo"] += TAXONOMIES
+            topics = [
+                {topic: [f"zoo/{found.system.name}.md" for found in sorted(entries, key=_title)]}
+                for topic, entries in zoo_table.by_topic().items()
+            ]
+            entry["Zoo"] = ["zoo/index.md", "zoo/papers.md", *topics, *TAXONOMIES]
     return config
+
+
+def _title(entry: Entry) -> str:
+    return entry.system.title.casefold()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -112,15 +112,15 @@ def index(recorded: dict[str, Any]) -> str:
             "",
             topic_text(topic),
             "",
-            "| system | what it is | claim checked on |",
-            "|---|---|---|",
+            "| system | what it is, and what its claim was checked on |",
+            "|---|---|",
         ]
         for entry in sorted(entries, key=lambda entry: entry.system.name):
             system = entry.system
             holds = recorded.get(system.name, {}).get("holds")
             state = {True: "holds", False: "does not hold", None: "not recorded"}[holds]
             lines.append(
-                f"| [{system.title}]({system.name}.md) | {system.summary} | {system.checked_on}: {state} |"
+                f"| [{system.title}]({system.name}.md) | {system.summary}<br>*{system.checked_on}: {state}* |"
             )
     return "\n".join([*lines, ""])
 
@@ -183,10 +183,11 @@ def _claim(entry: Entry, recorded: dict[str, Any]) -> list[str]:
         return [*lines, "No full check is recorded yet.", ""]
     if found["error"]:
         return [*lines, "", f"The recorded check failed: {found['error']}", ""]
-    lines += ["", "| measured | | required | |", "|---|---:|---|---|"]
+    # The sentence comes last: the last column takes what width there is.
+    lines += ["", "| claim | measured | required | what was measured |", "|---|---:|---|---|"]
     for row in found["rows"]:
         verdict = "holds" if row["holds"] else "**does not hold**"
-        lines.append(f"| {_cell(row['what'])} | {shown(row['measured'])} | {row['required']} | {verdict} |")
+        lines.append(f"| {verdict} | {shown(row['measured'])} | {row['required']} | {_cell(row['what'])} |")
     commit = f", commit {found['commit']}" if found["commit"] else ""
     return [
         *lines,
@@ -200,16 +201,27 @@ def _presets(entry: Entry) -> list[str]:
     if not entry.presets:
         return []
     info = model_info(entry.system.name)
-    lines = ["## Presets", "", "| preset | parameters | |", "|---|---:|---|"]
+    lines = ["## Presets", "", "| preset | parameters | what it is for |", "|---|---:|---|"]
     for preset in info.presets:
         note = f" Tokenizer: `{preset.tokenizer}`." if preset.tokenizer else ""
         lines.append(f"| `{preset.name}` | {preset.size} | {preset.summary}{note} |")
     names = [preset.name for preset in info.presets]
     lines += ["", f"| setting | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     for field in dataclasses.fields(info.presets[0].config):
-        values = [_cell(str(getattr(preset.config, field.name))) for preset in info.presets]
+        values = [_cell(_value(getattr(preset.config, field.name))) for preset in info.presets]
         lines.append(f"| `{field.name}` | {' | '.join(values)} |")
     return [*lines, ""]
+
+
+def _value(value: Any) -> str:
+    """A setting, numbers to four digits: 2 / 30 is 0.06667."""
+    if isinstance(value, float):
+        short = f"{value:.4g}"
+        return str(value) if len(str(value)) <= len(short) + 1 else short
+    if isinstance(value, tuple):
+        inner = ", ".join(map(_value, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    return str(value)
 
 
 def example(entry: Entry) -> tuple[Path, str] | None:

@@ -1,4 +1,5 @@
-"""One step of GRPO on a language model, with rewards of its own texts; random weights.
+"""One step of GRPO on a language model, with rewards of its own texts; random
+weights.
 
 `arcore run align --prompts prompts.txt --reward reward.py` does the whole of it.
 """
@@ -27,6 +28,11 @@ texts = [
 rewards = torch.tensor([vowels("", text) for text in texts])
 
 stats = score_rollout(model, rollout)
-loss = grpo_loss(stats.logp, stats.logp.detach(), group_advantages(rewards, rollout.groups), rollout.mask)
+loss = grpo_loss(
+    stats.logp,
+    stats.logp.detach(),
+    group_advantages(rewards, rollout.groups),
+    rollout.mask,
+)
 loss.backward()
 print(f"mean reward {rewards.mean():.3f}, loss {loss.item():.4f}")

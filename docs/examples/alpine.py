@@ -1,4 +1,6 @@
-"""Train a small transformer on paths of a random graph, briefly, and count valid paths by kind of pair."""
+"""Train a small transformer on paths of a random graph, briefly, and count valid
+paths by kind of pair.
+"""
 
 from arcore.zoo.learning_theory.alpine import Options, run
 

@@ -1,4 +1,6 @@
-"""A language model read in both directions for masked tokens, so that facts can be reversed; random weights."""
+"""A language model read in both directions for masked tokens, so that facts can be
+reversed; random weights.
+"""
 
 import torch
 

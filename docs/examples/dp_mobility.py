@@ -1,4 +1,5 @@
-"""Forecast counts of people in regions, by a model with random weights; its training is private.
+"""Forecast counts of people in regions, by a model with random weights; its
+training is private.
 
 `arcore train dp_mobility_tiny --help` shows the options of differential privacy.
 """
@@ -14,5 +15,10 @@ calendar = torch.ones(1, config.context + config.horizon, 5, dtype=torch.int64)
 with torch.no_grad():
     print(
         "next counts:",
-        [f"{count:.2f}" for count in model.forecast(counts, calendar, config.horizon)[0, 0].tolist()],
+        [
+            f"{count:.2f}"
+            for count in model.forecast(counts, calendar, config.horizon)[
+                0, 0
+            ].tolist()
+        ],
     )

@@ -1,4 +1,6 @@
-"""Weights of several rewards: by what widens the front of what was found, and by the rewards' gradients."""
+"""Weights of several rewards: by what widens the front of what was found, and by
+the rewards' gradients.
+"""
 
 import torch
 
@@ -9,8 +11,15 @@ from arcore.zoo.alignment.dynamic_reward_weighting import (
 )
 
 keeper = HypervolumeWeight([0.0, 0.0])
-for point in ([0.2, 0.5], [0.2, 0.4], [0.5, 0.6]):  # mean rewards of three validations
-    print(f"validation {point}: the next rewards count {keeper.update(point):.2f} times")
+for point in (
+    [0.2, 0.5],
+    [0.2, 0.4],
+    [0.5, 0.6],
+):  # mean rewards of three validations
+    print(
+        f"validation {point}: the next rewards count {keeper.update(point):.2f} "
+        "times"
+    )
 
 weights = gradient_weights(torch.tensor([0.5, 0.5]), torch.randn(2, 100), lr=0.1)
 logprobs = torch.rand(4, 6).log().requires_grad_()

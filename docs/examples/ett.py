@@ -1,4 +1,6 @@
-"""Name pictures from their codes, with a loss that reaches the tokenizer; random weights."""
+"""Name pictures from their codes, with a loss that reaches the tokenizer; random
+weights.
+"""
 
 import torch
 
@@ -12,6 +14,11 @@ images = torch.rand(2, 1, size, size) * 2 - 1
 vectors, _, _ = read_codes(tokenizer, images)
 loss = caption_loss(model, vectors, model.encode(["three", "seven"]))
 loss.backward()
-reached = sum(int(p.grad is not None and bool(p.grad.any())) for p in tokenizer.parameters())
+reached = sum(
+    int(p.grad is not None and bool(p.grad.any())) for p in tokenizer.parameters()
+)
 print(f"loss {loss.item():.2f}, tensors of the tokenizer that it moves: {reached}")
-print("bytes of captions:", [len(text) for text in model.eval().captions(vectors.detach())])
+print(
+    "bytes of captions:",
+    [len(text) for text in model.eval().captions(vectors.detach())],
+)

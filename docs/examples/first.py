@@ -4,7 +4,11 @@ import torch
 
 import arcore
 from arcore.decoding import generate
-from arcore.zoo.acceleration.first import Routers, SkippingModel, routed_loss
+from arcore.zoo.acceleration.first.routing import (
+    Routers,
+    SkippingModel,
+    routed_loss,
+)
 
 model = arcore.create_model("llama_tiny", num_layers=5).eval().requires_grad_(False)
 routers = Routers(model.config.dim, 5)

@@ -1,4 +1,6 @@
-"""One generator moved towards a reward in one of the ways of the survey, very briefly."""
+"""One generator moved towards a reward in one of the ways of the survey, very
+briefly.
+"""
 
 from arcore.zoo.alignment.generative_rl import Options, run
 

@@ -9,4 +9,11 @@ candles = torch.randn(2, 24, 6)
 with torch.no_grad():
     coarse, fine = tokenizer.encode(candles)
     back = tokenizer.decode(coarse, fine)
-print("coarse:", coarse[0, :6].tolist(), "fine:", fine[0, :6].tolist(), "back:", tuple(back.shape))
+print(
+    "coarse:",
+    coarse[0, :6].tolist(),
+    "fine:",
+    fine[0, :6].tolist(),
+    "back:",
+    tuple(back.shape),
+)

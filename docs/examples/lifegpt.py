@@ -1,4 +1,6 @@
-"""States of Conway's Game of Life, and a language model that is asked for the next one; random weights."""
+"""States of Conway's Game of Life, and a language model that is asked for the next
+one; random weights.
+"""
 
 import torch
 

@@ -1,4 +1,6 @@
-"""Train a linear layer on sequences of linear dynamics, briefly, and compare it with the optimum."""
+"""Train a linear layer on sequences of linear dynamics, briefly, and compare it
+with the optimum.
+"""
 
 from arcore.zoo.learning_theory.mesa_optimisation import Options, run
 

@@ -10,7 +10,9 @@ loss = nft_loss(
     logprobs,
     old,
     correct=torch.tensor([1, 0, 0, 1, 1, 1, 0, 1]),
-    groups=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),  # four answers for each of two questions
+    groups=torch.tensor(
+        [0, 0, 0, 0, 1, 1, 1, 1]
+    ),  # four answers for each of two questions
     mask=torch.ones(8, 6, dtype=torch.bool),
 )
 loss.backward()

@@ -1,4 +1,6 @@
-"""Rename the identifiers of Python code and bring them back; names by a model with random weights."""
+"""Rename the identifiers of Python code and bring them back; names by a model with
+random weights.
+"""
 
 import arcore
 from arcore.zoo.language.obfuscate.model import name_again

@@ -1,9 +1,11 @@
-"""Design sequences for a backbone, by a model with random weights; the first residues stay as they are."""
+"""Design sequences for a backbone, by a model with random weights; the first
+residues stay as they are.
+"""
 
 import torch
 
 import arcore
-from arcore.zoo.biology.protein_mpnn.model import helices
+from arcore.zoo.biology.protein_mpnn.claim import helices
 
 model = arcore.create_model("protein_mpnn_tiny").eval()
 backbone = helices(2, 10)  # two helices of ten residues

@@ -13,4 +13,11 @@ images = torch.rand(2, channels, size, size) * 2 - 1
 with torch.no_grad():
     latents = model.encode(images)
     pictures = model.decode(latents)
-print("images:", tuple(images.shape), "latents:", tuple(latents.shape), "back:", tuple(pictures.shape))
+print(
+    "images:",
+    tuple(images.shape),
+    "latents:",
+    tuple(latents.shape),
+    "back:",
+    tuple(pictures.shape),
+)

@@ -1,4 +1,6 @@
-"""One training loss over all blocks, and images block by block, by a model with random weights."""
+"""One training loss over all blocks, and images block by block, by a model with
+random weights.
+"""
 
 import sys
 
@@ -14,8 +16,12 @@ labels = torch.tensor([3, 7])
 clean = torch.randn(2, model.num_blocks, *model.block_shape)
 noise, t = torch.randn_like(clean), torch.randint(1000, clean.shape[:2])
 noisy = add_noise(model.schedule, clean, noise, t)
-loss = diffusion_loss(model(clean, noisy, t, labels), clean, noise, t, model.schedule)
+loss = diffusion_loss(
+    model(clean, noisy, t, labels), clean, noise, t, model.schedule
+)
 print("loss:", round(loss.item(), 3))
 
-blocks = generate_blocks(model, labels, times=model.schedule.grid(5, "linspace"), seed=0)
+blocks = generate_blocks(
+    model, labels, times=model.schedule.grid(5, "linspace"), seed=0
+)
 print("images:", tuple(model.to_pixels(blocks).shape))

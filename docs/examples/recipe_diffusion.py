@@ -20,5 +20,7 @@ noisy = add_noise(model.schedule, images, noise, t)
 loss = diffusion_loss(model(noisy, t, labels), images, noise, t, model.schedule)
 print("loss:", round(loss.item(), 3))
 
-drawn = model.to_pixels(generate_blocks(model, labels, times=model.schedule.grid(5, "linspace"), seed=0))
+drawn = model.to_pixels(
+    generate_blocks(model, labels, times=model.schedule.grid(5, "linspace"), seed=0)
+)
 print("images:", tuple(drawn.shape))

@@ -1,4 +1,6 @@
-"""One training loss with some tokens hidden, and images in random order, by a model with random weights."""
+"""One training loss with some tokens hidden, and images in random order, by a
+model with random weights.
+"""
 
 import sys
 
@@ -14,7 +16,9 @@ tokens = torch.randn(2, *model.token_shape)
 visible, masked = draw_visible(*tokens.shape[:2])
 rows = torch.arange(2)[:, None]
 z = model(tokens, visible, labels)[rows, masked]
-loss, _ = diffusion_head_loss(model.head, tokens[rows, masked].flatten(0, 1), z.flatten(0, 1))
+loss, _ = diffusion_head_loss(
+    model.head, tokens[rows, masked].flatten(0, 1), z.flatten(0, 1)
+)
 print("loss:", round(loss.item(), 3))
 
 times = model.head.schedule.grid(5, "linspace")

@@ -8,7 +8,9 @@ import arcore
 
 model = arcore.create_model(sys.argv[1]).eval()
 config = model.config
-images = torch.rand(2, config.in_channels, config.image_size, config.image_size) * 2 - 1
+images = (
+    torch.rand(2, config.in_channels, config.image_size, config.image_size) * 2 - 1
+)
 with torch.no_grad():
     codes = model.encode(images)
     again = model.decode(codes)

@@ -1,4 +1,6 @@
-"""Forecast a network of sensors, told how far the present is from its history; random weights."""
+"""Forecast a network of sensors, told how far the present is from its history;
+random weights.
+"""
 
 import torch
 

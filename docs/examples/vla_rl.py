@@ -1,4 +1,6 @@
-"""A policy that writes an action as two tokens: cloned from demonstrations, then improved by PPO on a small table."""
+"""A policy that writes an action as two tokens: cloned from demonstrations, then
+improved by PPO on a small table.
+"""
 
 from arcore.zoo.agents.vla_rl import Sums, table_policy
 from arcore.zoo.agents.vla_rl.training import PPO, Trainer, clone, success

@@ -1,8 +1,13 @@
-"""Text and image codes in one sequence: draw codes for captions, pixels for codes; random weights."""
+"""Text and image codes in one sequence: draw codes for captions, pixels for codes;
+random weights.
+"""
 
 import arcore
 
-model, tokenizer = arcore.create_model("xomni_tiny").eval(), arcore.create_model("vq16_tiny").eval()
+model, tokenizer = (
+    arcore.create_model("xomni_tiny").eval(),
+    arcore.create_model("vq16_tiny").eval(),
+)
 codes = model.draw(["three", "seven"], seed=0)
 print(
     "codes:",

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from arcore.catalog import list_models, list_systems, model_info
+from arcore.catalog import catalog, list_models, list_systems, model_info, search
+
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_lists_every_preset_with_its_size_and_every_other_system(arcore):
@@ -69,6 +72,19 @@ def test_finds_by_title_number_topic_kind_and_words(arcore, words, found):
         assert f":{model_info(name).line}" in text
 
 
+def test_every_name_title_and_number_finds_its_system():
+    for name, entry in catalog().items():
+        system = entry.system
+        for words in (name, system.title, system.title.upper(), system.paper, system.url, *entry.presets):
+            assert entry in search(words), (name, words)
+
+
+def test_every_name_in_readmes_table_is_found():
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| \[([^]]+)\]\(python/", README.read_text(), re.MULTILINE)
+    assert len(rows) >= 5
+    assert all(search(title) for title in rows)
+
+
 def test_json_has_what_programs_need(arcore):
     content = json.loads(arcore("zoo", "--json").out)
     assert [entry["name"] for entry in content] == list_systems()
@@ -98,6 +114,8 @@ def test_json_has_what_programs_need(arcore):
         (("var_tinny",), "did you mean var_tiny"),
         (("Mutli-scale VQ",), "did you mean Multi-scale VQ"),
         (("2404.02950",), "did you mean arXiv:2404.02905"),
+        (("medussa", "heads"), "did you mean medusa"),
+        (("levensthein",), "did you mean levenshtein"),
         (("nothing_like_it_at_all",), "`arcore zoo` lists all"),
     ],
 )

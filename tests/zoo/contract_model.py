@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import arcore
 from arcore.catalog import find, list_systems
 from arcore.models import load_checkpoint, save_checkpoint
+from arcore.nn.kinds import argument_kinds
 
 MAX_PARAMETERS = 2_000_000
 
@@ -30,6 +33,28 @@ def test_forward_has_the_promised_shape(adapter, model):
     assert tuple(out.shape) == adapter.expected_shape()
     assert out.dtype == torch.float32
     assert out.isfinite().all()
+
+
+@torch.no_grad()
+def test_forward_refuses_what_are_no_tensors(adapter, model):
+    """Lists, texts and None in place of a tensor: our error, which names the argument."""
+    calls = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    adapter.forward(model)
+    handle.remove()
+    args, kwargs = calls[0]
+    names = list(inspect.signature(model.forward).parameters)
+    for place, value in enumerate(args):
+        if not isinstance(value, torch.Tensor):
+            continue
+        kind = argument_kinds(model.forward)[names[place]]
+        for wrong in (value.tolist(), "x", *([None] if type(None) not in get_args(kind) else [])):
+            if isinstance(wrong, list) and kind is not torch.Tensor:
+                continue
+            with pytest.raises(TypeError, match=f"expected {names[place]} to be a"):
+                model(*args[:place], wrong, *args[place + 1 :], **kwargs)
 
 
 def test_gradients_reach_all_parameters(adapter, model):

@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -336,12 +337,16 @@ def search(words: str = "") -> list[Entry]:
         known[entry.system.title.casefold()] = entry.system.title
         known[entry.system.paper.removeprefix("arXiv:").casefold()] = entry.system.paper
         known |= {text: text for text in (entry.system.topic, entry.system.kind)}
-    close = difflib.get_close_matches(number, known, n=3, cutoff=0.6)
-    end = (
-        f"; did you mean {' or '.join(known[name] for name in close)}?"
-        if close
-        else "; `arcore zoo` lists all"
-    )
+    close = [known[text] for text in difflib.get_close_matches(number, known, n=3, cutoff=0.6)]
+    if not close:
+        # A method that some system's text names: the words that occur nowhere, and those that are like them.
+        texts = [_about(entry) for entry in every]
+        spoken = {word for text in texts for word in re.findall(r"[a-z][\w+-]{2,}", text)}
+        strange = [word for word in wanted.split() if not any(word in text for text in texts)]
+        close = [
+            near for word in strange for near in difflib.get_close_matches(word, spoken, n=2, cutoff=0.75)
+        ]
+    end = f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else "; `arcore zoo` lists all"
     raise ValueError(f"nothing in the zoo fits {words!r}{end}")
 
 

@@ -79,7 +79,7 @@ def check_text(name: str, value: object, hint: str = "") -> str:
         TypeError: it is none.
     """
     if not isinstance(value, str):
-        raise TypeError(f"expected {name} as a text{hint} but got {_came(value)}")
+        raise TypeError(f"expected {name} as a text{hint} but got {came(value)}")
     return value
 
 
@@ -90,10 +90,10 @@ def check_path(name: str, value: object) -> Path:
         TypeError: it is neither a text nor a path.
     """
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"expected {name} as a path but got {_came(value)}")
+        raise TypeError(f"expected {name} as a path but got {came(value)}")
     path = os.fspath(value)
     if not isinstance(path, str):
-        raise TypeError(f"expected {name} as a path but got {_came(value)}")
+        raise TypeError(f"expected {name} as a path but got {came(value)}")
     return Path(path)
 
 
@@ -111,7 +111,7 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 def check_tensor(name: str, value: object, hint: str = "") -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"expected {name} to be a tensor{hint} but got {_came(value)}")
+        raise TypeError(f"expected {name} to be a tensor{hint} but got {came(value)}")
 
 
 def check_sequence(name: str, value: object, of: str) -> None:
@@ -121,16 +121,19 @@ def check_sequence(name: str, value: object, of: str) -> None:
         or not hasattr(value, "__len__")
         or not hasattr(value, "__getitem__")
     ):
-        raise TypeError(f"expected {name} as a sequence of {of} but got {_came(value)}")
+        raise TypeError(f"expected {name} as a sequence of {of} but got {came(value)}")
 
 
 def check_instance(name: str, value: object, kind: Any, hint: str = "") -> None:
     """Raise TypeError unless `value` is of a class or protocol."""
     if not isinstance(value, kind):
-        raise TypeError(f"expected {name} to be a {kind.__name__} but got {_came(value)}{hint}")
+        raise TypeError(f"expected {name} to be a {kind.__name__} but got {came(value)}{hint}")
 
 
-def _came(value: object) -> str:
+def came(value: object) -> str:
+    """A value and its kind, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {dtype_name(value.dtype)}"
     shown = repr(value)
     return f"{shown if len(shown) <= 40 else shown[:40] + '...'} ({type(value).__name__})"
 

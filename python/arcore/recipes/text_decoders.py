@@ -39,6 +39,7 @@ from arcore.decoding import (
     typical,
 )
 from arcore.decoding.speculative import Verify
+from arcore.nn.checks import check_choice
 from arcore.ops.speculative import codebook_neighbours
 
 # N-grams are counted in so many tokens at most, which takes a few seconds.
@@ -162,7 +163,8 @@ def text_decoder(name: str) -> TextDecoder:
         return _OWN[name]
     entry = catalog().get(name) or next((e for e in catalog().values() if name in e.system.aliases), None)
     if entry is None or FUNCTION not in entry.functions:
-        raise ValueError(f"--decoder {name}: choose {', '.join(decoder_names())}")
+        check_choice("--decoder", name, decoder_names())
+    assert entry is not None
     found = load(entry.functions[FUNCTION], FUNCTION)()
     if not isinstance(found, TextDecoder):
         raise TypeError(f"expected text_decoder() of {name} to return a TextDecoder but got {found!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 _WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -41,6 +47,20 @@ def shard(network: nn.Module, mesh: Any) -> None:
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    # Losses call other methods than `forward` too, such as a forecaster's `objective`.
+    for name in _methods(type(network)):
+        register_fsdp_forward_method(network, name)
+
+
+def _methods(kind: type) -> set[str]:
+    """Names of the public methods that a class of network has beside those of every module."""
+    return {
+        name
+        for base in kind.__mro__
+        if base not in nn.Module.__mro__
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and name[0] != "_" and not hasattr(nn.Module, name)
+    }
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -374,7 +374,10 @@ def test_judges_and_prompts_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"objective": "reinforce"}, "expected one of grpo, dr_grpo"),
+        (
+            {"objective": "drgrpo"},
+            r"expected --objective to be one of .grpo., .dr_grpo..* did you mean .dr_grpo.",
+        ),
         ({"group": 1}, "advantage in a group of one is always 0"),
         ({"objective": "dpo", "group": 3}, "give an even number"),
         ({"objective": "inpo", "tau": 0.1, "eta": 0.05}, r"--tau 0.1: expected 0 < tau <= eta=0.05"),

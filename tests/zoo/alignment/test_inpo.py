@@ -104,7 +104,7 @@ def test_the_optimistic_step_comes_closer_with_a_constant_eta():
 
     assert distance("optimistic") <= 0.01
     assert distance("plain") >= 0.05
-    with pytest.raises(ValueError, match="'plain' or 'optimistic' but got 'omd'"):
+    with pytest.raises(ValueError, match="'plain', 'optimistic' but got 'omd'"):
         self_play(table, reference, tau=0.05, step="omd")
 
 

@@ -122,7 +122,10 @@ def test_nft_and_grpo_start_alike():
         ({"correct": torch.ones(7)}, r"expected correct \(8,\) of 0 and 1 but got shape \(7,\)"),
         ({"floor": 0.0}, "expected floor > 0 and negative_weight >= 0 but got 0.0 and 1.0"),
         ({"negative_weight": -1.0}, "expected floor > 0 and negative_weight >= 0 but got 1.0 and -1.0"),
-        ({"prompt_weight": "std"}, "expected prompt_weight to be one of root, wrong, none but got 'std'"),
+        (
+            {"prompt_weight": "std"},
+            "expected prompt_weight to be one of 'root', 'wrong', 'none' but got 'std'",
+        ),
         ({"groups": torch.zeros(3)}, "expected rewards and groups of one shape"),
     ],
 )

@@ -12,13 +12,12 @@ from torch import Tensor
 import arcore
 from arcore.cli import main
 from arcore.data.proteins import ideal_backbone, read_fasta, read_pdb, write_fasta
+from arcore.zoo.biology.protein_mpnn.claim import against_package, helices
+from arcore.zoo.biology.protein_mpnn.layers import Backbones
 from arcore.zoo.biology.protein_mpnn.model import (
     ALPHABET,
-    Backbones,
-    against_package,
     all_others,
     before,
-    helices,
     nothing,
     packaged,
     random_order,

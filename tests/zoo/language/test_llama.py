@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor
 
 from arcore.decoding import generate
-from arcore.zoo.language.llama import Llama, LlamaConfig, llama_tiny
+from arcore.zoo.language.llama import Llama, LlamaConfig
+from arcore.zoo.language.llama.presets import llama_tiny
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -86,7 +86,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="--scale must be a number above 0 but got 0"):
         Options(scale=0.0)
     with pytest.raises(
-        ValueError, match="expected start to be one of ones, gaussian, sparse but got 'zeros'"
+        ValueError, match="expected start to be one of 'ones', 'gaussian', 'sparse' but got 'zeros'"
     ):
         sequences("zeros")
     with pytest.raises(ValueError, match="at least 3 states"):

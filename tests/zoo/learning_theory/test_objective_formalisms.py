@@ -156,7 +156,7 @@ def test_bad_input():
     environment = two_states()
     with pytest.raises(ValueError, match=r"expected a policy \[2, 2\] of probabilities"):
         occupancy(environment, np.ones((2, 2)))
-    with pytest.raises(ValueError, match="expected formalism to be 'markov' or 'machine'"):
+    with pytest.raises(ValueError, match="expected formalism to be one of 'markov', 'machine'"):
         express(environment, deterministic(environment), [[0], [1]], formalism="ltl")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="each once"):
         express(environment, deterministic(environment), [[0], [0, 1]], formalism="markov")

@@ -83,7 +83,10 @@ def test_regret_of_one_cost_is_what_the_first_steps_lose():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"domain": "sphere"}, "expected domain to be ball, box, simplex or entropy but got 'sphere'"),
+        (
+            {"domain": "sphere"},
+            "expected domain to be one of 'ball', 'box', 'simplex', 'entropy' but got 'sphere'",
+        ),
         ({"step": 1.0, "strong": 1.0}, "expected step or strong but got both"),
         ({"step": 0.0}, "expected step > 0 but got 0"),
         ({"strong": math.inf}, "expected strong > 0 but got inf"),

@@ -15,7 +15,7 @@ from arcore.models import save_checkpoint
 from arcore.tokenizers import MultiScaleVQ
 from arcore.zoo.next_scale.code import TEMPERATURES, Options, _draw, decode_together, run, small_pair
 from arcore.zoo.next_scale.var import VAR, VARConfig
-from arcore.zoo.tokenizers.multi_scale_vq.model import MultiScaleVQConfig
+from arcore.zoo.tokenizers.multi_scale_vq.config import MultiScaleVQConfig
 
 
 class Contract:

@@ -15,16 +15,14 @@ from arcore import masks
 from arcore.catalog.claims import shaken
 from arcore.decoding import generate_next_scale
 from arcore.models import load_weights
-from arcore.zoo.next_scale.hmar import (
-    HMAR,
+from arcore.zoo.next_scale.hmar.model import HMAR, HMARConfig
+from arcore.zoo.next_scale.hmar.refine import generate_refined, with_refinement
+from arcore.zoo.next_scale.hmar.schedule import (
     SIDES_256,
     SIDES_512,
-    HMARConfig,
-    generate_refined,
     lognorm_weights,
     own_inputs,
     published_schedule,
-    with_refinement,
 )
 from arcore.zoo.next_scale.var import VAR, VARConfig
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import arcore
 from arcore.tokenizers import MultiScaleVQ, MultiScaleVQConfig
 from arcore.zoo.tokenizers.multi_scale_vq import model as multi_scale_vq
-from arcore.zoo.tokenizers.multi_scale_vq.model import MultiScaleQuantizer, phi_indices
+from arcore.zoo.tokenizers.multi_scale_vq.quantizer import MultiScaleQuantizer, phi_indices
 
 SMALL = {
     "in_channels": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from arcore.zoo.tokenizers.multi_scale_vq.model import phi_indices
+from arcore.zoo.tokenizers.multi_scale_vq.quantizer import phi_indices
 
 
 @pytest.mark.parametrize("num_phi", [1, 2, 3, 4, 5])

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import arcore
 from arcore.catalog.claims import shaken
-from arcore.zoo.tokenizers.titok_kl import TiTokKL, TiTokKLConfig, claim
+from arcore.zoo.tokenizers.titok_kl.claim import claim
+from arcore.zoo.tokenizers.titok_kl.config import TiTokKLConfig
+from arcore.zoo.tokenizers.titok_kl.model import TiTokKL
 
 # One head of 64 channels, and norms of 16 groups as wide as the finest level: what a file's shapes tell.
 SMALL: dict[str, Any] = {

@@ -22,6 +22,7 @@ from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals
 from arcore.decoding import Sampling, SpeculativeOutput, copy_above, generate, jacobi, random_tokens
 from arcore.decoding.laws import g_test, outcomes, small_model, text_law
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 from arcore.zoo.acceleration._common import train_raster
 
@@ -41,6 +42,7 @@ SYSTEM = System(
 WINDOW = 16
 
 
+@check_kinds
 def decode_image(
     model: DraftableModel,
     prompt: Tensor | Sequence[Sequence[int]],

@@ -30,6 +30,7 @@ from arcore.catalog import System, load_checkpoint, save_checkpoint
 from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.catalog.running import Report
 from arcore.decoding import generate_next_scale
+from arcore.nn.kinds import check_kinds
 from arcore.ops import token_logprobs
 
 SYSTEM = System(
@@ -72,6 +73,7 @@ def ddo_terms(
     return F.softplus(-beta * (logp - ref)), F.softplus(beta * (own - own_ref))
 
 
+@check_kinds
 def ddo_loss(
     logp: Tensor,
     ref: Tensor,
@@ -119,6 +121,7 @@ def ddo_loss(
     return of_data.mean() + alpha * of_draws.mean()
 
 
+@check_kinds
 def optimum(data: Tensor, ref: Tensor, beta: float) -> tuple[Tensor, float]:
     """The law that the loss is least at, and the alpha that it is for (section 3.2).
 
@@ -133,11 +136,13 @@ def optimum(data: Tensor, ref: Tensor, beta: float) -> tuple[Tensor, float]:
     return log.softmax(0), float((beta * log.logsumexp(0)).exp())
 
 
+@check_kinds
 def contrastive_labels(labels: Tensor) -> Tensor:
     """Labels of the next row, for CCA: each picture under a label that is likely wrong."""
     return labels.roll(1, 0)
 
 
+@check_kinds
 def code_logprobs(model: Any, tokenizer: Any, indices: list[Tensor], labels: Tensor) -> Tensor:
     """Log-probabilities of the codes of all scales, float32 `[B, L]`, under a next-scale model in evaluation mode."""
     inputs = tokenizer.scale_inputs(indices).to(next(model.parameters()).dtype)

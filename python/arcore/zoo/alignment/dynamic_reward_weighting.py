@@ -32,6 +32,7 @@ from torch import Tensor
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import group_advantages, grpo_loss
 from arcore.objectives.policy import Deviation, Reduction
 from arcore.ops import token_logprobs
@@ -58,6 +59,7 @@ Variant = Literal["fixed", "gradient", "hypervolume"]
 VARIANTS: tuple[Variant, ...] = ("fixed", "gradient", "hypervolume")
 
 
+@check_kinds
 def weighted_reward_loss(
     logprobs: Tensor,
     old: Tensor,
@@ -103,6 +105,7 @@ def weighted_reward_loss(
     return grpo_loss(logprobs, old, gain, mask, clip_low=clip_low, clip_high=clip_high, how=how)
 
 
+@check_kinds
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Exact volume of what the points dominate above the reference point; every objective is maximised.
 
@@ -147,11 +150,13 @@ class HypervolumeWeight:
         reference: `[M]`, the point that the volume is above, such as the first validation.
     """
 
+    @check_kinds
     def __init__(self, reference: ArrayLike) -> None:
         self.reference = np.asarray(reference, dtype=np.float64)
         self.points: list[Array] = []
         self.volume = hypervolume([], self.reference)
 
+    @check_kinds
     def update(self, point: ArrayLike) -> float:
         """The factor for the next rewards, in [0.5, 2], after a validation.
 
@@ -182,6 +187,7 @@ class HypervolumeWeight:
         return made
 
 
+@check_kinds
 def gradient_weights(weights: Tensor, gradients: Tensor, *, lr: float, mu: float = 1.0) -> Tensor:
     """The next weights, by the influence of each reward's gradient; they sum to 1.
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.alignment._games import Vector, checked, cyclic_game, omd_step, regularised_nash
 
 SYSTEM = System(
@@ -49,6 +50,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 def inpo_loss(
     policy: Tensor,
     reference: Tensor,
@@ -106,6 +108,7 @@ def _check_steps(name: str, tau: float, eta: float) -> None:
         )
 
 
+@check_kinds
 def self_play(
     preferences: ArrayLike,
     reference: ArrayLike,

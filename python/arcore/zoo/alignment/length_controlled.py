@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.statistics.reusable_holdout import guard_file, told
 
 SYSTEM = System(
@@ -76,6 +77,7 @@ class LengthControlled(BaseEstimator):  # type: ignore[misc]
     def __init__(self, penalty: float = 1e-3) -> None:
         self.penalty = penalty
 
+    @check_kinds
     def fit(
         self,
         preference: ArrayLike,
@@ -309,6 +311,7 @@ def _guarded(options: Options, path: Path, models: Mapping[str, Mapping[str, Seq
     return Report("\n".join(lines), values)
 
 
+@check_kinds
 def synthetic(
     verbosity: float, *, rows: int = 805, theta: float = 0.4, phi: float = 1.5, seed: int = 0
 ) -> dict[str, Vector]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import group_advantages, group_statistics, grpo_loss, log_ratio, reduce
 from arcore.objectives.policy import Ratio, Reduction
 from arcore.ops import token_logprobs
@@ -49,6 +50,7 @@ _LARGEST_LOG_RATIO = 10.0
 _SHARES = (0.02, 0.98)
 
 
+@check_kinds
 def nft_loss(
     logprobs: Tensor,
     old: Tensor,

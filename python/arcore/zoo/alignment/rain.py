@@ -28,6 +28,7 @@ from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding import Sampling, Session, generate
 from arcore.decoding.laws import small_model
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 from arcore.zoo.alignment._evaluators import from_file, own_verdict
 
@@ -148,6 +149,7 @@ class Rain:
         evaluations: calls of the evaluator.
     """
 
+    @check_kinds
     def __init__(
         self,
         model: DraftableModel,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, steps
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import group_advantages, grpo_loss
 from arcore.objectives.policy import Deviation, Reduction
 from arcore.zoo.alignment._games import Vector, checked, cyclic_game, exploitability, normalised
@@ -41,6 +42,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 def win_rate_rewards(wins: Tensor) -> Tensor:
     """The share of the other responses that each beats; in each group they sum to B / 2.
 
@@ -69,6 +71,7 @@ def win_rate_rewards(wins: Tensor) -> Tensor:
     return torch.where(itself, 0.0, wins).sum(-1) / (wins.shape[-1] - 1)
 
 
+@check_kinds
 def spo_loss(
     logprobs: Tensor,
     old: Tensor,
@@ -116,6 +119,7 @@ def spo_loss(
     )
 
 
+@check_kinds
 def minimax_winner(preferences: ArrayLike) -> Vector:
     """A policy that no response beats more often than half of the time, by linear programming.
 
@@ -140,6 +144,7 @@ def minimax_winner(preferences: ArrayLike) -> Vector:
     return np.asarray(np.clip(found.x[:count], 0, None) / np.clip(found.x[:count], 0, None).sum())
 
 
+@check_kinds
 def sampled_self_play(
     preferences: ArrayLike, *, size: int = 16, iterations: int = 4000, step: float = 0.05, seed: int = 0
 ) -> tuple[Vector, Vector]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.alignment._games import Vector, checked
 from arcore.zoo.alignment.inpo import inpo_loss
 
@@ -47,6 +48,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 def srpo_loss(
     policy: Tensor,
     reviser: Tensor,
@@ -110,6 +112,7 @@ def srpo_loss(
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 
+@check_kinds
 def solution(
     preferences: Any, reference: Vector, reviser_reference: Vector, *, beta: float
 ) -> tuple[Vector, Vector]:

@@ -32,6 +32,7 @@ from arcore.nn import (
 )
 from arcore.nn.checks import check_floating, check_image_sizes, same_values
 from arcore.nn.dit import renamed
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import unpatchify
 from arcore.schedules import Prediction, VPSchedule
 
@@ -120,6 +121,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.embed.proj.weight.data.view(dim, -1))
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
+    @check_kinds
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise, and with `learn_sigma` the variance.
 

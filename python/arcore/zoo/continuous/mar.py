@@ -28,6 +28,7 @@ from arcore.masks import IntervalMask
 from arcore.nn import MLP, ClassEmbedding, DiffusionHead, DiTAttention
 from arcore.nn.adaln import EPS
 from arcore.nn.checks import check_floating, check_ids, check_image_sizes
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import patchify, unpatchify
 from arcore.objectives import diffusion_head_loss
 from arcore.schedules import DDIM, Prediction, VPSchedule
@@ -180,6 +181,7 @@ class MAR(nn.Module):
         """Parts whose weights are gathered one after the other where they are sharded over processes."""
         return [*self.encoder_blocks, *self.decoder_blocks, self.head]
 
+    @check_kinds
     def forward(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
         """The vector z of every place, from the visible tokens.
 

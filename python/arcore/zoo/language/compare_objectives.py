@@ -32,6 +32,7 @@ from arcore.catalog.running import Report
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.masks import causal, full, prefix_lm
+from arcore.nn.kinds import check_kinds
 from arcore.nn.t5 import T5Stack
 from arcore.zoo.statistics.reusable_holdout import EvalGuard, guard_file
 
@@ -99,6 +100,7 @@ class Model(nn.Module):
         return self.head(hidden[:, inputs.shape[1] - 1 :])
 
 
+@check_kinds
 def make_pair(objective: Objective, texts: Tensor, generator: torch.Generator) -> Pair:
     """Inputs and targets of texts, int64 bytes `[B, L]`; cuts and spans are shared by the rows.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="icl_gradient_descent",
@@ -52,6 +53,7 @@ class Tasks(NamedTuple):
     y: Tensor
 
 
+@check_kinds
 def draw_tasks(
     count: int, *, dim: int, context: int, generator: torch.Generator, dtype: Any = torch.float64
 ) -> Tasks:
@@ -74,6 +76,7 @@ class LinearAttention(nn.Module):
         dtype: of the parameters.
     """
 
+    @check_kinds
     def __init__(
         self, eta: Sequence[float], gamma: Sequence[float] | None = None, dtype: torch.dtype = torch.float64
     ) -> None:
@@ -85,6 +88,7 @@ class LinearAttention(nn.Module):
         self.eta = nn.Parameter(torch.tensor(list(eta), dtype=dtype))
         self.gamma = None if gamma is None else nn.Parameter(torch.tensor(list(gamma), dtype=dtype))
 
+    @check_kinds
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Predictions of the queries.
 
@@ -132,6 +136,7 @@ class FullLayer(nn.Module):
         return -(torch.einsum("bn,bnd,d->b", scores, examples, self.values[-1]))
 
 
+@check_kinds
 def gradient_descent(x: Tensor, y: Tensor, eta: Sequence[float]) -> Tensor:
     """Predictions `[B]` of queries by steps of gradient descent on the examples' squared errors, from zero weights.
 

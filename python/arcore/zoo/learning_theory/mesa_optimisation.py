@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_most, equals, steps
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="mesa_optimisation",
@@ -46,6 +47,7 @@ SYSTEM = System(
 Start = Literal["ones", "gaussian", "sparse"]
 
 
+@check_kinds
 def draw_sequences(
     count: int, *, dim: int, length: int, start: Start, scale: float, generator: torch.Generator
 ) -> Tensor:

@@ -30,6 +30,7 @@ from arcore._optional import require
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="objective_formalisms",
@@ -132,6 +133,7 @@ class Expressed:
     residual: float
 
 
+@check_kinds
 def express(
     environment: Environment,
     policies: Sequence[Array],

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, steps
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="optimistic_mirror_descent",
@@ -70,6 +71,7 @@ class MirrorDescent:
         ValueError: start is not in the domain, or a number is out of range.
     """
 
+    @check_kinds
     def __init__(
         self,
         start: ArrayLike,
@@ -160,6 +162,7 @@ class MirrorDescent:
         return np.maximum(point - excess[falling > excess][-1], 0.0)
 
 
+@check_kinds
 def play_game(payoff: ArrayLike, *, optimism: bool, step: float = 0.1, rounds: int = 4000) -> Array:
     """Both players of a zero-sum game learn at once; the first one's policies `[rounds, N]`, from (0.5, 0.3, 0.2).
 

@@ -30,6 +30,7 @@ from arcore.decoding import generate_next_scale
 from arcore.decoding._arguments import check_drawn, check_guidance, check_kind, check_labels, dtype_of
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import row_seeds
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import ScaleTokenizer
 from arcore.ops import filter_probs, sample
 from arcore.zoo.next_scale.var import VAR, VARConfig
@@ -70,6 +71,7 @@ class CollaborativeOutput:
 
 
 @torch.no_grad()
+@check_kinds
 def decode_together(
     drafter: VAR,
     refiner: VAR,

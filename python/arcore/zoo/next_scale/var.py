@@ -37,6 +37,7 @@ from arcore.nn import (
     SharedModulation,
 )
 from arcore.nn.checks import check_floating, check_patch_nums
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="var",
@@ -166,6 +167,7 @@ class VAR(nn.Module):
         self.head.modulation.linear.weight.mul_(0.5)
         self.head.linear.weight.mul_(0.02)
 
+    @check_kinds
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Logits of all scales in one pass, each scale given the true coarser ones.
 

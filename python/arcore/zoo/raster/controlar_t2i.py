@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from arcore.catalog import Published, System, create_model, preset
 from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken, steps
 from arcore.decoding import MixedModel
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.raster.controlar.dinov2 import GRID, PATCH, Dinov2
 from arcore.zoo.raster.controlar.model import ControlMLP, WithControl, chosen_layers
 from arcore.zoo.raster.llamagen_t2i import CaptionMLP, CaptionRotary, LlamaGenText, LlamaGenTextConfig
@@ -104,6 +105,7 @@ class ControlARText(WithControl, LlamaGenText):
         """Pixels of a control image's side."""
         return self.config.side * self.FACTOR
 
+    @check_kinds
     def forward(
         self, codes: Tensor, captions: Tensor, mask: Tensor | None = None, control: Tensor | None = None
     ) -> Tensor:

@@ -35,6 +35,7 @@ from arcore.nn import (
 )
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="llamagen",
@@ -188,6 +189,7 @@ class LlamaGen(CausalDecoder):
         """The label that stands for no class."""
         return self.config.num_classes
 
+    @check_kinds
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits of every code of images.
 
@@ -207,10 +209,12 @@ class LlamaGen(CausalDecoder):
         mask, angles = self.behind((0,), ids.shape[1], ids.device)
         return self.run(self.embed(ids), angles, mask)
 
+    @check_kinds
     def prompt(self, labels: Tensor) -> Tensor:
         """The tokens that stand for classes: int64 `[B]` to `[B, 1]`."""
         return labels.unsqueeze(1) + self.config.vocab_size
 
+    @check_kinds
     def guided(self, scale: float, interval: tuple[int, int] | None = None) -> GuidedModel:
         """The model under guidance; arguments as for `GuidedModel`."""
         none = torch.tensor([[self.config.vocab_size + self.config.num_classes]])

@@ -28,6 +28,7 @@ from arcore.catalog.claims import Claim, at_most, equals, shaken, steps
 from arcore.decoding import MixedModel, generate, jacobi
 from arcore.masks import IntervalMask
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.nn.rotary import Angles
 from arcore.zoo.raster.llamagen import GridRotary, LlamaGen, LlamaGenConfig
 
@@ -146,6 +147,7 @@ class LlamaGenText(LlamaGen):
         """
         raise AttributeError("llamagen_t2i draws from captions and has no classes")
 
+    @check_kinds
     def forward(self, codes: Tensor, captions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of every code of images.
 

@@ -25,6 +25,7 @@ from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, Row, at_most, equals
 from arcore.data.load_series import load_series
 from arcore.data.series import SeriesWindows
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.series._fitting import fit, held_out_errors
 
 SYSTEM = System(
@@ -280,6 +281,7 @@ class Autoformer(nn.Module):
         self.decoder_norm = SeasonNorm(config.dim)
         self.head = nn.Linear(config.dim, config.channels)
 
+    @check_kinds
     def forward(self, values: Tensor, calendar: Tensor) -> Parts:
         """Season and trend of the next rows, which add up to the forecast.
 
@@ -313,6 +315,7 @@ class Autoformer(nn.Module):
         x = self.head(self.decoder_norm(x))
         return Parts(x[:, -config.horizon :], trend[:, -config.horizon :])
 
+    @check_kinds
     def encode(self, values: Tensor, calendar: Tensor) -> Tensor:
         """What the encoder makes of rows: `[B, L, C]` and `[B, L, 5]` to `[B, L, D]`."""
         x = self.embed_past(values, calendar)
@@ -333,6 +336,7 @@ class Autoformer(nn.Module):
         error = (season + trend - values[:, self.context :]).square().mean()
         return error, {}
 
+    @check_kinds
     def forecast(self, values: Tensor, calendar: Tensor, horizon: int) -> Tensor:
         """The next rows, `[B, context, C]` to `[B, horizon, C]`; beyond the config's horizon the forecast goes on."""
         if not len(values):

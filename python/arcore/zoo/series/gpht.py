@@ -25,6 +25,7 @@ from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, Row, at_most, shaken
 from arcore.data.load_series import load_series
 from arcore.data.series import SeriesWindows
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.series._fitting import fit, held_out_errors
 
 SYSTEM = System(
@@ -167,6 +168,7 @@ class GPHT(nn.Module):
         self.context, self.horizon, self.normalise = config.context, config.horizon, config.normalise
         self.stages = nn.ModuleList(Stage(config, pool) for pool in config.pools)
 
+    @check_kinds
     def forward(self, values: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What each patch of a window expects next.
 
@@ -212,6 +214,7 @@ class GPHT(nn.Module):
         error = (self(values[:, :-patch]) - values[:, patch:]).square()
         return error.mean(), {"mse_last": error[:, -patch:].detach().mean()}
 
+    @check_kinds
     def forecast(self, values: Tensor, calendar: Tensor, horizon: int) -> Tensor:
         """The next rows, patch after patch: `[B, context, C]` to `[B, horizon, C]`; the calendar is not read."""
         made: list[Tensor] = []

@@ -28,6 +28,7 @@ from arcore._files import atomic_path
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="reusable_holdout",
@@ -81,6 +82,7 @@ class Thresholdout(BaseEstimator):  # type: ignore[misc]
         self.budget = budget
         self.seed = seed
 
+    @check_kinds
     def fit(self, train: ArrayLike, holdout: ArrayLike) -> Thresholdout:
         """Begin anew, with a first question.
 
@@ -104,6 +106,7 @@ class Thresholdout(BaseEstimator):  # type: ignore[misc]
         self.answer_ = self.answer(train, holdout)
         return self
 
+    @check_kinds
     def answer(self, train: ArrayLike, holdout: ArrayLike) -> float:
         """The mean of a question, from the training rows unless the held-out rows clearly disagree.
 

@@ -26,6 +26,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.data import load_digits
 from arcore.nn import ConvDecoder, ConvEncoder
 from arcore.nn.checks import check_floating
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="kl",
@@ -145,6 +146,7 @@ class KLAutoencoder(nn.Module):
         """Shape of a latent, None where any size will do."""
         return (self.config.z_channels, None, None)
 
+    @check_kinds
     def forward(self, images: Tensor) -> KLOutput:
         """Encode and decode; in training from a draw of the latents, else from their mean.
 
@@ -180,11 +182,13 @@ class KLAutoencoder(nn.Module):
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     @torch.no_grad()
+    @check_kinds
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] as scaled latents `[B, z, H / f, W / f]`, the means; errors are those of `forward`."""
         return self.moments(images)[0] * self.config.scaling
 
     @torch.no_grad()
+    @check_kinds
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1] of scaled latents `[B, z, h, w]`, in any floating dtype.
 

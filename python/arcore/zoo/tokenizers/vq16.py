@@ -25,6 +25,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.nn.checks import check_floating, check_ids
 from arcore.nn.codebook import record_use
 from arcore.nn.conv import ConvDecoder, ConvEncoder
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="vq16",
@@ -258,6 +259,7 @@ class ImageVQ(nn.Module):
         """The codes' vectors, float32 `[V, c]`, of length 1."""
         return self.quantize.codebook()
 
+    @check_kinds
     def forward(self, images: Tensor) -> ImageVQOutput:
         """Encode, quantise, decode.
 
@@ -271,11 +273,13 @@ class ImageVQ(nn.Module):
         return ImageVQOutput(self.decoder(self.post_quant_conv(latent)), loss, indices)
 
     @torch.no_grad()
+    @check_kinds
     def encode(self, images: Tensor) -> Tensor:
         """Codes of images, int64 `[B, S * S]`, row by row. Errors: those of `forward`."""
         latent = self._latent(images).float().flatten(2).transpose(1, 2)
         return self.quantize.nearest(F.normalize(latent, dim=-1))
 
+    @check_kinds
     def decode(self, indices: Tensor) -> Tensor:
         """Images of codes int64 `[B, S * S]`, clamped to [-1, 1].
 

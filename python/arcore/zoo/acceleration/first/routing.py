@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from arcore.catalog import preset
 from arcore.nn import TokenCache
 from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import check_kinds
 
 
 class Routers(nn.Module):
@@ -27,6 +28,7 @@ class Routers(nn.Module):
         threshold: a layer whose mean probability is below it is skipped.
     """
 
+    @check_kinds
     def __init__(
         self, dim: int, num_layers: int, *, keep_first: int = 1, keep_last: int = 1, threshold: float = 0.5
     ) -> None:
@@ -67,6 +69,7 @@ class SkippingModel:
         skipped: layers that the last prompt skipped.
     """
 
+    @check_kinds
     def __init__(
         self, model: CausalDecoder, routers: Routers | None = None, *, skip: Sequence[int] | None = None
     ) -> None:
@@ -166,6 +169,7 @@ def without(model: CausalDecoder, skipped: Sequence[int]) -> Iterator[None]:
         model.skipped = before
 
 
+@check_kinds
 def routed_loss(
     model: CausalDecoder, routers: Routers, ids: Tensor, *, price: float | Tensor, sharpness: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding import Context, Draft, TreeShape
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.acceleration.hydra.heads import HydraHeads
 
 # Widths 10, 28, 23 and 2 over four depths, 63 nodes: the shape of the published tree for 7 B models, by rank products.
@@ -49,6 +50,7 @@ class HydraDrafter:
         ValueError: the tree is deeper than there are heads.
     """
 
+    @check_kinds
     def __init__(self, heads: HydraHeads, shape: TreeShape | None = None, *, base: Any = None) -> None:
         count = heads.config.num_heads
         self.heads = heads

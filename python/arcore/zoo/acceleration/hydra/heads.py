@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, RotaryTable, TokenCache, linear
 from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import check_kinds
+from arcore.nn.protocols import TokenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,7 @@ class HydraHeads(nn.Module):
         )
 
     @torch.no_grad()
+    @check_kinds
     def start_from(self, model: Any, text: Tensor | None = None) -> HydraHeads:
         """Begin with the model's last layer in every head, as the paper does.
 
@@ -225,6 +228,7 @@ class HydraHeads(nn.Module):
         logits: Tensor = self.lm_heads[i](x).float()
         return logits
 
+    @check_kinds
     def forward(self, hidden: Tensor, ids: Tensor, model: Any) -> list[Tensor]:
         """Logits of all heads at all places of texts, given what stands there.
 
@@ -248,8 +252,9 @@ class HydraHeads(nn.Module):
         return out
 
 
+@check_kinds
 def hydra_loss(
-    heads: HydraHeads, model: Any, ids: Tensor, *, lm: float = 1.0, teacher: float = 0.0
+    heads: HydraHeads, model: TokenModel, ids: Tensor, *, lm: float = 1.0, teacher: float = 0.0
 ) -> Tensor:
     """The paper's training loss, summed over heads and averaged over places.
 

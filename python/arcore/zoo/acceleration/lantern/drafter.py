@@ -14,6 +14,7 @@ from arcore.decoding import Context, Draft, TreeShape
 from arcore.masks import TreeMask
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention
 from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import check_kinds
 
 # Uniform noise on the states that are read in training, to both sides, and the share of the cross entropy.
 NOISE, CROSS_ENTROPY = 0.2, 0.1
@@ -97,6 +98,7 @@ class FeatureDrafter(CausalDecoder):
                 f"this one has width {width} and {model.vocab_size} tokens; train one for it"
             )
 
+    @check_kinds
     def forward(self, model: Any, states: Tensor, ids: Tensor) -> Tensor:
         """Predicted states.
 

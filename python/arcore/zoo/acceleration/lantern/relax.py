@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from arcore.decoding import Drafter, SpeculativeOutput, relaxed, speculative_tree
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 from arcore.ops.speculative import codebook_neighbours
 
 NEIGHBOURS, DELTA = 1000, 0.1
 
 
+@check_kinds
 def decode_image(
     model: DraftableModel,
     drafter: Drafter,
@@ -45,6 +47,7 @@ def decode_image(
     return speculative_tree(model, drafter, prompt, max_new_tokens=side * side, verify=verify, **options)
 
 
+@check_kinds
 def relaxed_target(p: Tensor, near: Tensor, delta: float) -> Tensor:
     """The relaxed targets of every draft: float `[..., V, V]`, row x for draft x.
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arcore.nn.kinds import check_kinds
+
 
 class ActionValues(nn.Module):
     """Soft advantages of action tokens and the value of the state.
@@ -24,6 +26,7 @@ class ActionValues(nn.Module):
         width: of the hidden layers.
     """
 
+    @check_kinds
     def __init__(
         self,
         state: int,
@@ -87,6 +90,7 @@ class ActionValues(nn.Module):
         return tokens
 
 
+@check_kinds
 def to_actions(tokens: Tensor, *, dims: int, levels: int, bins: int) -> Tensor:
     """int64 `[N, L * D]`, coarse to fine, to the centres of their intervals, `[N, D]` in [-1, 1]."""
     digits = tokens.view(-1, levels, dims).double()
@@ -97,6 +101,7 @@ def to_actions(tokens: Tensor, *, dims: int, levels: int, bins: int) -> Tensor:
     return (low + width / 2).float()
 
 
+@check_kinds
 def to_tokens(actions: Tensor, *, dims: int, levels: int, bins: int) -> Tensor:
     """The tokens whose interval holds an action, `[N, D]` in [-1, 1] to int64 `[N, L * D]`.
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import gae, ppo_loss, turn_logprobs, value_loss
 from arcore.zoo.agents.vla_rl.policy import ActionPolicy
 
@@ -58,6 +59,7 @@ class PPO:
     max_grad_norm: float = 1.0
 
 
+@check_kinds
 def clone(
     policy: ActionPolicy,
     observations: Tensor,
@@ -210,6 +212,7 @@ class Trainer:
         self.rollouts = state["rollouts"]
 
 
+@check_kinds
 def success(
     policy: ActionPolicy, rooms: Rooms, *, episodes: int, seed: int, temperature: float = 1.0
 ) -> float:

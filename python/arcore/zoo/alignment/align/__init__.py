@@ -20,6 +20,7 @@ from typing import Literal
 
 from arcore.catalog import System
 from arcore.catalog.running import Report
+from arcore.nn.checks import check_choice
 
 SYSTEM = System(
     name="align",
@@ -138,8 +139,7 @@ class Options:
     def __post_init__(self) -> None:
         from arcore.zoo.alignment.align.objectives import OBJECTIVES
 
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"--objective {self.objective}: expected one of {', '.join(OBJECTIVES)}")
+        check_choice("--objective", self.objective, OBJECTIVES)
         for name in (
             "steps",
             "group",

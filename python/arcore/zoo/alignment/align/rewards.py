@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.nn.kinds import check_kinds
 
 Kind = Literal["reward", "rewards", "prefer"]
 FUNCTIONS = ("reward", "rewards", "prefer")
@@ -105,6 +106,7 @@ class Judge:
         return number
 
 
+@check_kinds
 def load_judge(source: str, problems: Problems | None = None) -> Judge:
     """A judge from FILE.py, `regex:PATTERN`, `words:N`, `vowels` or `reasoning_gym`.
 
@@ -218,6 +220,7 @@ def load_problems(source: str, seed: int) -> Problems | None:
     return Problems(dataset, {entry["question"]: entry for entry in dataset})
 
 
+@check_kinds
 def load_prompts(path: Path) -> list[str]:
     """Prompts of a file: one a line, or JSON lines with a "prompt".
 

@@ -10,14 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore.decoding import MixedModel
+from arcore.nn.kinds import check_kinds
+from arcore.nn.protocols import TokenModel
 
 
+@check_kinds
 def guided_by(base: Any, rewards: list[Any], alphas: list[float]) -> MixedModel:
     """The base model times reward models to the powers `alphas`; see `arcore.decoding.MixedModel`."""
     return MixedModel([base, *rewards], [1.0, *alphas])
 
 
-def answer_logprobs(model: Any, ids: Tensor, answer: Tensor) -> Tensor:
+@check_kinds
+def answer_logprobs(model: TokenModel, ids: Tensor, answer: Tensor) -> Tensor:
     """Sum of the log-probabilities of answers.
 
     Args:
@@ -33,8 +37,9 @@ def answer_logprobs(model: Any, ids: Tensor, answer: Tensor) -> Tensor:
     return (chosen * answer[:, 1:]).sum(1)
 
 
+@check_kinds
 def arm_loss(
-    model: Any,
+    model: TokenModel,
     preferred: tuple[Tensor, Tensor],
     rejected: tuple[Tensor, Tensor],
     *,

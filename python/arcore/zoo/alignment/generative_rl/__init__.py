@@ -23,6 +23,7 @@ from torch import Tensor
 from arcore.catalog import System, catalog
 from arcore.catalog.claims import Claim, Row, at_least, at_most
 from arcore.catalog.running import Report
+from arcore.nn.checks import check_choice
 from arcore.zoo.alignment.generative_rl.methods import METHODS, Setting, judged, scst_loss, seqgan_loss
 from arcore.zoo.alignment.generative_rl.writer import pretrained, texts, vowel_share
 
@@ -99,8 +100,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method != "all" and self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: expected all or one of {', '.join(METHODS)}")
+        check_choice("--method", self.method, ("all", *METHODS))
         if min(self.updates, self.pretraining, self.words) < 2:
             raise ValueError("expected --updates, --pretraining and --words of at least 2")
 

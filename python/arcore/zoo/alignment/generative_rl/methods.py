@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from arcore.catalog.claims import steps
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import gae, ppo_loss, preference_loss, value_loss
 from arcore.zoo.alignment.generative_rl.writer import LENGTH, Writer
 
@@ -47,6 +48,7 @@ class Setting:
     seed: int = 0
 
 
+@check_kinds
 def scst_loss(logprobs: Tensor, rewards: Tensor, greedy: Tensor, mask: Tensor | None = None) -> Tensor:
     """Self-critical sequence training (Rennie et al., arXiv:1612.00563): the greedy word's reward is the baseline.
 
@@ -60,6 +62,7 @@ def scst_loss(logprobs: Tensor, rewards: Tensor, greedy: Tensor, mask: Tensor | 
     return -((rewards - greedy).detach() * kept.sum(-1)).mean()
 
 
+@check_kinds
 def seqgan_loss(logprobs: Tensor, values: Tensor) -> Tensor:
     """SeqGAN's policy gradient (Yu et al., arXiv:1609.05473): `-sum Q log p`, Q `[B, T]` of each prefix and letter."""
     return -(values.detach() * logprobs).sum(-1).mean()

@@ -17,6 +17,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding.mass_ctc import MassPath, mass_ctc
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, CrossAttention, SelfAttention
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.biology.crossnovo.spectra import (
     MASSES,
     RESIDUES,
@@ -148,6 +149,7 @@ class CrossNovo(nn.Module):
         self.ar = nn.ModuleList(Layer(dim, heads, cross=True) for _ in range(config.ar_layers))
         self.ar_norm, self.ar_head = nn.LayerNorm(dim), nn.Linear(dim, END + 1)
 
+    @check_kinds
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The spectrum `[B, 1 + P, C]` behind its precursor, and how many tokens of it each row has."""
         peaks, counts, precursors = batch
@@ -192,6 +194,7 @@ class CrossNovo(nn.Module):
         out: Tensor = self.ar_head(self.ar_norm(x))
         return out
 
+    @check_kinds
     def forward(self, batch: Batch, peptides: Tensor) -> Outputs:
         """What both decoders say.
 
@@ -217,6 +220,7 @@ class CrossNovo(nn.Module):
         return ctc, F.cross_entropy(ar.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()
+    @check_kinds
     def search(
         self, batch: Batch, row: int, *, beam: int = 5, tolerance: float = 0.1
     ) -> tuple[list[int], float, MassPath | None]:

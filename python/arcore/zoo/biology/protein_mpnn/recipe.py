@@ -18,7 +18,8 @@ from arcore.data.proteins import Chain, read_pdb, write_fasta
 from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
-from arcore.zoo.biology.protein_mpnn.model import ALPHABET, UNKNOWN, Backbones, packaged, random_order, score
+from arcore.zoo.biology.protein_mpnn.layers import Backbones
+from arcore.zoo.biology.protein_mpnn.model import ALPHABET, UNKNOWN, packaged, random_order, score
 
 NAME = "protein_mpnn"
 

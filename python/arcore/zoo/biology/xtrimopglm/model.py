@@ -15,6 +15,7 @@ from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
 from arcore.masks import IntervalMask, full, prefix_lm
 from arcore.nn import Rope, TokenCache, rope_table
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.biology.xtrimopglm.blanks import VOCABULARIES
 from arcore.zoo.biology.xtrimopglm.layers import MLP, Attention, DeepNormLayer, GatedMLP, Layer
 
@@ -133,6 +134,7 @@ class GLM(nn.Module):
             if isinstance(layer, DeepNormLayer) and not layer.input_layernorm.weight.is_meta:
                 layer.scale()
 
+    @check_kinds
     def forward(self, ids: Tensor, positions: Tensor, prefix: int | Sequence[int] | Tensor) -> Tensor:
         """Logits of texts with blanks.
 
@@ -209,6 +211,7 @@ class GLM(nn.Module):
         return self.logits(hidden[:, -1])
 
     @torch.no_grad()
+    @check_kinds
     def infill(
         self,
         ids: Sequence[int],

@@ -26,6 +26,7 @@ from arcore.nn import (
 )
 from arcore.nn.checks import check_floating, check_image_sizes
 from arcore.nn.dit import renamed
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import cluster_order, inverse_order, patchify, unpatchify
 from arcore.nn.rope import Rope, RopeLayout
 from arcore.schedules import Prediction, VPSchedule
@@ -146,6 +147,7 @@ class ACDiT(nn.Module):
         init_dit(self)
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
+    @check_kinds
     def forward(self, clean: Tensor, noisy: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise of every block, each given the clean blocks before it.
 

@@ -20,6 +20,7 @@ from arcore.nn.adaln import EPS
 from arcore.nn.checks import check_floating, same_values
 from arcore.nn.dit import renamed
 from arcore.nn.embed import NullContext
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import patchify, unpatchify
 from arcore.schedules import Prediction, VPSchedule, fopp_times
 
@@ -146,6 +147,7 @@ class ARDiffusion(nn.Module):
         init_dit(self)
         nn.init.zeros_(self.head.weight)
 
+    @check_kinds
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the clean frames.
 

@@ -18,6 +18,7 @@ from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import DiTAttention, KVCache, PostNormBlock
 from arcore.nn.checks import check_floating, check_ids, same_values
+from arcore.nn.kinds import check_kinds
 from arcore.schedules import Spacing, VPSchedule
 
 
@@ -151,6 +152,7 @@ class DiffusionForcing(nn.Module):
         self.register_buffer("mean", torch.zeros(config.in_channels))
         self.register_buffer("std", torch.ones(config.in_channels))
 
+    @check_kinds
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """What the network predicts of every frame.
 

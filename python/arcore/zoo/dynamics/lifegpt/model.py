@@ -15,6 +15,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken, step
 from arcore.decoding import generate
 from arcore.masks import IntervalMask, causal
 from arcore.nn import Angles
+from arcore.nn.kinds import check_kinds
 from arcore.training.stream import derive_seed
 from arcore.zoo.language.llama import Llama, LlamaConfig
 
@@ -22,6 +23,7 @@ HEAD, MIDDLE, TAIL = b"@PredictNextState<", b"> [", b"]$"
 IGNORED = -100
 
 
+@check_kinds
 def next_state(state: Tensor, rule: str) -> Tensor:
     """One step of an automaton on a torus.
 
@@ -61,6 +63,7 @@ def random_states(count: int, height: int, width: int, generator: torch.Generato
     return (torch.rand(count, height, width, generator=generator) < density).long()
 
 
+@check_kinds
 def prompts(states: Tensor) -> Tensor:
     """Texts up to the answer, int64 bytes `[B, L]`, of states `[B, H, W]`."""
     head, middle = (torch.tensor(list(text)).expand(len(states), -1) for text in (HEAD, MIDDLE))

@@ -13,7 +13,9 @@ from arcore.catalog import create_model
 from arcore.catalog.claims import Claim, Row, at_least, at_most, shaken, steps
 from arcore.masks import IntervalMask
 from arcore.nn import Angles
+from arcore.nn.kinds import check_kinds
 from arcore.ops import block_sparse_attention
+from arcore.zoo.language.llama.model import Llama
 
 
 def both_ways(hidden: Tensor) -> IntervalMask:
@@ -57,7 +59,8 @@ def attend_both_ways(
     return block_sparse_attention(q_first, k_first, v_first, mask, scale=q.shape[-1] ** -0.5).transpose(1, 2)
 
 
-def read_both_ways(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
+@check_kinds
+def read_both_ways(model: Llama, ids: Tensor, hidden: Tensor) -> Tensor:
     """Logits of a `Llama` that reads in both directions.
 
     Args:
@@ -89,6 +92,7 @@ def read_both_ways(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
     return model.logits(model.norm(x))
 
 
+@check_kinds
 def masked_loss(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
     """Cross entropy of masked tokens, each from the logits before it; scalar, 0 where there is none.
 
@@ -109,8 +113,9 @@ def masked_loss(logits: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
     return (losses * which).sum() / which.sum().clamp(min=1)
 
 
+@check_kinds
 def bico_loss(
-    model: Any, ids: Tensor, valid: Tensor, *, both: bool, rate: float = 0.15, mask_id: int = 0
+    model: Llama, ids: Tensor, valid: Tensor, *, both: bool, rate: float = 0.15, mask_id: int = 0
 ) -> Tensor:
     """The loss of a batch: of masked tokens read in both directions, or of all next tokens.
 

@@ -14,6 +14,7 @@ from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, shaken,
 from arcore.masks import IntervalMask
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, RotaryTable
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.ernie3.tasks import (
     IGNORED,
     ORDERS,
@@ -177,6 +178,7 @@ class Ernie3(nn.Module):
         one, other = states.chunk(2)
         return one, other
 
+    @check_kinds
     def forward(self, ids: Tensor, use: Use = "write") -> Tensor:
         """Logits of hidden tokens, or of the next ones: int64 `[B, L]` to float32 `[B, L, V]`."""
         states, _ = self.hidden(ids, use)
@@ -206,6 +208,7 @@ class Ernie3(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), lesson.targets.flatten(), ignore_index=IGNORED)
 
     @torch.no_grad()
+    @check_kinds
     def write(self, ids: Tensor, count: int, *, temperature: float = 1.0, seed: int = 0) -> Tensor:
         """Go on from a text, int64 `[B, L]`, by `count` bytes `[B, count]`; what leaves the window stays as memory."""
         from arcore.decoding import Sampling

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, CrossAttention, SelfAttention
+from arcore.nn.checks import check_choice
+from arcore.nn.kinds import check_kinds
 
 # Target tokens with a meaning of their own; the vocabulary proper begins behind them.
 PAD, MASK, BOS, EOS, SPECIAL = 0, 1, 2, 3, 4
@@ -65,8 +67,7 @@ class NarConfig:
             raise ValueError(
                 f"expected target_vocab above the {SPECIAL} special tokens but got {self.target_vocab}"
             )
-        if self.method not in METHODS:
-            raise ValueError(f"expected method to be one of {', '.join(METHODS)} but got {self.method!r}")
+        check_choice("method", self.method, METHODS)
 
 
 class Batch(NamedTuple):
@@ -182,6 +183,7 @@ class Nar(nn.Module):
 
         return METHODS[self.config.method]
 
+    @check_kinds
     def encode(self, source: Batch) -> Memory:
         """Read sources.
 
@@ -208,6 +210,7 @@ class Nar(nn.Module):
         out: Tensor = self.target(ids) + self.target_places.weight[: ids.shape[1]]
         return out
 
+    @check_kinds
     def decode(self, x: Tensor, lengths: Tensor, memory: Memory, *, causal: bool = False) -> Tensor:
         """States behind the decoder: `[B, N, C]` to `[B, N, C]`; rows have so many places."""
         count, keys = x.shape[1], memory.states.shape[1]
@@ -222,6 +225,7 @@ class Nar(nn.Module):
         x = memory.states.repeat_interleave(factor, dim=1)
         return x + self.target_places.weight[: x.shape[1]], memory.lengths * factor
 
+    @check_kinds
     def forward(self, source: Batch, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the tokens at all places, `[B, N, V]`, and of the length, `[B, max_length]`.
 

@@ -18,6 +18,7 @@ from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
+from arcore.nn.checks import check_choice
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.training import checkpoint
 from arcore.training.checks import number
@@ -51,8 +52,7 @@ class NarOptions:
     kd: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: choose {', '.join(METHODS)}")
+        check_choice("--method", self.method, METHODS)
         for name in ("words", "held_out_words"):
             number(name, getattr(self, name), whole=True, least=1)
 

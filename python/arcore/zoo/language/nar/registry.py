@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arcore.nn.checks import came
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.nar.methods import at, cmlm, ctc, dag, glat, insertion, levenshtein
 
 
@@ -114,6 +116,7 @@ def taxonomy() -> str:
 
 
 @torch.no_grad()
+@check_kinds
 def translate(
     model: Any, rows: list[list[int]], iterations: int | None = None
 ) -> tuple[list[list[int]], int]:
@@ -128,10 +131,13 @@ def translate(
         Target tokens of each row, and the calls of the decoder.
 
     Raises:
+        TypeError: the model is no `Nar`.
         ValueError: a row is empty or too long, or `iterations` is below 1.
     """
     from arcore.zoo.language.nar.network import Batch
 
+    if not hasattr(getattr(model, "method", None), "write"):
+        raise TypeError(f"arcore.translate: expected model to be a Nar but got {came(model)}")
     if not rows or not all(rows):
         raise ValueError(
             "expected at least one source, each of at least one token, but there is none or an empty one"

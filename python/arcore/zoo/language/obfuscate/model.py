@@ -22,6 +22,7 @@ from arcore.catalog.running import Report
 from arcore.data.text import TokenCrops
 from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.llama import Llama, LlamaConfig
 from arcore.zoo.language.obfuscate.files import (
     RESERVED,
@@ -86,6 +87,7 @@ def as_bytes(text: str) -> Tensor:
 
 
 @torch.no_grad()
+@check_kinds
 def name_again(model: Any, code: str, *, temperature: float = 0.0, seed: int = 0) -> dict[str, str]:
     """Names for the identifiers of obfuscated code.
 

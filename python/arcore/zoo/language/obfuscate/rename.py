@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.obfuscate.renamed import Obfuscated, numbered
 
 # Calls through which a program can look its own names up by text.
@@ -69,6 +70,7 @@ def read(path: Path) -> str:
         raise ValueError(f"{path}:1: the file cannot be read as text: {error}") from error
 
 
+@check_kinds
 def obfuscate(text: str, where: str = "<text>") -> Obfuscated:
     """Rename what a module binds: functions, classes, variables, arguments and imports.
 
@@ -88,6 +90,7 @@ def obfuscate(text: str, where: str = "<text>") -> Obfuscated:
     return Obfuscated(source, ast.unparse(_renamed(tree, names)), names)
 
 
+@check_kinds
 def restore(code: str, names: Mapping[str, str]) -> str:
     """Obfuscated code under other names; `names` goes from those to the obfuscated ones, as in `Obfuscated`."""
     return ast.unparse(_renamed(parse(code), {new: old for old, new in names.items()}))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from arcore.decoding import Sampling, Session
 from arcore.masks import IntervalMask
+from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import check_kinds
 
 
 class History(NamedTuple):
@@ -26,6 +28,7 @@ class History(NamedTuple):
     follows: Tensor
 
 
+@check_kinds
 def noisy(ids: Tensor, backspace: int, rate: float, generator: torch.Generator | None = None) -> History:
     """Texts with random tokens put in, each deleted at once; all cut to the length of the texts.
 
@@ -65,6 +68,7 @@ def contexts(raw: list[int], backspace: int) -> list[list[int]]:
     return out
 
 
+@check_kinds
 def edited_hidden(model: Any, raw: Tensor, backspace: int) -> Tensor:
     """States of a model behind each token of edit histories, `[B, N, C]`, as if each edited text were read anew.
 
@@ -108,6 +112,7 @@ def edited_hidden(model: Any, raw: Tensor, backspace: int) -> Tensor:
     return hidden
 
 
+@check_kinds
 def with_backspace(model: Any) -> Any:
     """A copy of a Llama with one more token, the last one, whose weights are the mean of the others.
 
@@ -143,8 +148,9 @@ class Edited(NamedTuple):
     calls: int
 
 
+@check_kinds
 def write_with_backspace(
-    model: Any,
+    model: CausalDecoder,
     prompt: list[int],
     backspace: int,
     *,

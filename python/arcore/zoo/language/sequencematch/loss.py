@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
+
 
 def phi(x: Tensor) -> Tensor:
     """Of the chi-square mixture divergence."""
     return x - x.square() / 4
 
 
+@check_kinds
 def sequencematch_loss(
     logits: Tensor,
     actions: Tensor,

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from arcore.catalog.claims import steps
+from arcore.nn.kinds import check_kinds
 
 Divergence = Literal["kl", "tv", "chi2", "renyi"]
 Kernel = Literal["log", "bc", "linear"]
 
 
+@check_kinds
 def categorical_entropy(logits: Tensor, divergence: Divergence = "kl", *, alpha: float = 2.0) -> Tensor:
     """Divergence of the law of (w, w), w ~ p, from that of two independent draws of p.
 
@@ -45,6 +47,7 @@ def categorical_entropy(logits: Tensor, divergence: Divergence = "kl", *, alpha:
     return torch.where(p > 0, p ** (2 - alpha), 0.0).sum(-1).log() / (alpha - 1)
 
 
+@check_kinds
 def head_metric(weight: Tensor, probs: Tensor) -> Tensor:
     """The Fisher-Rao metric of laws pulled back to hidden states, W^T (diag p - p p^T) W, averaged over laws.
 
@@ -74,6 +77,7 @@ class Spectrum(NamedTuple):
     directions: Tensor
 
 
+@check_kinds
 def spectrum(metric: Tensor) -> Spectrum:
     """Eigenvalues and directions of a symmetric matrix `[C, C]`."""
     values, directions = torch.linalg.eigh(metric)
@@ -83,6 +87,7 @@ def spectrum(metric: Tensor) -> Spectrum:
     return Spectrum(values, float(entropy.exp()), directions)
 
 
+@check_kinds
 def law_kernel(log_probs: Tensor, kernel: Kernel = "log") -> Tensor:
     """Centred similarity of laws.
 
@@ -109,6 +114,7 @@ def law_kernel(log_probs: Tensor, kernel: Kernel = "log") -> Tensor:
     return features @ features.T
 
 
+@check_kinds
 def spectral_alignment(
     hidden: Tensor, log_probs: Tensor, kernel: Kernel = "log", *, rank: int | None = None
 ) -> float:

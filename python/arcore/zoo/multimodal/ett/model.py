@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import preset
 from arcore.nn.checks import check_floating, check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.llama import Llama, LlamaConfig
 
 BEGIN, END = 256, 257
@@ -77,6 +78,7 @@ class ETT(nn.Module):
             )
         )
 
+    @check_kinds
     def forward(self, vectors: Tensor, captions: Tensor) -> Tensor:
         """Logits of every byte of the captions, each given the image and the bytes before it.
 
@@ -104,6 +106,7 @@ class ETT(nn.Module):
         return self.language.logits(hidden[:, self.config.num_codes :])
 
     @torch.no_grad()
+    @check_kinds
     def captions(self, vectors: Tensor) -> list[bytes]:
         """The likeliest captions, byte by byte, with a cache.
 
@@ -129,6 +132,7 @@ class ETT(nn.Module):
         rows = torch.stack(drawn, 1).tolist() if drawn else [[]] * batch
         return [bytes(byte for byte in row if byte < BEGIN) for row in rows]
 
+    @check_kinds
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Captions as bytes with their end, int64 `[B, T]`; -100, which losses ignore, behind it.
 
@@ -151,6 +155,7 @@ class ETT(nn.Module):
         check_floating("vectors", vectors, next(self.projector.parameters()), "take them from the tokenizer")
 
 
+@check_kinds
 def read_codes(tokenizer: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What a tokenizer makes of images, differentiable.
 
@@ -167,6 +172,7 @@ def read_codes(tokenizer: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return through.flatten(2).transpose(1, 2), drawn, loss
 
 
+@check_kinds
 def caption_loss(model: ETT, vectors: Tensor, captions: Tensor) -> Tensor:
     """Mean negative log-likelihood of the captions' bytes; arguments as for `ETT.forward`."""
     logits = model(vectors, captions)

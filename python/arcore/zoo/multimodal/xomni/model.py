@@ -23,6 +23,7 @@ from arcore.nn import (
 )
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.ops import sample
 from arcore.ops.sample import Sampled
 from arcore.zoo.multimodal.xomni.decoder import FlowDecoder
@@ -199,10 +200,12 @@ class XOmni(nn.Module):
             config.in_channels, config.code_channels, config.decoder_channels, config.factor
         )
 
+    @check_kinds
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of what follows each token; ids `[B, L]` to float32 `[B, L, 261 + V]`."""
         return self.language.logits(self.language.hidden(ids))
 
+    @check_kinds
     def sequences(self, captions: Sequence[str], codes: Tensor, *, image_first: bool = False) -> Tensor:
         """Whole sequences, int64 `[B, L]`, -100 behind their ends.
 
@@ -237,6 +240,7 @@ class XOmni(nn.Module):
         return torch.stack(parts).sum() / (wanted != IGNORED).sum()
 
     @torch.no_grad()
+    @check_kinds
     def draw(
         self,
         captions: Sequence[str],
@@ -284,6 +288,7 @@ class XOmni(nn.Module):
         return torch.stack(drawn, 1)
 
     @torch.no_grad()
+    @check_kinds
     def describe(self, codes: Tensor) -> list[str]:
         """The likeliest captions of pictures, from codes int64 `[B, S * S]`."""
         opening = torch.tensor([BEGIN, *self._opening()], device=codes.device).expand(len(codes), -1)

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import preset
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
 
 
 class ARRA(LlamaGen):
     """LlamaGen, whose hidden states behind a layer can be read; parameters and files are those of `LlamaGen`."""
 
+    @check_kinds
     def tapped(self, codes: Tensor, labels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Logits of every code, and hidden states behind the first `layer` layers.
 
@@ -60,6 +62,7 @@ class Adaptor(nn.Module):
         return out
 
 
+@check_kinds
 def alignment_loss(adapted: Tensor, features: Tensor) -> Tensor:
     """Mean over places and images of 1 - cosine (section 3.2).
 

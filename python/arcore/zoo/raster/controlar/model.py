@@ -14,6 +14,7 @@ from arcore.catalog import preset
 from arcore.decoding import MixedModel
 from arcore.masks import TreeMask
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
@@ -108,6 +109,7 @@ class WithControl(LlamaGen):
         """Tokens of each row's condition, the last of which predicts code 0: int64 `[1 or B]`."""
         return torch.ones(1, dtype=torch.int64, device=device)
 
+    @check_kinds
     def controlled(self, control: Tensor, strength: float = 1.0) -> Any:
         """The model with the control images of its rows; it shares all weights.
 
@@ -192,6 +194,7 @@ class ControlAR(WithControl):
         """Pixels of a control image's side."""
         return self.config.side * self.config.patch
 
+    @check_kinds
     def forward(self, codes: Tensor, labels: Tensor, control: Tensor | None = None) -> Tensor:
         """Logits of every code of images.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
 
 # Earliest time: at 0 a code is its own score.
@@ -36,11 +37,13 @@ def mean_code(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tens
     return logits.softmax(-1) @ codebook
 
 
+@check_kinds
 def teacher_score(x: Tensor, t: Tensor, log_probs: Tensor, codebook: Tensor) -> Tensor:
     """Gradient of the log-density of x; arguments are those of `mean_code`."""
     return -(x - (1 - t) * mean_code(x, t, log_probs, codebook)) / t**2
 
 
+@check_kinds
 def flow_codes(noise: Tensor, log_probs: Tensor, codebook: Tensor, steps: int = 16) -> Tensor:
     """Where the probability flow takes noise at t = 1: int64 `[...]`, the nearest codes.
 
@@ -59,6 +62,7 @@ def flow_codes(noise: Tensor, log_probs: Tensor, codebook: Tensor, steps: int = 
     return nearest(x, codebook)
 
 
+@check_kinds
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code: `[..., c]` to int64 `[...]`."""
     return (vectors @ codebook.t() - codebook.square().sum(-1) / 2).argmax(-1)
@@ -149,6 +153,7 @@ class OneStepCodes(CausalDecoder):
         mask, angles = self.behind((0,), x.shape[1], x.device)
         return self.run(x, angles, mask)
 
+    @check_kinds
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Code vectors of noise, in one call: `[B, L, c]` and int64 `[B]` to `[B, L, c]`. Errors: those of `hidden`."""
         t = torch.ones_like(noise[..., :1])
@@ -160,6 +165,7 @@ class OneStepCodes(CausalDecoder):
         out: Tensor = self.head(self.hidden(vectors, labels), noisy, t)
         return out
 
+    @check_kinds
     def generate(self, labels: Tensor, *, seed: int | list[int] = 0) -> Tensor:
         """Code vectors of these classes, `[B, S * S, c]`, in one call; row n of a seed is the same in any batch."""
         seeds = seed if isinstance(seed, list) else [seed + row for row in range(len(labels))]
@@ -203,6 +209,7 @@ class Losses(NamedTuple):
     guidance: Tensor
 
 
+@check_kinds
 def distil_losses(
     generator: OneStepCodes, guidance: OneStepCodes, teacher: Teacher, codebook: Tensor, labels: Tensor
 ) -> Losses:

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from arcore.catalog.claims import steps
 from arcore.decoding import generate
+from arcore.nn.kinds import check_kinds
+from arcore.zoo.raster.llamagen import LlamaGen
 
 LAYERS = 5
 
 
+@check_kinds
 def erase_loss(
     hidden: Tensor,
     target: Tensor,
@@ -67,6 +70,7 @@ def attention_weights(model: nn.Module, layers: int = LAYERS) -> dict[str, nn.Pa
 
 
 @contextmanager
+@check_kinds
 def patched(model: nn.Module, patch: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """The model with other weights in some places; afterwards those from before, bit for bit.
 
@@ -139,7 +143,8 @@ class Erasing:
             raise ValueError(f"--context {self.context}: choose full or official")
 
 
-def erase(model: Any, erased: int, toward: int, how: Erasing) -> dict[str, Tensor]:
+@check_kinds
+def erase(model: LlamaGen, erased: int, toward: int, how: Erasing) -> dict[str, Tensor]:
     """The patch that erases a class; the model itself stays as it is.
 
     Args:
@@ -239,6 +244,7 @@ def _moved(tuned: Any, others: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@check_kinds
 def class_samples(model: Any, count: int, *, cfg: float, seed: int, top_k: int | None = None) -> Tensor:
     """Codes of `count` images of each class, int64 `[classes, count, S * S]`."""
     guided = model if cfg == 1 else model.guided(cfg)

@@ -15,6 +15,7 @@ from arcore.decoding import generate
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, linear
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.nn.rotary import RotaryTable
 from arcore.zoo.raster.iconshop.tokens import (
     COUNTS,
@@ -106,6 +107,7 @@ class IconShop(CausalDecoder):
             if parameter.dim() > 1 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=0.02)
 
+    @check_kinds
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of what follows each token: int64 `[B, L]` to float32 `[B, L, V + 2 + W]`."""
         x = self.embed(ids)
@@ -148,6 +150,7 @@ class IconShop(CausalDecoder):
                 raise ValueError(f"the model does not know the word {word!r}: {hint}")
         return [self.text_start, *(numbers[word] for word in words), self.draw_start]
 
+    @check_kinds
     def draw(
         self, prompts: Sequence[Sequence[int]], *, seed: int = 0, **sampling: float | None
     ) -> list[Icon]:
@@ -163,6 +166,7 @@ class IconShop(CausalDecoder):
         rows = self._rows(prompts, grammars, room, END, seed, sampling)
         return [self.tokenizer.decode(row) for row in rows]
 
+    @check_kinds
     def fill(
         self, words: Sequence[str], drawing: Sequence[int], first: int, count: int, *, num: int = 1, seed: int = 0,
         **sampling: float | None,
@@ -216,6 +220,7 @@ class IconShop(CausalDecoder):
         return out.rows()
 
 
+@check_kinds
 def icon_loss(
     model: IconShop, ids: Tensor, text_weight: float = 1.0, draw_weight: float = 7.0
 ) -> tuple[Tensor, Tensor]:

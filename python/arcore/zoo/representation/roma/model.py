@@ -24,6 +24,7 @@ from arcore.nn import (
     sincos_positions,
 )
 from arcore.nn.checks import check_floating, same_values
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import cluster_order, inverse_order, patchify, standardized, unpatchify
 
 # Decoder blocks, and depths of the encoder that they read.
@@ -174,6 +175,7 @@ class RoMA(nn.Module):
         self.enc2dec.bias.zero_()
         self.ar_pred.bias.zero_()
 
+    @check_kinds
     def forward(self, images: Tensor, windows: Tensor | None = None) -> Tensor:
         """Predict each cluster from those before it.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.nn import PatchEmbed, PreNormBlock, SelectiveSSM, SwiGLU, init_mamba_encoder
 from arcore.nn.checks import check_floating
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.representation.roma.model import RoMA
 
 # In the order of the published names' suffixes.
@@ -188,6 +189,7 @@ class RoMAClassifier(nn.Module):
             return (x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2
         return x[:, middle]
 
+    @check_kinds
     def forward(self, images: Tensor) -> Tensor:
         """Images as for `features` to float32 logits `[B, num_classes]`."""
         out: Tensor = self.head(self.features(images))

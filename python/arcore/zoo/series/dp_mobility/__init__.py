@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore.catalog import System, preset
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="dp_mobility",
@@ -135,6 +136,7 @@ class MobilityForecaster(nn.Module):
         )
         self.head = nn.Linear(directions * config.units, config.channels)
 
+    @check_kinds
     def forward(self, values: Tensor, calendar: Tensor) -> Tensor:
         """The next row of counts.
 
@@ -169,6 +171,7 @@ class MobilityForecaster(nn.Module):
         rmse = self.config.scale * error.detach().square().mean().sqrt()
         return error.abs().mean(), {"rmse": rmse}
 
+    @check_kinds
     def forecast(self, values: Tensor, calendar: Tensor, horizon: int) -> Tensor:
         """The next rows of counts, none below 0, one after the other: `[B, context, C]` to `[B, horizon, C]`."""
         window, made = values, []

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from arcore.catalog import Published, System, preset
 from arcore.nn import Angles, RMSNorm, RotaryTable, linear
+from arcore.nn.kinds import check_kinds
 from arcore.ops import block_sparse_attention
 from arcore.zoo.series._kronos_layers import (
     KronosLayer,
@@ -269,6 +270,7 @@ class Kronos(nn.Module):
         """Logits of s2 of what `DependencyLayer.mix` returned: `[..., D]` to `[..., V2]`."""
         return linear(mixed, self.head_s2.weight, self.head_s2.bias).float()
 
+    @check_kinds
     def forward(
         self,
         s1: Tensor,

@@ -11,7 +11,8 @@ from torch import Tensor
 from arcore.decoding.draws import row_seeds
 from arcore.decoding.sampling import Sampling
 from arcore.masks import IntervalMask
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import came, check_whole
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.series._kronos_layers import angles_of, packed_paths
 from arcore.zoo.series._ohlcv import CLIP
 
@@ -95,6 +96,7 @@ class Paths(NamedTuple):
 
 
 @torch.no_grad()
+@check_kinds
 def generate_paths(
     model: Any,
     tokenizer: Any,
@@ -126,6 +128,12 @@ def generate_paths(
     Raises:
         TypeError, ValueError: a count is below 1, shapes do not fit, or model and tokenizer have other tokens.
     """
+    for name, given, kind, parts in (
+        ("model", model, "Kronos", ("coarse", "fine")),
+        ("tokenizer", tokenizer, "KronosTokenizer", ("encode", "decode")),
+    ):
+        if not all(hasattr(given, part) for part in parts):
+            raise TypeError(f"arcore.generate_paths: expected {name} to be a {kind} but got {came(given)}")
     horizon, paths = check_whole("horizon", horizon, 1, "candles"), check_whole("paths", paths, 1)
     batch, length = values.shape[:2]
     if calendar.shape != (batch, length + horizon, 5):

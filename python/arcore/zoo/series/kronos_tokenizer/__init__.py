@@ -23,6 +23,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.masks import IntervalMask
 from arcore.nn import Angles, RotaryTable
 from arcore.nn.bsq import BinarySphericalQuantizer, bits_of, index_of
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.series._kronos_layers import KronosLayer, angles_of, causal, init_linear, layers_from_official
 from arcore.zoo.series._ohlcv import CANDLE
 
@@ -151,6 +152,7 @@ class KronosTokenizer(nn.Module):
         self.rotary = RotaryTable(config.dim // config.num_heads)
         init_linear(self)
 
+    @check_kinds
     def forward(self, values: Tensor) -> Reconstruction:
         """Quantise and reconstruct normalised candles `[B, T, C]`."""
         found = self.quantizer(self._latent(values))
@@ -165,6 +167,7 @@ class KronosTokenizer(nn.Module):
         return (coarse + full + out.loss) / 2, figures
 
     @torch.no_grad()
+    @check_kinds
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens s1 and s2, int64 `[B, T]`, of normalised candles `[B, T, C]`."""
         bits = self._latent(values) > 0
@@ -176,6 +179,7 @@ class KronosTokenizer(nn.Module):
         return (bits.to(self.head.weight.dtype) * 2 - 1) / bits.shape[-1] ** 0.5
 
     @torch.no_grad()
+    @check_kinds
     def decode(
         self, s1: Tensor, s2: Tensor, mask: IntervalMask | None = None, positions: Tensor | None = None
     ) -> Tensor:

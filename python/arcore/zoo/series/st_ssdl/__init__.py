@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import System, preset
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="st_ssdl",
@@ -253,6 +254,7 @@ class STSSDL(nn.Module):
         """The time of the week of calendars `[..., 5]`, from 0 to 7 * slots - 1."""
         return calendar[..., 2] * self.config.slots + self.day_slot(calendar)
 
+    @check_kinds
     def forward(
         self, values: Tensor, calendar: Tensor, actual: Tensor | None = None
     ) -> tuple[Tensor, Deviation]:
@@ -331,6 +333,7 @@ class STSSDL(nn.Module):
         }
         return loss, figures
 
+    @check_kinds
     def forecast(self, values: Tensor, calendar: Tensor, horizon: int) -> Tensor:
         """The next rows, `[B, context, N]` to `[B, horizon, N]`; beyond the config's horizon the forecast goes on."""
         made: list[Tensor] = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arcore.catalog import Published, preset
 from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import Parents
 from arcore.zoo.state_space._attention import AttentionSettings, CausalAttention, HybridCache
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
@@ -188,6 +189,7 @@ class Mamba(nn.Module):
         """Parts whose weights are gathered one after the other where they are sharded over processes."""
         return [layer.mixer for layer in self.layers]
 
+    @check_kinds
     def forward(
         self,
         ids: Tensor,

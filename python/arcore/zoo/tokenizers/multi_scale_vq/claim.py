@@ -10,7 +10,8 @@ from torch import Tensor
 
 from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.data import load_digits
-from arcore.zoo.tokenizers.multi_scale_vq.model import MultiScaleQuantizer, MultiScaleVQConfig
+from arcore.zoo.tokenizers.multi_scale_vq.config import MultiScaleVQConfig
+from arcore.zoo.tokenizers.multi_scale_vq.quantizer import MultiScaleQuantizer
 
 
 def claim(*, quick: bool) -> Claim:

