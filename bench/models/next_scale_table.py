@@ -167,7 +167,7 @@ def quantised(model: VAR) -> VAR:
     return model
 
 
-def picture(rounds: int, depth: int | None) -> dict[str, Any]:
+def picture(rounds: int, depth: int | None, lower: bool) -> dict[str, Any]:
     """One picture at 256 pixels with guidance."""
     model, tokenizer = networks("var_d16", depth)
     plain = Plain(model)
@@ -177,7 +177,7 @@ def picture(rounds: int, depth: int | None) -> dict[str, Any]:
     def ours() -> Any:
         return generate_next_scale(model, tokenizer, LABELS, cfg_scale=1.5, seed=1)
 
-    def lower() -> Any:
+    def ours_lower() -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return ours()
 
@@ -188,9 +188,9 @@ def picture(rounds: int, depth: int | None) -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {
         "plain, float32": lambda: plain.draw(tokenizer, 1),
         "VAR, float32": ours,
-        "plain, bf16 autocast": plain_lower,
-        "VAR, bf16 autocast": lower,
     }
+    if lower:
+        runs |= {"plain, bf16 autocast": plain_lower, "VAR, bf16 autocast": ours_lower}
     for _ in range(rounds):
         for name, run in runs.items():
             spent, drawn[name] = once(run)
@@ -204,8 +204,12 @@ def picture(rounds: int, depth: int | None) -> dict[str, Any]:
         spent, eight = once(ours)
         seconds.setdefault("VAR, int8 weights", []).append(spent)
         print(f"int8: {spent:.2f} s", file=sys.stderr, flush=True)
+    drawn["VAR, int8 weights"] = eight
     quality = {}
-    for name, other in (("VAR, bf16 autocast", drawn["VAR, bf16 autocast"]), ("VAR, int8 weights", eight)):
+    for name in ("VAR, bf16 autocast", "VAR, int8 weights"):
+        if name not in drawn:
+            continue
+        other = drawn[name]
         same = torch.cat([(a == b).flatten() for a, b in zip(reference.indices, other.indices, strict=True)])
         quality[name] = {
             "equal codes": round(float(same.float().mean()), 4),
@@ -250,7 +254,7 @@ def others(rounds: int, depth: int | None) -> dict[str, Any]:
     }
 
 
-def training(rounds: int, lengths: tuple[int, ...] = (680, 2240)) -> dict[str, Any]:
+def training(rounds: int, lengths: list[int], lower: bool) -> dict[str, Any]:
     """Two blocks of d16's shape, forward and backward, batch 1."""
     found: dict[str, Any] = {}
     for length in lengths:
@@ -282,7 +286,8 @@ def training(rounds: int, lengths: tuple[int, ...] = (680, 2240)) -> dict[str, A
             "HMAR": lambda m=model, k=markov, c=cond, x=x, s=step: s(lambda: m._hidden(x, c, k, None)),  # type: ignore[misc]
         }
         runs = {f"{name}, float32": run for name, run in forms.items()}
-        runs |= {f"{name}, bf16 autocast": low(run) for name, run in forms.items()}
+        if lower:
+            runs |= {f"{name}, bf16 autocast": low(run) for name, run in forms.items()}
         seconds: dict[str, list[float]] = {}
         for turn in range(rounds + 1):
             for name, run in runs.items():
@@ -302,16 +307,26 @@ def main() -> int:
     parser.add_argument(
         "--shared", action="store_true", help="note that the machine ran other work meanwhile"
     )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[680, 2240], help="tokens of a training step"
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="leave bfloat16 out, which is slow where it is emulated"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     machine = {"cpu": cpu_model(), "torch": torch.__version__, "bf16 units": str(torch.ops.arcore.cpu_bf16())}
     for part in options.parts:
-        result = (
-            training(options.rounds)
-            if part == "training"
-            else {"picture": picture, "others": others}[part](options.rounds, options.depth)
-        )
+        lower = not options.float32
+        if part == "training":
+            result = training(options.rounds, options.lengths, lower)
+            before = record.get(part, {}).get("seconds", {})
+            result["seconds"] = {**before, **result["seconds"]}
+        elif part == "picture":
+            result = picture(options.rounds, options.depth, lower)
+        else:
+            result = others(options.rounds, options.depth)
         record[part] = {**machine, "shared machine": options.shared, "rounds": options.rounds, **result}
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write(record)

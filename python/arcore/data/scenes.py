@@ -10,8 +10,13 @@ from arcore.data.images import InMemoryImages
 from arcore.data.mnist import load_mnist
 from arcore.nn.checks import check_whole
 
-# Scenes that each digit is the left one of.
+# Scenes that each digit is the left one of; of held-out digits there is one each.
 EACH = 3
+
+
+def scenes_each(split: str) -> int:
+    """Scenes of a picture."""
+    return 1 if split == "test" else EACH
 
 
 class Scenes(InMemoryImages):
@@ -20,12 +25,13 @@ class Scenes(InMemoryImages):
     Attributes:
         subjects: the digits of each scene, left and right, as pictures of their own, `[N, 2, 1, size, size]`.
         digits: their numbers, int64 `[N, 2]`.
+        distinct: how many of the first scenes have left digits that differ.
     """
 
-    def __init__(self, images: Tensor, subjects: Tensor, digits: Tensor) -> None:
+    def __init__(self, images: Tensor, subjects: Tensor, digits: Tensor, distinct: int) -> None:
         names = tuple(f"a {one} and a {two}" for one in range(10) for two in range(10))
         super().__init__(images, digits[:, 0] * 10 + digits[:, 1], names)
-        self.subjects, self.digits = subjects, digits
+        self.subjects, self.digits, self.distinct = subjects, digits, distinct
 
 
 def compose(left: Tensor, right: Tensor, heights: Tensor) -> Tensor:
@@ -50,7 +56,7 @@ def load_scenes(split: str = "train", *, image_size: int = 24) -> Scenes:
     """Scenes of two digits of MNIST (see `load_mnist`); the digits of a split are those of MNIST's.
 
     Args:
-        split: `"train"` (12000 scenes), `"test"` (3000) or `"all"`.
+        split: `"train"` (12000 scenes), `"test"` (1000) or `"all"`.
         image_size: side length in pixels, even, at least 16; the digits have half of it.
 
     Raises:
@@ -66,9 +72,12 @@ def load_scenes(split: str = "train", *, image_size: int = 24) -> Scenes:
     digits = F.interpolate(found.images, size=(inner, inner), mode="bilinear", antialias=True).clamp(-1, 1)
     digits = F.pad(digits, [size // 16] * 4, value=-1.0)
     draws = torch.Generator().manual_seed(sum(split.encode()))
-    count = len(digits) * EACH
-    left = torch.arange(len(digits)).repeat(EACH)
+    each = scenes_each(split)
+    count = len(digits) * each
+    left = torch.arange(len(digits)).repeat(each)
     right = torch.randint(len(digits), (count,), generator=draws)
     heights = torch.randint(size // 2 + 1, (count, 2), generator=draws)
     pairs = torch.stack([left, right], 1)
-    return Scenes(compose(digits[left], digits[right], heights), digits[pairs], found.labels[pairs])
+    return Scenes(
+        compose(digits[left], digits[right], heights), digits[pairs], found.labels[pairs], len(digits)
+    )

@@ -333,7 +333,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any):
     from arcore.cli import main
 
     first, run = tmp_path / "base", tmp_path / "run"
-    quiet = {"settings": base.SETTINGS, "show_progress": False}
+    data = base.pictures(tmp_path / "data")
+    quiet = {"settings": base.SETTINGS, "show_progress": False, "data": data}
     train("infinity_tiny", out=first, tokenizer_steps=1, **quiet)
     train("echogen_tiny", out=run, base=first, **quiet)
     [before], [after] = list(first.glob("step-*")), list(run.glob("step-*"))
@@ -345,7 +346,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any):
         "sample",
         str(run),
         "--prompt",
-        "the digit on the left",
+        "the subject on the left and a dog",
         "-n",
         "2",
         "--out",

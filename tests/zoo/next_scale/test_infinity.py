@@ -15,6 +15,7 @@ from torch import Tensor
 import arcore
 from arcore.catalog import create_model, load_checkpoint, load_weights
 from arcore.catalog.claims import shaken
+from arcore.recipes import recipe_for
 from arcore.training import train
 from arcore.zoo.next_scale.infinity.draw import draw_bits
 from arcore.zoo.next_scale.infinity.model import Infinity, InfinityConfig, bit_loss
@@ -407,11 +408,24 @@ def test_text_through_t5(tmp_path: Path):
         t5_vectors(["a"], tmp_path / "nowhere", 24)
 
 
+def pictures(folder: Path) -> str:
+    """A few grey pictures of two classes."""
+    from PIL import Image
+
+    for name, value in (("cat", 40), ("dog", 190)):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("L", (24, 24), value + number).save(folder / name / f"{number}.png")
+    return str(folder)
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: Any):
     from arcore.cli import main
 
     run, out = tmp_path / "run", str(tmp_path / "x.png")
-    train("infinity_tiny", out=run, settings=SETTINGS, tokenizer_steps=1, show_progress=False)
+    data = pictures(tmp_path / "data")
+    assert recipe_for("infinity_tiny").options().data == "scenes"
+    train("infinity_tiny", out=run, settings=SETTINGS, tokenizer_steps=1, show_progress=False, data=data)
     model = load_checkpoint(next(run.glob("step-*")))[0]["model"]
     assert model.config.patch_nums == (1, 2, 3, 4, 6)
     capsys.readouterr()
@@ -437,4 +451,5 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any):
             settings=SETTINGS,
             tokenizer=tmp_path / "vq",
             show_progress=False,
+            data=data,
         )

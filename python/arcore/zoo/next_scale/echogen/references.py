@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arcore._optional import require
 from arcore.data import ImageDataset, InMemoryImages, Scenes
-from arcore.data.scenes import EACH, compose
+from arcore.data.scenes import compose, scenes_each
 from arcore.zoo.next_scale.echogen.model import EchoGenConfig, Reference
 
 # Side of a patch in pixels, and the most pixels by which a reference is shifted in training.
@@ -40,7 +40,7 @@ class SubjectScenes(ImageDataset):
         self.class_names = tuple(caption(side, other, noun) for side in (0, 1) for other in others)
 
     def __len__(self) -> int:
-        return EACH * len(self.pictures)
+        return scenes_each(self.split) * len(self.pictures)
 
     def digest(self) -> str | None:
         found = self.pictures.digest()
@@ -80,7 +80,7 @@ def subjects_of(data: ImageDataset) -> ImageDataset:
     """The pictures that scenes are composed of: the digits of `Scenes`, or the pictures as they are."""
     if not isinstance(data, Scenes):
         return data
-    count = len(data) // EACH
+    count = data.distinct
     names = tuple(str(digit) for digit in range(10))
     return InMemoryImages(data.subjects[:count, 0], data.digits[:count, 0], names)
 
