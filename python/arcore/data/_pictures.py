@@ -205,6 +205,19 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
     return values.view(size, size, channels).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file in pixels, upright.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}")
+    size: tuple[int, int] = Pictures(3).read(path).size
+    return size
+
+
 class _Refused(Exception):
     """A picture whose values cannot be understood."""
 

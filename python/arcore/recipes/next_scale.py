@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import create_model, describe, get_config, list_models, load_checkpoint
 from arcore.catalog.lookup import find, load
-from arcore.data._pictures import read_picture
+from arcore.data._pictures import picture_size, read_picture
 from arcore.decoding import Kept, generate_next_scale
 from arcore.objectives import next_scale_loss
 from arcore.recipes._images import PictureOptions, PictureRecipe
@@ -221,6 +221,13 @@ def _kept(tokenizer: Any, options: NextScaleSampling, labels: Tensor) -> Kept:
     weight = next(tokenizer.parameters())
     picture = read_picture(options.edit, size, channels).to(weight.device, weight.dtype)
     if options.mask is not None:
+        shapes = [picture_size(path) for path in (options.edit, options.mask)]
+        if shapes[0] != shapes[1]:
+            (width, height), (across, down) = shapes
+            raise ValueError(
+                f"--mask {options.mask}: expected a picture of {width} x {height} pixels like {options.edit} but got "
+                f"{across} x {down}"
+            )
         region = read_picture(options.mask, size, 1)[0] <= 0
     else:
         left, top, right, bottom = (round(share * size) for share in options.box or (0.25, 0.25, 0.75, 0.75))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arcore
+from arcore.catalog.claims import shaken
 from arcore.tokenizers import MultiScaleVQ, MultiScaleVQConfig
 from arcore.zoo.tokenizers.multi_scale_vq import model as multi_scale_vq
 from arcore.zoo.tokenizers.multi_scale_vq.quantizer import MultiScaleQuantizer, phi_indices
@@ -344,3 +345,14 @@ def test_bad_codes(tokenizer: MultiScaleVQ):
 def test_bad_configs(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         MultiScaleVQConfig(**SMALL | change)
+
+
+@torch.no_grad()
+def test_a_wide_decoder_gives_the_same_pictures_with_channels_last():
+    sizes = {"channels": 64, "channel_mult": (1, 1), "num_res_blocks": 1, "patch_nums": (1, 2, 4)}
+    model = shaken(arcore.create_model("msvq_tiny", **sizes)).eval()
+    latent = torch.randn(2, model.z_channels, 4, 4)
+    plain = model.decoder(model.post_quant_conv(latent)).clamp(-1, 1)
+    drawn = model.decode_latent(latent)
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5)
+    assert drawn.is_contiguous()

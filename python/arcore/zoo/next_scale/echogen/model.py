@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore import masks
 from arcore.catalog import Published, preset
+from arcore.masks import IntervalMask
 from arcore.nn import MLP, ModulationTable, SharedModulation
 from arcore.nn.adaln import EPS, modulated_norm
 from arcore.ops import block_sparse_attention
@@ -114,7 +114,7 @@ class EchoGenBlock(InfinityBlock):
         if told.content is None:
             return out
         k, v = told.content[layer]
-        read = block_sparse_attention(q, k, v, masks.full(q.shape[2], k.shape[2]).to(q.device), scale=1.0)
+        read = block_sparse_attention(q, k, v, _whole(q, k), scale=1.0)
         return out + self.content_attn(read.transpose(1, 2).flatten(2))
 
     def read_content(
@@ -132,13 +132,19 @@ class EchoGenBlock(InfinityBlock):
         q = F.normalize(q.unflatten(2, (heads, -1)).transpose(1, 2), dim=-1)
         q = q * self.content_log_scale.clamp(max=CosineAttention.MAX_LOG_SCALE).exp().to(q.dtype)
         count = content.shape[1]
-        out = block_sparse_attention(q, k, v, masks.full(count, count).to(q.device), scale=1.0)
+        out = block_sparse_attention(q, k, v, _whole(q, k), scale=1.0)
         content = content + gate1 * self.content_out(out.transpose(1, 2).flatten(2))
         keys = self.content_cross.keys(context)
         mask = Told(context, context, [keys], lengths).mask(count)
         content = content + self.content_cross(self.content_cross_norm(content), keys, mask)
         content = content + gate2 * self.content_ffn(modulated_norm(content, scale2, shift2))
         return (k, v), content
+
+
+def _whole(q: Tensor, k: Tensor) -> IntervalMask:
+    """Every query may read every key; made so that torch.compile can trace it."""
+    bounds = torch.tensor([0, k.shape[2]], dtype=torch.int32, device=q.device)
+    return IntervalMask.trusted(bounds.expand(1, 1, q.shape[2], 2).contiguous(), k.shape[2])
 
 
 class EchoGen(Infinity):

@@ -15,6 +15,9 @@ from arcore.nn.kinds import check_kinds
 from arcore.zoo.tokenizers.multi_scale_vq.config import PATCH_NUMS_512, MultiScaleVQConfig
 from arcore.zoo.tokenizers.multi_scale_vq.quantizer import MultiScaleQuantizer
 
+# Channels from which a decoder is run with channels last on a CPU.
+WIDE = 64
+
 
 @dataclass(frozen=True)
 class MultiScaleVQOutput:
@@ -190,8 +193,11 @@ class MultiScaleVQ(nn.Module):
             ValueError: the latent is not `[B, C, p_K, p_K]`.
         """
         self._check_latent(latent)
+        if latent.device.type == "cpu" and self.config.channels >= WIDE:
+            # Wide convolutions are faster on a CPU where a place's channels lie side by side.
+            latent = latent.contiguous(memory_format=torch.channels_last)
         out: Tensor = self.decoder(self.post_quant_conv(latent))
-        return out.clamp(-1, 1)
+        return out.clamp(-1, 1).contiguous()
 
     def _latent(self, images: Tensor) -> Tensor:
         size = self.config.image_size
