@@ -319,7 +319,7 @@ _OFFICIAL_NAMES = (
     (r"^lvl_embed\.", "level_embed."),
     (r"\.mat_qkv\.", ".qkv."),
     (r"\.scale_mul_1H11$", ".log_scale"),
-    (r"^head\.", "head.linear."),
+    (r"^head\.(weight|bias)$", r"head.linear.\1"),
     (r"^head_nm\.ada_lin\.1\.", "head.modulation.linear."),
     (r"^shared_ada_lin\.1\.", "modulation.linear."),
     (r"\.ada_lin\.1\.", ".modulation.linear."),
