@@ -32,7 +32,8 @@ from arcore.decoding import generate_next_scale
 from arcore.env import cpu_model
 from arcore.nn.adaln import modulated_norm
 from arcore.zoo.next_scale.code import decode_together
-from arcore.zoo.next_scale.hmar import generate_refined, published_schedule
+from arcore.zoo.next_scale.hmar.refine import generate_refined
+from arcore.zoo.next_scale.hmar.schedule import published_schedule
 from arcore.zoo.next_scale.var import VAR, VARConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -416,9 +417,9 @@ by `python bench/models/next_scale_table.py`.
 
 Without units for bfloat16 a processor emulates it, and `--precision auto` stays with float32.
 
-HMAR saves attention alone. By the counts of [cost against resolution](resolution.md) VAR needs 1.11 times HMAR's operations
-for a picture of 512 pixels and 1.39 times for one of 1024, guided or not. So where matrix products run as fast as attention,
-as on a CPU, the 1.5 of its paper, measured at batch sizes where the cache weighs, is out of reach at 512 pixels.
+HMAR saves attention alone. By the counts of [cost against resolution](resolution.md) VAR needs 1.11 times HMAR's
+operations for a picture of 512 pixels and 1.39 times for one of 1024, guided or not. So where matrix products run as
+fast as attention, as on a CPU, the 1.5 of its paper, measured where the cache weighs, is out of reach at 512 pixels.
 """
 
 
