@@ -200,7 +200,7 @@ def _first_stage(start: Start, options: Any) -> tuple[Any, Any]:
     """
     networks, _ = load_checkpoint(checkpoint.find(options.refine))
     model = networks.get("model")
-    if not hasattr(model, "second_stage") or "tokenizer" not in networks:
+    if model is None or not hasattr(model, "second_stage") or "tokenizer" not in networks:
         raise ValueError(
             f"{options.refine} holds no first stage of a model that has a second one: train one with "
             "arcore train hmar_tiny"

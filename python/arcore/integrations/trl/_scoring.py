@@ -71,7 +71,8 @@ def completion_logprobs(model: Any, ids: Tensor, attention: Tensor, completion: 
     hidden = decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
     rows, places = chosen.nonzero(as_tuple=True)
     logp = head(hidden[rows, places - 1], ids[rows, places]).logp
-    return logp.new_zeros(ids.shape).index_put((rows, places), logp)
+    out: Tensor = logp.new_zeros(ids.shape).index_put((rows, places), logp)
+    return out
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

@@ -289,7 +289,8 @@ def run(options: Options) -> Report:
         raise ValueError(
             f"expected a checkpoint with a model and its tokenizer but {options.checkpoint} holds {', '.join(networks)}"
         )
-    model, tokenizer = networks["model"], networks["tokenizer"]
+    model: Any = networks["model"]
+    tokenizer: Any = networks["tokenizer"]
     source = options.data or meta.get("data")
     if source is None:
         raise ValueError("the checkpoint does not say what it was trained on: name the images with --data")

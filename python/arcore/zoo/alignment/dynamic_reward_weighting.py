@@ -358,7 +358,7 @@ def run(options: Options) -> Report:
         axes.set(xlabel="update", ylabel="share of palindromes (the hard reward)")
         axes.legend()
 
-    values = {
+    values: dict[str, Any] = {
         name: [{"steps": one.steps, "reached": one.reached, "hardest": one.hardest} for one in runs]
         for name, runs in found.items()
     }

@@ -409,7 +409,7 @@ def run(options: Options) -> Report:
     else:
         with guard_file(options.guard, budget=options.guard_budget, seed=options.seed) as guard:
             grid = compare(options, guard)
-    names = "own loss", "next byte", "choice of 4", "after tasks", "parameters"
+    names: tuple[str, ...] = ("own loss", "next byte", "choice of 4", "after tasks", "parameters")
     if options.guard is not None:
         # Shares from the held-out text itself would let it be looked at without end.
         names = "own loss", "next byte", "guarded", "parameters"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ class LlamaGenText(LlamaGen):
         other = copy.copy(self)
         other._given = self.caption(self._checked(captions, mask))
         shift = torch.zeros(len(captions), dtype=torch.int64) if mask is None else (~mask).sum(1)
-        other.rotary = self.rotary.shifted(shift)  # type: ignore[union-attr]
+        other.rotary = cast(CaptionRotary, self.rotary).shifted(shift)
         return other
 
     def prompt(self, labels: Tensor) -> Tensor:

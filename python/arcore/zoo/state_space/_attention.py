@@ -250,8 +250,8 @@ class HybridCache(StateCache):
 
     def snapshot(self) -> Any:
         stop = self.length
-        kept = (stored[:, :, :, :stop].clone() for stored in (self.keys, self.values))
-        return HybridSnapshot(super().snapshot(), *kept, self.taps.clone())
+        keys, values = (stored[:, :, :, :stop].clone() for stored in (self.keys, self.values))
+        return HybridSnapshot(super().snapshot(), keys, values, self.taps.clone())
 
     def restore(self, snapshot: Any) -> None:
         if not isinstance(snapshot, HybridSnapshot) or snapshot.taps.shape != self.taps.shape:

@@ -355,7 +355,7 @@ class FirstPatch(nn.Module):
         """Put the adapters beside the weights of a model, which must not have any yet."""
         self.check(model)
         for layer, adapters in zip(model.layers, self.adapters, strict=True):
-            for part, adapter in zip(_PARTS, adapters, strict=True):  # type: ignore[arg-type]
+            for part, adapter in zip(_PARTS, adapters, strict=True):  # type: ignore[call-overload]
                 parametrize.register_parametrization(layer.get_submodule(part), "weight", adapter)
 
     def merge(self, model: Any) -> None:

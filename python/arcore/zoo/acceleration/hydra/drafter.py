@@ -145,7 +145,7 @@ def _plan(shape: TreeShape, medusa: bool, device: torch.device) -> list[_Level]:
         asked = [0] if medusa else sorted(set(parents))
         rows = [0 if medusa else asked.index(parent) for parent in parents]
         ranks = [shape.ranks[i] for i in nodes]
-        tables = (torch.tensor(x, device=device) for x in (nodes, parents, asked, rows, ranks))
-        plan.append(_Level(*tables, max(ranks) + 1))
+        tables = [torch.tensor(x, device=device) for x in (nodes, parents, asked, rows, ranks)]
+        plan.append(_Level._make([*tables, max(ranks) + 1]))
         before = nodes
     return plan

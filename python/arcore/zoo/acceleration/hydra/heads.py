@@ -268,8 +268,9 @@ def hydra_loss(
     Returns:
         Scalar.
     """
+    network: Any = model
     with torch.no_grad():
-        hidden = model.hidden(ids)
+        hidden = network.hidden(ids)
         soft = linear(hidden, heads.last_layer(model)).float().softmax(-1) if teacher else None
         targets = heads.places(ids)
     loss = ids.new_zeros((), dtype=torch.float32)

@@ -217,8 +217,8 @@ class TreeDrafter:
             text[have + 1 : have + 1 + n] + [0] * (width - n)
             for text, have, n in zip(context.texts, self._cache.lengths, kept, strict=True)
         ]
-        ids = torch.tensor(following, device=context.device)
-        x = self.network.join(torch.cat([self.model.embed(ids), states], dim=-1))
+        read = torch.tensor(following, device=context.device)
+        x = self.network.join(torch.cat([self.model.embed(read), states], dim=-1))
         mask, angles = self.network.behind(self._cache.lengths, width, context.device)
         found = self.network.run(x, angles, mask, self._cache)
         self._cache.commit(kept)

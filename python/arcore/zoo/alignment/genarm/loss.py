@@ -32,7 +32,8 @@ def answer_logprobs(model: TokenModel, ids: Tensor, answer: Tensor) -> Tensor:
     Returns:
         float32 `[B]`.
     """
-    logprobs = model(ids[:, :-1])[..., : model.vocab_size].log_softmax(-1)
+    network: Any = model
+    logprobs = network(ids[:, :-1])[..., : model.vocab_size].log_softmax(-1)
     chosen = logprobs.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     return (chosen * answer[:, 1:]).sum(1)
 

@@ -402,10 +402,10 @@ def claim(*, quick: bool) -> Claim:
     ]
     if not quick:
         # Settings were chosen on seeds below 20.
-        found = [
+        accuracies = [
             [learned(features, count=500, seed=seed) for features in (True, False)] for seed in range(21, 24)
         ]
-        gains = [both - alone for both, alone in found]
+        gains = [both - alone for both, alone in accuracies]
         told = ", ".join(f"{gain:+.3f}" for gain in gains)
         rows.append(
             at_least(

@@ -99,7 +99,8 @@ def distil_digits(count: int) -> tuple[float, float]:
     teacher = train_raster(count)
     codebook = torch.tensor([[-1.0], [-1 / 3], [1 / 3], [1.0]])
     fields = {name: getattr(teacher.config, name) for name in LlamaGenConfig.__dataclass_fields__}
-    nets: list[Any] = [OneStepCodes(OneStepConfig(**fields, code_channels=1, head_dim=64)) for _ in range(2)]
+    config = OneStepConfig(**fields, code_channels=1, head_dim=64)
+    nets: list[Any] = [OneStepCodes(config) for _ in range(2)]  # type: ignore[abstract]
     generator, guidance = nets
     for net in nets:
         net.start_from(teacher)
