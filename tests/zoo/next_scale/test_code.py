@@ -148,3 +148,28 @@ def test_what_does_not_fit_is_named(tokenizer: MultiScaleVQ) -> None:
         decode_together(large, tokenizer, tokenizer, labels, draft_scales=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model of codes"):
         run(Options(drafter="msvq_tiny"))
+
+
+def test_a_pair_of_runs_with_a_judge(tmp_path: Path) -> None:
+    """Two runs on one tokenizer; a classifier says how many pictures are of their class."""
+    tokenizer = arcore.create_model("msvq_tiny")
+    small = arcore.create_model("var_tiny", depth=2, embed_dim=48)
+    for name, model in (("large", arcore.create_model("var_tiny")), ("small", small)):
+        save_checkpoint(tmp_path / name, {"model": model, "tokenizer": tokenizer})
+    judge = arcore.create_model("roma_classifier_tiny", image_size=8, in_channels=1, num_classes=10)
+    save_checkpoint(tmp_path / "judge", {"model": judge})
+    pair = {"drafter": "var_tiny", "refiner": "var_tiny", "draft_scales": 3, "label": 7, "count": 1}
+    weights = {
+        f"{name}_weights": str(tmp_path / run) for name, run in (("drafter", "large"), ("refiner", "small"))
+    }
+    report = run(Options(**pair, **weights, judge=tmp_path / "judge", judged=1))
+    assert "taken for their class, of 10 pictures: pair" in report.text
+    assert 0 <= report.values["accuracy_pair"] <= 1
+    assert report.values["ratio"] < 0.65
+    save_checkpoint(tmp_path / "small", {"model": small, "tokenizer": arcore.create_model("msvq_tiny")})
+    with pytest.raises(ValueError, match="different tokenizers: train the second with --tokenizer"):
+        run(Options(**pair, **weights))
+    weights["refiner_weights"] = str(tmp_path / "file.pth")
+    torch.save(small.state_dict(), weights["refiner_weights"])
+    with pytest.raises(ValueError, match=r"both as files|do not fit"):
+        run(Options(**pair, **weights))

@@ -14,6 +14,7 @@ from torch import Tensor
 from arcore.catalog import create_model, load_checkpoint, load_weights
 from arcore.catalog.claims import shaken
 from arcore.data import load_digits
+from arcore.recipes import recipe_for
 from arcore.training import train
 from arcore.zoo.next_scale.echogen.model import EchoGen, EchoGenConfig, Reference
 from arcore.zoo.next_scale.echogen.references import SubjectScenes, published_encoders
@@ -341,6 +342,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any):
     kept, model = (load_checkpoint(folder)[0]["model"] for folder in (before, after))
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in kept.state_dict().items())
+    [line] = recipe_for("echogen_tiny").finish(after, run)
+    assert f"--reference {run / 'reference.png'} --prompt 'the subject on the left'" in line
+    assert Image.open(run / "reference.png").size == (24, 24)
     Image.new("L", (30, 28), 90).save(tmp_path / "i.png")
     drawn = [
         "sample",

@@ -16,6 +16,7 @@ from arcore.catalog import Published, preset
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, ModulationTable, SharedModulation
 from arcore.nn.adaln import EPS, modulated_norm
+from arcore.nn.kinds import check_kinds
 from arcore.ops import block_sparse_attention
 from arcore.zoo.next_scale.infinity.model import (
     _OFFICIAL_NAMES,
@@ -276,6 +277,7 @@ class EchoGen(Infinity):
             contents.append(found)
         return Told(pooled, modulation, keys, lengths, contents, front)
 
+    @check_kinds
     def forward(  # type: ignore[override]
         self,
         inputs: Tensor,

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from arcore.catalog import load_checkpoint
+from arcore._optional import require
+from arcore.catalog import build, load_checkpoint
+from arcore.data import open_dataset
 from arcore.data._pictures import read_picture
 from arcore.recipes import Start, Work, ZooTask
 from arcore.recipes._images import open_images
-from arcore.recipes._pictures import Pictures
+from arcore.recipes._pictures import Pictures, save_picture, to_bytes
 from arcore.recipes._progress import drawing
 from arcore.training import checkpoint as checkpoints
 from arcore.training.checkpoint import read_meta
@@ -146,10 +148,33 @@ class EchoGenRecipe(InfinityRecipe):
         return super().prepare(start, options)
 
     def finish(self, checkpoint: Path, out: Path) -> list[str]:
-        """Writes the reference of a held-out scene, so that there is something to draw from."""
-        prompt = read_meta(checkpoint)["class_names"][0]
-        words = ["arcore", "sample", str(out), "--reference", "PICTURE.png", "--prompt", prompt]
-        return [f"draw: {shlex.join(words)} --out {shlex.quote(str(out / 'samples.png'))}"]
+        """Writes a held-out picture, so that there is a reference to draw from."""
+        facts, picture = read_meta(checkpoint), out / "reference.png"
+        shape = facts["modules"]["tokenizer"]["config"]
+        tokenizer: Any = build(facts["modules"]["tokenizer"])
+        size: dict[str, Any] = {"image_size": tokenizer.image_size, "channels": shape["in_channels"]}
+        source = facts["held_out"] or facts["data"]
+        data = open_dataset(source, split="all" if facts["held_out"] else "test", **size)
+        if not len(data):
+            # Too few pictures to hold any out.
+            data = open_dataset(source, split="all", **size)
+        image, _ = subjects_of(data)[0]
+        channels, height, width = image.shape
+        pixels = to_bytes(image).contiguous().numpy().tobytes()
+        modes = {1: "L", 3: "RGB"}
+        save_picture(
+            require("PIL.Image", extra="zoo").frombytes(modes[channels], (width, height), pixels), picture
+        )
+        words = [
+            "arcore",
+            "sample",
+            str(out),
+            "--reference",
+            str(picture),
+            "--prompt",
+            facts["class_names"][0],
+        ]
+        return [f"draw: {shlex.join([*words, '--out', str(out / 'samples.png')])}"]
 
     def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if options.reference is not None:

@@ -19,6 +19,7 @@ from arcore.nn import MLP, AdaLNHead, DropPath, KVCache, ModulationTable, RMSNor
 from arcore.nn.adaln import EPS, modulated_norm
 from arcore.nn.attention import SelfAttention, check_heads
 from arcore.nn.checks import check_floating, check_patch_nums
+from arcore.nn.kinds import check_kinds
 from arcore.ops import block_sparse_attention
 from arcore.zoo.next_scale.infinity.text import MOST_TOKENS, Text
 from arcore.zoo.tokenizers.multi_scale_bsq.model import SCALES_256, SCALES_1024
@@ -369,6 +370,7 @@ class Infinity(nn.Module):
         context: Tensor = self.text_proj(vectors)
         return pooled, context
 
+    @check_kinds
     def forward(self, inputs: Tensor, text: Text, dropped: Tensor | None = None) -> Tensor:
         """Logits of all bits of all scales in one pass, each scale given the coarser ones.
 

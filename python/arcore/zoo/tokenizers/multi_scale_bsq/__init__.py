@@ -23,6 +23,6 @@ SYSTEM = System(
     builds_on=("msvq",),
     recipe="tokenizer",
     summary="Image tokenizer that codes an image as token maps of bits, coarse to fine.",
-    claim="Bits and codes are one to one, and each scale of a trained tokenizer brings held-out images closer.",
+    claim="Bits and codes are one to one, and the scales of a trained tokenizer bring held-out images closer.",
     checked_on="real data",
 )

@@ -15,6 +15,7 @@ from arcore.catalog import Published, preset
 from arcore.nn.bsq import BinarySphericalQuantizer, bits_of, index_of
 from arcore.nn.checks import check_floating, check_ids, check_patch_nums, check_tensor
 from arcore.nn.conv import ConvDecoder, ConvEncoder
+from arcore.nn.kinds import check_kinds
 
 # Scales of square pictures of 256, 512 and 1024 pixels.
 SCALES_256 = (1, 2, 4, 6, 8, 12, 16)
@@ -196,6 +197,7 @@ class MultiScaleBSQ(nn.Module):
         """Side of the image in pixels."""
         return self.config.image_size
 
+    @check_kinds
     def forward(self, images: Tensor) -> MultiScaleBSQOutput:
         """Encode, quantise, decode.
 
@@ -227,6 +229,7 @@ class MultiScaleBSQ(nn.Module):
         out: Tensor = self.encoder(images)
         return out
 
+    @check_kinds
     @torch.no_grad()
     def encode_bits(self, images: Tensor) -> list[Tensor]:
         """Bits of images, bool `[B, p_k^2, d]` per scale. Errors: those of `forward`."""
@@ -259,6 +262,7 @@ class MultiScaleBSQ(nn.Module):
                 inputs.append(self.next_input(k, found))
         return bits, torch.cat([f.new_zeros(len(f), 0, self.bits), *inputs], 1)
 
+    @check_kinds
     def encode(self, images: Tensor) -> list[Tensor]:
         """Codes of images, int64 `[B, p_k^2]` per scale.
 
