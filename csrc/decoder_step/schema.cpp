@@ -8,9 +8,11 @@
 #include <initializer_list>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/overlap.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
 #include "decoder_step/params.h"
@@ -51,6 +53,47 @@ Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bi
   return {data(weight), bias.has_value() ? data(*bias) : nullptr, rows, cols};
 }
 
+// Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie side by
+// side, so each is one range; the two caches may be interleaved.
+bool heads_apart(const Tensor& keys, const Tensor& values) {
+  const ByteRange a = byte_range(keys), b = byte_range(values);
+  if ((a.end <= b.begin || b.end <= a.begin) && has_own_memory(keys) && has_own_memory(values)) return true;
+  std::vector<std::pair<int64_t, int64_t>> heads;
+  for (const Tensor* t : {&keys, &values}) {
+    const auto first = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(t->data_ptr()));
+    const int64_t length = t->size(2) * t->size(3) * bytes_of(*t);
+    for (int64_t text = 0; text < t->size(0); ++text)
+      for (int64_t head = 0; head < t->size(1); ++head) {
+        const int64_t begin = first + (text * t->stride(0) + head * t->stride(1)) * bytes_of(*t);
+        heads.emplace_back(begin, begin + length);
+      }
+  }
+  std::sort(heads.begin(), heads.end());
+  for (size_t i = 1; i < heads.size(); ++i)
+    if (heads[i].first < heads[i - 1].second) return false;
+  return true;
+}
+
+// What is written, x and the cache, must be read by nothing else.
+void check_memory(const Tensor& x, const Tensor& keys, const Tensor& values,
+                  std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+  ARCORE_CHECK(heads_apart(keys, values), kOp,
+               "expected keys and values whose heads have memory of their own but some share it, as expand() "
+               "makes; pass clones");
+  check_not_written(kOp, "keys", keys, "x", x);
+  check_not_written(kOp, "values", values, "x", x);
+  for (const auto& [name, t] : read) {
+    if (t == nullptr) continue;
+    check_not_written(kOp, name, *t, "x", x);
+    check_not_written(kOp, name, *t, "keys", keys);
+    check_not_written(kOp, name, *t, "values", values);
+  }
+}
+
+const Tensor* given(const OptionalTensor& t) {
+  return t.has_value() ? &*t : nullptr;
+}
+
 void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const OptionalTensor& qkv_bias,
                       const Tensor& out, const OptionalTensor& out_bias, const Tensor& norm2,
                       const Tensor& gate_up, const OptionalTensor& gate_up_bias, const Tensor& down,
@@ -83,6 +126,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
     ARCORE_CHECK(size > 0 && size % kMultiple == 0, kOp, "expected ", name, " to be a multiple of ",
                  kMultiple, " but got ", size);
   ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
+  ARCORE_CHECK(std::isfinite(eps) && eps >= 0, kOp, "expected eps to be finite and at least 0 but got ", eps);
   const int64_t width = heads * args.head_dim;
   check_float("x", x, {args.batch, args.dim});
   check_float("norm1", norm1, {args.dim});
@@ -124,7 +168,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   check_shape(kOp, "lengths", lengths, {texts});
   args.lengths = static_cast<const int64_t*>(lengths.data_ptr());
   for (int64_t b = 0; b < texts; ++b) {
-    ARCORE_CHECK(args.lengths[b] >= 0 && args.lengths[b] + drafts <= room, kOp, "expected lengths from 0 to ",
+    ARCORE_CHECK(args.lengths[b] >= 0 && args.lengths[b] <= room - drafts, kOp, "expected lengths from 0 to ",
                  room - drafts, ", the room of the cache less the new tokens, but got ", args.lengths[b]);
     args.longest = std::max(args.longest, args.lengths[b] + drafts);
   }
@@ -142,6 +186,19 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                    args.seen[b]);
     }
   }
+  check_memory(x, keys, values,
+               {{"norm1", &norm1},
+                {"qkv", &qkv},
+                {"qkv_bias", given(qkv_bias)},
+                {"out", &out},
+                {"out_bias", given(out_bias)},
+                {"norm2", &norm2},
+                {"gate_up", &gate_up},
+                {"gate_up_bias", given(gate_up_bias)},
+                {"down", &down},
+                {"down_bias", given(down_bias)},
+                {"cos", &cos},
+                {"sin", &sin}});
   if (args.batch == 0) return;
   const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
   const Tensor scratch = torch::stable::new_empty(x, {args.batch * per_row + 64});

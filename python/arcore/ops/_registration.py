@@ -189,6 +189,37 @@ def refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
         )
 
 
+def refuse_zero_derivative(op: str, *tensors: Any) -> None:
+    """Raise where a transform of `torch.func`, or a tangent, asks for the derivative of numbers that have none.
+
+    Plain autograd says so by itself: what such an op returns does not require grad. Under `torch.func.grad`, `jacrev`,
+    `jvp` and with dual numbers the same is a derivative of 0, without a word.
+
+    Args:
+        op: the public function's name.
+        tensors: its float arguments, or None.
+
+    Raises:
+        NotImplementedError: one of them is being differentiated.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if forward_ad._current_level < 0 and functorch.peek_interpreter_stack() is None:
+        return
+    for t in tensors:
+        tracked = _tangent(t) is not None
+        while isinstance(t, Tensor) and not tracked and functorch.is_functorch_wrapped_tensor(t):
+            tracked = functorch.is_gradtrackingtensor(t) and (t.requires_grad or _tangent(t) is not None)
+            t = functorch.get_unwrapped(t)
+        if tracked:
+            raise NotImplementedError(
+                f"arcore.{op}: expected arguments that nothing is differentiated by, but torch.func or a dual number "
+                "asks for a derivative and these results have none; detach() the arguments, or compute them in plain "
+                "PyTorch"
+            )
+
+
 def mark_written(*tensors: Tensor | None) -> None:
     """Tell autograd that a kernel has written into `tensors`, so that it refuses to use older saved values of them."""
     if torch.compiler.is_compiling():  # functionalised: what is written is a new value there

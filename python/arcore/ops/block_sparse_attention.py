@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
 from arcore.ops import _block_sparse_attention_rules as _rules  # noqa: F401
-from arcore.ops._checks import checked_call, same_device
+from arcore.ops._checks import checked_call, integer, same_device
 from arcore.ops._constants import OnAnyStream, capturing
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,7 +155,19 @@ def alibi_bias(slopes: Tensor, nk: int) -> Tensor:
 
     Returns:
         ``[H, nk]`` in the dtype of `slopes`.
+
+    Raises:
+        TypeError: `slopes` is no tensor of floats, or `nk` no integer.
+        ValueError: `slopes` has another shape, or `nk` is negative.
     """
+    same_device("arcore.alibi_bias", slopes=slopes)
+    if integer("arcore.alibi_bias", "nk", nk) < 0:
+        raise ValueError(f"arcore.alibi_bias: expected nk to be at least 0 but got {nk}")
+    if not slopes.is_floating_point():
+        raise TypeError(
+            f"arcore.alibi_bias: expected slopes of a floating-point dtype but got {_name(slopes.dtype)}; "
+            "convert them with .float()"
+        )
     if slopes.dim() != 1:
         raise ValueError(f"arcore.alibi_bias: expected slopes of shape [H] but got {tuple(slopes.shape)}")
     place = torch.arange(1 - nk, 1, dtype=slopes.dtype, device=slopes.device)
@@ -349,8 +361,11 @@ def _check(
             f"{op}: expected the mask's batch and heads to be 1 or (B={batch}, H={heads}) "
             f"but got ({mask.batch}, {mask.heads})"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: expected scale to be finite but got {scale}")
+    if isinstance(scale, str) or (isinstance(scale, Tensor) and scale.numel() != 1):
+        raise TypeError(f"{op}: expected scale to be a number but got {scale!r}")
+    # The kernels multiply in float32.
+    if scale is not None and not abs(float(scale)) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: expected scale to be finite in float32 but got {scale}")
     if key_bias is not None:
         shape = tuple(_three_dimensional(key_bias).shape) if 1 <= key_bias.dim() <= 3 else ()
         fits = shape and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == nk

@@ -6,17 +6,19 @@ The passes and the numerics are in csrc/decoder_step/README.md.
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._checks import checked_call
-from arcore.ops._registration import call_in_place, mark_written, register_in_place
+from arcore.ops._checks import checked_call, int64, integer, same_device
+from arcore.ops._registration import call_in_place, mark_written, refuse_derivatives, register_in_place
 
 OP = "arcore.decoder_step"
 # Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
 MULTIPLE = 16
 MAX_ROWS = 16
+_LOOP = "it writes in place; call it once for all rows, or in a loop"
 
 
 def decoder_step(
@@ -75,8 +77,8 @@ def decoder_step(
         out_bias: ``[C]`` or None.
         gate_up_bias: ``[2 F]`` or None.
         down_bias: ``[C]`` or None.
-        window: a token sees only so many places back, itself included; None for all.
-        eps: added to the mean squares.
+        window: a token sees only so many places back, itself included, at least 1; None for all.
+        eps: added to the mean squares, at least 0.
         drafts: new tokens of a text.
         seen: which new tokens each of them sees, int64 ``[B]``: bit t for token t of its text, with the bit of the
             token itself and none above it. None for a chain. Not together with `window`.
@@ -85,17 +87,25 @@ def decoder_step(
         x.
 
     Raises:
-        ValueError: a shape, dtype, layout or length does not fit.
-        RuntimeError: a gradient would be expected.
+        TypeError: an argument is no tensor, or no number, where it should be one.
+        ValueError: a shape, dtype, device, layout or length does not fit, or what is written shares memory with itself
+            or with another argument.
+        RuntimeError: a gradient or a forward-mode tangent would be expected, or a transform of `torch.func` is active.
         NotImplementedError: the tensors are not on a CPU.
 
     Reference: Llama (arXiv:2302.13971), grouped-query attention (arXiv:2305.13245).
     """
-    _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
+    window = _check_numbers(num_heads, window, eps, drafts)
+    floats = (x, norm1, qkv, out, norm2, gate_up, down, keys, values, cos, sin)
+    if not all(isinstance(t, Tensor) for t in (*floats, lengths)):
+        _check_tensors(x, *floats[1:], lengths)
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{OP}: expected no transform of torch.func around it but got one; {_LOOP}")
+    _refuse_gradients(*floats, qkv_bias, out_bias, gate_up_bias, down_bias)
     checked_call(
         "decoder_step", call_in_place, torch.ops.arcore.decoder_step.default,
         x, norm1, qkv, qkv_bias, out, out_bias, norm2, gate_up, gate_up_bias, down, down_bias,
-        keys, values, cos, sin, lengths, num_heads, window or 0, eps, drafts, seen,
+        keys, values, cos, sin, lengths, num_heads, window, eps, drafts, seen,
     )  # fmt: skip
     mark_written(x, keys, values)
     return x
@@ -152,9 +162,44 @@ def reference_decoder_step(
     return x
 
 
-def _refuse_gradients(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{OP}: this op has no gradient; call it under torch.no_grad()")
+    if forward_ad._current_level >= 0:
+        refuse_derivatives("decoder_step", *tensors)
+
+
+def _check_numbers(num_heads: int, window: int | None, eps: float, drafts: int) -> int:
+    """Raise unless the numbers are what they should be; returns the window as the op takes it."""
+    integer(OP, "num_heads", num_heads)
+    integer(OP, "drafts", drafts)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{OP}: expected eps to be a number but got {eps!r}")
+    if window is None:
+        return 0
+    if int64(OP, "window", window) < 1:
+        raise ValueError(f"{OP}: expected window to be at least 1, or None for no window, but got {window}")
+    return window
+
+
+def _check_tensors(*tensors: Tensor | None) -> None:
+    """Raise unless all are tensors on one device."""
+    names = (
+        "x",
+        "norm1",
+        "qkv",
+        "out",
+        "norm2",
+        "gate_up",
+        "down",
+        "keys",
+        "values",
+        "cos",
+        "sin",
+        "lengths",
+        "seen",
+    )
+    same_device(OP, **dict(zip(names, tensors, strict=False)))
 
 
 @torch.library.register_fake("arcore::decoder_step")
@@ -181,7 +226,14 @@ def _fake(
     drafts: int = 1,
     seen: Tensor | None = None,
 ) -> None:
-    return None
+    _check_tensors(x, norm1, qkv, out, norm2, gate_up, down, keys, values, cos, sin, lengths, seen)
+    biases = {
+        "qkv_bias": qkv_bias,
+        "out_bias": out_bias,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    same_device(OP, x=x, **biases)
 
 
 register_in_place("decoder_step")

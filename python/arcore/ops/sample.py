@@ -18,6 +18,7 @@ from arcore import _extension as _extension
 from arcore.ops import _sample_reference as rules
 from arcore.ops._checks import checked_call, int64, integer, same_device
 from arcore.ops._constants import constant
+from arcore.ops._registration import refuse_zero_derivative
 
 Order = Literal["hf", "vllm", "joint"]
 Mode = Literal["inverse_cdf", "gumbel", "greedy"]
@@ -236,6 +237,8 @@ def sample(
          repetition_penalty, presence_penalty, frequency_penalty),
     )  # fmt: skip
     _check_choices(name, mode, num_samples, return_logprob)
+    if return_logprob or return_prob or return_entropy:
+        _refuse_derivative("sample", logits, uncond, bias, temperature, cfg_scale)
     seeds, offsets = _keys(name, p, seed, offset, generator, mode)
     tokens, prob, logprob, raw_logprob, entropy, valid, kept = checked_call(
         "sample", torch.ops.arcore.sample,
@@ -299,6 +302,7 @@ def filter_probs(
         TypeError, ValueError: as `sample`.
     """
     name = "arcore.filter_probs"
+    _refuse_derivative("filter_probs", logits, uncond, bias, temperature, cfg_scale)
     if _guides_after(name, guidance):
         logits, uncond = _penalised(
             name,
@@ -366,6 +370,7 @@ def logits_from_probs(probs: Tensor) -> Tensor:
             f"arcore.logits_from_probs: expected probs to be a tensor of a float dtype but got {got}; "
             "convert it with .float()"
         )
+    refuse_zero_derivative("logits_from_probs", probs)
     # The logarithm comes first: float64 has probabilities that are 0 in float32.
     exact = probs.detach() if probs.dtype == torch.float64 else probs.detach().float()
     return exact.log().float()
@@ -1016,6 +1021,11 @@ def _keys(
     return _row_keys(op, p.lead, device, seed, offset, generator)
 
 
+def _refuse_derivative(op: str, logits: Any, *others: Any) -> None:
+    sources = logits if isinstance(logits, (list, tuple)) else (logits,)
+    refuse_zero_derivative(op, *sources, *others)
+
+
 def _row_keys(
     op: str,
     lead: torch.Size,
@@ -1024,6 +1034,11 @@ def _row_keys(
     offset: int | Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{op}: expected generator to be a torch.Generator but got {type(generator).__name__}; "
+            "pass a number as seed"
+        )
     if seed is None:
         if generator is None:
             seed = torch.randint(-(2**63), 2**63 - 1, lead, device=device)

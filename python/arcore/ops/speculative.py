@@ -159,6 +159,11 @@ def verify_tree(
 
     Reference: SpecInfer (arXiv:2305.09781, section 4.3) for drawn siblings; EAGLE-2 (arXiv:2406.16858) for chosen ones.
     """
+    if parents is None:
+        raise TypeError(
+            "arcore.verify_tree: expected parents, one for each draft, but got None; for a chain of drafts call "
+            "verify_chain"
+        )
     x = _prepare(
         "verify_tree",
         target_probs,
@@ -523,9 +528,16 @@ def codebook_neighbours(codebook: Tensor, k: int, *, rows: int = 1024) -> Tensor
         int32 ``[V, k]``. Of equal distances the lower index comes first.
 
     Raises:
-        ValueError: the shape or `k` does not fit.
+        TypeError: the codebook is no tensor of floats.
+        ValueError: the shape or `k` does not fit, or a number is not finite.
     """
     k, rows = (integer("arcore.codebook_neighbours", n, v) for n, v in (("k", k), ("rows", rows)))
+    same_device("arcore.codebook_neighbours", codebook=codebook)
+    if not codebook.is_floating_point():
+        raise TypeError(
+            f"arcore.codebook_neighbours: expected codebook of a floating-point dtype but got {_name(codebook.dtype)}; "
+            "convert it with .float()"
+        )
     if codebook.dim() != 2:
         raise ValueError(
             f"arcore.codebook_neighbours: expected codebook of shape [V, D] but got {tuple(codebook.shape)}"
@@ -536,6 +548,8 @@ def codebook_neighbours(codebook: Tensor, k: int, *, rows: int = 1024) -> Tensor
     if rows < 1:
         raise ValueError(f"arcore.codebook_neighbours: expected rows >= 1 but got {rows}")
     entries = codebook.detach().float()
+    if not entries.isfinite().all():
+        raise ValueError("arcore.codebook_neighbours: expected a codebook of finite numbers but some are not")
     every = torch.arange(size, device=codebook.device)
     parts = [torch.empty(0, k, dtype=torch.int32, device=codebook.device)]
     for start in range(0, size, rows):

@@ -100,6 +100,7 @@ def prepare_tokens(
     ignore_index: int,
 ) -> tuple[Any, ...]:
     """Check the arguments of a public function of logits, and lay them out for its op."""
+    same_device(f"arcore.{op}", logits=logits)
     check_rows(op, "logits", logits, logits.shape[-1:].numel(), target, softcap, mask, ignore_index)
     check_dtype(op, "logits", logits)
     for name, tensor in (("logits", logits), ("mask", mask)):
@@ -129,6 +130,7 @@ def reference_token_logprobs(
     those of `token_logprobs`, except that wrong targets raise PyTorch's own errors.
     """
     op = "token_logprobs"
+    same_device(f"arcore.{op}", logits=logits)
     check_rows(op, "logits", logits, logits.shape[-1:].numel(), target, softcap, mask, ignore_index)
     scalar, rows = split_temperature(op, temperature, target)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -200,6 +202,8 @@ def check_rows(
         raise TypeError(
             f"arcore.{op}: expected target of dtype int64 or int32 but got {str(target.dtype).removeprefix('torch.')}"
         )
+    if isinstance(softcap, (bool, str, Tensor)):
+        raise TypeError(f"arcore.{op}: expected softcap to be a number but got {softcap!r}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(
             f"arcore.{op}: expected softcap to be positive and finite but got {softcap}; pass None for none"
@@ -229,7 +233,7 @@ def split_temperature(op: str, temperature: float | Tensor, target: Tensor) -> t
     """(number, None), or (1, a float tensor of target's shape that keeps its path to autograd)."""
     if not isinstance(temperature, Tensor):
         given: Any = temperature  # callers do not always keep to the annotation
-        if given is None or isinstance(given, (str, list, tuple)):
+        if given is None or isinstance(given, (bool, str, list, tuple)):
             raise TypeError(
                 f"arcore.{op}: expected temperature to be a number or a tensor but got {temperature!r}"
             )
