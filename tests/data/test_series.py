@@ -91,6 +91,23 @@ def test_tables_that_cannot_be_understood(tmp_path: Path, text: str, options: di
         read_tables(path, **options)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        # pandas alone reads a single column of the numbers 5 here.
+        ("date;a\n2020-01-01;1,5\n2020-01-02;2,5\n", "separated by ';' but ',' is expected"),
+        ("date\ta\n2020-01-01\t1\n", r"separated by '\\t'"),
+        # ... and here a of the values of b.
+        ("a,b\n7,1,2\n8,2,3\n", "more fields than the header has names"),
+        ("date,a,a\n2020-01-01,1,2\n2020-01-02,2,3\n", "several columns of the name a"),
+    ],
+)
+def test_no_column_is_taken_for_another(tmp_path: Path, text: str, says: str):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_tables(tmp_path / "table.csv")
+
+
 def test_places_without_tables(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"does not exist: expected a \.csv or \.parquet"):
         read_tables(tmp_path / "gone.csv")

@@ -369,3 +369,11 @@ def test_kjv():
     assert 4_000_000 < len(text) < 4_600_000
     assert "\n\n" not in text
     assert len(load_text("kjv").test.encode()) == 131072
+
+
+def test_a_file_of_facts_without_a_text_is_called_what_it_is(tmp_path):
+    (tmp_path / "facts.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(
+        ValueError, match=r'nothing in .* can be read as text: .* has no JSON table with a text "text"'
+    ):
+        load_text(tmp_path / "facts.jsonl", skip_bad=True)

@@ -7,6 +7,7 @@ the rest is normalised. Calendars and gaps in time are in `arcore.data.calendar`
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import importlib
@@ -590,6 +591,25 @@ def _lines(path: Path, rows: int) -> list[int] | None:
     return found[1:] if len(found) == rows + 1 else None
 
 
+class _BadHeader(ValueError):
+    """What a table's first line says cannot be."""
+
+
+def _check_header(path: Path, separator: str) -> None:
+    """Refuse a table whose columns are separated in another way, or of which two have one name."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    others = [other for other in ";\t|," if other != separator and len(names) == 1 and other in names[0]]
+    if others:
+        raise _BadHeader(
+            f"its columns seem to be separated by {others[0]!r} but {separator!r} is expected: convert it, with "
+            "points in decimal fractions"
+        )
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    if repeated:
+        raise _BadHeader(f"it has several columns of the name {some(repeated)}")
+
+
 def _read(path: Path) -> Any:
     pandas = require("pandas", extra="series")
     suffix = path.suffix.lower()
@@ -597,9 +617,19 @@ def _read(path: Path) -> Any:
         if suffix == ".parquet":
             require("pyarrow", extra="series")
             return pandas.read_parquet(path, engine="pyarrow")
-        return pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
-    except ImportError:
+        separator = "\t" if suffix == ".tsv" else ","
+        _check_header(path, separator)
+        with warnings.catch_warnings():
+            # pandas takes the first field for a name of the row where rows have more fields than the header, or with
+            # index_col=False warns and drops the last.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            return pandas.read_csv(path, sep=separator, index_col=False)
+    except (ImportError, _BadHeader):
         raise
+    except pandas.errors.ParserWarning as warning:
+        raise ValueError(
+            "rows have more fields than the header has names; give each column a name"
+        ) from warning
     # Both libraries raise classes of their own for damaged files.
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -151,6 +151,9 @@ def load_text(
         held_out = reader.read(Path(validation))
     for part, place in ((text, source), (held_out, validation or source)):
         if part is not None and not part.strip():
+            if reader.skipped:
+                bad = some(f"{path} {reason}" for path, reason in reader.skipped)
+                raise ValueError(f"nothing in {place} can be read as text: {bad}")
             raise ValueError(f"the text in {place} is empty: nothing can be learnt from it")
     reader.warn()
     data = text.encode()
