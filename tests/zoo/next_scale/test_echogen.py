@@ -344,7 +344,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any):
     assert all(torch.equal(value, state[name]) for name, value in kept.state_dict().items())
     [line] = recipe_for("echogen_tiny").finish(after, run)
     assert f"--reference {run / 'reference.png'} --prompt 'the subject on the left'" in line
-    assert Image.open(run / "reference.png").size == (24, 24)
+    with Image.open(run / "reference.png") as picture:
+        assert picture.size == (24, 24)
     Image.new("L", (30, 28), 90).save(tmp_path / "i.png")
     drawn = [
         "sample",
