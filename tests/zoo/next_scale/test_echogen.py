@@ -17,7 +17,7 @@ from arcore.data import load_digits
 from arcore.recipes import recipe_for
 from arcore.training import train
 from arcore.zoo.next_scale.echogen.model import EchoGen, EchoGenConfig, Reference
-from arcore.zoo.next_scale.echogen.references import SubjectScenes, published_encoders
+from arcore.zoo.next_scale.echogen.references import SubjectScenes, published_encoders, reference_side
 from arcore.zoo.next_scale.infinity.draw import draw_bits
 from arcore.zoo.next_scale.infinity.model import Infinity, InfinityConfig, bit_loss
 from arcore.zoo.next_scale.infinity.text import Text
@@ -321,6 +321,9 @@ def test_references_through_published_encoders(tmp_path: Path):
     found = published_encoders(images, tmp_path / "dino", tmp_path / "vae", config, 0)
     assert found.semantic is not None
     assert (found.semantic.shape, found.content.shape) == ((1, 5, 10), (1, 64, 5))
+    with torch.device("meta"):
+        sizes = [reference_side(create_model(name).config) for name in ("echogen_125m", "echogen_2b")]
+    assert sizes == [256, 512]
     wrong = EchoGenConfig(**{**SMALL, "semantic_length": 5})
     with pytest.raises(ValueError, match=r"--content-encoder: expected tokens of shape \(6, 5\)"):
         published_encoders(images, tmp_path / "dino", tmp_path / "vae", wrong, 0)

@@ -27,6 +27,7 @@ from arcore.zoo.next_scale.echogen.model import EchoGen, Reference
 from arcore.zoo.next_scale.echogen.references import (
     SubjectScenes,
     published_encoders,
+    reference_side,
     small_encoders,
     small_sizes,
     subjects_of,
@@ -66,7 +67,7 @@ class EchoGenSampling(InfinitySampling):
     """Pictures of a text with the subject of a reference.
 
     Attributes:
-        reference: picture of the subject. Default: none, the text alone.
+        reference: picture of the subject, for published weights on a plain background. Default: none, the text alone.
         cfg: strength of the text against nothing, one number or one per scale.
         cfg_image: strength of text and reference against the text alone, one number or one per scale.
         semantic_encoder: folder with DINOv2's weights in transformers' layout, for published weights.
@@ -199,9 +200,12 @@ class EchoGenRecipe(InfinityRecipe):
             reference = model.null_reference(options.num)
             if options.reference is not None:
                 weight = model.null_content
-                picture = read_picture(options.reference, tokenizer.image_size, tokenizer.in_channels)
+                published = options.semantic_encoder is not None and options.content_encoder is not None
+                # References of the published models are smaller than what they draw.
+                side = reference_side(model.config) if published else tokenizer.image_size
+                picture = read_picture(options.reference, side, tokenizer.in_channels)
                 images = picture.to(weight.device, weight.dtype).unsqueeze(0)
-                if options.semantic_encoder is not None and options.content_encoder is not None:
+                if published:
                     found = published_encoders(
                         images, options.semantic_encoder, options.content_encoder, model.config, options.seed
                     )

@@ -114,10 +114,18 @@ def small_sizes(channels: int, size: int, tokenizer: Any) -> dict[str, int]:
     }
 
 
+def reference_side(config: EchoGenConfig) -> int:
+    """Pixels per side of a reference of a published model: the autoencoder of FLUX makes a token of 8 x 8."""
+    return round(config.content_length**0.5) * 8
+
+
 def published_encoders(
     images: Tensor, semantic: Path, content: Path, config: EchoGenConfig, seed: int
 ) -> Reference:
     """References `[B, 3, S, S]` through DINOv2 and the autoencoder of FLUX, as the published models read them.
+
+    The authors cut the subject out of its picture first, with a segmentation network that is not part of this; and they
+    resample DINOv2's positions with another library, whose antialiasing differs slightly.
 
     Args:
         images: in [-1, 1].
