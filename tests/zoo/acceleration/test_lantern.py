@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 import arcore
+from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
+from arcore.cli import main
 from arcore.decoding import Context, ModelDrafter, Sampling, generate, speculative_tree
 from arcore.decoding.laws import small_model, text_law
 from arcore.ops import verify_relaxed
@@ -149,3 +152,36 @@ def test_trees_grow_along_likely_paths_and_other_models_are_refused() -> None:
     other = arcore.create_model("llamagen_tiny", vocab_size=9)
     with pytest.raises(ValueError, match="with 4 tokens but this one has width 96 and 9 tokens"):
         network.drafter(other, 4)
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = arcore.create_model("vq16_tiny")
+    fields = {"vocab_size": tokenizer.vocab_size, "side": tokenizer.side}
+    model = shaken(arcore.create_model("llamagen_tiny", dim=32, num_layers=1, **fields))
+    names = [str(digit) for digit in range(10)]
+    facts = {"preset": "llamagen_tiny", "data": "digits", "class_names": names}
+    save_checkpoint(tmp_path / "base", {"model": model, "tokenizer": tokenizer}, facts)
+    asked = ["train", "lantern", "--base", str(tmp_path / "base"), "--steps", "2"]
+    assert main([*asked, "--batch-size", "4", "--out", str(tmp_path / "run")]) == 0
+    assert "--decoder lantern --drafter" in capsys.readouterr().out
+    draw = [
+        "sample",
+        str(tmp_path / "base"),
+        "--class",
+        "3",
+        "-n",
+        "2",
+        "--decoder",
+        "lantern",
+        "--window",
+        "5",
+    ]
+    draw += ["--drafter", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]
+    for more in (["--delta", "0.1", "--neighbours", "1000"], ["--delta", "1", "--bound", "multiplicative"]):
+        assert main([*draw, *more]) == 0
+    assert "calls of the model" in capsys.readouterr().out
+    assert main([*draw[:-4], "--drafter", str(tmp_path / "base"), "--out", str(tmp_path / "y.png")]) == 2
+    assert "holds no drafter" in capsys.readouterr().err
+    assert main([*draw, "--bound", "loose"]) == 2
+    assert main(["train", "lantern", "--out", str(tmp_path / "z")]) == 2
+    assert "--base FOLDER" in capsys.readouterr().err
