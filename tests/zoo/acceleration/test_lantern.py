@@ -155,7 +155,7 @@ def test_trees_grow_along_likely_paths_and_other_models_are_refused() -> None:
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = arcore.create_model("vq16_tiny")
+    tokenizer = arcore.create_model("vq16_tiny", image_size=16)
     fields = {"vocab_size": tokenizer.vocab_size, "side": tokenizer.side}
     model = shaken(arcore.create_model("llamagen_tiny", dim=32, num_layers=1, **fields))
     names = [str(digit) for digit in range(10)]
