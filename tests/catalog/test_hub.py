@@ -16,6 +16,7 @@ import torch
 
 import arcore
 from arcore.catalog import Published, hub
+from arcore.cli import main
 from arcore.models import from_pretrained, save_pretrained
 
 pytest.importorskip("safetensors")
@@ -86,6 +87,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_presets_know_where_their_weights_are():
     assert hub.published("var_d16") == Published("FoundationVision/var", "var_d16.pth")
     assert hub.published("mamba_130m").beside == ("config.json",)
+    assert hub.published("mamba_130m").tokenizer == "EleutherAI/gpt-neox-20b"
     with pytest.raises(ValueError, match="var_tiny names no place on the hub"):
         hub.published("var_tiny")
     with pytest.raises(
@@ -102,6 +104,51 @@ def test_create_model_fetches_what_the_preset_names(served: Path, monkeypatch: p
     monkeypatch.setattr(hub, "published", lambda name: Published("someone/var", "weights.pth"))
     fetched = arcore.create_model("var_tiny", weights="hub", depth=1, embed_dim=16, num_heads=1)
     assert same(model, fetched)
+
+
+def test_the_command_line_draws_with_weights_and_tokenizer_of_the_hub(
+    served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The tokenizer is in a repository of its own, as that of state-spaces' models is."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = arcore.create_model("mamba_tiny")
+    save_pretrained(model, served / "someone/tiny")
+    words = {word: number for number, word in enumerate(["the", "sea", "is", "wide"])}
+    words |= {f"w{number}": number for number in range(4, model.vocab_size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="the"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (served / "someone/words").mkdir(parents=True)
+    made.save(str(served / "someone/words/tokenizer.json"))
+    place = Published("someone/tiny", "model.safetensors", ("config.json",), tokenizer="someone/words")
+    monkeypatch.setattr(hub, "published", lambda name: place)
+    command = ["sample", "mamba_tiny", "--weights", "hub", "--prompt", "the sea is", "--max-new-tokens", "3"]
+    assert main([*command, "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("the sea is")
+    # A picture, of a model whose decoder of latents is not needed.
+    dit = arcore.create_model("dit_tiny")
+    save_pretrained(dit, served / "someone/dit")
+    place = Published("someone/dit", "model.safetensors", ("config.json",))
+    out = served / "digits.png"
+    assert (
+        main(
+            [
+                "sample",
+                "dit_tiny",
+                "--weights",
+                "hub",
+                "--class",
+                "3",
+                "-n",
+                "1",
+                "--steps",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    assert out.stat().st_size > 50
 
 
 def test_what_the_hub_does_not_have_is_one_sentence(served: Path):

@@ -13,6 +13,8 @@ from arcore.catalog.system import NOT_PUBLIC, Published
 
 # What stands for a file where the weights are to be fetched.
 HUB = "hub"
+# What the tokenizer of a language model is called there.
+TOKENIZER = "tokenizer.json"
 # Seconds to wait for the hub's first answer.
 PATIENCE = 5.0
 
@@ -52,7 +54,24 @@ def fetch(name: str) -> Path:
         OSError: the hub cannot be reached, or does not have the files; the message names them.
     """
     place = published(name)
-    return download(place.repository, (place.file, *place.beside), name)
+    weights = download(place.repository, (place.file, *place.beside), name)
+    if place.tokenizer is not None:
+        download(place.tokenizer, (TOKENIZER,), name)
+    return weights
+
+
+def tokenizer_folder(name: str) -> Path | None:
+    """The folder in which `fetch` left the tokenizer of a preset whose weights are in another repository, or None."""
+    try:
+        place = published(name)
+        if place.tokenizer is None:
+            return None
+        hub: Any = require("huggingface_hub", extra="hub")
+        found = hub.hf_hub_download(place.tokenizer, TOKENIZER, cache_dir=_cache(), local_files_only=True)
+    # Nothing was fetched, or nothing could be; what the library raises depends on its version.
+    except Exception:
+        return None
+    return Path(found).parent
 
 
 def download(repository: str, files: Sequence[str], wanted_for: str) -> Path:

@@ -123,11 +123,13 @@ class Published:
         repository: `"owner/name"`.
         file: the weights.
         beside: other files that belong to them, such as config.json.
+        tokenizer: repository of the tokenizer.json of a language model whose own repository has none.
     """
 
     repository: str
     file: str
     beside: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

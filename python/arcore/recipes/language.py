@@ -16,6 +16,7 @@ from arcore._files import atomic_path
 from arcore.catalog import create_model, load_checkpoint
 from arcore.catalog.checkpoints import GGUF_SUFFIX
 from arcore.catalog.gguf import GGUF
+from arcore.catalog.hub import tokenizer_folder
 from arcore.data.identity import place
 from arcore.data.real import PACKAGED, SHORT, gguf_tokenizer, packaged_weights
 from arcore.data.text import TokenCrops, load_text
@@ -253,6 +254,8 @@ class Language(Recipe):
             facts = {"text_tokenizer": "gguf", "folder": str(weights)}
             return {"model": create_model(preset, weights=weights)}, facts
         folder = weights if weights.is_dir() else weights.parent
+        if not (folder / FILE).is_file():
+            folder = tokenizer_folder(preset) or folder
         if not (folder / FILE).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {FILE}: put the tokenizer of the published weights there "

@@ -7,6 +7,9 @@ from typing import Any
 
 from arcore.zoo.state_space._attention import official_attention
 
+# Whose tokenizer the published models of state-spaces were trained with.
+NEOX = "EleutherAI/gpt-neox-20b"
+
 
 def original_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """What configs of the authors' code say about the network around the mixers, attention layers included."""

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Mamba2Mixer
-from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
+from arcore.zoo.state_space._common import (
+    NEOX,
+    no_more,
+    original_config,
+    original_layers,
+    transformers_config,
+)
 from arcore.zoo.state_space.mamba.model import Mamba, StateSpaceConfig
 
 SYSTEM = System(
@@ -151,31 +157,31 @@ def mamba2_tiny() -> Mamba2Config:
     return Mamba2Config(d_model=128, n_layer=4, vocab_size=256, d_state=32, head_dim=32, n_groups=2)
 
 
-@preset(weights=Published("state-spaces/mamba2-130m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba2-130m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba2_130m() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-130m."""
     return Mamba2Config(d_model=768, n_layer=24)
 
 
-@preset(weights=Published("state-spaces/mamba2-370m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba2-370m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba2_370m() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-370m."""
     return Mamba2Config(d_model=1024, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba2-780m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba2-780m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba2_780m() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-780m."""
     return Mamba2Config(d_model=1536, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba2-1.3b", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba2-1.3b", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba2_1_3b() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-1.3b."""
     return Mamba2Config(d_model=2048, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba2-2.7b", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba2-2.7b", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba2_2_7b() -> Mamba2Config:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba2-2.7b."""
     return Mamba2Config(d_model=2560, n_layer=64)

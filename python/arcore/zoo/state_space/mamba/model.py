@@ -16,7 +16,13 @@ from arcore.nn.checks import check_ids, dtype_name
 from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import Parents
 from arcore.zoo.state_space._attention import AttentionSettings, CausalAttention, HybridCache
-from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
+from arcore.zoo.state_space._common import (
+    NEOX,
+    no_more,
+    original_config,
+    original_layers,
+    transformers_config,
+)
 
 # Prompts are read in pieces of about so many tokens, all rows together: intermediate results then need the same memory
 # for any length, and are small enough that the allocator keeps them instead of asking the system for fresh pages.
@@ -427,31 +433,31 @@ def mamba_tiny() -> MambaConfig:
     return MambaConfig(d_model=128, n_layer=4, vocab_size=256)
 
 
-@preset(weights=Published("state-spaces/mamba-130m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba-130m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba_130m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-130m."""
     return MambaConfig(d_model=768, n_layer=24)
 
 
-@preset(weights=Published("state-spaces/mamba-370m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba-370m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba_370m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-370m."""
     return MambaConfig(d_model=1024, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba-790m", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba-790m", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba_790m() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-790m."""
     return MambaConfig(d_model=1536, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba-1.4b", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba-1.4b", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba_1_4b() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-1.4b."""
     return MambaConfig(d_model=2048, n_layer=48)
 
 
-@preset(weights=Published("state-spaces/mamba-2.8b", "pytorch_model.bin", ("config.json",)))
+@preset(weights=Published("state-spaces/mamba-2.8b", "pytorch_model.bin", ("config.json",), NEOX))
 def mamba_2_8b() -> MambaConfig:
     """The Pile, GPT-NeoX tokens; weights: state-spaces/mamba-2.8b."""
     return MambaConfig(d_model=2560, n_layer=64)
