@@ -23,7 +23,8 @@ def claim(*, quick: bool) -> Claim:
     if quick:
         config = replace(config, patch_size=8, cluster=2, block=3)
     model = RoMA(config)
-    _train(model, load_digits("train", image_size=48).images, count=70 if quick else 400)
+    count, batch_size = (70, 8) if quick else (400, 16)
+    _train(model, load_digits("train", image_size=48).images, count=count, batch_size=batch_size)
     test = load_digits("test", image_size=48).images[:: 5 if quick else 1]
     patches: dict[str, Any] = {"patch_size": config.patch_size, "cluster": config.cluster}
     of_the_mean = next_cluster_targets(test, **patches).square().mean().item()
@@ -45,7 +46,7 @@ def claim(*, quick: bool) -> Claim:
     )
 
 
-def _train(model: RoMA, images: Tensor, *, count: int, batch_size: int = 16, lr: float = 5e-3) -> None:
+def _train(model: RoMA, images: Tensor, *, count: int, batch_size: int, lr: float = 5e-3) -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     config = model.config
