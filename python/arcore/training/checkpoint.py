@@ -282,24 +282,41 @@ def write(
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
+    full = False
     try:
         with atomic_folder(folder) as temporary:
-            extra: dict[str, Any] = {}
-            for name, state in weights.items():
-                extra |= {f"{name}/{key}": value for key, value in state.items() if is_extra(key, value)}
-                save_file(_tensors(state), temporary / f"{name}.safetensors")
-            if extra:
-                torch.save(extra, temporary / EXTRA)
-            if optimizer is not None:
-                torch.save(optimizer, temporary / OPTIMIZER)
-            for name, text in (files or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            (temporary / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            _open_to_others(temporary)
+            try:
+                _write_files(temporary, weights, meta, optimizer, files or {})
+            except Exception as error:
+                # Looked at now: what was written is about to go, and then there is space again.
+                full = _is_full(error, temporary)
+                raise
     except (OSError, SafetensorError, RuntimeError) as error:
         kept = newest(folder.parent)
         last = f"; the last checkpoint is {kept}" if kept else ""
-        raise OSError(f"cannot write the checkpoint {folder}: {_reason(error, folder)}{last}") from error
+        told = "no space is left on the disk" if full or _is_full(error, folder) else _reason(error)
+        raise OSError(f"cannot write the checkpoint {folder}: {told}{last}") from error
+
+
+def _write_files(
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Any]],
+    meta: Mapping[str, Any],
+    optimizer: Any,
+    files: Mapping[str, str],
+) -> None:
+    extra: dict[str, Any] = {}
+    for name, state in weights.items():
+        extra |= {f"{name}/{key}": value for key, value in state.items() if is_extra(key, value)}
+        save_file(_tensors(state), folder / f"{name}.safetensors")
+    if extra:
+        torch.save(extra, folder / EXTRA)
+    if optimizer is not None:
+        torch.save(optimizer, folder / OPTIMIZER)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    _open_to_others(folder)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -326,11 +343,15 @@ def _open_to_others(folder: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _reason(error: BaseException, folder: Path) -> str:
+def _is_full(error: BaseException, folder: Path) -> bool:
+    """Whether a file could not be written for want of space; torch's writer says only that its position is off."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return True
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if full or shutil.disk_usage(there).free < 2**16:
-        return "no space is left on the disk"
+    return "unexpected pos" in str(error) or shutil.disk_usage(there).free < 2**16
+
+
+def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
