@@ -134,10 +134,15 @@ class CudaHost:
         self.names = sorted(_registered() - before)
         self._native = ctypes.CDLL(str(path))
         self._native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
+        self._native.arcore_cuda_host_set_cluster_limit.argtypes = [ctypes.c_int]
 
     def set_seed(self, seed: int) -> None:
         """Picks the order in which warps and blocks run."""
         self._native.arcore_cuda_host_set_seed(seed)
+
+    def set_cluster_limit(self, blocks: int) -> None:
+        """Plays a GPU whose clusters have up to so many blocks; 0, the default, is one without clusters."""
+        self._native.arcore_cuda_host_set_cluster_limit(blocks)
 
     def statistics(self) -> dict[str, int]:
         """Counts of the last launch."""

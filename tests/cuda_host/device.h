@@ -34,6 +34,7 @@ struct Statistics {
 
 struct Index {
   int thread, threads;
+  int rank, cluster;  // the block's place in its cluster of blocks, and their number
   int64_t block[3], grid[3];
 };
 
@@ -47,6 +48,13 @@ void meet_warp(const char* what, const void* in, void* out, Combine combine, con
 // `threads` threads meet at barrier `id`; returns how many came with `value`. id 0 is that of the whole
 // block.
 int meet_block(int id, int threads, bool value, const Where& where);
+
+// All threads of all blocks of the cluster meet.
+void meet_cluster(const Where& where);
+// The address in the shared memory of the block `rank` that corresponds to `p` in this block's.
+const void* cluster_address(const void* p, size_t bytes, int rank, const Where& where);
+// Blocks that a cluster may have here; tests set it, 0 is a GPU without clusters.
+int cluster_limit();
 
 void begin_copy(void* shared, const void* global, int bytes, bool valid, const Where& where);
 void commit_copies();
@@ -64,11 +72,11 @@ void count_matrix_product();
 void count_bank_conflicts(int conflicts);
 
 int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int threads,
-                  int64_t shared_bytes, const void* closure);
+                  int64_t shared_bytes, int cluster, const void* closure);
 
 template <typename Args>
 int launch(void (*kernel)(Args), int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes,
-           const Args& args) {
+           int cluster, const Args& args) {
   struct Closure {
     void (*kernel)(Args);
     const Args* args;
@@ -78,7 +86,7 @@ int launch(void (*kernel)(Args), int64_t x, int64_t y, int64_t z, int threads, i
         const Closure& c = *static_cast<const Closure*>(p);
         c.kernel(*c.args);
       },
-      x, y, z, threads, shared_bytes, &closure);
+      x, y, z, threads, shared_bytes, cluster, &closure);
 }
 
 template <typename T>
@@ -241,6 +249,24 @@ inline void sync_warp(Where where = Where::current()) {
   cuda_host::meet_warp("sync_warp", nullptr, nullptr, [](const void* const*, void* const*) {}, where);
 }
 inline void fence_device() {}
+
+inline int cluster_size() {
+  return cuda_host::index().cluster;
+}
+inline int cluster_rank() {
+  return cuda_host::index().rank;
+}
+inline void sync_cluster(Where where = Where::current()) {
+  cuda_host::meet_cluster(where);
+}
+template <typename T>
+T load_cluster(const T* p, int rank, Where where = Where::current()) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  cuda_host::check_aligned(p, where);
+  T out;
+  std::memcpy(&out, cuda_host::cluster_address(p, sizeof(T), rank, where), sizeof(T));
+  return out;
+}
 
 template <typename T>
 T shuffle(T value, int source_lane, Where where = Where::current()) {
@@ -429,6 +455,12 @@ T atomic_min(T* p, std::type_identity_t<T> value) {
   const T old = *p;
   *p = value < old ? value : old;
   return old;
+}
+inline void atomic_add_words(uint32_t* low, uint32_t* high, uint64_t value) {
+  const auto part = static_cast<uint32_t>(value);
+  const uint32_t old = *low;
+  *low = old + part;
+  *high += static_cast<uint32_t>(value >> 32) + (old + part < old ? 1u : 0u);
 }
 inline uint32_t atomic_or(uint32_t* p, uint32_t value) {
   const uint32_t old = *p;

@@ -1,5 +1,6 @@
-// Runs a launch block by block: threads are fibers, a scheduler in the launching context picks the warp that
-// runs next from a seed, and nothing moves between fibers except where threads meet.
+// Runs a launch cluster by cluster (a block by itself is a cluster of one): threads are fibers, a scheduler
+// in the launching context picks the warp that runs next from a seed, and nothing moves between fibers except
+// where threads meet.
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -55,7 +56,7 @@ namespace arcore::cuda_host {
 
 namespace {
 
-constexpr int kLanes = 32, kMaxThreads = 1024, kBarriers = 16;
+constexpr int kLanes = 32, kMaxThreads = 1024, kMaxCluster = 16, kBarriers = 16;
 #if ARCORE_ASAN
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kFilledBytes = 0;
@@ -68,7 +69,7 @@ constexpr size_t kFilledBytes = 12 * 1024;
 constexpr int64_t kMaxSharedBytes = 227 * 1024;
 constexpr unsigned char kSlackPattern = 0xa5;
 
-enum class State { kReady, kInWarp, kInBarrier, kReturned };
+enum class State { kReady, kInWarp, kInBarrier, kInCluster, kReturned };
 
 struct Copy {
   void* to;
@@ -99,6 +100,13 @@ struct Warp {
 
 struct Barrier {
   int arrived, expected, count;
+};
+
+struct Block {
+  int64_t place[3];
+  unsigned char* shared;
+  int returned;
+  Barrier barriers[kBarriers];
 };
 
 struct Random {
@@ -177,8 +185,10 @@ struct Executor {
   Index index{};
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  Barrier barriers[kBarriers]{};
-  int current = -1, returned = 0;
+  std::vector<Block> blocks;  // of the cluster that runs
+  int current = -1, returned = 0, at_cluster_barrier = 0;
+  // Of the device that is played: blocks of a cluster, 0: none.
+  int cluster_limit = 0;
   Random random{0};
   void* scheduler_stack = nullptr;
   void* scheduler_fake_stack = nullptr;
@@ -189,9 +199,8 @@ struct Executor {
 
   Uses uses;
 
-  unsigned char* stacks = nullptr;
-  unsigned char* shared_map = nullptr;
-  unsigned char* shared = nullptr;
+  // A stack for each thread of each block, and a map of shared memory for each block, where they were needed.
+  std::vector<unsigned char*> stacks, shared_maps;
   int64_t shared_bytes = 0, shared_rounded = 0;
 };
 
@@ -233,6 +242,13 @@ Thread& self() {
   return executor.threads[static_cast<size_t>(executor.current)];
 }
 
+size_t block_of_current() {
+  return static_cast<size_t>(executor.current / executor.index.threads);
+}
+Block& own_block() {
+  return executor.blocks[block_of_current()];
+}
+
 void suspend() {
   const int me = executor.current;
   switch_to_scheduler(self(), false);
@@ -246,10 +262,16 @@ std::string place(const Where& where) {
   return file + ":" + std::to_string(where.line());
 }
 
+std::string block_name(const Block& block) {
+  return "block (" + std::to_string(block.place[0]) + ", " + std::to_string(block.place[1]) + ", " +
+         std::to_string(block.place[2]) + ")";
+}
+// Of the thread that runs.
 std::string block_name() {
-  const Index& i = executor.index;
-  return "block (" + std::to_string(i.block[0]) + ", " + std::to_string(i.block[1]) + ", " +
-         std::to_string(i.block[2]) + ")";
+  return block_name(own_block());
+}
+std::string thread_name() {
+  return "thread " + std::to_string(executor.current % executor.index.threads) + " of " + block_name();
 }
 
 void set_error(const std::string& message) {
@@ -275,11 +297,11 @@ void fiber_main() {
   }
   Thread& t = self();
   if (!t.copies.empty()) {
-    set_error("thread " + std::to_string(executor.current) + " of " + block_name() +
-              " returned while its copy_async was not waited for");
+    set_error(thread_name() + " returned while its copy_async was not waited for");
   }
   t.state = State::kReturned;
   ++executor.returned;
+  ++own_block().returned;
   give_up();
 }
 
@@ -304,40 +326,48 @@ void prepare_fiber(Thread& t) {
 void on_fault(int, siginfo_t* info, void*) {
   char text[160];
   std::snprintf(text, sizeof(text), "an access outside all buffers, at address %p", info->si_addr);
-  set_error(std::string(text) + " (thread " + std::to_string(executor.current) + " of " + block_name() + ")");
+  set_error(std::string(text) + " (" + thread_name() + ")");
   siglongjmp(executor.fault, 1);
 }
 
 // Who waits where, when nobody can go on.
 std::string deadlock() {
-  std::string text = "threads of " + block_name() + " wait for each other: ";
+  const auto threads = static_cast<size_t>(executor.index.threads);
+  const bool alone = executor.blocks.size() == 1;
+  std::string text = "threads of " + block_name(executor.blocks[0]) + (alone ? "" : " and of its cluster") +
+                     " wait for each other: ";
   std::vector<std::string> seen;
   for (size_t i = 0; i < executor.threads.size(); ++i) {
     const Thread& t = executor.threads[i];
     std::string line;
     if (t.state == State::kInWarp) line = std::string(t.what) + " at " + place(t.where);
     if (t.state == State::kInBarrier) line = "barrier " + std::to_string(t.barrier) + " at " + place(t.where);
+    if (t.state == State::kInCluster) line = "the cluster's barrier at " + place(t.where);
     if (t.state == State::kReturned) line = "returned";
     if (std::find(seen.begin(), seen.end(), line) != seen.end()) continue;
     seen.push_back(line);
-    text += (seen.size() > 1 ? "; thread " : "thread ") + std::to_string(i) + ": " + line;
+    text += (seen.size() > 1 ? "; thread " : "thread ") + std::to_string(i % threads) +
+            (alone ? "" : " of block " + std::to_string(i / threads)) + ": " + line;
   }
   return text;
 }
 
-void run_block() {
+void run_cluster() {
   Executor& e = executor;
-  ++e.statistics.blocks;
-  std::memset(e.shared, 0xff, static_cast<size_t>(e.shared_bytes));
-  std::memset(e.shared + e.shared_bytes, kSlackPattern,
-              static_cast<size_t>(e.shared_rounded - e.shared_bytes));
+  e.statistics.blocks += static_cast<int64_t>(e.blocks.size());
+  for (Block& b : e.blocks) {
+    std::memset(b.shared, 0xff, static_cast<size_t>(e.shared_bytes));
+    std::memset(b.shared + e.shared_bytes, kSlackPattern,
+                static_cast<size_t>(e.shared_rounded - e.shared_bytes));
+    b.returned = 0;
+    for (Barrier& barrier : b.barriers)
+      barrier = {};
+  }
   for (Thread& t : e.threads)
     prepare_fiber(t);
   for (Warp& w : e.warps)
     w = {0, kLanes};
-  for (Barrier& b : e.barriers)
-    b = {};
-  e.returned = 0;
+  e.returned = e.at_cluster_barrier = 0;
   const int count = static_cast<int>(e.warps.size());
   // From even steps of all warps to one warp running as far ahead as barriers let it.
   constexpr int kChances[] = {0, 8, 60, 1000};
@@ -367,57 +397,83 @@ void run_block() {
       if (!e.error.empty()) return;
     }
   }
-  for (int64_t i = e.shared_bytes; i < e.shared_rounded; ++i) {
-    if (e.shared[i] != kSlackPattern) {
-      set_error("a write past the end of the shared memory of " + block_name());
-      return;
+  for (const Block& b : e.blocks) {
+    for (int64_t i = e.shared_bytes; i < e.shared_rounded; ++i) {
+      if (b.shared[i] != kSlackPattern) {
+        set_error("a write past the end of the shared memory of " + block_name(b));
+        return;
+      }
     }
   }
 }
 
-void make_room(int threads, int64_t shared_bytes) {
+void make_room(int threads, int64_t shared_bytes, int cluster) {
   Executor& e = executor;
   const size_t page = page_bytes();
-  if (e.stacks == nullptr) {
-    e.stacks = map_pages(kMaxThreads * (kStackBytes + page));
-    const auto most = static_cast<size_t>(kMaxSharedBytes) + 2 * page;
-    e.shared_map = map_pages((most + page - 1) / page * page + page);
-    // A stack that overflows, and an index below the shared memory or past it, hit a page that is not there.
-    for (int i = 0; i < kMaxThreads; ++i)
-      mprotect(e.stacks + static_cast<size_t>(i) * (kStackBytes + page), page, PROT_NONE);
-    mprotect(e.shared_map + (most + page - 1) / page * page, page, PROT_NONE);
+  const size_t stack = kStackBytes + page;
+  const size_t most = (static_cast<size_t>(kMaxSharedBytes) + 2 * page + page - 1) / page * page;
+  // A stack that overflows, and an index below the shared memory or past it, hit a page that is not there.
+  while (e.shared_maps.size() < static_cast<size_t>(cluster)) {
+    e.shared_maps.push_back(map_pages(most + page));
+    mprotect(e.shared_maps.back() + most, page, PROT_NONE);
   }
-  const auto end = e.shared_map + (static_cast<size_t>(kMaxSharedBytes) + 2 * page + page - 1) / page * page;
+  const auto all = static_cast<size_t>(threads) * static_cast<size_t>(cluster);
+  while (e.stacks.size() < all) {
+    unsigned char* block = map_pages(kMaxThreads * stack);
+    for (size_t i = 0; i < static_cast<size_t>(kMaxThreads); ++i) {
+      mprotect(block + i * stack, page, PROT_NONE);
+      e.stacks.push_back(block + i * stack + page);
+    }
+  }
   e.shared_bytes = shared_bytes;
   e.shared_rounded = (shared_bytes + 127) / 128 * 128;
-  e.shared = end - e.shared_rounded;
-  e.threads.resize(static_cast<size_t>(threads));
-  e.warps.resize(static_cast<size_t>(threads / kLanes));
-  for (size_t i = 0; i < e.threads.size(); ++i)
-    e.threads[i].stack = e.stacks + i * (kStackBytes + page) + page;
+  e.blocks.resize(static_cast<size_t>(cluster));
+  for (size_t i = 0; i < e.blocks.size(); ++i)
+    e.blocks[i].shared = e.shared_maps[i] + most - e.shared_rounded;
+  e.threads.resize(all);
+  e.warps.resize(all / kLanes);
+  for (size_t i = 0; i < all; ++i)
+    e.threads[i].stack = e.stacks[i];
 }
 
 }  // namespace
 
 const Index& index() {
-  executor.index.thread = executor.current;
-  return executor.index;
+  Index& i = executor.index;
+  i.thread = executor.current % i.threads;
+  i.rank = static_cast<int>(block_of_current());
+  std::memcpy(i.block, own_block().place, sizeof(i.block));
+  return i;
 }
 
 unsigned char* shared_memory() {
-  return executor.shared;
+  return own_block().shared;
+}
+
+int cluster_limit() {
+  return executor.cluster_limit;
 }
 
 void fail(const char* message, const Where& where) {
-  set_error(std::string(message) + " (thread " + std::to_string(executor.current) + " of " + block_name() +
-            ", " + place(where) + ")");
+  set_error(std::string(message) + " (" + thread_name() + ", " + place(where) + ")");
   give_up();
 }
 
 void check_shared(const void* p, size_t bytes, const char* what, const Where& where) {
   const auto* begin = static_cast<const unsigned char*>(p);
-  if (begin >= executor.shared && begin + bytes <= executor.shared + executor.shared_bytes) return;
+  const unsigned char* shared = own_block().shared;
+  if (begin >= shared && begin + bytes <= shared + executor.shared_bytes) return;
   fail((std::string(what) + " outside the shared memory of the block").c_str(), where);
+}
+
+const void* cluster_address(const void* p, size_t bytes, int rank, const Where& where) {
+  check_shared(p, bytes, "a load from a block of the cluster", where);
+  if (rank < 0 || static_cast<size_t>(rank) >= executor.blocks.size())
+    fail("a load from a block that the cluster does not have", where);
+  const Block& other = executor.blocks[static_cast<size_t>(rank)];
+  // One that has returned in part may have returned as a whole on a GPU.
+  if (other.returned > 0) fail("a load from the shared memory of a block that returns", where);
+  return other.shared + (static_cast<const unsigned char*>(p) - own_block().shared);
 }
 
 void note_readonly(const void* p, size_t bytes, const Where& where) {
@@ -469,7 +525,7 @@ void meet_warp(const char* what, const void* in, void* out, Combine combine, con
 int meet_block(int id, int expected, bool value, const Where& where) {
   Executor& e = executor;
   Thread& me = self();
-  Barrier& b = e.barriers[id];
+  Barrier& b = own_block().barriers[id];
   if (b.arrived == 0) b = {0, expected, 0};
   if (b.expected != expected)
     fail("threads that come to one barrier expect different numbers of threads", where);
@@ -482,12 +538,13 @@ int meet_block(int id, int expected, bool value, const Where& where) {
     suspend();
     return self().result;
   }
-  for (size_t i = 0; i < e.threads.size(); ++i) {
+  const size_t first = block_of_current() * static_cast<size_t>(e.index.threads);
+  for (size_t i = first; i < first + static_cast<size_t>(e.index.threads); ++i) {
     Thread& t = e.threads[i];
     if (t.state != State::kInBarrier || t.barrier != id) continue;
     if (id == 0 &&
         (t.where.line() != where.line() || std::strcmp(t.where.file_name(), where.file_name()) != 0))
-      fail(("threads of a block are at different barriers: thread " + std::to_string(i) + " at " +
+      fail(("threads of a block are at different barriers: thread " + std::to_string(i - first) + " at " +
             place(t.where))
                .c_str(),
            where);
@@ -498,6 +555,24 @@ int meet_block(int id, int expected, bool value, const Where& where) {
   ++e.statistics.barriers;
   suspend();
   return self().result;
+}
+
+void meet_cluster(const Where& where) {
+  Executor& e = executor;
+  // An instruction of whole warps.
+  meet_warp("sync_cluster", nullptr, nullptr, [](const void* const*, void* const*) {}, where);
+  Thread& me = self();
+  me.state = State::kInCluster;
+  me.where = where;
+  if (++e.at_cluster_barrier < static_cast<int>(e.threads.size())) {
+    suspend();
+    return;
+  }
+  e.at_cluster_barrier = 0;
+  for (size_t i = 0; i < e.threads.size(); ++i)
+    make_ready(e.threads[i], i);
+  ++e.statistics.barriers;
+  suspend();
 }
 
 void begin_copy(void* shared, const void* global, int bytes, bool valid, const Where& where) {
@@ -543,21 +618,22 @@ void count_bank_conflicts(int conflicts) {
 }
 
 int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int threads,
-                  int64_t shared_bytes, const void* closure) {
+                  int64_t shared_bytes, int cluster, const void* closure) {
   constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0 || shared_bytes < 0 ||
-      shared_bytes > kMaxSharedBytes || x >= int64_t{1} << 31 || y > 65535 || z > 65535)
+      shared_bytes > kMaxSharedBytes || x >= int64_t{1} << 31 || y > 65535 || z > 65535 || cluster < 1 ||
+      cluster > kMaxCluster || x % cluster != 0 || (cluster > 1 && cluster > executor.cluster_limit))
     return kInvalidValue;
   std::lock_guard<std::mutex> lock(executor.mutex);
   Executor& e = executor;
-  make_room(threads, shared_bytes);
+  make_room(threads, shared_bytes, cluster);
   e.run = run;
   e.closure = closure;
   e.error.clear();
   e.random.state = e.seed;
   e.statistics = {};
   e.uses.forget();
-  e.index = {0, threads, {0, 0, 0}, {x, y, z}};
+  e.index = {0, threads, 0, cluster, {0, 0, 0}, {x, y, z}};
 
 #if !ARCORE_ASAN
   struct sigaction action{};
@@ -570,7 +646,7 @@ int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
 #endif
-  const int64_t blocks = x * y * z;
+  const int64_t wide = x / cluster, blocks = wide * y * z;  // clusters
   if (sigsetjmp(e.fault, 1) == 0) {
     // Blocks in an order that has nothing to do with their numbers.
     int64_t stride =
@@ -587,10 +663,13 @@ int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int
       ++stride;
     int64_t block = static_cast<int64_t>(e.random.next() % static_cast<uint64_t>(blocks));
     for (int64_t i = 0; i < blocks && e.error.empty(); ++i, block = (block + stride) % blocks) {
-      e.index.block[0] = block % x;
-      e.index.block[1] = block / x % y;
-      e.index.block[2] = block / x / y;
-      run_block();
+      for (int rank = 0; rank < cluster; ++rank) {
+        int64_t (&place)[3] = e.blocks[static_cast<size_t>(rank)].place;
+        place[0] = block % wide * cluster + rank;
+        place[1] = block / wide % y;
+        place[2] = block / wide / y;
+      }
+      run_cluster();
     }
   }
 #if !ARCORE_ASAN
@@ -606,6 +685,10 @@ extern "C" {
 
 __attribute__((visibility("default"))) void arcore_cuda_host_set_seed(uint64_t seed) {
   executor.seed = seed;
+}
+
+__attribute__((visibility("default"))) void arcore_cuda_host_set_cluster_limit(int limit) {
+  executor.cluster_limit = limit;
 }
 
 __attribute__((visibility("default"))) void arcore_cuda_host_statistics(int64_t* out) {

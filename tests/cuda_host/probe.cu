@@ -36,6 +36,9 @@ enum Mistake {
   kWarpIndexOfOneLane,
   kGroupBarrierOfHalfWarps,
   kStoresReadonly,
+  kMissingClusterBarrier,
+  kReturnsWhileRead,
+  kRankOutsideCluster,
 };
 
 // out[i] = in[n - 1 - i] in pieces of the block, twice through shared memory; n is a multiple of the block.
@@ -128,6 +131,19 @@ ARCORE_KERNEL misuse(ARCORE_KERNEL_ARGS Args args) {
   args.out[thread] = value;
 }
 
+// out[i] = the sum of what the blocks of the cluster hold at thread i: in[block * threads + thread].
+ARCORE_KERNEL sum_cluster(ARCORE_KERNEL_ARGS Args args) {
+  float* own = reinterpret_cast<float*>(shared_memory());
+  const int thread = thread_index();
+  own[thread] = args.in[block_x() * block_threads() + thread];
+  if (args.mistake != kMissingClusterBarrier) sync_cluster();
+  float sum = 0.0f;
+  for (int rank = 0; rank < cluster_size(); ++rank)
+    sum += load_cluster(own + thread, args.mistake == kRankOutsideCluster ? rank + 1 : rank);
+  args.out[block_x() * block_threads() + thread] = sum;
+  if (args.mistake != kReturnsWhileRead) sync_cluster();
+}
+
 // One product of matrices through shared memory: out[16, 8] = a[16, 16] b[8, 16]^T of bfloat16 numbers; row
 // pitch `n` in elements of 2 bytes.
 ARCORE_KERNEL product(ARCORE_KERNEL_ARGS Args args) {
@@ -158,10 +174,10 @@ namespace {
 using arcore::cuda_host_probe::Args;
 
 // 0, or 1 with the message of what went wrong in `message`.
-int guarded(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared, const Args& args,
+int guarded(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared, int cluster, const Args& args,
             char* message, int64_t room) {
   try {
-    return arcore::launch(kernel, {blocks, 1, 1, threads, shared}, nullptr, args);
+    return arcore::launch(kernel, {blocks, 1, 1, threads, shared, cluster}, nullptr, args);
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), static_cast<size_t>(room) - 1);
     return 1;
@@ -172,8 +188,9 @@ int guarded(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared, c
 
 extern "C" __attribute__((visibility("default"))) int probe(int which, float* out, const float* in, int64_t n,
                                                             int mistake, int64_t blocks, int threads,
-                                                            int64_t shared, char* message, int64_t room) {
+                                                            int64_t shared, int cluster, char* message,
+                                                            int64_t room) {
   void (*const kernels[])(Args) = {arcore::cuda_host_probe::reverse, arcore::cuda_host_probe::misuse,
-                                   arcore::cuda_host_probe::product};
-  return guarded(kernels[which], blocks, threads, shared, {out, in, n, mistake}, message, room);
+                                   arcore::cuda_host_probe::product, arcore::cuda_host_probe::sum_cluster};
+  return guarded(kernels[which], blocks, threads, shared, cluster, {out, in, n, mistake}, message, room);
 }

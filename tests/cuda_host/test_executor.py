@@ -34,8 +34,11 @@ NONE = 0
     WARP_INDEX_OF_ONE_LANE,
     GROUP_BARRIER_OF_HALF_WARPS,
     STORES_READONLY,
-) = range(1, 20)
-REVERSE, MISUSE, PRODUCT = range(3)
+    MISSING_CLUSTER_BARRIER,
+    RETURNS_WHILE_READ,
+    RANK_OUTSIDE_CLUSTER,
+) = range(1, 23)
+REVERSE, MISUSE, PRODUCT, SUM_CLUSTER = range(4)
 
 Probe = Callable[..., str]
 
@@ -44,6 +47,7 @@ Probe = Callable[..., str]
 def library() -> ctypes.CDLL:
     native = ctypes.CDLL(str(build_library([HERE / "probe.cu"])))
     native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
+    native.arcore_cuda_host_set_cluster_limit(16)
     return native
 
 
@@ -59,6 +63,7 @@ def probe(library: ctypes.CDLL) -> Probe:
         threads: int = 128,
         shared: int | None = None,
         seed: int = 0,
+        cluster: int = 1,
     ) -> str:
         message = ctypes.create_string_buffer(1024)
         library.arcore_cuda_host_set_seed(seed)
@@ -71,6 +76,7 @@ def probe(library: ctypes.CDLL) -> Probe:
             ctypes.c_int64(blocks),
             threads,
             ctypes.c_int64(4 * threads if shared is None else shared),
+            cluster,
             message,
             ctypes.c_int64(len(message)),
         )
@@ -200,3 +206,28 @@ def test_a_launch_that_no_gpu_takes_is_refused(
     )
     assert code == refusal
     assert message.value == b""
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 16])
+def test_blocks_of_a_cluster_read_each_other(probe: Probe, cluster: int) -> None:
+    blocks, threads = 32, 64
+    source, out = torch.randn(blocks, threads), torch.zeros(blocks, threads)
+    for seed in range(3):
+        assert not probe(
+            SUM_CLUSTER, out, source, 0, blocks=blocks, threads=threads, seed=seed, cluster=cluster
+        )
+        sums = source.view(-1, cluster, threads).sum(1, keepdim=True).expand(-1, cluster, -1)
+        torch.testing.assert_close(out, sums.reshape(blocks, threads))
+
+
+def test_mistakes_with_clusters_are_found(probe: Probe) -> None:
+    source, out = torch.randn(4, 64), torch.zeros(4, 64)
+
+    def run(mistake: int, seed: int = 0) -> str:
+        return probe(SUM_CLUSTER, out, source, 0, mistake=mistake, blocks=4, threads=64, seed=seed, cluster=4)
+
+    assert "a block that the cluster does not have" in run(RANK_OUTSIDE_CLUSTER)
+    assert any("a block that returns" in run(RETURNS_WHILE_READ, seed) for seed in range(5))
+    for seed in range(5):
+        message = run(MISSING_CLUSTER_BARRIER, seed)
+        assert message or out.isnan().any()

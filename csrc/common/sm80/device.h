@@ -7,7 +7,8 @@
 //   - shuffles, votes, warp_index, sync_warp, sync_group, ldmatrix and mma are executed by all 32 lanes of a
 //     warp together;
 //   - block barriers are reached by all threads of the block, which have not returned before;
-//   - blocks do not wait for each other.
+//   - blocks do not wait for each other, but for those of one cluster at sync_cluster, which all of their
+//     threads reach; nobody reads the shared memory of a block of the cluster that has returned.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -102,6 +103,62 @@ ARCORE_DEVICE void sync_warp() {
 ARCORE_DEVICE void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+
+// ---- clusters: neighbouring blocks that run at once (sm_90 and later, launched as such) ----
+
+// Elsewhere a block is a cluster of its own.
+ARCORE_DEVICE int cluster_size() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+ARCORE_DEVICE int cluster_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+// All threads of all blocks of the cluster meet, and see what was written before, to shared memory too.
+ARCORE_DEVICE void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+// What stands at `p`, an address in this block's shared memory, in the block `rank` of the cluster. T has 4
+// or 8 bytes.
+template <typename T>
+ARCORE_DEVICE T load_cluster(const T* p, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  T out;
+  if constexpr (sizeof(T) == 8) {
+    uint64_t word;
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(word) : "r"(there) : "memory");
+    memcpy(&out, &word, 8);
+  } else {
+    static_assert(sizeof(T) == 4);
+    uint32_t word;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(there) : "memory");
+    memcpy(&out, &word, 4);
+  }
+  return out;
+#else
+  return *p;
+#endif
+}
+
 // What this thread wrote to global memory is visible to all blocks before anything that it writes later.
 ARCORE_DEVICE void fence_device() {
   __threadfence();
@@ -323,6 +380,20 @@ ARCORE_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) {
 }
 ARCORE_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+}
+// A 64-bit number in shared memory as two words, each an atomic of its own: the hardware adds 64-bit numbers
+// there in a loop of exchanges. It is whole again after a barrier.
+ARCORE_DEVICE void atomic_add_words(uint32_t* low, uint32_t* high, uint64_t value) {
+  const auto part = static_cast<uint32_t>(value);
+  const uint32_t old = atomicAdd(low, part);
+  const uint32_t rest = static_cast<uint32_t>(value >> 32) + (old + part < old ? 1u : 0u);
+  if (rest != 0u) atomicAdd(high, rest);
+}
+ARCORE_DEVICE int atomic_max(int* p, int value) {
+  return atomicMax(p, value);
+}
+ARCORE_DEVICE int atomic_min(int* p, int value) {
+  return atomicMin(p, value);
 }
 ARCORE_DEVICE uint32_t atomic_max(uint32_t* p, uint32_t value) {
   return atomicMax(p, value);
