@@ -8,7 +8,8 @@ registers, ptxas could not keep wgmma asynchronous, or the code is not what a co
     // sass forward_kernel: MUFU.EX2 >= 60 between WARPGROUP.DEPBAR.LE gsb0, 0x1 and WARPGROUP.DEPBAR.LE gsb0, 0x0
 
 The machine code is read with nvdisasm, of the CUDA toolkit or of PyPI's nvidia-cuda-nvdisasm. "sass NAME" holds for
-every kernel whose name contains NAME, on every architecture; "between" counts from the first instruction to the next.
+every kernel whose name contains NAME, on every architecture, "sass NAME on sm_90" on that one alone; "between" counts
+from the first instruction to the next.
 Reports of files that have not changed are kept under build/.
 """
 
@@ -44,7 +45,7 @@ SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 GAVE_WAY = re.compile(r"wgmma.*serialized|warpgroup.wait is injected|setmaxnreg.*ignored")
 USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 CLAIMS = re.compile(r"^// claims: (.+)$", re.MULTILINE)
-SASS_CLAIMS = re.compile(r"^// sass ([^:]+): (.+)$", re.MULTILINE)
+SASS_CLAIMS = re.compile(r"^// sass ([^:]+?)(?: on (sm_\w+))?: (.+)$", re.MULTILINE)
 CLAUSE = re.compile(
     r"no (?P<absent>\S.*)|(?P<token>\S.*?) >= (?P<count>\d+)(?: between (?P<first>.+) and (?P<last>.+))?"
 )
@@ -146,10 +147,12 @@ def count_between(code: list[str], token: str, first: str, last: str) -> int:
     return best
 
 
-def broken_sass_claims(source: str, kernels: dict[str, list[str]]) -> list[str]:
-    """What the source claims of the machine code and is not so; `kernels` by readable name."""
+def broken_sass_claims(source: str, kernels: dict[str, list[str]], arch: str = "") -> list[str]:
+    """What the source claims of the machine code for `arch` and is not so; `kernels` by readable name."""
     faults = []
-    for name, clauses in SASS_CLAIMS.findall(source):
+    for name, only, clauses in SASS_CLAIMS.findall(source):
+        if only and only != arch:
+            continue
         found = {k: code for k, code in kernels.items() if name in k}
         if not found:
             faults.append(f"claims machine code of {name}, which is no kernel of this file")
@@ -189,7 +192,7 @@ def check_sass(nvdisasm: str | None, source: str, folder: str, report: Report) -
         for kernel in report.kernels:
             if kernel.arch == arch:
                 kernel.instructions = len(by_name.get(kernel.name, ()))
-        report.faults += [f"[{arch}] {fault}" for fault in broken_sass_claims(source, by_name)]
+        report.faults += [f"[{arch}] {fault}" for fault in broken_sass_claims(source, by_name, arch)]
 
 
 def key_of(source: Path, command: list[str], version: str) -> str:

@@ -5,11 +5,12 @@ These run in microseconds: all are timed inside a captured graph over inputs tha
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from report import Report, wrong_result
-from timing import Run, copies_for, time_calls
+from timing import Run, copies_for, time_calls, time_graph
 from torch import Tensor
 
 from arcore.ops import filter_probs, reference_token_logprobs, sample, token_logprobs, verify_chain
@@ -76,6 +77,7 @@ def run_sample(report: Report) -> None:
             report.measure(
                 runs, graph=True, op="sample", case=name, impl=impl, direction="forward", dtype="float32",
                 floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
+                goal_times_floor=MOST_TIMES_FLOOR,
             )  # fmt: skip
         if report.gpu and report.find(op="sample", case=name, impl="arcore"):
             # What a caller without graphs waits for: the same call with its launches and Python.
@@ -88,6 +90,24 @@ def run_sample(report: Report) -> None:
                 dtype="float32",
                 timing=timing,
             )
+            _measure_blocks(report, name, rows, vocab, [lambda x=x, f=ours: f(x) for x in sets])
+
+
+def _measure_blocks(report: Report, case: str, rows: int, vocab: int, runs: list[Run]) -> None:
+    """The same call by other numbers of blocks for each row than it takes by itself: the tokens are the same."""
+    for blocks in ("1", "2", "4", "8", "16", "slices"):
+        if blocks.isdigit() and (rows * int(blocks) > 8192 or vocab < 1024 * int(blocks)):
+            continue
+        names = {"op": "sample", "case": case, "impl": f"arcore, blocks {blocks}", "direction": "forward"}
+        os.environ["ARCORE_SAMPLE_BLOCKS"] = blocks
+        try:
+            timing = time_graph(runs, report.device)
+        except RuntimeError as error:  # a row that one block cannot hold, a device without such clusters
+            report.skip(**names, reason=str(error))
+        else:
+            report.add(**names, dtype="float32", timing=timing)
+        finally:
+            del os.environ["ARCORE_SAMPLE_BLOCKS"]
 
 
 def run_token_logprobs(report: Report) -> None:

@@ -20,10 +20,21 @@ void run(const char* op, RunCuda& cuda, const Tensor& like, void* stream) {
   const int64_t rows = p.outer * p.inner;
   if (rows == 0) return;
   const bool scored = cuda.out.logprob != nullptr || cuda.out.raw_logprob != nullptr;
-  Tensor keys = like, keep = like;  // keep the workspaces until the kernels are queued
-  if (scored || p.vocab > kSharedTokens) {
-    keys = torch::stable::new_empty(like, {rows, p.vocab}, ScalarType::Int);
+  Tensor keys = like, ranges = like, keep = like;  // keep the workspaces until the kernels are queued
+  cuda.blocks = blocks_of_run_sm80(rows, p.vocab, multiprocessors());
+  ARCORE_CHECK(
+      cuda.blocks != kNoSuchBlocks, op,
+      "expected ARCORE_SAMPLE_BLOCKS to be \"slices\" or a power of two up to what a cluster of this "
+      "device may have, with at most ",
+      kSharedTokens, " tokens for one block and ", kClusterTokens,
+      " for each block of a cluster, but it is neither; unset it");
+  if (scored || cuda.blocks == 0) {
+    keys = torch::stable::new_empty(like, {rows, key_stride(p.vocab)}, ScalarType::Int);
     cuda.keys = static_cast<int32_t*>(keys.data_ptr());
+  }
+  if (cuda.blocks == 0) {
+    ranges = torch::stable::new_empty(like, {rows, slices_of(p.vocab), kRangeWords}, ScalarType::Int);
+    cuda.ranges = static_cast<int32_t*>(ranges.data_ptr());
   }
   if (p.order == Order::kJoint) {
     keep = torch::stable::new_empty(like, {rows, p.vocab}, ScalarType::Byte);
@@ -41,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_cuda(
   const CudaScope scope(logits[0]);
   const SampleCall call(logits, settings, bias, mask, history, prompt, seed, offset, num_samples, order, mode,
                         want_prob, want_logprob, want_raw, want_entropy, want_kept);
-  RunCuda cuda{call.problem, call.draws, call.out, nullptr, nullptr};
+  RunCuda cuda{call.problem, call.draws, call.out, 1, nullptr, nullptr, nullptr};
   run("sample", cuda, logits[0], scope.stream());
   return {call.tokens, call.prob, call.logprob, call.raw_logprob, call.entropy, call.valid, call.kept};
 }
@@ -54,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filter_probs_cuda(
                " tensors of logits but got 0");
   const CudaScope scope(logits[0]);
   const FilterCall call(logits, settings, bias, mask, history, prompt, order, want_entropy, want_kept);
-  RunCuda cuda{call.problem, Draws{}, call.out, nullptr, nullptr};
+  RunCuda cuda{call.problem, Draws{}, call.out, 1, nullptr, nullptr, nullptr};
   run("filter_probs", cuda, logits[0], scope.stream());
   return {call.probs, call.entropy, call.valid, call.kept};
 }
@@ -67,7 +78,8 @@ Tensor confidence_mask_cuda(const Tensor& confidence, const OptionalTensor& cand
   Tensor keys = confidence;
   if (call.sel.rows == 0 || call.sel.length == 0) return call.chosen;
   if (call.sel.length > kSharedTokens) {
-    keys = torch::stable::new_empty(confidence, {call.sel.rows, call.sel.length}, ScalarType::Int);
+    keys =
+        torch::stable::new_empty(confidence, {call.sel.rows, key_stride(call.sel.length)}, ScalarType::Int);
     cuda.keys = static_cast<int32_t*>(keys.data_ptr());
   }
   check_launch("confidence_mask", launch_select_sm80(cuda, scope.stream()));

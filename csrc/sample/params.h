@@ -117,23 +117,63 @@ struct CpuKernels {
 
 // ---- CUDA ----
 
+ARCORE_HOST_DEVICE int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+// Rows of up to this many tokens lie in the shared memory of one block (99 KiB on the smallest GPUs), as many
+// in that of each block of a cluster (227 KiB).
+constexpr int64_t kSharedTokens = 16384, kClusterTokens = 49152;
+// Tokens of a block and of a warp are a multiple of this, the last one's apart.
+constexpr int kSpan = 256;
+// Other rows lie in global memory. Their keys are made by a block for each slice, which leaves the lowest and
+// the highest key and their number.
+constexpr int64_t kSliceTokens = 8192;
+constexpr int kRangeWords = 3;
+ARCORE_HOST_DEVICE int64_t slices_of(int64_t vocab) {
+  return (vocab + kSliceTokens - 1) / kSliceTokens;
+}
+ARCORE_HOST_DEVICE int64_t key_stride(int64_t vocab) {
+  return round_up(vocab, 8);
+}
+// Tokens of each block of a cluster.
+ARCORE_HOST_DEVICE int64_t slice_of_cluster(int64_t vocab, int blocks) {
+  return blocks == 1 ? vocab : round_up((vocab + blocks - 1) / blocks, kSpan);
+}
+
+// Blocks for each row: 1; a cluster of 2 to `limit`, a power of two, while there are multiprocessors for them
+// and tokens worth a block; 0 for rows that lie in global memory. The result of a call never depends on it.
+inline int blocks_of_row(int64_t rows, int64_t vocab, int limit, int64_t multiprocessors) {
+  constexpr int64_t kWorthABlock = 2048;
+  auto fits = [&](int blocks) {
+    return slice_of_cluster(vocab, blocks) <= (blocks == 1 ? kSharedTokens : kClusterTokens);
+  };
+  int blocks = 1;
+  while (2 * blocks <= limit &&
+         (!fits(blocks) || (rows * 2 * blocks <= multiprocessors && vocab >= 2 * blocks * kWorthABlock)))
+    blocks *= 2;
+  return fits(blocks) ? blocks : 0;
+}
+
 struct RunCuda {
   Problem problem;
   Draws draws;  // count 0: none
   Outputs out;
-  // [rows, vocab] in global memory, or null: keys lie in shared memory. Log-probabilities need them
-  // afterwards.
-  int32_t* keys;
-  uint8_t* keep;  // [rows, vocab], Order::kJoint only
+  int blocks;       // as blocks_of_row gives
+  int32_t* keys;    // [rows, key_stride]; null unless blocks is 0 or a log-probability is wanted
+  int32_t* ranges;  // [rows, slices, kRangeWords] where blocks is 0
+  uint8_t* keep;    // [rows, vocab], Order::kJoint only
 };
 
 struct SelectCuda {
   Selection selection;
-  int32_t* keys;  // [rows, length], or null: shared memory
+  int32_t* keys;  // [rows, key_stride], or null: shared memory
 };
 
-// Rows of up to this many tokens lie in shared memory.
-constexpr int64_t kSharedTokens = 24576;
+// blocks_of_row on the current device, or what ARCORE_SAMPLE_BLOCKS asks for: 1 to 16, or "slices".
+// kNoSuchBlocks where the device or the row does not allow that.
+constexpr int kNoSuchBlocks = -1;
+int blocks_of_run_sm80(int64_t rows, int64_t vocab, int64_t multiprocessors);
 
 // 0 or a cudaError_t.
 int launch_run_sm80(const RunCuda&, void* stream);

@@ -6,6 +6,7 @@ See tests/device_checks.py. The CPU kernels, which equal their references bit fo
 from __future__ import annotations
 
 import math
+import os
 import random
 from typing import Any
 
@@ -125,6 +126,28 @@ def check_large_vocabulary_tokens(device: str, small: bool) -> None:
     for filters in ({}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "temperature": 0.7}):
         for dtype in (torch.float32, torch.bfloat16):
             _same_draws(device, logits.to(dtype), seed=_seeds(8), num_samples=20, **filters)
+
+
+def check_blocks_of_a_row(device: str, small: bool) -> None:
+    """A block per row, slices, clusters of 2 to 16 where the device has them: the same tokens."""
+    ways = ["1", "slices"]
+    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
+        ways += ["2", "4", "8"]
+    generator = torch.Generator().manual_seed(2)
+    for vocab in (500,) if small else (500, 9000, 16384):
+        logits = 3 * torch.randn(5, vocab, generator=generator)
+        logits[1] = (2 * logits[1]).round() / 2
+        history = torch.randint(-1, vocab, (5, 700), generator=generator)
+        for filters in (
+            {"top_k": 50, "top_p": 0.9},
+            {"top_p": 0.97, "history": history, "repetition_penalty": 1.2},
+        ):
+            for way in ways:
+                os.environ["ARCORE_SAMPLE_BLOCKS"] = way
+                try:
+                    _same_draws(device, logits, seed=_seeds(5), num_samples=20, **filters)
+                finally:
+                    del os.environ["ARCORE_SAMPLE_BLOCKS"]
 
 
 def check_layouts(device: str, small: bool) -> None:
@@ -316,6 +339,7 @@ CHECKS = (
     check_random_calls,
     check_same_tokens_as_the_cpu,
     check_large_vocabulary_tokens,
+    check_blocks_of_a_row,
     check_layouts,
     check_bad_rows_stay_alone,
     check_empty,

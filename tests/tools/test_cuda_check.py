@@ -82,6 +82,8 @@ def test_machine_code_is_read_by_kernel() -> None:
         (f"fine: MUFU.EX2 >= 3 {BETWEEN}", "has 2"),
         ("fine: STG.E.128 >= 2", "has 1"),
         ("other: no LDL", "has 1"),
+        ("other on sm_90: no LDL", "has 1"),
+        ("other on sm_80: no LDL", None),
         ("other: few LDL", "no claim this program knows"),
         ("absent: no LDL", "no kernel of this file"),
     ],
@@ -89,7 +91,7 @@ def test_machine_code_is_read_by_kernel() -> None:
 def test_claims_about_machine_code(claim: str, fault: str | None) -> None:
     kernels = {cuda_check.short_name(name): code for name, code in cuda_check.read_sass(SASS).items()}
     assert set(kernels) == {"fine", "other"}
-    faults = cuda_check.broken_sass_claims(f"int x;\n// sass {claim}\n", kernels)
+    faults = cuda_check.broken_sass_claims(f"int x;\n// sass {claim}\n", kernels, "sm_90")
     assert len(faults) == (fault is not None)
     assert fault is None or fault in faults[0]
 
