@@ -16,7 +16,8 @@ struct BackwardLayout {
   // Sums of dB and dC over the channels of a warp. Where 64 states are too many for a copy per warp, the
   // warps take turns.
   static constexpr bool kTurns = S::kState > 64;
-  static constexpr int kOneSum = kCudaChunk * S::kState;
+  // Of so many steps at a time.
+  static constexpr int kSumSteps = kCudaChunk / 2, kOneSum = kSumSteps * S::kState;
   static constexpr int kSums = (kTurns ? 1 : kScanWarps) * 2 * kOneSum;
   static constexpr int kBytes = (5 * kSteps + 2 * kCoefficient + kKept + kSums + kCudaChunk) * 4;
   static_assert(kBytes <= 163 * 1024, "more than sm_80 has");
@@ -50,7 +51,9 @@ ARCORE_DEVICE int sum_over_channels(float (&v)[2 * S::kStates], int& base) {
 
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
-ARCORE_LAUNCH_BOUNDS(kScanThreads, S::kStates > 4 ? 1 : 3)
+ARCORE_LAUNCH_BOUNDS(kScanThreads, S::kStates > 4    ? 1
+                                   : S::kStates == 4 ? 3
+                                                     : 4)  // four would spill 16 bytes
 ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   using Layout = BackwardLayout<S>;
   constexpr int kStates = S::kStates;
@@ -85,13 +88,15 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   load_constant<S>(B, a.in.B, p, o);
   load_constant<S>(C, a.in.C, p, o);
   load_state<S>(carry, packed ? nullptr : a.grad_last_state, p, o, o.batch);
+  enter_segment<S, false>(cuda.layout, p, o, A, carry);
   const float skip = a.in.D != nullptr && o.real() ? a.in.D[o.own_channel()] : 0.0f;
   const float bias = a.in.delta_bias != nullptr && o.real() ? a.in.delta_bias[o.own_channel()] : 0.0f;
   const int first = o.lane * kStates;
   float grad_skip = 0.0f, grad_bias = 0.0f;
 
-  const int64_t chunks = (p.length + kCudaChunk - 1) / kCudaChunk;
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+  const int64_t first_chunk = o.segment * cuda.layout.segment_chunks;
+  for (int64_t chunk = (o.end(cuda.layout, p) + kCudaChunk - 1) / kCudaChunk - 1; chunk >= first_chunk;
+       --chunk) {
     const int64_t begin = chunk * kCudaChunk;
     stage_inputs<S>(dts, a.in.delta, p, o, begin);
     stage_inputs<S>(us, a.in.u, p, o, begin);
@@ -226,7 +231,7 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
           for (int i = 0; i < 2 * kStates; ++i) {
             if (i >= count) continue;
             const int kind = (base + i) / kStates, n = o.lane * kStates + (base + i) % kStates;
-            float* at = my_sums + kind * Layout::kOneSum + t * S::kState + n;
+            float* at = my_sums + kind * Layout::kOneSum + t % Layout::kSumSteps * S::kState + n;
             *at = first ? products[i] : *at + products[i];
           }
         };
@@ -260,35 +265,39 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
         grad_bias += grad_dt;
       }
       sync_warp();
+      if (t0 % Layout::kSumSteps != 0) continue;
+      // The sums of these steps are complete.
+      sync_threads();
+      const int64_t block = o.batch * cuda.layout.blocks + block_x() % cuda.layout.blocks;
+      for (int i = thread; i < Layout::kOneSum; i += kScanThreads) {
+        const int64_t t = begin + t0 + i / S::kState;
+        const int n = i % S::kState;
+        if (t >= p.length || n >= p.state) continue;
+        const int64_t to = (block * p.length + t) * p.state + n;
+        float total_B = sums[i], total_C = sums[Layout::kOneSum + i];
+        if constexpr (!Layout::kTurns) {
+          ARCORE_UNROLL
+          for (int w = 1; w < kScanWarps; ++w) {
+            total_B += sums[w * 2 * Layout::kOneSum + i];
+            total_C += sums[(w * 2 + 1) * Layout::kOneSum + i];
+          }
+        }
+        if (vary_B) a.partial_B[to] = total_B;
+        if (vary_C) a.partial_C[to] = total_C;
+      }
+      sync_threads();
     }
-    sync_threads();
 
     store_outputs<S>(a.grad_delta, dts, p, o, begin);
     store_outputs<S>(a.grad_u, inputs, p, o, begin);
     if (gated) store_outputs<S>(a.grad_z, gates, p, o, begin);
-    const int64_t block = o.batch * cuda.layout.blocks + block_x() % cuda.layout.blocks;
-    for (int i = thread; i < kCudaChunk * S::kState; i += kScanThreads) {
-      const int t = i / S::kState, n = i % S::kState;
-      if (begin + t >= p.length || n >= p.state) continue;
-      const int64_t to = (block * p.length + begin + t) * p.state + n;
-      float total_B = sums[i], total_C = sums[Layout::kOneSum + i];
-      if constexpr (!Layout::kTurns) {
-        ARCORE_UNROLL
-        for (int w = 1; w < kScanWarps; ++w) {
-          total_B += sums[w * 2 * Layout::kOneSum + i];
-          total_C += sums[(w * 2 + 1) * Layout::kOneSum + i];
-        }
-      }
-      if (vary_B) a.partial_B[to] = total_B;
-      if (vary_C) a.partial_C[to] = total_C;
-    }
     sync_threads();
   }
 
-  if (!packed) store_state<S>(a.grad_initial_state, carry, p, o, o.batch);
-  store_state<S>(a.partial_A, grad_A, p, o, o.batch);
-  if (!vary_B) store_state<S>(a.partial_B, grad_B, p, o, o.batch);
-  if (!vary_C) store_state<S>(a.partial_C, grad_C, p, o, o.batch);
+  if (!packed && o.segment == 0) store_state<S>(a.grad_initial_state, carry, p, o, o.batch);
+  store_state<S>(a.partial_A, grad_A, p, o, o.part(cuda.layout));
+  if (!vary_B) store_state<S>(a.partial_B, grad_B, p, o, o.part(cuda.layout));
+  if (!vary_C) store_state<S>(a.partial_C, grad_C, p, o, o.part(cuda.layout));
   // Lanes 0 to 3 of a channel hold the sums of their steps.
   if (o.lane >= 4) grad_skip = grad_bias = 0.0f;
   grad_skip += shuffle_xor(grad_skip, 1);
@@ -296,9 +305,94 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   grad_bias += shuffle_xor(grad_bias, 1);
   grad_bias += shuffle_xor(grad_bias, 2);
   if (o.lane == 0 && o.real()) {
-    a.partial_D[o.batch * p.dim + o.own_channel()] = grad_skip;
-    a.partial_delta_bias[o.batch * p.dim + o.own_channel()] = grad_bias;
+    a.partial_D[o.part(cuda.layout) * p.dim + o.own_channel()] = grad_skip;
+    a.partial_delta_bias[o.part(cuda.layout) * p.dim + o.own_channel()] = grad_bias;
   }
+}
+
+// The first launch over long rows: what each segment but the first would leave, on its left, of the gradient
+// of the state if nothing entered it on its right.
+template <typename S>
+struct CarriesLayout {
+  static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kPitch;
+  static constexpr int kBytes = (3 * kSteps + kCoefficient + kCudaChunk) * 4;
+};
+template <typename S>
+ARCORE_LAUNCH_BOUNDS(kScanThreads, 4)
+ARCORE_KERNEL scan_carries(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
+  using Layout = CarriesLayout<S>;
+  constexpr int kStates = S::kStates;
+  const BackwardArgs& a = cuda.args;
+  const Problem& p = a.problem;
+  float* dts = reinterpret_cast<float*>(shared_memory());
+  float* grads = dts + Layout::kSteps;
+  float* gates = grads + Layout::kSteps;
+  float* Cs = gates + Layout::kSteps;
+  int32_t* marks = reinterpret_cast<int32_t*>(Cs + Layout::kCoefficient);
+  const bool marked = cuda.layout.marks != nullptr;
+  const bool vary_C = a.in.C.groups != 0, gated = a.in.z.data != nullptr;
+  const Owner<S> o = owner_of_thread<S>(cuda.layout);
+  if (o.segment == 0) return;
+  const float bias = a.in.delta_bias != nullptr && o.real() ? a.in.delta_bias[o.own_channel()] : 0.0f;
+  float A[kStates], C[kStates], carry[kStates] = {}, sum_dt = 0.0f;
+  bool passes = true;
+  ARCORE_UNROLL
+  for (int s = 0; s < kStates; ++s) {
+    const int n = o.lane * kStates + s;
+    A[s] = o.real() && n < p.state ? a.in.A[o.own_channel() * p.state + n] * kScanLog2E : 0.0f;
+  }
+  load_constant<S>(C, a.in.C, p, o);
+  const int row = o.channel * kScanPitch, first = o.lane * kStates;
+  const int64_t first_chunk = o.segment * cuda.layout.segment_chunks;
+  for (int64_t chunk = (o.end(cuda.layout, p) + kCudaChunk - 1) / kCudaChunk - 1; chunk >= first_chunk;
+       --chunk) {
+    const int64_t begin = chunk * kCudaChunk;
+    stage_inputs<S>(dts, a.in.delta, p, o, begin);
+    if (a.grad_out.data != nullptr) stage_inputs<S>(grads, a.grad_out, p, o, begin);
+    if (gated) stage_inputs<S>(gates, a.in.z, p, o, begin);
+    if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
+    if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+    sync_threads();
+    if (marked && vary_C) clear_padding<S>(Cs, marks);
+    for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
+      Float4 dt = load_four_steps(dts + row + t0), grad{}, z{};
+      if (a.grad_out.data != nullptr) grad = load_four_steps(grads + row + t0);
+      if (gated) z = load_four_steps(gates + row + t0);
+      ARCORE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const bool off = begin + t0 + k >= p.length || (marked && (marks[t0 + k] & kPadding) != 0);
+        const float x = dt.x[k] + bias;
+        dt.x[k] = off ? 0.0f : p.delta_softplus ? softplus(x) : x;
+        grad.x[k] = off ? 0.0f : gated ? grad.x[k] * sigmoid(z.x[k]) * z.x[k] : grad.x[k];
+      }
+      store_four_steps(dts + row + t0, dt);
+      store_four_steps(grads + row + t0, grad);
+    }
+    sync_threads();
+    ARCORE_NO_UNROLL
+    for (int t0 = kCudaChunk - 4; t0 >= 0; t0 -= 4) {
+      const Float4 dt = load_four_steps(dts + row + t0), grad = load_four_steps(grads + row + t0);
+      ARCORE_UNROLL
+      for (int j = 3; j >= 0; --j) {
+        const int t = t0 + j;
+        if (marked && (marks[t] & kEnd)) {
+          load_state<S>(carry, a.grad_last_state, p, o, marks[t] >> 8);
+          passes = false;
+        }
+        if (vary_C) load_step<S>(Cs + t * S::kPitch + first, C);
+        sum_dt += dt.x[j];
+        const bool starts = marked && (marks[t] & kRestart) != 0;
+        ARCORE_UNROLL
+        for (int s = 0; s < kStates; ++s) {
+          const float G = fused_multiply_add(grad.x[j], C[s], carry[s]);
+          carry[s] = starts ? 0.0f : exp2_approx(dt.x[j] * A[s]) * G;
+        }
+        passes = passes && !starts;
+      }
+    }
+    sync_threads();
+  }
+  store_end<S>(cuda.layout, p, o, carry, sum_dt, passes);
 }
 
 // dB and dC: sums over the blocks of a group, in their order. A thread per (batch row, group, step, state).
@@ -326,7 +420,12 @@ struct Backward {
   template <typename S>
   struct Launch {
     static int run(const BackwardCuda& cuda, void* stream) {
-      const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
+      const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch * cuda.layout.segments;
+      if (cuda.layout.segments > 1) {
+        const int error =
+            launch(scan_carries<S>, {blocks, 1, 1, kScanThreads, CarriesLayout<S>::kBytes}, stream, cuda);
+        if (error != 0) return error;
+      }
       return launch(scan_backward<S, kPlain>, {blocks, 1, 1, kScanThreads, BackwardLayout<S>::kBytes}, stream,
                     cuda);
     }

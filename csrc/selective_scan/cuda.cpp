@@ -26,7 +26,22 @@ CudaLayout layout_of(const Call& call) {
   layout.cell = std::gcd(by_B, by_C);
   layout.cells = p.dim / layout.cell;
   layout.blocks = blocks_per_row_sm80(p.state, layout.cells, layout.cell);
+  const int64_t chunks = (p.length + kCudaChunk - 1) / kCudaChunk;
+  layout.segment_chunks = segment_chunks_of(p.length, layout.blocks);
+  layout.segments = chunks == 0 ? 1 : (chunks + layout.segment_chunks - 1) / layout.segment_chunks;
   return layout;
+}
+
+// Room for what leaves the segments; `held` keeps it.
+void make_ends(const Tensor& like, const Problem& p, CudaLayout& layout, std::vector<Tensor>& held) {
+  if (layout.segments == 1) return;
+  const auto floats = [&](int64_t rows) {
+    held.push_back(
+        torch::stable::new_empty(like, {p.batch, layout.segments, rows, p.dim}, ScalarType::Float));
+    return static_cast<float*>(held.back().data_ptr());
+  };
+  layout.ends = floats(p.state);
+  layout.passes = floats(2);
 }
 
 // The marks of packed rows, in scan order; `held` keeps what the pointers point at.
@@ -81,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& u, const Tensor& d
                                       scope.stream()));
   if (u.numel() == 0) return {out, last_state, states};
   cuda.layout = layout_of(call);
+  make_ends(u, p, cuda.layout, call.held);
   mark(kOp, u, cu_seqlens, seq_idx, reverse, cuda.layout, call.held, scope.stream());
   cuda.args.out = sequence_view(kOp, "out", out, reverse);
   cuda.args.states = save_states ? static_cast<float*>(states.data_ptr()) : nullptr;
@@ -129,8 +145,11 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
                  launch_carry_sm80({args.grad_last_state, args.grad_initial_state, grad_initial.numel()},
                                    scope.stream()));
   }
-  Tensor partial_B = none(), partial_C = none(), partial_A = floats({p.batch, p.dim, p.state});
-  Tensor partial_D = floats({p.batch, p.dim}), partial_bias = floats({p.batch, p.dim});
+  CudaLayout layout{};
+  if (u.numel() > 0) layout = layout_of(call);
+  const int64_t parts = u.numel() > 0 ? p.batch * layout.segments : p.batch;
+  Tensor partial_B = none(), partial_C = none(), partial_A = floats({parts, p.dim, p.state});
+  Tensor partial_D = floats({parts, p.dim}), partial_bias = floats({parts, p.dim});
   if (u.numel() == 0) {
     for (Tensor* t : {&grad_B, &grad_C, &partial_A, &partial_D, &partial_bias})
       torch::stable::zero_(*t);
@@ -138,10 +157,11 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
   } else {
     args.problem = p;
     args.in = call.in;
-    cuda.layout = layout_of(call);
+    cuda.layout = layout;
+    make_ends(u, p, cuda.layout, call.held);
     mark(kBackwardOp, u, cu_seqlens, seq_idx, reverse, cuda.layout, call.held, scope.stream());
     const auto partial = [&](const Tensor& m) {
-      return m.dim() == 2 ? floats({p.batch, p.dim, p.state})
+      return m.dim() == 2 ? floats({parts, p.dim, p.state})
                           : floats({p.batch, cuda.layout.blocks, p.length, p.state});
     };
     partial_B = partial(B);

@@ -12,6 +12,104 @@ struct ForwardLayout {
   static constexpr int kBytes = (4 * kSteps + 2 * kCoefficient + kCudaChunk) * 4;
 };
 
+// Chunks of 16-bit inputs, copied as they are while the block works on the chunk before: rows of 32 steps of
+// delta, u and z, a channel each, and of B and C, a state each. Where each thread copies from is found once.
+template <typename S>
+struct Ahead {
+  static constexpr bool kUsed = S::kState <= 64;
+  static constexpr int kRowBytes = kCudaChunk * 2, kParts = kRowBytes / 16;
+  static constexpr int kRows = 3 * S::kChannels + 2 * S::kState, kBytes = kRows * kRowBytes;
+  static constexpr int kMine = (kRows * kParts + kScanThreads - 1) / kScanThreads;
+  enum { kDelta = 0, kU = S::kChannels, kZ = 2 * S::kChannels, kB = 3 * S::kChannels, kC = kB + S::kState };
+
+  unsigned char* rows;
+  const char* from[kMine];  // null: nothing
+  int part;                 // of each of its rows, the same for all of them
+
+  ARCORE_DEVICE Ahead(unsigned char* shared, const Inputs& in, const Problem& p, const Owner<S>& o, bool used)
+      : rows(shared), part(thread_index() % kParts) {
+    static_assert(kScanThreads % kParts == 0);
+    ARCORE_UNROLL
+    for (int i = 0; i < kMine; ++i) {
+      const int row = (thread_index() + i * kScanThreads) / kParts;
+      from[i] = nullptr;
+      if (!used) continue;
+      if (row < kB) {
+        const Sequence& s = row < kU ? in.delta : row < kZ ? in.u : in.z;
+        if (s.data != nullptr)
+          from[i] = static_cast<const char*>(s.data) +
+                    2 * (o.batch * s.batch + (o.channel0 + row % S::kChannels) * s.channel);
+      } else if (row < kRows) {
+        const Coefficient& m = row < kC ? in.B : in.C;
+        const int n = row < kC ? row - kB : row - kC;
+        if (n < p.state)
+          from[i] = static_cast<const char*>(m.data) +
+                    2 * (o.batch * m.batch + o.channel0 / (p.dim / m.groups) * m.channel + n * m.state);
+      }
+    }
+  }
+  ARCORE_DEVICE void copy(int64_t begin, int64_t end) const {
+    const int64_t at = begin + part * 8;
+    ARCORE_UNROLL
+    for (int i = 0; i < kMine; ++i) {
+      const int row = (thread_index() + i * kScanThreads) / kParts;
+      const bool there = from[i] != nullptr && at < end;
+      const void* source = there ? static_cast<const void*>(from[i] + 2 * at) : rows;
+      if (row < kRows) copy_async<16>(rows + row * kRowBytes + part * 16, source, there);
+    }
+    copy_async_commit();
+  }
+  ARCORE_DEVICE static void widen(uint32_t word, bool bfloat, float& low, float& high) {
+    if (bfloat)
+      unpack2<bfloat16>(word, low, high);
+    else
+      unpack2<float16>(word, low, high);
+  }
+  // Four steps of a row.
+  ARCORE_DEVICE Float4 four(int row, int step, bool bfloat) const {
+    const Vector8 v = load_shared(reinterpret_cast<const Vector8*>(rows + row * kRowBytes + step * 2));
+    Float4 out;
+    widen(v.word[0], bfloat, out.x[0], out.x[1]);
+    widen(v.word[1], bfloat, out.x[2], out.x[3]);
+    return out;
+  }
+  // B or C as [step][state] floats.
+  ARCORE_DEVICE void transpose(float* to, int first_row, bool bfloat) const {
+    for (int i = thread_index(); i < S::kState * kParts; i += kScanThreads) {
+      const int n = i / kParts, step = i % kParts * 8;
+      const auto v =
+          load_shared(reinterpret_cast<const Vector16*>(rows + (first_row + n) * kRowBytes + step * 2));
+      ARCORE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        float low, high;
+        widen(v.word[w], bfloat, low, high);
+        store_shared(to + (step + 2 * w) * S::kPitch + n, low);
+        store_shared(to + (step + 2 * w + 1) * S::kPitch + n, high);
+      }
+    }
+  }
+};
+
+// Whether a launch may copy ahead: one 16-bit type, neighbours in time in memory, 16-byte aligned rows of
+// whole 16 bytes, and blocks without missing channels.
+template <typename S>
+bool can_copy_ahead(const ForwardCuda& cuda) {
+  const Inputs& in = cuda.args.in;
+  const Problem& p = cuda.args.problem;
+  if (!Ahead<S>::kUsed || cuda.layout.marks != nullptr || in.B.groups == 0 || in.C.groups == 0) return false;
+  const StorageType type = in.u.dtype;
+  bool good = type != StorageType::kFloat32 && p.length % 8 == 0 && cuda.layout.cell % S::kChannels == 0;
+  auto look = [&](const void* data, StorageType dtype, int64_t time, int64_t a, int64_t b, int64_t c) {
+    good = good && dtype == type && time == 1 && ((a | b | c) & 7) == 0 &&
+           (reinterpret_cast<uintptr_t>(data) & 15) == 0;
+  };
+  for (const Sequence* s : {&in.u, &in.delta, &in.z})
+    if (s->data != nullptr) look(s->data, s->dtype, s->time, s->batch, s->channel, 0);
+  for (const Coefficient* m : {&in.B, &in.C})
+    look(m->data, m->dtype, m->time, m->batch, m->channel, m->state);
+  return good;
+}
+
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
 ARCORE_LAUNCH_BOUNDS(kScanThreads, 4)
@@ -44,29 +142,51 @@ ARCORE_KERNEL scan_forward(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
   load_constant<S>(B, a.in.B, p, o);
   load_constant<S>(C, a.in.C, p, o);
   load_state<S>(h, cuda.layout.packed ? nullptr : a.in.initial_state, p, o, o.batch);
+  enter_segment<S, true>(cuda.layout, p, o, A, h);
   const int row = o.channel * kScanPitch, first = o.lane * kStates;
+  const int64_t end = o.end(cuda.layout, p);
+  const bool copied = kPlain && Ahead<S>::kUsed && cuda.ahead,
+             bfloat = a.in.u.dtype == StorageType::kBFloat16;
+  const Ahead<S> ahead(reinterpret_cast<unsigned char*>(marks + kCudaChunk), a.in, p, o, copied);
+  if (copied) ahead.copy(o.begin(cuda.layout), end);
 
-  for (int64_t begin = 0; begin < p.length; begin += kCudaChunk) {
+  for (int64_t begin = o.begin(cuda.layout); begin < end; begin += kCudaChunk) {
     if (a.states != nullptr && begin > 0 && o.real()) {
       ARCORE_UNROLL
       for (int s = 0; s < kStates; ++s)
         if (first + s < p.state) a.states[kept_at<S>(p, o, begin / kCudaChunk - 1, first + s)] = h[s];
     }
-    stage_inputs<S>(dts, a.in.delta, p, o, begin);
-    stage_inputs<S>(inputs, a.in.u, p, o, begin);
-    if (gated) stage_inputs<S>(gates, a.in.z, p, o, begin);
-    if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
-    if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
-    if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+    if (copied) {
+      copy_async_wait<0>();
+    } else {
+      stage_inputs<S>(dts, a.in.delta, p, o, begin);
+      stage_inputs<S>(inputs, a.in.u, p, o, begin);
+      if (gated) stage_inputs<S>(gates, a.in.z, p, o, begin);
+      if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
+      if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
+      if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+    }
     sync_threads();
+    if (copied) {
+      ahead.transpose(Bs, Ahead<S>::kB, bfloat);
+      ahead.transpose(Cs, Ahead<S>::kC, bfloat);
+    }
     if (marked) {
       if (vary_B) clear_padding<S>(Bs, marks);
       if (vary_C) clear_padding<S>(Cs, marks);
     }
     // The lanes of a channel share what has to be done once per step, four steps at a time.
     for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
-      Float4 dt = load_four_steps(dts + row + t0), u = load_four_steps(inputs + row + t0), gate{}, out;
-      if (gated) gate = load_four_steps(gates + row + t0);
+      Float4 dt, u, gate{}, out;
+      if (copied) {
+        dt = ahead.four(Ahead<S>::kDelta + o.channel, t0, bfloat);
+        u = ahead.four(Ahead<S>::kU + o.channel, t0, bfloat);
+        if (gated) gate = ahead.four(Ahead<S>::kZ + o.channel, t0, bfloat);
+      } else {
+        dt = load_four_steps(dts + row + t0);
+        u = load_four_steps(inputs + row + t0);
+        if (gated) gate = load_four_steps(gates + row + t0);
+      }
       ARCORE_UNROLL
       for (int k = 0; k < 4; ++k) {
         const bool off = begin + t0 + k >= p.length || (marked && (marks[t0 + k] & kPadding) != 0);
@@ -81,10 +201,12 @@ ARCORE_KERNEL scan_forward(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
       store_four_steps(gates + row + t0, gate);
       store_four_steps(outs + row + t0, out);
     }
-    if (marked)
+    if (marked || copied)
       sync_threads();
     else
       sync_warp();
+    // The rows have been read by all threads.
+    if (copied && begin + kCudaChunk < end) ahead.copy(begin + kCudaChunk, end);
 
     ARCORE_NO_UNROLL
     for (int t0 = 0; t0 < kCudaChunk; t0 += 4) {
@@ -114,17 +236,98 @@ ARCORE_KERNEL scan_forward(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
     // The next chunk overwrites everything but `outs`, which it reaches after its first barrier.
     store_outputs<S>(a.out, outs, p, o, begin);
   }
-  if (!cuda.layout.packed) store_state<S>(a.last_state, h, p, o, o.batch);
+  if (!cuda.layout.packed && end == p.length) store_state<S>(a.last_state, h, p, o, o.batch);
+}
+
+// The first launch over long rows: what each segment but the last would leave if zeros entered it.
+template <typename S>
+struct EndsLayout {
+  static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kPitch;
+  static constexpr int kBytes = (2 * kSteps + kCoefficient + kCudaChunk) * 4;
+};
+template <typename S>
+ARCORE_LAUNCH_BOUNDS(kScanThreads, 4)
+ARCORE_KERNEL scan_ends(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
+  using Layout = EndsLayout<S>;
+  constexpr int kStates = S::kStates;
+  const ForwardArgs& a = cuda.args;
+  const Problem& p = a.problem;
+  float* dts = reinterpret_cast<float*>(shared_memory());
+  float* inputs = dts + Layout::kSteps;
+  float* Bs = inputs + Layout::kSteps;
+  int32_t* marks = reinterpret_cast<int32_t*>(Bs + Layout::kCoefficient);
+  const bool marked = cuda.layout.marks != nullptr, vary_B = a.in.B.groups != 0;
+  const Owner<S> o = owner_of_thread<S>(cuda.layout);
+  if (o.segment == cuda.layout.segments - 1) return;
+  const int64_t channel = o.channel0 + (o.real() ? o.channel : 0), end = o.end(cuda.layout, p);
+  const float bias = a.in.delta_bias != nullptr ? a.in.delta_bias[channel] : 0.0f;
+  float A[kStates], B[kStates], h[kStates] = {}, sum_dt = 0.0f;
+  bool passes = true;
+  ARCORE_UNROLL
+  for (int s = 0; s < kStates; ++s) {
+    const int n = o.lane * kStates + s;
+    A[s] = o.real() && n < p.state ? a.in.A[channel * p.state + n] * kScanLog2E : 0.0f;
+  }
+  load_constant<S>(B, a.in.B, p, o);
+  const int row = o.channel * kScanPitch, first = o.lane * kStates;
+  for (int64_t begin = o.begin(cuda.layout); begin < end; begin += kCudaChunk) {
+    stage_inputs<S>(dts, a.in.delta, p, o, begin);
+    stage_inputs<S>(inputs, a.in.u, p, o, begin);
+    if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
+    if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+    sync_threads();
+    if (marked && vary_B) clear_padding<S>(Bs, marks);
+    for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
+      Float4 dt = load_four_steps(dts + row + t0), u = load_four_steps(inputs + row + t0);
+      ARCORE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const bool off = begin + t0 + k >= p.length || (marked && (marks[t0 + k] & kPadding) != 0);
+        const float x = dt.x[k] + bias;
+        dt.x[k] = off ? 0.0f : p.delta_softplus ? softplus(x) : x;
+        u.x[k] = off ? 0.0f : dt.x[k] * u.x[k];
+      }
+      store_four_steps(dts + row + t0, dt);
+      store_four_steps(inputs + row + t0, u);
+    }
+    sync_threads();
+    ARCORE_NO_UNROLL
+    for (int t0 = 0; t0 < kCudaChunk; t0 += 4) {
+      const Float4 dt = load_four_steps(dts + row + t0), input = load_four_steps(inputs + row + t0);
+      ARCORE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int t = t0 + j;
+        if (marked && (marks[t] & kRestart)) {
+          load_state<S>(h, cuda.layout.packed ? a.in.initial_state : nullptr, p, o, marks[t] >> 8);
+          passes = false;
+        }
+        if (vary_B) load_step<S>(Bs + t * S::kPitch + first, B);
+        sum_dt += dt.x[j];
+        ARCORE_UNROLL
+        for (int s = 0; s < kStates; ++s)
+          h[s] = fused_multiply_add(exp2_approx(dt.x[j] * A[s]), h[s], input.x[j] * B[s]);
+      }
+    }
+    sync_threads();
+  }
+  store_end<S>(cuda.layout, p, o, h, sum_dt, passes);
 }
 
 template <typename S>
 struct LaunchForward {
   static int run(const ForwardCuda& cuda, void* stream) {
-    const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch;
+    const int64_t blocks = cuda.layout.blocks * cuda.args.problem.batch * cuda.layout.segments;
+    if (cuda.layout.segments > 1) {
+      const int error =
+          launch(scan_ends<S>, {blocks, 1, 1, kScanThreads, EndsLayout<S>::kBytes}, stream, cuda);
+      if (error != 0) return error;
+    }
     const bool plain =
         cuda.layout.marks == nullptr && cuda.args.in.B.groups != 0 && cuda.args.in.C.groups != 0;
+    ForwardCuda call = cuda;
+    call.ahead = can_copy_ahead<S>(cuda);
+    const int64_t shared = ForwardLayout<S>::kBytes + (call.ahead ? Ahead<S>::kBytes : 0);
     return launch(plain ? scan_forward<S, true> : scan_forward<S, false>,
-                  {blocks, 1, 1, kScanThreads, ForwardLayout<S>::kBytes}, stream, cuda);
+                  {blocks, 1, 1, kScanThreads, shared}, stream, call);
   }
 };
 

@@ -117,14 +117,32 @@ struct CarryArgs {
 // A block works on up to `cell` channels that share B and C.
 struct CudaLayout {
   int64_t cells, cell;
-  int64_t blocks;        // per batch row: blocks_per_row_sm80
+  int64_t blocks;        // per batch row and segment: blocks_per_row_sm80
   const int32_t* marks;  // null: whole rows
   bool packed;           // cu_seqlens: marks name rows of the states
+  // Long rows of few channels are cut into segments of so many chunks, which blocks go through side by side
+  // once a first launch has left what each adds to the state (backward: to its gradient) that enters it.
+  int64_t segments, segment_chunks;
+  float* ends;    // [batch, segments, state, dim]: what leaves a segment that is entered by zeros
+  float* passes;  // [batch, segments, 2, dim]: the sum of dt, and 0 where a sequence starts inside, else 1
 };
+
+// How many chunks a segment has, for rows of `length` steps that `blocks` blocks share: a function of one
+// row, so that its results do not depend on the others of a batch.
+inline int64_t segment_chunks_of(int64_t length, int64_t blocks) {
+  constexpr int64_t kLongRow = 8192, kLeastSteps = 1024, kMostSegments = 64, kWantedBlocks = 512;
+  const int64_t chunks = (length + kCudaChunk - 1) / kCudaChunk;
+  if (length < kLongRow || blocks * 2 > kWantedBlocks || blocks == 0) return chunks;
+  int64_t segments = (kWantedBlocks + blocks - 1) / blocks;
+  segments = segments < length / kLeastSteps ? segments : length / kLeastSteps;
+  segments = segments < kMostSegments ? segments : kMostSegments;
+  return (chunks + segments - 1) / segments;
+}
 
 struct ForwardCuda {
   ForwardArgs args;  // problem.chunks is not used
   CudaLayout layout;
+  bool ahead;  // inputs lie so that chunks can be copied one ahead: fwd_sm80.cuh sets it
 };
 
 struct BackwardCuda {

@@ -29,12 +29,22 @@ struct Shape {
 // Which channels and which states a thread owns.
 template <typename S>
 struct Owner {
-  int64_t batch, channel0;  // first channel of the block
-  int channels;             // of the block
-  int channel, lane;        // within the block; within the lanes of the channel
+  int64_t batch, segment, channel0;  // first channel of the block
+  int channels;                      // of the block
+  int channel, lane;                 // within the block; within the lanes of the channel
 
   ARCORE_DEVICE bool real() const { return channel < channels; }
   ARCORE_DEVICE int64_t own_channel() const { return channel0 + channel; }
+  // The first step of the segment, and the one behind its last.
+  ARCORE_DEVICE int64_t begin(const CudaLayout& layout) const {
+    return segment * layout.segment_chunks * kCudaChunk;
+  }
+  ARCORE_DEVICE int64_t end(const CudaLayout& layout, const Problem& p) const {
+    const int64_t next = (segment + 1) * layout.segment_chunks * kCudaChunk;
+    return next < p.length ? next : p.length;
+  }
+  // Where the segment's parts of sums over rows go.
+  ARCORE_DEVICE int64_t part(const CudaLayout& layout) const { return batch * layout.segments + segment; }
 };
 
 template <typename S>
@@ -43,7 +53,8 @@ ARCORE_DEVICE Owner<S> owner_of_thread(const CudaLayout& layout) {
   const int64_t block = block_x() % layout.blocks, cell = block / tiles, first = block % tiles * S::kChannels;
   const int64_t left = layout.cell - first;
   Owner<S> o;
-  o.batch = block_x() / layout.blocks;
+  o.batch = block_x() / layout.blocks / layout.segments;
+  o.segment = block_x() / layout.blocks % layout.segments;
   o.channel0 = cell * layout.cell + first;
   o.channels = static_cast<int>(left < S::kChannels ? left : S::kChannels);
   o.channel = thread_index() / S::kLanes;
@@ -155,6 +166,50 @@ ARCORE_DEVICE void store_state(float* to, const float (&h)[S::kStates], const Pr
 template <typename S>
 ARCORE_DEVICE int64_t kept_at(const Problem& p, const Owner<S>& o, int64_t slot, int n) {
   return ((o.batch * p.slots + slot) * p.state + n) * p.dim + o.own_channel();
+}
+
+// ---- segments ----
+
+template <typename S>
+ARCORE_DEVICE int64_t end_at(const CudaLayout& layout, const Problem& p, const Owner<S>& o, int64_t segment,
+                             int n) {
+  return ((o.batch * layout.segments + segment) * p.state + n) * p.dim + o.own_channel();
+}
+// What leaves the segment, and what becomes of what enters it.
+template <typename S>
+ARCORE_DEVICE void store_end(const CudaLayout& layout, const Problem& p, const Owner<S>& o,
+                             const float (&end)[S::kStates], float sum_dt, bool passes) {
+  if (!o.real()) return;
+  ARCORE_UNROLL
+  for (int s = 0; s < S::kStates; ++s) {
+    const int n = o.lane * S::kStates + s;
+    if (n < p.state) layout.ends[end_at<S>(layout, p, o, o.segment, n)] = end[s];
+  }
+  if (o.lane == 0) {
+    float* to = layout.passes + o.part(layout) * 2 * p.dim + o.own_channel();
+    to[0] = sum_dt;
+    to[p.dim] = passes ? 1.0f : 0.0f;
+  }
+}
+// What enters this segment, from what entered the first one (kForward) or the last.
+template <typename S, bool kForward>
+ARCORE_DEVICE void enter_segment(const CudaLayout& layout, const Problem& p, const Owner<S>& o,
+                                 const float (&A)[S::kStates], float (&state)[S::kStates]) {
+  if (!o.real()) return;
+  const int64_t count = kForward ? o.segment : layout.segments - 1 - o.segment;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t segment = kForward ? i : layout.segments - 1 - i;
+    const float* from = layout.passes + (o.batch * layout.segments + segment) * 2 * p.dim + o.own_channel();
+    const float sum_dt = from[0];
+    const bool passes = from[p.dim] != 0.0f;
+    ARCORE_UNROLL
+    for (int s = 0; s < S::kStates; ++s) {
+      const int n = o.lane * S::kStates + s;
+      if (n >= p.state) continue;
+      const float end = layout.ends[end_at<S>(layout, p, o, segment, n)];
+      state[s] = passes ? fused_multiply_add(exp2_approx(sum_dt * A[s]), state[s], end) : end;
+    }
+  }
 }
 
 // Sums of four steps over the lanes of a channel; lane l (mod 4) gets that of step l.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,36 @@ from tests.selective_scan.cases import Case, call, check_against_reference, ever
 
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+LONG_CASES: list[dict[str, Any]] = [
+    {"initial": True},
+    {"b": "constant", "c": "constant", "gate": False, "reverse": True},
+    {"lengths": [5000, 0, 100, 3100], "initial": True},
+    {"ids": (torch.arange(8200) // 700 % 5 - 1).expand(2, -1).int(), "initial": True, "reverse": True},
+]
+
+
+def long_case(i: int) -> Case:
+    """Rows that are cut into segments, with decays that carry over many steps."""
+    case = make_case(2, 3, 8200, 5, **LONG_CASES[i])
+    return replace(case, A=case.A * 0.01)
+
+
+@pytest.fixture(scope="module")
+def long_rows_of_the_cpu() -> list[dict[str, torch.Tensor]]:
+    return [everything(long_case(i)) for i in range(len(LONG_CASES))]
+
+
+@pytest.mark.parametrize("i", range(len(LONG_CASES)))
+def test_long_rows_are_cut_into_segments(
+    long_rows_of_the_cpu: list[dict[str, torch.Tensor]], host: CudaHost, i: int
+) -> None:
+    """Against the CPU kernels: what enters a segment is what left the one before it."""
+    for name, value in everything(long_case(i)).items():
+        expected = long_rows_of_the_cpu[i][name]
+        scale = expected.abs().max().item()
+        assert (value - expected).abs().max().item() <= 3e-5 * scale, name
 
 
 @pytest.fixture
@@ -54,6 +85,26 @@ def test_optional_arguments(host: CudaHost, absent: str, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_16_bit_storage(host: CudaHost, dtype: torch.dtype, reverse: bool) -> None:
     check_against_reference(make_case(2, 36, 70, 16, dtype=dtype, initial=True, reverse=reverse))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("state", "gate", "groups"), [(16, True, "1"), (5, False, "2"), (40, True, "varying")]
+)
+def test_chunks_are_copied_ahead(
+    host: CudaHost, dtype: torch.dtype, state: int, gate: bool, groups: str
+) -> None:
+    """Where rows of 16 bits lie on 16 bytes; the same bits as from a layout that has no such rows."""
+    case = make_case(2, 64, 72, state, dtype=dtype, gate=gate, b=groups, c=groups, initial=True)
+    with torch.no_grad():
+        out, last = call(selective_scan, case)
+        assert host.statistics()["async_copies"] > 0
+        strided = case.map(
+            lambda n, t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if n in ("u", "delta", "z") else t
+        )
+        other, other_last = call(selective_scan, strided)
+        assert host.statistics()["async_copies"] == 0
+    assert torch.equal(out, other) and torch.equal(last, other_last)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 32, 33, 3], [0, 0], [70, 0, 1, 40]])
