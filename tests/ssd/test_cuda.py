@@ -1,27 +1,82 @@
-"""ssd has no CUDA kernels: tensors on a GPU get an error that says so."""
+"""ssd on a GPU: the checks of gpu_cases.py there and on the CPU, and the way that a GPU's tensors take, on the CPU."""
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arcore.ops import ssd
-from tests.ssd.cases import call, make_case
+from tests import device_checks
+from tests.cuda_host.build import installed, unavailable
+from tests.ssd import gpu_cases
+from tests.ssd.cases import call, check_against_reference, make_case
 
-MESSAGE = r"arcore\.ssd: expected tensors on a CPU but got cuda:0; ssd has no CUDA kernels yet\. Move .* reference_ssd"
+# The name of the module is also that of its function.
+module = importlib.import_module("arcore.ops.ssd")
 
 
-def test_tensors_that_claim_to_be_on_a_gpu_are_refused() -> None:
-    """Needs no GPU: fake tensors have a device but no memory."""
+@pytest.mark.parametrize(("check", "device"), device_checks.parameters(gpu_cases.CHECKS))
+def test_check(check: device_checks.Check, device: str) -> None:
+    device_checks.run_check(check, device)
+
+
+def as_on_a_gpu(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, bias: Any, softplus: bool, last: bool,
+    *, dt_limit: tuple[float, float], initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v = module._check(x, dt, A, B, C, D, z, bias, initial_state, cu_seqlens, seq_idx, dt_limit)
+    return module._by_selective_scan(v, softplus, dt_limit, cu_seqlens, seq_idx, reverse)
+
+
+CASES: list[Callable[[], Any]] = [
+    lambda: make_case(initial=True),
+    lambda: make_case(skip="head", gate=False, softplus=False, reverse=True),
+    lambda: make_case(skip=None, bias=False, limit=(0.2, 0.7)),
+    lambda: make_case(1, 40, 2, 9, 130, 1, initial=True),
+    lambda: make_case(lengths=[5, 0, 40, 33], initial=True, reverse=True),
+    lambda: make_case(2, 60, ids=torch.arange(-1, 5).repeat_interleave(10).expand(2, 60).int(), initial=True),
+    lambda: make_case(length=50).to(torch.bfloat16),
+    lambda: make_case(2, 0),
+]
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "sm_80"])
+@pytest.mark.parametrize("i", range(len(CASES)))
+def test_the_way_of_a_gpu(i: int, kernels: str) -> None:
+    """Against the reference, by selective_scan's CPU kernels and by its sm_80 kernels run on the CPU."""
+    if kernels == "cpu":
+        check_against_reference(CASES[i](), as_on_a_gpu)
+        return
+    if reason := unavailable():
+        pytest.skip(reason)
+    with installed("selective_scan"):
+        check_against_reference(CASES[i](), as_on_a_gpu)
+
+
+def test_tensors_that_claim_to_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needs no GPU: fake tensors have a device but no memory; they take the way that is tested above."""
+    taken: list[Any] = []
+    monkeypatch.setattr(module, "_by_selective_scan", lambda *v: (taken.append(v), ("out", "state"))[1])
     with FakeTensorMode():
         case = make_case().map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cuda:0"))
-        with pytest.raises(NotImplementedError, match=MESSAGE):
+        assert call(ssd, case) == ("out", "state")
+    assert taken[0][0].x.device.type == "cuda" and taken[0][1:3] == (True, (0.0, math.inf))
+
+
+def test_other_devices_are_refused() -> None:
+    case = make_case().map(lambda _, t: t.to("meta"))
+    assert call(ssd, case)[0].device.type == "meta"
+    with FakeTensorMode():
+        case = make_case().map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="xpu:0"))
+        with pytest.raises(
+            NotImplementedError, match=r"arcore\.ssd: expected tensors on a CPU or a CUDA GPU but got xpu:0"
+        ):
             call(ssd, case)
-
-
-@pytest.mark.cuda
-def test_tensors_on_a_gpu_are_refused() -> None:
-    case = make_case().map(lambda _, t: t.cuda())
-    with pytest.raises(NotImplementedError, match=MESSAGE):
-        call(ssd, case)

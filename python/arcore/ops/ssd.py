@@ -16,7 +16,7 @@ from arcore import _extension as _extension
 from arcore.ops._checks import checked_call, same_device
 from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
 from arcore.ops._ssd_backward import Inputs, backward
-from arcore.ops.selective_scan import reference_selective_scan
+from arcore.ops.selective_scan import reference_selective_scan, selective_scan
 
 OP = "arcore.ssd"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,6 +107,8 @@ def ssd(
     whatever the storage. Differentiable in all float arguments, and through the last state, in reverse mode.
     Deterministic; results and gradients do not depend on the number of threads or on batch mates. Gradients that are to
     be differentiated again (`create_graph=True`, `torch.func.grad`) are computed by PyTorch, several times slower.
+    On a GPU the kernels of `selective_scan` do the work, with A and dt written out for every channel: the same numbers,
+    but an exponential for each state where one per head would do. Gradients are not differentiated again there.
 
     Args:
         x: ``[B, L, H, P]``, H heads of P channels; as all inputs float32, bfloat16 or float16, any strides.
@@ -134,7 +136,7 @@ def ssd(
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes or devices do not fit, or `dt_limit` is no range.
-        NotImplementedError: the tensors are on a GPU, or have forward-mode tangents.
+        NotImplementedError: the tensors are on another device than a CPU or a CUDA GPU, or have forward-mode tangents.
 
     Reference: Mamba-2 (arXiv:2405.21060, sections 6 and 7). mamba_ssm's `mamba_chunk_scan_combined` computes the same;
     names follow `selective_scan`, and the size of chunks is not an argument, since it changes no result.
@@ -146,15 +148,58 @@ def ssd(
                 f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
                 "for float64 (gradcheck) call reference_ssd"
             )
-    if x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{OP}: expected tensors on a CPU but got {x.device}; ssd has no CUDA kernels yet. Move its arguments to "
-            "the CPU, or call reference_ssd, which runs on any device one step at a time"
+    if x.device.type == "cuda":
+        out, last_state = _by_selective_scan(v, dt_softplus, dt_limit, cu_seqlens, seq_idx, reverse)
+    elif x.device.type in ("cpu", "meta"):
+        out, last_state = checked_call(
+            "ssd", torch.ops.arcore.ssd, *v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse
         )
-    out, last_state = checked_call(
-        "ssd", torch.ops.arcore.ssd, *v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse
-    )
+    else:
+        raise NotImplementedError(
+            f"{OP}: expected tensors on a CPU or a CUDA GPU but got {x.device}. Move its arguments to the CPU, or call "
+            "reference_ssd, which runs on any device one step at a time"
+        )
     return (out, last_state) if return_last_state else out
+
+
+def _channels(t: Tensor) -> Tensor:
+    """``[B, L, H, P]`` as ``[B, H * P, L]``; no copy where heads and channels lie one after the other."""
+    return t.flatten(2).transpose(1, 2)
+
+
+def _by_selective_scan(
+    v: Inputs,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by the kernels of `selective_scan`: every channel of a head has the head's A and dt."""
+    _, _, heads, dim = v.x.shape
+    # What the kernels would do, but before it is written out for every channel, and with limits.
+    step = v.dt.float() if v.dt_bias is None else v.dt.float() + v.dt_bias.float()
+    step = F.softplus(step) if dt_softplus else step
+    if dt_limit != (0.0, math.inf):
+        step = step.clamp(*dt_limit)
+    elif not dt_softplus:
+        step = step.clamp_min(0.0)
+    out, last_state = selective_scan(
+        _channels(v.x),
+        _channels(step[..., None].expand(v.x.shape)),
+        v.A.float().repeat_interleave(dim)[:, None].expand(-1, v.B.shape[3]),
+        v.B.permute(0, 2, 3, 1),
+        v.C.permute(0, 2, 3, 1),
+        None if v.D is None else v.D.flatten(),
+        None if v.z is None else _channels(v.z),
+        return_last_state=True,
+        initial_state=None if v.initial_state is None else v.initial_state.flatten(1, 2),
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+        reverse=reverse,
+    )
+    out = out.transpose(1, 2).unflatten(2, (heads, dim)).to(v.x.dtype)
+    return out, last_state.unflatten(1, (heads, dim))
 
 
 def reference_ssd(
