@@ -11,6 +11,7 @@ import fcntl
 import functools
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from arcore import _C
-from arcore.masks import IntervalMask
+from arcore.masks import IntervalMask, TreeMask
 
 Check = Callable[[str, bool], None]
 
@@ -64,7 +65,7 @@ def skew_of(x: Tensor) -> int:
 
 def moved(x: Any, device: str) -> Any:
     """A tensor or mask on `device`, with the same strides and alignment; anything else as it is."""
-    if isinstance(x, IntervalMask):
+    if isinstance(x, (IntervalMask, TreeMask)):
         return x.to(device)
     if isinstance(x, Tensor) and x.device.type != device:
         return with_strides(x.to(device), x.stride(), skew_of(x))
@@ -235,6 +236,24 @@ _MEMORY_LOCK = Path(tempfile.gettempdir()) / f"arcore-device-memory-{os.getuid()
 _held: list[IO[str]] = []
 
 
+LOCK_SECONDS = 120.0
+
+
+def _wait_for(file: IO[str]) -> None:
+    """The lock, or a skip that says who may hang: a process that never lets go must not take the others along."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                file.close()
+                pytest.skip(
+                    f"another process held the device's memory for {LOCK_SECONDS:.0f} s ({_MEMORY_LOCK})"
+                )
+            time.sleep(0.2)
+
+
 def need_memory(size: int, device: str) -> None:
     """Skips where less than `size` bytes and some room are free on the device; a CPU is never filled.
 
@@ -245,7 +264,7 @@ def need_memory(size: int, device: str) -> None:
     else:
         if not _held:
             file = _MEMORY_LOCK.open("w")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file)
             _held.append(file)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]

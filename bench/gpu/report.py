@@ -42,7 +42,10 @@ class Report:
             "method": timing.method, **more,
         }  # fmt: skip
         self.records.append(record)
-        print(f"measured: {op} {case} {direction} {impl}: {timing.seconds * 1e3:.4f} ms", flush=True)
+        print(
+            f"measured: {op} {case} {direction} {impl}: {timing.seconds * 1e3:.4f} ms{_beside(impl, more)}",
+            flush=True,
+        )
         self.save(self)
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
@@ -75,6 +78,23 @@ class Report:
         if self.wrong:
             extra["wrong"] = "; ".join(dict.fromkeys(self.wrong))
         self.add(timing=timing, **extra)
+
+
+def _beside(impl: str, values: dict[str, Any]) -> str:
+    """What a number is to be read with: TFLOP/s or the multiple of its floor, and the goal of arcore's own."""
+    said = [f"{values['tflops']:.0f} TFLOP/s"] if values.get("tflops") else []
+    said += [f"{values['times_floor']:.2f} x floor"] if values.get("times_floor") else []
+    own = {"arcore": "goal_sm80", "arcore_sm90a": "goal_sm90a"}.get(impl)
+    if own is not None:
+        if values.get(own):
+            said.append(f"goal {values[own]:.0f} TFLOP/s")
+        if values.get("goal_seconds"):
+            said.append(f"goal {values['goal_seconds'] * 1e3:.2f} ms")
+        if values.get("goal_times_floor"):
+            said.append(f"goal {values['goal_times_floor']:.1f} x floor")
+        if not any(text.startswith("goal") for text in said):
+            said.append("no goal")
+    return f" ({', '.join(said)})" if said else ""
 
 
 class WrongResultError(Exception):

@@ -279,6 +279,38 @@ def _check_batch_mates(device: str, mask: IntervalMask, dtypes: tuple[torch.dtyp
             checks.assert_equal(alone[:compared], of_batch, f"batch entry {b}")
 
 
+def check_trees_and_biases(device: str, small: bool) -> None:
+    """What a GPU does in PyTorch: trees and key biases, with gradients of all inputs."""
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    parents = torch.tensor([-1, 0, 0, 1, 1, 2, 5]).expand(2, 7)
+    n = 30 if small else 1000
+    for mask, nq, nk, bias in (
+        (masks.tree(parents, torch.tensor([n - 7, n - 9])), 7, n, None),
+        (masks.tree(parents, n - 7), 7, n, normal(4, n)),
+        (masks.causal(n), n, n, normal(n)),
+    ):
+        inputs = [normal(2, 4, nq, 16), normal(2, 2, nk, 16), normal(2, 2, nk, 16)]
+        inputs += [] if bias is None else [bias]
+        grads = normal(2, 4, nq, 16), normal(2, 4, nq)
+        found = []
+        for function, dtype in (
+            (_ours(device), torch.float32),
+            (reference_block_sparse_attention, torch.float64),
+        ):
+            leaves = [x.to(dtype).requires_grad_() for x in inputs]
+            extra = {} if bias is None else {"key_bias": leaves[3]}
+            out, lse = function(*leaves[:3], mask, return_lse=True, **extra)
+            given = [g.to(dtype) for g in grads]
+            found.append([out, lse, *torch.autograd.grad([out, lse], leaves, given)])
+        for name, ours, exact in zip(("out", "lse", "q", "k", "v", "key_bias"), *found, strict=False):
+            error = (ours.double() - exact).abs().max().item()
+            assert error <= 1e-4 * exact.abs().max().item(), f"{name}: off by {error:.1e}"
+
+
 def check_full_rings(device: str, small: bool) -> None:
     """More key tiles than any ring of buffers holds, and three units or more per block, at each padded head dim."""
     # 11 tiles of 128 rows; 36 pairs make 396 units, three for each of 132 multiprocessors.
@@ -358,12 +390,13 @@ CHECKS = (
     check_first_use_in_a_graph,
     check_determinism,
     check_batch_mates,
+    check_trees_and_biases,
     check_full_rings,
     check_large_offsets,
     check_large_outputs,
 )
 if REQUIRED:
-    CHECKS = tuple(check for check in CHECKS if check is not check_empty)  # float32
+    CHECKS = tuple(check for check in CHECKS if check not in (check_empty, check_trees_and_biases))  # float32
 # What compute-sanitizer runs, in small.
 SANITIZED = (check_masks, check_random_bounds, check_head_dims, check_odd_lengths, check_layouts)
 # Their failure cannot be brought about by wrong results: the op is called by its own name, or on nothing.

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcore.ops import linear_logprobs, reference_linear_logprobs, token_logprobs
+from arcore.ops import (
+    linear_cross_entropy,
+    linear_logprobs,
+    reference_linear_cross_entropy,
+    reference_linear_logprobs,
+    reference_token_cross_entropy,
+    token_cross_entropy,
+    token_logprobs,
+)
 from tests import device_checks as checks
 from tests.token_logprobs.cases import (
     IGNORE,
@@ -52,6 +60,39 @@ def check_options(device: str, small: bool) -> None:
                     case.target[0, 1] = IGNORE
                     assert_as_good_as_eager(case, function=_ours(device))
                     assert_as_good_as_eager(case, entropy=False, function=_ours(device))
+
+
+def check_cross_entropy(device: str, small: bool) -> None:
+    """Smoothing, z-loss and agreement, of logits and of a last layer, with gradients."""
+    generator = torch.Generator().manual_seed(5)
+    rows, vocab = (6, 90) if small else (300, 32001)
+    hidden, weight = (torch.randn(n, 24, generator=generator) for n in (rows, vocab))
+    target = torch.randint(vocab, (rows,), generator=generator)
+    target[1] = IGNORE
+    target[2] = (hidden[2] @ weight.T).argmax()
+    options = {
+        "label_smoothing": 0.1,
+        "z_loss": 1e-2,
+        "softcap": 6.0,
+        "temperature": 0.7,
+        "ignore_index": IGNORE,
+    }
+    mask = random_mask(vocab, share=0.9)
+    mask[target[2]] = True
+    for kept in (None, mask):
+        for ours, reference, inputs in (
+            (token_cross_entropy, reference_token_cross_entropy, [hidden @ weight.T]),
+            (linear_cross_entropy, reference_linear_cross_entropy, [hidden, weight]),
+        ):
+            found = []
+            for function, dtype in ((checks.on(device, ours), torch.float32), (reference, torch.float64)):
+                leaves = [x.to(dtype).requires_grad_() for x in inputs]
+                out = function(*leaves, target, mask=kept, **options)
+                loss = out.loss.where(out.loss.isfinite(), 0.0)
+                found.append([loss, out.z_loss, out.agrees, *torch.autograd.grad(loss.sum(), leaves)])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[0][2][2]
 
 
 def check_vocabularies(device: str, small: bool) -> None:
@@ -188,6 +229,7 @@ def check_large_offsets(device: str, small: bool) -> None:
 
 CHECKS = (
     check_options,
+    check_cross_entropy,
     check_vocabularies,
     check_scales,
     check_layouts,
@@ -203,4 +245,4 @@ CHECKS = (
 SANITIZED = (check_options, check_vocabularies, check_layouts)
 # Their failure cannot be brought about by wrong results: the op is called by its own name, or on nothing.
 NOT_DISTURBED = (check_opcheck, check_empty)
-FUNCTIONS = ("token_logprobs", "linear_logprobs")
+FUNCTIONS = ("token_logprobs", "linear_logprobs", "token_cross_entropy", "linear_cross_entropy")

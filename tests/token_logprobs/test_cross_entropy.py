@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from arcore import ops
 from arcore.ops import (
+    _cross_entropy,
     linear_cross_entropy,
     reference_linear_cross_entropy,
     reference_token_cross_entropy,
@@ -348,3 +349,63 @@ def test_float64_names_the_reference() -> None:
         token_cross_entropy(torch.randn(3, 9).double(), target)
     with pytest.raises(TypeError, match="call reference_linear_cross_entropy"):
         linear_cross_entropy(torch.randn(3, 2).double(), torch.randn(9, 2).double(), target)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_way_of_a_gpu(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """logp and logsumexp of `token_logprobs`, the rest by PyTorch: the same numbers and gradients."""
+    generator = torch.Generator().manual_seed(2)
+    logits = (3 * torch.randn(3, 4, 50, generator=generator)).to(dtype)
+    target = torch.randint(50, (3, 4), generator=generator)
+    logits[0, 0, :] = -math.inf
+    target[1, 1] = IGNORE
+    target[2] = logits[2].argmax(-1)
+    given = {"temperature": 1.0, "softcap": None, "mask": None, **options(settings, (3, 4), 50)}
+    smoothing, coefficient = given.pop("label_smoothing", 0.0), given.pop("z_loss", 0.0)
+
+    def ours(x: Tensor, target: Tensor, **kw: Any) -> Any:
+        return _cross_entropy._by_logprobs(x, target, smoothing, coefficient, ignore_index=IGNORE, **kw)
+
+    def theirs(x: Tensor, target: Tensor, **kw: Any) -> Any:
+        kw |= {"label_smoothing": smoothing, "z_loss": coefficient, "ignore_index": IGNORE}
+        return token_cross_entropy(x, target, **kw)
+
+    found = []
+    for function in (ours, theirs):
+        leaf = logits.clone().requires_grad_()
+        out = function(leaf, target, **given)
+        loss = out.loss.where(out.loss.isfinite(), 0.0)
+        found.append((*out, torch.autograd.grad(loss.sum(), leaf)[0].float()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1 << 25, 1], ids=["whole", "a_row"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_way_of_a_gpu_from_a_last_layer(
+    settings: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cross_entropy, "_LOGITS_AT_ONCE", at_once)
+    hidden, weight, bias, target = make((3, 4), 50)
+    target[1, 1] = IGNORE
+    given = {"temperature": 1.0, "softcap": None, "mask": None, **options(settings, (3, 4), 50)}
+    smoothing, coefficient = given.pop("label_smoothing", 0.0), given.pop("z_loss", 0.0)
+    found = []
+    for gpu in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        if gpu:
+            x = _cross_entropy.prepare_linear(
+                "linear_cross_entropy", leaves[0], leaves[1], leaves[2], target, given["temperature"],
+                given["softcap"], given["mask"], IGNORE, None,
+            )  # fmt: skip
+            out = _cross_entropy._linear_by_rows(x, smoothing, coefficient)
+        else:
+            out = linear_cross_entropy(
+                leaves[0], leaves[1], target, bias=leaves[2], label_smoothing=smoothing, z_loss=coefficient,
+                ignore_index=IGNORE, **given,
+            )  # fmt: skip
+        parts = [part.view(target.shape) for part in out]
+        found.append((*parts, *torch.autograd.grad(parts[0].sum(), leaves)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 
+from tests import device_checks
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -207,3 +209,38 @@ def test_ops_of_the_battery_are_those_with_checks(battery: ModuleType) -> None:
 def test_name_of_the_result(battery: ModuleType, tmp_path: Path, gpu: str | None, name: str) -> None:
     run = battery.Battery(tmp_path, ("sample",), 0.0, dry=False, machine={"gpu": gpu})
     assert battery.result_name(run, "2026-01-02") == name
+
+
+def test_numbers_are_printed_beside_their_goals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench/gpu"))
+    report = importlib.import_module("report")
+    timing = importlib.import_module("timing")
+    kept = report.Report("cpu", timing.Ceilings(1.0, 1.0, 1e-6), lambda _: None)
+    number = timing.Timing(1e-3, 1e-3, 1e-3, 3, "calls")
+    names = {"op": "x", "case": "c", "direction": "forward", "dtype": "float32", "timing": number}
+    kept.add(impl="arcore_sm90a", tflops=211.4, goal_sm80=240, goal_sm90a=380, **names)
+    kept.add(impl="arcore", times_floor=2.5, goal_times_floor=3.0, **names)
+    kept.add(impl="flash3", tflops=460.0, goal_sm80=240, goal_sm90a=380, **names)
+    kept.add(impl="arcore", **names)
+    lines = [line.partition("ms")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        " (211 TFLOP/s, goal 380 TFLOP/s)",
+        " (2.50 x floor, goal 3.0 x floor)",
+        " (460 TFLOP/s)",
+        " (no goal)",
+    ]
+
+
+def test_a_lock_that_is_never_released_is_waited_for_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_checks, "LOCK_SECONDS", 0.3)
+    holder, waiter = (tmp_path / "lock").open("w"), (tmp_path / "lock").open("w")
+    device_checks._wait_for(holder)
+    with pytest.raises(pytest.skip.Exception, match="another process held the device's memory"):
+        device_checks._wait_for(waiter)
+    holder.close()
+    with (tmp_path / "lock").open("w") as free:
+        device_checks._wait_for(free)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from arcore import _extension as _extension
 from arcore.ops._checks import same_device
@@ -479,6 +480,50 @@ def _finite(x: Tensor) -> Tensor:
     """What a weight of 0 may be multiplied with; rows that see the others are NaN through their logits."""
     x = x.float()
     return x.where(x.isfinite(), 0.0)
+
+
+def attention_by_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor | None,
+    scale: float,
+    tree_words: Tensor | None,
+    tree_prefix: Tensor | None,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in PyTorch, in float32, for what has no CUDA kernel: trees and key biases.
+
+    Differentiable by PyTorch in both modes and any number of times; the weights of some rows at a time are computed
+    again for the backward. Where a row may see a number that is not finite, its own is NaN.
+    """
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias))
+    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = []
+    with torch.autocast(q.device.type, enabled=False):
+        for begin in range(0, max(q.shape[2], 1), at_once):
+            end = min(begin + at_once, q.shape[2])
+            rest = (q, k, v, bounds, key_bounds, scale, tree_words, tree_prefix, key_bias)
+            if wanted and at_once < q.shape[2]:
+                parts.append(checkpoint(_attend, begin, end, *rest, use_reentrant=False))
+            else:
+                parts.append(_attend(begin, end, *rest))
+    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    return out.to(dtype), lse
+
+
+def _attend(begin: int, end: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows = _Rows(begin, end, q, k, *rest)
+    empty = ~rows.allowed.any(-1, keepdim=True)
+    # A row without keys keeps finite numbers on the way, for its gradient.
+    logits = rows.logits.where(rows.allowed, -math.inf).masked_fill(empty, 0.0)
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    weights = rows.where(torch.exp(logits - lse))
+    seen = rows.allowed.float() @ (~v.isfinite()).float() > 0
+    out = (weights @ _finite(v)).masked_fill(seen, math.nan)
+    return rows.unfold(out), rows.unfold(lse.masked_fill(empty, -math.inf)).squeeze(-1)
 
 
 def tiled_jvp(

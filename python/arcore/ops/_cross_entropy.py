@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from arcore.ops._checks import checked_call, same_device
 from arcore.ops._linear_logprobs import (
+    LinearArguments,
     check_linear,
     forward_by_tiles,
     gradients_by_tiles,
@@ -27,6 +29,7 @@ from arcore.ops.token_logprobs import (
     float_rows,
     prepare_tokens,
     reference_token_logprobs,
+    token_logprobs,
     unpack_mask,
 )
 
@@ -70,9 +73,11 @@ def token_cross_entropy(
     Two passes over the logits and one for the gradient, which is the only tensor of their size that is made.
     Differentiable through `loss` and `z_loss` in reverse mode, in logits and in a temperature tensor; forward mode and
     second derivatives are refused. Results do not depend on the number of threads, the layout or the other rows.
+    On a GPU the kernels of `token_logprobs` give logp and logsumexp; smoothing and agreement are PyTorch's, which makes
+    float32 tensors of the logits' size on the way.
 
     Args:
-        logits: ``[..., V]`` on a CPU, as for `token_logprobs`.
+        logits: ``[..., V]``, as for `token_logprobs`.
         target: as for `token_logprobs`.
         label_smoothing: from 0 to 1.
         z_loss: coefficient of the squared log-sum-exp, not negative.
@@ -89,7 +94,7 @@ def token_cross_entropy(
         TypeError: an unsupported dtype, or a number that is none.
         ValueError: shapes, strides or devices do not fit, a number is out of range, or a target is neither in [0, V)
             nor `ignore_index`.
-        NotImplementedError: tensors on a GPU.
+        NotImplementedError: tensors on another device than a CPU or a CUDA GPU.
 
     Reference: label smoothing, Szegedy et al. (arXiv:1512.00567, section 7); z-loss, PaLM (arXiv:2204.02311, section
     5).
@@ -97,6 +102,9 @@ def token_cross_entropy(
     op = "token_cross_entropy"
     smoothing, coefficient = _weights(op, label_smoothing, z_loss)
     x = prepare_tokens(op, logits, target, temperature, softcap, mask, ignore_index)
+    if logits.device.type == "cuda":
+        kw = {"temperature": temperature, "softcap": softcap, "mask": mask, "ignore_index": ignore_index}
+        return _by_logprobs(logits, target, smoothing, coefficient, **kw)
     _refuse_gpu(op, logits)
     logp, lse, mean, agrees, *_ = checked_call(op, torch.ops.arcore.token_cross_entropy, *x)
     return _losses(logp, lse, mean, agrees, smoothing, coefficient)
@@ -119,10 +127,12 @@ def linear_cross_entropy(
     """`token_cross_entropy` of ``linear(hidden, weight, bias)``, without ever holding the logits.
 
     Tiles, memory, autocast and what rounding depends on are those of `linear_logprobs`. Differentiable through `loss`
-    and `z_loss` in reverse mode, in hidden, weight, bias and a temperature tensor.
+    and `z_loss` in reverse mode, in hidden, weight, bias and a temperature tensor. On a GPU logits of some rows at a
+    time, about 32 million numbers, go to `token_cross_entropy` and are computed again for the gradient; `tile` has no
+    effect there.
 
     Args:
-        hidden: ``[..., H]`` on a CPU, float32, bfloat16 or float16.
+        hidden: ``[..., H]``, float32, bfloat16 or float16.
         weight: ``[V, H]``, hidden's dtype.
         target: int64 or int32 ``[...]``, or `ignore_index`.
         bias: ``[V]``, hidden's dtype.
@@ -141,15 +151,47 @@ def linear_cross_entropy(
         TypeError: unsupported or mixed dtypes, or a number that is none.
         ValueError: shapes or devices do not fit, a number is out of range, or a target is neither in [0, V) nor
             `ignore_index`.
-        NotImplementedError: tensors on a GPU.
+        NotImplementedError: tensors on another device than a CPU or a CUDA GPU.
     """
     op = "linear_cross_entropy"
     smoothing, coefficient = _weights(op, label_smoothing, z_loss)
     x = prepare_linear(op, hidden, weight, bias, target, temperature, softcap, mask, ignore_index, tile)
+    if hidden.device.type == "cuda":
+        return CrossEntropy(*(part.view(target.shape) for part in _linear_by_rows(x, smoothing, coefficient)))
     _refuse_gpu(op, hidden)
     found = checked_call(op, torch.ops.arcore.linear_cross_entropy, *x.tensors, *x.numbers, *x.tile)
     logp, lse, mean, agrees = (part.view(target.shape) for part in found[:4])
     return _losses(logp, lse, mean, agrees, smoothing, coefficient)
+
+
+# Logits that `linear_cross_entropy` holds at once on a GPU.
+_LOGITS_AT_ONCE = 1 << 25
+
+
+def _linear_by_rows(x: LinearArguments, smoothing: float, coefficient: float) -> CrossEntropy:
+    """Of the flattened rows, where there is no kernel for smoothing and agreement (CUDA)."""
+    hidden, weight, bias, target, heats, mask = x.tensors
+    heat, cap, ignore_index = x.numbers
+
+    def some(
+        rows: Tensor, weight: Tensor, bias: Tensor | None, heats: Tensor | None, begin: int
+    ) -> CrossEntropy:
+        end = begin + len(rows)
+        return _by_logprobs(
+            linear(rows, weight, bias), target[begin:end], smoothing, coefficient,
+            temperature=heat if heats is None else heats, softcap=cap or None,
+            mask=None if mask is None else mask[begin:end], ignore_index=ignore_index,
+        )  # fmt: skip
+
+    step = max(1, _LOGITS_AT_ONCE // max(1, len(weight)))
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.tensors)
+    parts = []
+    for begin in range(0, max(len(hidden), 1), step):
+        end = begin + step
+        inputs = (hidden[begin:end], weight, bias, None if heats is None else heats[begin:end], begin)
+        again = differentiable and len(hidden) > step
+        parts.append(checkpoint(some, *inputs, use_reentrant=False) if again else some(*inputs))
+    return CrossEntropy(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def reference_token_cross_entropy(
@@ -170,21 +212,52 @@ def reference_token_cross_entropy(
     out = reference_token_logprobs(
         logits, target, temperature=temperature, softcap=softcap, mask=mask, ignore_index=ignore_index
     )
+    z = _capped(logits, softcap, mask)
+    mean = _mean(z, target != ignore_index, temperature)
+    agrees = _agreement(z, target, ignore_index)
+    return _losses(out.logp, out.logsumexp, mean, agrees, smoothing, coefficient)
+
+
+def _capped(logits: Tensor, softcap: float | None, mask: Tensor | None) -> Tensor:
+    """z before the temperature, -inf where the mask forbids."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    if mask is not None:
-        z = torch.where(unpack_mask(mask, z.shape[-1]), z, -math.inf)
+    return z if mask is None else torch.where(unpack_mask(mask, z.shape[-1]), z, -math.inf)
+
+
+def _mean(z: Tensor, counted: Tensor, temperature: float | Tensor) -> Tensor:
+    """Of the columns that can occur; 0 in rows that are not counted."""
     absent = z == -math.inf
-    counted = target != ignore_index
     count = (~absent).sum(-1).clamp(min=1)
     heat = temperature.to(z.dtype) if isinstance(temperature, Tensor) else temperature
-    used = torch.where(absent | ~counted.unsqueeze(-1), 0.0, z)
-    mean = used.sum(-1) / count / heat
-    found = counted & ~absent.all(-1) & ~z.isnan().any(-1)
+    return torch.where(absent | ~counted.unsqueeze(-1), 0.0, z).sum(-1) / count / heat
+
+
+def _agreement(z: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    found = (target != ignore_index) & ~(z == -math.inf).all(-1) & ~z.isnan().any(-1)
     best = z.max(-1, keepdim=True).values if z.shape[-1] else z
     first = (z == best).int().argmax(-1) if z.shape[-1] else torch.zeros_like(target)
-    return _losses(out.logp, out.logsumexp, mean, found & (first == target), smoothing, coefficient)
+    return found & (first == target)
+
+
+def _by_logprobs(
+    logits: Tensor, target: Tensor, smoothing: float, coefficient: float, *, temperature: float | Tensor,
+    softcap: float | None, mask: Tensor | None, ignore_index: int,
+) -> CrossEntropy:  # fmt: skip
+    """Where there is no kernel for smoothing and agreement (CUDA)."""
+    if smoothing > 0.0:
+        # Two gradients meet at the logits: in float32, so that 16-bit ones are rounded once.
+        logits = logits.float()
+    out = token_logprobs(
+        logits, target, temperature=temperature, softcap=softcap, mask=mask, ignore_index=ignore_index
+    )
+    with torch.no_grad():
+        agrees = _agreement(_capped(logits, softcap, mask), target, ignore_index)
+    mean = torch.zeros_like(out.logp)
+    if smoothing > 0.0:
+        mean = _mean(_capped(logits, softcap, mask), target != ignore_index, temperature)
+    return _losses(out.logp, out.logsumexp, mean, agrees, smoothing, coefficient)
 
 
 def reference_linear_cross_entropy(
@@ -221,10 +294,8 @@ def _weights(op: str, label_smoothing: Any, z_loss: Any) -> tuple[float, float]:
 
 def _refuse_gpu(op: str, x: Tensor) -> None:
     if x.device.type not in ("cpu", "meta"):
-        source = "token_logprobs" if op.startswith("token") else "reference_token_logprobs"
         raise NotImplementedError(
-            f"arcore.{op}: expected tensors on a CPU but got {x.device}, where label smoothing and agreement have no "
-            f"kernel yet; call reference_{op}, or {source} for a loss without smoothing"
+            f"arcore.{op}: expected tensors on a CPU or a CUDA GPU but got {x.device}; call reference_{op}"
         )
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
-from arcore.ops import _block_sparse_attention_rules as _rules  # noqa: F401
+from arcore.ops import _block_sparse_attention_rules as _rules
 from arcore.ops._checks import checked_call, integer, same_device
 from arcore.ops._constants import OnAnyStream, capturing
 
@@ -77,11 +77,12 @@ def block_sparse_attention(
         k: keys, ``[B, Hkv, Nk, D]``; H must be a multiple of Hkv (grouped-query attention: head h reads key head
             ``h // (H // Hkv)``). A batch of 1 serves all entries of q.
         v: values, ``[B, Hkv, Nk, Dv]`` with k's batch. Dv may differ from D; on CUDA the smaller is padded with zeros.
-        mask: `arcore.masks.IntervalMask` for ``(Nq, Nk)``, whose batch and head sizes are 1 or B and 1 or H; or, on a
-            CPU, `arcore.masks.TreeMask` for Nq nodes and Nk keys, whose batch size is 1 or B.
+        mask: `arcore.masks.IntervalMask` for ``(Nq, Nk)``, whose batch and head sizes are 1 or B and 1 or H; or
+            `arcore.masks.TreeMask` for Nq nodes and Nk keys, whose batch size is 1 or B (on CUDA in PyTorch).
         scale: factor on the logits; ``1 / sqrt(D)`` when None.
         key_bias: added to the logits of each key, ``[Nk]``, ``[H, Nk]`` or ``[1 or B, 1 or H, Nk]``, float32 (others
-            are converted); CPU only. Attention with linear biases (ALiBi, arXiv:2108.12409) is `alibi_bias`.
+            are converted); on CUDA in PyTorch, some query rows at a time. Attention with linear biases (ALiBi,
+            arXiv:2108.12409) is `alibi_bias`.
         sinks: one logit per head, ``[H]``, that takes part in the softmax and has the value 0: a place for weight that
             no key deserves (gpt-oss). Counted in the lse.
         return_lse: also return the log-sum-exp of each row's scaled, masked logits.
@@ -94,7 +95,6 @@ def block_sparse_attention(
     Raises:
         TypeError: `mask` is no mask, or q, k, v have an unsupported or mixed dtype.
         ValueError: shapes, head counts, lengths, devices or `scale` do not fit.
-        NotImplementedError: a TreeMask or key_bias on CUDA.
 
     Reference: VAR (arXiv:2404.02905, section 3.2) for the block-causal mask; online softmax and its backward follow
     FlashAttention-2 (arXiv:2307.08691, section 3.1).
@@ -117,25 +117,27 @@ def block_sparse_attention(
         prefix = mask.prefix
     else:
         key_bounds = mask.key_bounds
-    if q.device.type == "cuda":
-        _refuse_on_cuda(mask, key_bias)
-        plans = _cuda_plans(mask)  # type: ignore[arg-type]
-        q, k, v = _padded(q, k, v)
-    out, lse = checked_call(
-        "block_sparse_attention",
-        torch.ops.arcore.block_sparse_attention,
-        q,
-        k,
-        v,
-        mask.bounds,
-        key_bounds,
-        factor,
-        *plans[:2],
-        words,
-        prefix,
-        bias,
-        *plans[2:],
-    )
+    if q.device.type == "cuda" and (words is not None or bias is not None):
+        out, lse = _rules.attention_by_rows(q, k, v, mask.bounds, key_bounds, factor, words, prefix, bias)
+    else:
+        if q.device.type == "cuda":
+            plans = _cuda_plans(mask)  # type: ignore[arg-type]
+            q, k, v = _padded(q, k, v)
+        out, lse = checked_call(
+            "block_sparse_attention",
+            torch.ops.arcore.block_sparse_attention,
+            q,
+            k,
+            v,
+            mask.bounds,
+            key_bounds,
+            factor,
+            *plans[:2],
+            words,
+            prefix,
+            bias,
+            *plans[2:],
+        )
     out = out[..., :value_dim] if out.shape[-1] != value_dim else out
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.float().view(1, heads, 1))
@@ -187,19 +189,6 @@ def _with_sinks(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]
 
 def _three_dimensional(key_bias: Tensor) -> Tensor:
     return key_bias.reshape((1,) * (3 - key_bias.dim()) + key_bias.shape)
-
-
-def _refuse_on_cuda(mask: IntervalMask | TreeMask, key_bias: Tensor | None) -> None:
-    if isinstance(mask, TreeMask):
-        raise NotImplementedError(
-            f"{_OP}: expected an IntervalMask on CUDA but got a TreeMask; move the tensors to the CPU, or call "
-            "reference_block_sparse_attention"
-        )
-    if key_bias is not None:
-        raise NotImplementedError(
-            f"{_OP}: expected no key_bias on CUDA; move the tensors to the CPU, or call "
-            "reference_block_sparse_attention"
-        )
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
