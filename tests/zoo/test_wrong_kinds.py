@@ -401,7 +401,7 @@ def generate_paths() -> Made:
 def next_state() -> Made:
     from arcore.zoo.dynamics.lifegpt.model import next_state
 
-    return next_state, {"states": torch.zeros(1, 3, 3, dtype=torch.int64), "rule": "life"}
+    return next_state, {"state": torch.zeros(1, 3, 3, dtype=torch.int64), "rule": "life"}
 
 
 @call
