@@ -209,6 +209,8 @@ def test_settings_of_our_own_checkpoints_are_compared(folder: Path):
     folder.rename(folder.parent / "step-00000010")
     with pytest.raises(ValueError, match=r"is the folder of a run, not a checkpoint: .*step-00000010"):
         arcore.create_model("var_tiny", weights=folder.parent)
+    with pytest.raises(ValueError, match=r"is the folder of a run, not a checkpoint: .*step-00000010"):
+        arcore.create_model("var", weights=folder.parent)
 
 
 def test_folders_of_model_hubs_are_not_damaged(model, tmp_path: Path):

@@ -345,11 +345,7 @@ def _published_file(folder: Path) -> Path | None:
             f"the folder {folder} has several files of weights ({_some([path.name for path in files])}) and none of "
             "the usual names: give the path of one"
         )
-    steps = sorted(path for path in folder.glob("step-*") if (path / CONFIG).is_file())
-    if steps:
-        raise ValueError(
-            f"{folder} is the folder of a run, not a checkpoint: give one in it, such as {steps[-1]}"
-        )
+    _refuse_run_folder(folder)
     if (folder / CONFIG).is_file():
         raise ValueError(
             f"the folder {folder} has a {CONFIG} as model hubs do but no weights beside it: expected "
@@ -542,9 +538,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_run_folder(folder: Path) -> None:
+    """Raise ValueError, with the name of the newest checkpoint, where a folder is that of a run."""
+    steps = sorted(path for path in folder.glob("step-*") if (path / CONFIG).is_file())
+    if steps:
+        raise ValueError(
+            f"{folder} is the folder of a run, not a checkpoint: give one in it, such as {steps[-1]}"
+        )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
+        _refuse_run_folder(folder)
         raise FileNotFoundError(f"{folder} is no checkpoint: {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

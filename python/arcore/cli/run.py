@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,19 @@ def _options(found: Runnable, given: dict[str, Any]) -> Any:
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ValueError(f"arcore run {found.name} needs {flags} (see `arcore run {found.name} --help`)")
-    return found.options(**given)
+    options = found.options(**given)
+    for entry in dataclasses.fields(options):
+        _check_number(f"--{entry.name.replace('_', '-')}", getattr(options, entry.name), entry.default)
+    return options
+
+
+def _check_number(flag: str, value: Any, default: Any) -> None:
+    """Refuse numbers that no system can mean: NaN, infinity where it is not the default, and more than 64 bits."""
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, float) and not math.isfinite(one) and one != default:
+            raise ValueError(f"{flag} must be a finite number but got {one}")
+        if isinstance(one, int) and not -(2**63) <= one < 2**63:
+            raise ValueError(f"{flag} must fit into 64 bits but got {one}")
 
 
 def _write_figure(report: Report, path: Path) -> None:

@@ -27,6 +27,8 @@ class Caches:
         self.parts = list(parts)
         # What each row of each part holds more than the first one's, known from the first tokens on.
         self._more: list[list[int]] | None = None
+        # Tokens that each row has read, -1 for padding; where penalties need them.
+        self.read: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -56,12 +58,14 @@ class Caches:
             part.keep(path)
 
     def truncate(self, length: Any) -> None:
+        self._check_plain()
         numbers = [length] * self.batch if isinstance(length, int) else list(length)
         more = self._more or [[0] * self.batch] * len(self.parts)
         for part, offsets in zip(self.parts, more, strict=True):
             part.truncate([n + offset for n, offset in zip(numbers, offsets, strict=True)])
 
     def snapshot(self) -> list[Any]:
+        self._check_plain()
         return [part.snapshot() for part in self.parts]
 
     def restore(self, snapshot: list[Any]) -> None:
@@ -72,6 +76,8 @@ class Caches:
         index = torch.as_tensor(rows).tolist()
         for part in self.parts:
             part.select(index)
+        if self.read is not None:
+            self.read = self.read[index]
         if self._more is not None:
             self._more = [[offsets[row] for row in index] for offsets in self._more]
 
@@ -80,7 +86,36 @@ class Caches:
         if self._more is not None:
             index = list(range(self.batch)) if rows is None else torch.as_tensor(rows).tolist()
             other._more = [[offsets[row] for row in index] for offsets in self._more]
+        if self.read is not None:
+            other.read = self.read if rows is None else self.read[torch.as_tensor(rows).tolist()]
         return other
+
+    def note(self, ids: Tensor) -> Tensor:
+        """Add tokens `[B, L]` to those that were read; returns all."""
+        self.read = ids if self.read is None else torch.cat([self.read, ids], dim=1)
+        return self.read
+
+    def _check_plain(self) -> None:
+        if self.read is not None:
+            raise ValueError(
+                "a GuidedModel with a repetition_penalty of its own cannot go back to fewer tokens: decode with "
+                "generate, or give the penalty to the decoder"
+            )
+
+
+def penalised(logits: Tensor, read: Tensor, penalty: float) -> Tensor:
+    """Logits `[B, V]` with those of the tokens in `read` divided by the penalty if positive, times it if not.
+
+    Args:
+        logits: of the next token.
+        read: ids `[B, L]`; numbers outside of [0, V) are padding.
+        penalty: above 0; 1 changes nothing (CTRL, arXiv:1909.05858).
+    """
+    vocab = logits.shape[-1]
+    place = torch.where((read >= 0) & (read < vocab), read, vocab)
+    wide = torch.cat([logits, logits.new_zeros(len(logits), 1)], dim=1)
+    found = wide.gather(1, place)
+    return wide.scatter(1, place, torch.where(found > 0, found / penalty, found * penalty))[:, :vocab]
 
 
 def _check_model(name: str, model: object) -> None:
@@ -170,6 +205,9 @@ class GuidedModel:
         scale: strength; 1 is no guidance, and costs no second pass.
         uncond: what stands in the prompt's place without the condition, int64 `[1 or B, L]` without padding.
         interval: new tokens to guide, from the first number up to the second, which is left out; None for all.
+        repetition_penalty: put on the logits of both texts before they are mixed, for the tokens of the conditional
+            one, as `arcore.ops.sample(guidance="after")` and transformers' processors for guidance behind penalties do;
+            the decoder's own `repetition_penalty` acts on the mixed logits. Not with drafts.
     """
 
     def __init__(
@@ -179,9 +217,15 @@ class GuidedModel:
         scale: float,
         uncond: Tensor,
         interval: tuple[int, int] | None = None,
+        repetition_penalty: float = 1.0,
     ) -> None:
         _check_model("model", model)
         check_tensor("uncond", uncond)
+        self.penalty = check_number("repetition_penalty", repetition_penalty)
+        if not 0 < self.penalty < float("inf"):
+            raise ValueError(
+                f"expected repetition_penalty to be positive and finite but got {repetition_penalty}; 1 changes nothing"
+            )
         if uncond.dim() != 2 or uncond.shape[1] == 0:
             raise ValueError(
                 f"expected uncond of shape [1 or B, L] with L >= 1 but got {tuple(uncond.shape)}"
@@ -220,15 +264,34 @@ class GuidedModel:
         if first:
             self._prompts = list(cache.lengths)
             cache.align()
-        return self._guide(logits, uncond, self._place(cache, ids.device))
+        read = ids if mask is None else ids.masked_fill(~mask, -1)
+        return self._guide(*self._penalised(read, cache, logits, uncond), self._place(cache, ids.device))
 
     def step(self, ids: Tensor, cache: Caches) -> Tensor:
         """See `TokenModel`."""
         cond, uncond = (self.model.step(ids, part) for part in cache.parts)
-        return self._guide(cond, uncond, self._place(cache, ids.device))
+        return self._guide(
+            *self._penalised(ids.unsqueeze(1), cache, cond, uncond), self._place(cache, ids.device)
+        )
+
+    def _penalised(self, ids: Tensor, cache: Caches, *logits: Tensor) -> tuple[Tensor, ...]:
+        """Logits of both texts after new tokens `[B, L]`."""
+        if self.penalty == 1.0:
+            return logits
+        read = cache.note(ids)
+        return tuple(penalised(one[:, : self.vocab_size].float(), read, self.penalty) for one in logits)
 
     def extend(self, ids: Tensor, cache: Caches, parents: Any = None) -> Extended:
-        """See `DraftableModel`."""
+        """See `DraftableModel`.
+
+        Raises:
+            ValueError: there is a `repetition_penalty`, which would have to follow each draft.
+        """
+        if self.penalty != 1.0:
+            raise ValueError(
+                "a GuidedModel with a repetition_penalty of its own reads no drafts: decode with generate, or give the "
+                "penalty to the decoder"
+            )
         cond, uncond = (self.model.extend(ids, part, parents) for part in cache.parts)
         depth = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand(ids.shape)
         if parents is not None:

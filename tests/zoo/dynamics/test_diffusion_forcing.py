@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -421,6 +423,44 @@ def test_guidance_changes_plans_and_replanning_goes_on_from_where_it_led():
     assert went.shape == (4, 20, 2)
     assert len(seen) == 20
     assert torch.equal(seen[1], went[:, 0])
+
+
+def test_plans_from_the_command_line(tmp_path, capsys, monkeypatch):
+    from arcore.catalog import save_checkpoint
+    from arcore.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    model = planner(False)
+    save_checkpoint("maze", {"model": model}, {})
+    common = ["run", "diffusion_forcing", "--weights", "maze", "--start", "1", "1", "--goal", "6", "5"]
+    words = [*common, "--horizon", "9", "--steps", "4", "--num", "2", "--seed", "7", "--out", "ways.csv"]
+    assert main([*words, "--json", "ways.json"]) == 0
+    start, goal = torch.ones(2, 2), torch.tensor([[6.0, 5.0]] * 2)
+    expected = plan(model, start, goal, horizon=9, steps=4, seed=[7, 8])
+    ways = json.loads(Path("ways.json").read_text())["ways"]
+    torch.testing.assert_close(torch.tensor(ways), expected)
+    rows = Path("ways.csv").read_text().splitlines()
+    assert rows[0] == "way,position,x0,x1"
+    assert len(rows) == 1 + 2 * 9
+    assert "way 1: 9 positions" in capsys.readouterr().out
+    assert main([*words, "--replan", "4", "--json", "again.json"]) == 0
+    again = replan(model, lambda here, there: there, start, goal, every=4, horizon=9, steps=4, seed=[7, 8])
+    ways = json.loads(Path("again.json").read_text())["ways"]
+    torch.testing.assert_close(torch.tensor(ways), again)
+    assert not torch.allclose(again, expected)
+    assert main([*common, "--guidance", "3", "--steps", "4", "--figure", "way.png"]) == 0
+    assert Path("way.png").stat().st_size > 0
+    for extra, says in (
+        (["--horizon", "21"], "a horizon of at most 20 positions"),
+        (["--horizon", "0"], "--horizon must be at least 1"),
+        (["--replan", "-1"], "--replan must be at least 1"),
+        (["--goal", "1"], "--goal must be 2 finite numbers"),
+        (["--start", "nan", "1"], "--start must be 2 finite numbers"),
+        (["--out", "ways.png"], "--out must be a .csv file"),
+        (["--guidance", "nan"], "guidance"),
+    ):
+        assert main([*common, *extra]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_bad_plans():
