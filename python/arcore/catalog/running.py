@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -50,6 +51,23 @@ class Runnable:
     name: str
     options: type
     run: Callable[[Any], Report]
+
+
+def check_bounds(
+    options: Any, *, least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
+) -> None:
+    """Raise ValueError, in the words of the command line, where an option is out of its range or NaN.
+
+    Args:
+        options: the dataclass.
+        least: by the name of a field, the smallest value that it may have.
+        above: by the name of a field, what its value must exceed.
+    """
+    for bounds, fits, word in ((least, operator.ge, "at least"), (above, operator.gt, "above")):
+        for name, bound in (bounds or {}).items():
+            value = getattr(options, name)
+            if value is not None and not fits(value, bound):
+                raise ValueError(f"--{name.replace('_', '-')} must be {word} {bound} but got {value}")
 
 
 def runnable(name: str) -> Runnable:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from arcore.catalog import System, load_checkpoint, save_checkpoint
 from arcore.catalog.claims import Claim, at_least, at_most, equals
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.decoding import generate_next_scale
 from arcore.nn.kinds import check_kinds
 from arcore.ops import token_logprobs
@@ -272,6 +272,11 @@ class Options:
     judge: Path | None = None
     draws: int = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(
+            self, least={"rounds": 1, "steps": 1, "draws": 1, "alpha": 0}, above={"beta": 0, "lr": 0}
+        )
 
 
 def run(options: Options) -> Report:

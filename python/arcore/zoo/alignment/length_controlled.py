@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.statistics.reusable_holdout import guard_file, told
 
@@ -205,6 +205,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, least={"penalty": 0})
         if self.guard_budget < 0:
             raise ValueError(f"--guard-budget: expected at least 0 but got {self.guard_budget}")
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, steps
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.masks import causal, full, prefix_lm
@@ -277,6 +277,7 @@ class Options:
     guard_budget: int = 20
 
     def __post_init__(self) -> None:
+        check_bounds(self, above={"lr": 0})
         for name, least in (
             ("steps", 1),
             ("multitask", 0),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, equals, steps
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.masks import causal
 from arcore.nn import MLP, PreNormBlock, SelfAttention
 from arcore.zoo.learning_theory._graphs import Graph, blocksworld, random_graph, read_graph
@@ -267,6 +267,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, above={"lr": 0})
         for name in ("nodes", "paths", "dim", "layers", "heads", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1 but got {getattr(self, name)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from arcore.catalog import System, create_model, load_checkpoint, model_info
 from arcore.catalog.claims import Claim, at_least, at_most, equals, shaken
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.decoding import generate_next_scale
 from arcore.decoding._arguments import check_drawn, check_guidance, check_kind, check_labels, dtype_of
 from arcore.decoding._evaluating import evaluating
@@ -233,6 +233,9 @@ class Options:
     seed: int = 0
     judge: Path | None = None
     judged: int = 10
+
+    def __post_init__(self) -> None:
+        check_bounds(self, least={"draft_scales": 1, "label": 0, "count": 1, "judged": 1})
 
 
 def run(options: Options) -> Report:

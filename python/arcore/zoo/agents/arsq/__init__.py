@@ -26,7 +26,7 @@ import torch
 from arcore._optional import require
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.zoo.agents.arsq.episodes import learn
 from arcore.zoo.agents.arsq.values import ActionValues, climb, normalisation_error
 
@@ -86,6 +86,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, above={"reward_scale": 0})
         for name in ("demo_steps", "steps", "rooms", "levels", "batch", "updates", "episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.zoo.agents.vla_rl.babyai import BINS, LONGEST, SYMBOLS, VIEW, BabyAI
 from arcore.zoo.agents.vla_rl.policy import ActionPolicy, SymbolEncoder
 from arcore.zoo.agents.vla_rl.training import PPO, Trainer, clone, success, wins
@@ -208,6 +208,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, least={"progress": 0, "guard_budget": 0}, above={"temperature": 0})
         for name in ("demonstrations", "clone_steps", "rooms", "levels", "episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from arcore.catalog import System
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.nn.checks import check_choice
 
 SYSTEM = System(
@@ -137,6 +137,26 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            least={
+                name: 0
+                for name in (
+                    "lora_rank",
+                    "kl_weight",
+                    "clip_low",
+                    "clip_high",
+                    "tau",
+                    "eta",
+                    "smoothing",
+                    "value_weight",
+                    "weights_lr",
+                    "guard_budget",
+                )
+            }
+            | {"eval_samples": 1},
+            above={"entropy_share": 0},
+        )
         from arcore.zoo.alignment.align.objectives import OBJECTIVES
 
         check_choice("--objective", self.objective, OBJECTIVES)

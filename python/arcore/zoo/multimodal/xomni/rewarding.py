@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import load_checkpoint, save_checkpoint
 from arcore.catalog.claims import steps
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.objectives.policy import group_advantages, grpo_loss
 from arcore.ops import token_logprobs
 from arcore.zoo.multimodal.xomni.model import XOmni
@@ -152,6 +152,10 @@ class Options:
     kl_weight: float = 0.01
     out: Path = Path("out/xomni-rewarded")
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # A group of one has no other draw to be compared with.
+        check_bounds(self, least={"updates": 1, "group": 2, "kl_weight": 0}, above={"lr": 0})
 
 
 def run(options: Options) -> Report:
