@@ -71,7 +71,7 @@ ARCORE_DEVICE void select_row(const SelectCuda& cuda) {
   }
 }
 
-ARCORE_LAUNCH_BOUNDS(kShortThreads, 3)
+ARCORE_LAUNCH_BOUNDS(kShortThreads, 2)
 ARCORE_KERNEL select_short_rows(ARCORE_KERNEL_ARGS SelectCuda cuda) {
   select_row<kShortThreads, Home::kShared>(cuda);
 }
