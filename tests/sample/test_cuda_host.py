@@ -178,7 +178,7 @@ def test_a_wish_that_no_cluster_grants(host: CudaHost, monkeypatch: pytest.Monke
 def test_log_probabilities_of_clusters(host: CudaHost, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """They are summed by a second launch, over keys that the blocks have left."""
     logits = torch.randn(2, 3000)
-    kw: dict[str, Any] = {"top_k": 100, "seed": 3, "num_samples": 4, "return_logprob": kind}
+    kw: dict[str, Any] = {"top_k": 100, "seed": torch.arange(2), "num_samples": 4, "return_logprob": kind}
     alone = sample(logits, **kw)
     host.set_cluster_limit(16)
     monkeypatch.setenv("ARCORE_SAMPLE_BLOCKS", "4")
