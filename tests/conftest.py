@@ -14,6 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+import arcore  # noqa: F401  (its ops)
+
 try:
     import hypothesis
 except ImportError:  # a machine with a GPU has what the tests marked `cuda` need, not all of the extra [test]
@@ -72,6 +74,7 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
     poison = request.node.get_closest_marker("plain_empty") is None
     torch.use_deterministic_algorithms(poison)
     torch.utils.deterministic.fill_uninitialized_memory = poison
+    torch.ops.arcore.poison_new_memory(poison)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)

@@ -12,6 +12,7 @@
 #include "block_sparse_attention/checks.h"
 #include "block_sparse_attention/params.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 
@@ -70,13 +71,12 @@ double products(const Problem& p, double of_dim, double of_v_dim) {
 
 // An output in q's own layout may have rows that the kernel cannot write directly.
 Tensor writable(const Tensor& t) {
-  return t.stride(3) == 1 ? t : torch::stable::new_empty(t, t.sizes());
+  return t.stride(3) == 1 ? t : make_empty(t, t.sizes());
 }
 
 // [B, H, Nq, Dv]; in q's memory layout where Dv is D.
 Tensor output_like(const Tensor& q, const Problem& p) {
-  return p.v_dim == p.dim ? torch::stable::empty_like(q)
-                          : torch::stable::new_empty(q, {p.batch, p.heads, p.nq, p.v_dim});
+  return p.v_dim == p.dim ? make_empty_like(q) : make_empty(q, {p.batch, p.heads, p.nq, p.v_dim});
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
   const Tensor k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v),
                q_rows = with_contiguous_rows(q);
   Tensor out = output_like(q, p);
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
+  Tensor lse = make_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
   Tensor out_rows = writable(out);
   args.q = view(q_rows);
@@ -125,12 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const Problem& p = args.problem;
   check_rows_of(kBackwardOp, "grad_out", grad_out, q, p.v_dim);
   check_rows_of(kBackwardOp, "out", out, q, p.v_dim);
-  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k),
-         grad_v = torch::stable::empty_like(v);
+  Tensor grad_q = make_empty_like(q), grad_k = make_empty_like(k), grad_v = make_empty_like(v);
   // One entry per query head; empty without a bias.
-  Tensor grad_bias = key_bias.has_value()
-                         ? torch::stable::new_empty(q, {p.batch, p.heads, p.nk}, ScalarType::Float)
-                         : torch::stable::new_empty(q, {0}, ScalarType::Float);
+  Tensor grad_bias = key_bias.has_value() ? make_empty(q, {p.batch, p.heads, p.nk}, ScalarType::Float)
+                                          : make_empty(q, {0}, ScalarType::Float);
   if (out.numel() == 0 || grad_k.numel() == 0) {
     torch::stable::zero_(grad_q);
     torch::stable::zero_(grad_k);
@@ -213,8 +211,8 @@ std::tuple<Tensor, Tensor> tangent_cpu(const Tensor& q, const Tensor& k, const T
   }
   if (tangent_bias.has_value())
     args.tangent_bias = check_bias(kTangentOp, "tangent_key_bias", *tangent_bias, q, p.nk);
-  Tensor tangent_out = torch::stable::new_empty(q, {p.batch, p.heads, p.nq, p.v_dim});
-  Tensor tangent_lse = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
+  Tensor tangent_out = make_empty(q, {p.batch, p.heads, p.nq, p.v_dim});
+  Tensor tangent_lse = make_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
   if (tangent_out.numel() == 0) return {tangent_out, tangent_lse};
   args.q = view(q_rows);
   args.k = view(k_rows);

@@ -59,15 +59,15 @@ struct __attribute__((visibility("hidden"))) CheckedInputs {
     p.width = weight.size(1);
     in.x = view(op, "x", x, reverse);
     if (sequences >= 0) in.x.batch = 0;
-    storage_type(weight, op, "weight");
-    in.weight = hold(weight);
+    held.reserve(3);
+    in.weight = hold(op, "weight", weight);
     if (bias.has_value()) {
       check_shape(op, "bias", *bias, {p.dim});
-      in.bias = hold(*bias);
+      in.bias = hold(op, "bias", *bias);
     }
     if (initial_states.has_value()) {
       check_shape(op, "initial_states", *initial_states, {p.batch, p.dim, p.width - 1});
-      in.history = hold(*initial_states);
+      in.history = hold(op, "initial_states", *initial_states);
     }
     if (seq_idx.has_value()) {
       check_shape(op, "seq_idx", *seq_idx, {p.batch, p.length});
@@ -76,7 +76,8 @@ struct __attribute__((visibility("hidden"))) CheckedInputs {
     }
   }
 
-  const float* hold(const Tensor& t) {
+  const float* hold(const char* op, const char* name, const Tensor& t) {
+    storage_type(t, op, name);
     held.push_back(as_floats(t));
     return static_cast<const float*>(held.back().data_ptr());
   }

@@ -13,6 +13,7 @@
 #include "causal_conv1d/params.h"
 #include "common/chunk_list.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/workspace.h"
 
 namespace arcore::causal_conv1d {
@@ -152,8 +153,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, co
                                        bool silu, bool reverse, const OptionalTensor& cu_seqlens) {
   const Call call(kOp, x, weight, bias, seq_idx, initial_states, silu, reverse, cu_seqlens);
   const Problem& p = call.problem;
-  Tensor out = torch::stable::empty_like(x);
-  Tensor final_states = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
+  Tensor out = make_empty_like(x);
+  Tensor final_states = make_empty(x, {p.batch, p.dim, p.width - 1});
   if (call.empty()) return {out, final_states};
   store_final(call, view(kOp, "final_states", final_states));
   ForwardArgs args{p, call.in, view(kOp, "out", out, reverse)};
@@ -198,7 +199,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   const Call call(kBackwardOp, x, weight, bias, seq_idx, initial_states, silu, reverse, cu_seqlens);
   const Problem& p = call.problem;
   const auto floats = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(x, shape, ScalarType::Float);
+    return make_empty(x, shape, ScalarType::Float);
   };
   if (grad_out.has_value()) {
     check_device(kBackwardOp, "grad_out", *grad_out, x);
@@ -209,7 +210,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   }
   if (grad_final_states.has_value())
     check_shape(kBackwardOp, "grad_final_states", *grad_final_states, {p.batch, p.dim, p.width - 1});
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = make_empty_like(x);
   Tensor partial_weight = floats({p.batch, p.dim, p.width}), partial_bias = floats({p.batch, p.dim});
   Tensor grad_history = initial_states.has_value() ? floats({p.batch, p.dim, p.width - 1}) : floats({0});
   if (!call.empty()) {
@@ -281,7 +282,7 @@ Tensor update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, c
     check_not_written(kUpdateOp, "x", x, "snapshots", s);
     args.snapshots = {s.data_ptr(), s.stride(0), s.stride(1), s.stride(2), s.stride(3)};
   }
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = make_empty_like(x);
   args.out = view_of_steps("out", out);
   if (args.batch == 0 || args.dim == 0) return out;
   // Rows may share a state row, so they run in order, on one thread: a step is a few microseconds.

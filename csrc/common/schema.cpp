@@ -1,5 +1,6 @@
 // torch.ops.arcore.cpu_isa and run_fma: which instruction set the CPU kernels use, and the core's own
-// ceiling; random_bits and inverse_cdf: the headers of those names, for tests and references.
+// ceiling; random_bits, inverse_cdf and poison_new_memory: the headers of those names, for tests and
+// references.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +13,7 @@
 #include "common/cuda_call.h"
 #endif
 #include "common/inverse_cdf.h"
+#include "common/new_tensor.h"
 #include "common/params.h"
 #include "common/philox.h"
 
@@ -49,6 +51,10 @@ std::string isa_supported() {
   return cpu_isa_name(best_cpu_isa());
 }
 
+void poison(bool wanted) {
+  poison_new_memory() = wanted;
+}
+
 double run_fma(int64_t iterations) {
   ARCORE_CHECK(iterations >= 0, "run_fma", "expected iterations >= 0 but got ", iterations);
   float sink = 0.0f;
@@ -80,7 +86,7 @@ torch::stable::Tensor random_bits_of(const torch::stable::Tensor& seed, const to
                "expected 0 <= stream < 2^32 but got ", stream);
   ARCORE_CHECK(index >= 0 && index < int64_t{1} << 57, "random_bits", "expected 0 <= index < 2^57 but got ",
                index);
-  torch::stable::Tensor out = torch::stable::new_empty(seed, {rows});
+  torch::stable::Tensor out = make_empty(seed, {rows});
   int64_t* bits = static_cast<int64_t*>(out.data_ptr());
   for (int64_t row = 0; row < rows; ++row)
     bits[row] =
@@ -96,7 +102,7 @@ torch::stable::Tensor inverse_cdf_of(const torch::stable::Tensor& probs, const t
   const int64_t rows = probs.size(0);
   const int64_t* words = int64_vector(bits, "inverse_cdf", "bits", rows);
   const float* p = static_cast<const float*>(probs.data_ptr());
-  torch::stable::Tensor out = torch::stable::new_empty(bits, {rows});
+  torch::stable::Tensor out = make_empty(bits, {rows});
   int64_t* tokens = static_cast<int64_t*>(out.data_ptr());
   for (int64_t row = 0; row < rows; ++row)
     tokens[row] = inverse_cdf(p + row * probs.stride(0), probs.size(1),
@@ -128,6 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
   m.def("cpu_bf16() -> str");
   m.def("cpu_bf16_supported() -> str");
   m.def("cpu_default_isa() -> str");
+  m.def("poison_new_memory(bool wanted) -> ()");
   m.def("run_fma(int iterations) -> float");
   m.def("run_exp(int count) -> float");
   m.def("random_bits(Tensor seed, Tensor position, int stream, int index) -> Tensor");
@@ -145,6 +152,7 @@ STABLE_TORCH_LIBRARY_IMPL(arcore, CompositeExplicitAutograd, m) {
   m.impl("cpu_bf16_supported", TORCH_BOX(&arcore::machine::bf16_supported));
   m.impl("cpu_isas_built", TORCH_BOX(&arcore::machine::isas_built));
   m.impl("cpu_default_isa", TORCH_BOX(&arcore::machine::default_isa));
+  m.impl("poison_new_memory", TORCH_BOX(&arcore::machine::poison));
   m.impl("run_fma", TORCH_BOX(&arcore::machine::run_fma));
   m.impl("run_exp", TORCH_BOX(&arcore::machine::run_exp));
 #if defined(ARCORE_WITH_CUDA)

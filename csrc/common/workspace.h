@@ -9,6 +9,7 @@
 #include <exception>
 
 #include "common/check.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 
 namespace arcore {
@@ -17,7 +18,7 @@ namespace arcore {
 inline torch::stable::Tensor scratch_floats(const char* op, const torch::stable::Tensor& like,
                                             int64_t count) {
   try {
-    return torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float);
+    return make_empty(like, {count}, torch::headeronly::ScalarType::Float);
   } catch (const std::exception&) {
     // What torch says here is where in its sources the call failed.
   }
@@ -32,8 +33,8 @@ void run_with_workspace(const torch::stable::Tensor& like, int64_t tasks, int64_
                         const Run& run) {
   const int64_t stride = (floats + 15) / 16 * 16;
   torch::stable::Tensor workspace =
-      torch::stable::new_empty(like, {std::max<int64_t>(std::min(tasks, threads), 1) * stride + 16},
-                               torch::headeronly::ScalarType::Float);
+      make_empty(like, {std::max<int64_t>(std::min(tasks, threads), 1) * stride + 16},
+                 torch::headeronly::ScalarType::Float);
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
   float* aligned = reinterpret_cast<float*>((address + 63) / 64 * 64);
   run_shares(tasks, threads,
@@ -45,7 +46,7 @@ inline torch::stable::Tensor sum_rows(const torch::stable::Tensor& partial,
                                       const torch::stable::Tensor& like) {
   using torch::headeronly::ScalarType;
   const int64_t rows = partial.size(0), size = like.numel();
-  torch::stable::Tensor total = torch::stable::new_empty(partial, like.sizes(), ScalarType::Float);
+  torch::stable::Tensor total = make_empty(partial, like.sizes(), ScalarType::Float);
   const float* src = static_cast<const float*>(partial.data_ptr());
   float* dst = static_cast<float*>(total.data_ptr());
   for (int64_t i = 0; i < size; ++i) {

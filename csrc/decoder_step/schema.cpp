@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/overlap.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
@@ -201,7 +202,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                 {"sin", &sin}});
   if (args.batch == 0) return;
   const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
-  const Tensor scratch = torch::stable::new_empty(x, {args.batch * per_row + 64});
+  const Tensor scratch = make_empty(x, {args.batch * per_row + 64});
   args.normed = data(scratch);
   args.projected = args.normed + args.batch * args.dim;
   args.mixed = args.projected + args.batch * args.qkv.rows;

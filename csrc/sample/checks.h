@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/new_tensor.h"
 #include "sample/params.h"
 
 namespace arcore::sample {
@@ -24,7 +25,9 @@ inline void check_type(const char* op, const char* name, const Tensor& t, Scalar
 }
 
 inline View view_of(const Tensor& t, StorageType dtype = StorageType::kFloat32) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype};
+  const int64_t dims = t.dim();
+  return {t.data_ptr(), dims == 3 ? t.stride(0) : 0, dims >= 2 ? t.stride(dims - 2) : 0, t.stride(dims - 1),
+          dtype};
 }
 
 // An optional argument [outer, inner, last], last < 0: any.
@@ -46,17 +49,20 @@ inline Problem problem_of(const char* op, const std::vector<Tensor>& logits, con
   const auto sources = static_cast<int64_t>(logits.size());
   ARCORE_CHECK(sources >= 1 && sources <= kMaxSources, op, "expected 1 to ", kMaxSources,
                " tensors of logits but got ", sources);
-  ARCORE_CHECK(logits[0].dim() == 3, op, "expected logits of shape (outer, inner, vocab) but got ",
+  const int64_t dims = logits[0].dim();
+  ARCORE_CHECK(dims >= 1 && dims <= 3, op,
+               "expected logits of shape (outer, inner, vocab), or without the first ones, but got ",
                shape_of(logits[0]));
-  p.outer = logits[0].size(0);
-  p.inner = logits[0].size(1);
-  p.vocab = logits[0].size(2);
+  p.outer = dims == 3 ? logits[0].size(0) : 1;
+  p.inner = dims >= 2 ? logits[0].size(dims - 2) : 1;
+  p.vocab = logits[0].size(dims - 1);
   ARCORE_CHECK(p.vocab < int64_t{1} << 31, op, "expected fewer than 2^31 tokens but got ", p.vocab);
   p.num_sources = static_cast<int>(sources);
   for (int64_t i = 0; i < sources; ++i) {
     const Tensor& t = logits[static_cast<size_t>(i)];
-    ARCORE_CHECK(t.dim() == 3 && t.size(0) == p.outer && t.size(1) == p.inner && t.size(2) == p.vocab, op,
-                 "expected all logits of shape ", shape_of(logits[0]), " but got ", shape_of(t));
+    ARCORE_CHECK(t.dim() == dims && (dims < 3 || t.size(0) == p.outer) &&
+                     (dims < 2 || t.size(dims - 2) == p.inner) && t.size(dims - 1) == p.vocab,
+                 op, "expected all logits of shape ", shape_of(logits[0]), " but got ", shape_of(t));
     check_device(op, "logits", t, logits[0]);
     p.sources[i] = view_of(t, storage_type(t, op, "logits"));
   }
@@ -104,8 +110,8 @@ struct __attribute__((visibility("hidden"))) Results {
   int64_t rows;
 
   Tensor make(bool wanted, std::initializer_list<int64_t> shape, ScalarType type) const {
-    if (!wanted) return torch::stable::new_empty(like, {0}, type);
-    return torch::stable::new_empty(like, shape, type);
+    if (!wanted) return make_empty(like, {0}, type);
+    return make_empty(like, shape, type);
   }
 };
 
@@ -215,7 +221,7 @@ struct __attribute__((visibility("hidden"))) SelectionCall {
     dense = torch::stable::contiguous(confidence);
     dense_candidates =
         candidates.has_value() ? OptionalTensor(torch::stable::contiguous(*candidates)) : std::nullopt;
-    chosen = torch::stable::new_empty(confidence, {rows, length}, ScalarType::Bool);
+    chosen = make_empty(confidence, {rows, length}, ScalarType::Bool);
     const Keys counts = keys_of(kOp, "count", count, rows), seeds = keys_of(kOp, "seed", seed, rows),
                offsets = keys_of(kOp, "offset", offset, rows);
     sel.confidence = static_cast<const float*>(dense.data_ptr());

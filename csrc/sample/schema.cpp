@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 #include "sample/checks.h"
 #include "sample/params.h"
@@ -31,7 +32,7 @@ void run_with_workspace(const Tensor& like, int64_t rows, int64_t vocab, const R
   const int64_t threads = std::min(rows, threads_for(work, kTokensPerThread));
   const int64_t bytes = kernels.workspace_bytes(vocab);
   // One cache line more, so that every thread's part starts on one.
-  Tensor workspace = torch::stable::new_empty(like, {threads * bytes + 64}, ScalarType::Byte);
+  Tensor workspace = make_empty(like, {threads * bytes + 64}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
   char* aligned = reinterpret_cast<char*>((address + 63) / 64 * 64);
   run_shares(rows, threads, [&](int64_t share, int64_t begin, int64_t end) {

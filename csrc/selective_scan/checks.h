@@ -98,23 +98,24 @@ struct __attribute__((visibility("hidden"))) Call {
     in.z = sequence_view(op, "z", z, reverse);
     in.B = coefficient(op, "B", B, p, reverse);
     in.C = coefficient(op, "C", C, p, reverse);
-    storage_type(A, op, "A");
-    in.A = hold(A);
+    held.reserve(4);
+    in.A = hold(op, "A", A);
     if (D.has_value()) {
       check_shape(op, "D", *D, {p.dim});
-      in.D = hold(*D);
+      in.D = hold(op, "D", *D);
     }
     if (delta_bias.has_value()) {
       check_shape(op, "delta_bias", *delta_bias, {p.dim});
-      in.delta_bias = hold(*delta_bias);
+      in.delta_bias = hold(op, "delta_bias", *delta_bias);
     }
     if (initial_state.has_value()) {
       check_shape(op, "initial_state", *initial_state, {rows, p.dim, p.state});
-      in.initial_state = hold(*initial_state);
+      in.initial_state = hold(op, "initial_state", *initial_state);
     }
   }
 
-  const float* hold(const Tensor& t) {
+  const float* hold(const char* op, const char* name, const Tensor& t) {
+    storage_type(t, op, name);
     held.push_back(as_floats(t));
     return static_cast<const float*>(held.back().data_ptr());
   }

@@ -11,6 +11,7 @@
 #include "common/check.h"
 #include "common/chunk_list.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
 #include "common/workspace.h"
@@ -37,10 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& u, const Tensor& de
   const Call call(kOp, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, seq_idx,
                   delta_softplus, reverse);
   const Problem& p = call.problem;
-  Tensor out = torch::stable::empty_like(u);
-  Tensor last_state = torch::stable::new_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
-  Tensor states =
-      torch::stable::new_empty(u, {save_states ? p.batch : 0, p.slots, p.state, p.dim}, ScalarType::Float);
+  Tensor out = make_empty_like(u);
+  Tensor last_state = make_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
+  Tensor states = make_empty(u, {save_states ? p.batch : 0, p.slots, p.state, p.dim}, ScalarType::Float);
   if (p.batch == 0 || p.dim == 0) {
     torch::stable::zero_(last_state);
     return {out, last_state, states};
@@ -79,21 +79,18 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
                "expected states as the forward returned them, float32 and contiguous, but got ",
                torch::headeronly::toString(states.scalar_type()),
                states.is_contiguous() ? "" : " with gaps or another order of dimensions");
-  const auto none = [&] { return torch::stable::new_empty(u, {0}, ScalarType::Float); };
-  Tensor grad_u = torch::stable::empty_like(u), grad_delta = torch::stable::empty_like(delta);
-  Tensor grad_z = z.has_value() ? torch::stable::empty_like(*z) : none();
-  Tensor grad_initial = initial_state.has_value()
-                            ? torch::stable::new_empty(u, initial_state->sizes(), ScalarType::Float)
-                            : none();
-  const auto empty_varying = [&](const Tensor& m) {
-    return m.dim() == 2 ? none() : torch::stable::empty_like(m);
-  };
+  const auto none = [&] { return make_empty(u, {0}, ScalarType::Float); };
+  Tensor grad_u = make_empty_like(u), grad_delta = make_empty_like(delta);
+  Tensor grad_z = z.has_value() ? make_empty_like(*z) : none();
+  Tensor grad_initial =
+      initial_state.has_value() ? make_empty(u, initial_state->sizes(), ScalarType::Float) : none();
+  const auto empty_varying = [&](const Tensor& m) { return m.dim() == 2 ? none() : make_empty_like(m); };
   Tensor grad_B = empty_varying(B), grad_C = empty_varying(C);
   const CpuKernels& kernels = cpu_kernels();
   const bool empty = p.batch == 0 || p.dim == 0;
   const int64_t slices = empty ? 0 : kernels.slices(p, call.in);
   const auto floats = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(u, shape, ScalarType::Float);
+    return make_empty(u, shape, ScalarType::Float);
   };
   const auto partial = [&](const Tensor& m) {
     return m.dim() == 2 ? floats({p.batch, p.dim, p.state}) : floats({p.batch, slices, p.length, p.state});
@@ -193,15 +190,15 @@ std::tuple<Tensor, Tensor> tangent_cpu(const Tensor& u, const Tensor& delta, con
   const auto floats = [&](const char* name, const OptionalTensor& t, const OptionalTensor& of) {
     if (!t.has_value() || !of.has_value()) return static_cast<const float*>(nullptr);
     check(name, t, *of);
-    return call.hold(*t);
+    return call.hold(kTangentOp, name, *t);
   };
   args.along.A = floats("A", A_t, A);
   args.along.D = floats("D", D_t, D);
   args.along.delta_bias = floats("delta_bias", delta_bias_t, delta_bias);
   args.along.initial_state = floats("initial_state", initial_state_t, initial_state);
 
-  Tensor out = torch::stable::empty_like(u);
-  Tensor last_state = torch::stable::new_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
+  Tensor out = make_empty_like(u);
+  Tensor last_state = make_empty(u, {call.rows, p.dim, p.state}, ScalarType::Float);
   if (p.batch == 0 || p.dim == 0) {
     torch::stable::zero_(last_state);
     return {out, last_state};
@@ -235,7 +232,7 @@ Tensor linear_scan_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& i
     ARCORE_CHECK(initial->scalar_type() == type && initial->is_contiguous(), kLinearOp,
                  "expected a contiguous initial of a's dtype");
   }
-  Tensor out = torch::stable::new_empty(a, {rows, length}, type);
+  Tensor out = make_empty(a, {rows, length}, type);
   const double updates = static_cast<double>(rows) * static_cast<double>(length);
   const auto scan = [&](auto kind) {
     using T = decltype(kind);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 #include "selective_state_update/checks.h"
 #include "selective_state_update/params.h"
@@ -28,7 +29,7 @@ Tensor run(Call& call, const Tensor& state, const Tensor& x, const OptionalTenso
                    "expected state_batch_indices from 0 to ", state.size(0) - 1,
                    ", or negative or pad_slot_id=", args.pad, " for padding, but got ", args.rows[b]);
   }
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = make_empty_like(x);
   if (args.batch == 0 || args.heads == 0 || args.dim == 0) return out;
   args.out = view("out", out, stepped);
   const CpuKernels& kernels = cpu_kernels();

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/new_tensor.h"
 #include "speculative/params.h"
 
 namespace arcore::speculative {
@@ -120,12 +121,11 @@ struct __attribute__((visibility("hidden"))) ResultTensors {
   Results pointers;
 
   ResultTensors(const Problem& p, const Tensor& like)
-      : tokens(torch::stable::new_empty(like, {p.batch, p.nodes + 1}, ScalarType::Long)),
-        accepted(torch::stable::new_empty(like, {p.batch}, ScalarType::Long)),
-        path(torch::stable::new_empty(like, {p.batch, p.nodes}, ScalarType::Long)),
-        valid(torch::stable::new_empty(like, {p.batch}, ScalarType::Bool)),
-        drafts(torch::stable::new_empty(like, {p.rule == Rule::kJacobi ? p.batch : 0, p.nodes},
-                                        ScalarType::Long)),
+      : tokens(make_empty(like, {p.batch, p.nodes + 1}, ScalarType::Long)),
+        accepted(make_empty(like, {p.batch}, ScalarType::Long)),
+        path(make_empty(like, {p.batch, p.nodes}, ScalarType::Long)),
+        valid(make_empty(like, {p.batch}, ScalarType::Bool)),
+        drafts(make_empty(like, {p.rule == Rule::kJacobi ? p.batch : 0, p.nodes}, ScalarType::Long)),
         pointers{static_cast<int64_t*>(tokens.data_ptr()), static_cast<int64_t*>(accepted.data_ptr()),
                  static_cast<int64_t*>(path.data_ptr()), static_cast<bool*>(valid.data_ptr()),
                  static_cast<int64_t*>(drafts.data_ptr())} {}

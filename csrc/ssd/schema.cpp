@@ -11,6 +11,7 @@
 #include "common/check.h"
 #include "common/chunk_list.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/workspace.h"
 #include "ssd/params.h"
 
@@ -127,9 +128,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& dt, const 
   Call call(kOp, x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, seq_idx, dt_softplus, dt_low,
             dt_high, reverse);
   Args& args = call.args;
-  Tensor out = torch::stable::empty_like(x);
-  Tensor last_state =
-      torch::stable::new_empty(x, {call.rows, args.heads, args.dim, args.states}, ScalarType::Float);
+  Tensor out = make_empty_like(x);
+  Tensor last_state = make_empty(x, {call.rows, args.heads, args.dim, args.states}, ScalarType::Float);
   if (call.empty()) return {out, last_state};
   args.last_state = static_cast<float*>(last_state.data_ptr());
   args.out = view(kOp, "out", out, reverse);
@@ -153,13 +153,13 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
             dt_low, dt_high, reverse);
   const Args& in = call.args;
   const auto floats = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(x, shape, ScalarType::Float);
+    return make_empty(x, shape, ScalarType::Float);
   };
   const auto like = [&](const OptionalTensor& t) {
-    return t.has_value() ? torch::stable::empty_like(*t) : floats({0});
+    return t.has_value() ? make_empty_like(*t) : floats({0});
   };
-  Tensor grad_x = torch::stable::empty_like(x), grad_dt = torch::stable::empty_like(dt);
-  Tensor grad_B = torch::stable::empty_like(B), grad_C = torch::stable::empty_like(C), grad_z = like(z);
+  Tensor grad_x = make_empty_like(x), grad_dt = make_empty_like(dt);
+  Tensor grad_B = make_empty_like(B), grad_C = make_empty_like(C), grad_z = like(z);
   Tensor grad_initial =
       initial_state.has_value() ? floats({call.rows, in.heads, in.dim, in.states}) : floats({0});
   const CpuKernels& kernels = cpu_kernels();

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/new_tensor.h"
 #include "token_logprobs/params.h"
 
 namespace arcore::token_logprobs {
@@ -183,10 +184,10 @@ inline void check_no_overlap(const char* op, const char* name, const Tensor& til
 
 // Where the gradient goes: laid out as the logits, unless these overlap or their rows are no vectors.
 inline Tensor gradient_like(const Tensor& logits) {
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = make_empty_like(logits);
   const int64_t last = logits.dim() - 1;
   if (grad.size(last) <= 1 || grad.stride(last) == 1) return grad;
-  return torch::stable::new_empty(logits, logits.sizes());
+  return make_empty(logits, logits.sizes());
 }
 
 inline RowState* state_of(const char* op, const Tensor& state, int64_t rows) {

@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "common/cpu_dispatch.h"
+#include "common/new_tensor.h"
 #include "common/parallel.h"
 #include "token_logprobs/checks.h"
 #include "token_logprobs/params.h"
@@ -46,8 +47,8 @@ struct Outputs {
 
 Outputs run_finish(const Problem& p, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                    const RowState* state, bool entropy) {
-  auto rows = [&] { return torch::stable::new_empty(like, shape, ScalarType::Float); };
-  Outputs out{rows(), rows(), entropy ? rows() : torch::stable::new_empty(like, {0}, ScalarType::Float)};
+  auto rows = [&] { return make_empty(like, shape, ScalarType::Float); };
+  Outputs out{rows(), rows(), entropy ? rows() : make_empty(like, {0}, ScalarType::Float)};
   const FinishArgs args{p, state, static_cast<float*>(out.logp.data_ptr()),
                         static_cast<float*>(out.logsumexp.data_ptr()),
                         entropy ? static_cast<float*>(out.entropy.data_ptr()) : nullptr};
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, con
                                                        double softcap, int64_t ignore_index, bool entropy) {
   const Problem p =
       check_logits(kOp, logits, target, temperature_rows, mask, temperature, softcap, ignore_index);
-  Tensor state = torch::stable::new_empty(logits, {p.rows, kStateDoubles}, ScalarType::Double);
+  Tensor state = make_empty(logits, {p.rows, kStateDoubles}, ScalarType::Double);
   RowState* states = static_cast<RowState*>(state.data_ptr());
   if (p.rows > 0) run_update({p, rows_of(kOp, "logits", logits), states, entropy});
   Outputs out = run_finish(p, logits, target.sizes(), states, entropy);
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const OptionalTensor& grad_logp, const O
   set_grad_mean(kBackwardOp, args, grad_mean, tally);
   Tensor grad = gradient_like(logits);
   Tensor grad_temperature =
-      torch::stable::new_empty(logits, {temperature_rows.has_value() ? p.rows : 0}, ScalarType::Float);
+      make_empty(logits, {temperature_rows.has_value() ? p.rows : 0}, ScalarType::Float);
   if (temperature_rows.has_value()) args.grad_temperature = static_cast<float*>(grad_temperature.data_ptr());
   if (p.rows > 0) {
     args.logits = rows_of(kBackwardOp, "logits", logits);
@@ -163,8 +164,7 @@ Tensor tile_backward_cpu(const OptionalTensor& grad_logp, const OptionalTensor& 
   args.grad_logsumexp = grads.logsumexp;
   args.grad_entropy = grads.entropy;
   set_grad_mean(kTileBackwardOp, args, grad_mean, tally);
-  Tensor grad_temperature =
-      torch::stable::new_empty(state, {need_temperature ? args.problem.rows : 0}, ScalarType::Float);
+  Tensor grad_temperature = make_empty(state, {need_temperature ? args.problem.rows : 0}, ScalarType::Float);
   if (need_temperature) args.grad_temperature = static_cast<float*>(grad_temperature.data_ptr());
   if (args.problem.rows > 0) {
     args.logits = args.grad = rows_of(kTileBackwardOp, "tile", tile);

@@ -64,6 +64,11 @@ def int64(op: str, name: str, value: Any) -> int:
     return number
 
 
+# What a call with unfit arguments may raise before it has changed anything, where a public function tries its op first
+# and looks for the words only when the op refuses.
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+
+
 class WrongValue(ValueError, RuntimeError):
     """A value in a tensor, or a layout, that an op cannot work with. Kernels find it and raise a RuntimeError."""
 
@@ -91,7 +96,7 @@ def in_words(op: str, error: Exception) -> Exception:
     kernel, _, complaint = text.partition(": expected ")
     if complaint and kernel.startswith("arcore::"):
         return WrongValue(f"arcore.{op}: expected {complaint}")
-    if text.startswith("torch_call_dispatcher("):
+    if text.startswith(("torch_call_dispatcher(", "arcore: could not make a tensor")):
         return RuntimeError(
             f"arcore.{op}: torch could not make a tensor for the results or for scratch: they are larger than the "
             "memory that is left; work on fewer rows at a time"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack as _interpreters
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
@@ -39,7 +41,7 @@ def register_derivatives(
         tangents: the forward-mode rule; forward mode is refused when None.
     """
     overload = getattr(torch.ops.arcore, op).default
-    arguments = overload._schema.arguments
+    defaults = tuple(a.default_value for a in overload._schema.arguments)
 
     class Rule(torch.autograd.function._SingleLevelFunction):
         @staticmethod
@@ -57,8 +59,8 @@ def register_derivatives(
 
     def kernel(keyset: Any, *given: Any) -> Any:
         # The dispatcher leaves out trailing arguments that have their default values.
-        inputs = (*given, *(a.default_value for a in arguments[len(given) :]))
-        if torch._C._is_fwd_grad_enabled():
+        inputs = given if len(given) == len(defaults) else (*given, *defaults[len(given) :])
+        if torch._C._is_fwd_grad_enabled() and _may_have_tangents():
             moving = tuple(_tangent(x) for x in inputs)
             if any(t is not None for t in moving):
                 return forward_mode(inputs, moving)
@@ -101,6 +103,16 @@ class _WithoutFirst:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
+
+
+def _may_have_tangents() -> bool:
+    """False only where a tangent is impossible: a level of forward mode is open, or somebody traces or transforms."""
+    return (
+        forward_ad._current_level >= 0
+        or _interpreters() is not None
+        or _len_torch_dispatch_stack() > 0
+        or torch.compiler.is_compiling()
+    )
 
 
 # torch has one level of forward mode, 0. `torch.autograd.forward_ad.unpack_dual` asks a Python variable for it that a
@@ -227,6 +239,25 @@ def mark_written(*tensors: Tensor | None) -> None:
     for t in tensors:
         if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)
+
+
+def untracked(*inputs: Any) -> bool:
+    """Whether a call on `inputs` runs at once and nobody differentiates it, transforms it or follows it.
+
+    The rules of autograd are Python and take longer than a small kernel; where they have nothing to do, a public
+    function goes past them, by `call_below`.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if _interpreters() is not None or _len_torch_dispatch_stack() > 0:
+        return False
+    return not torch.is_grad_enabled() or not torch._C._any_requires_grad(*inputs)
+
+
+def call_below(call: Callable[..., Any], *args: Any) -> Any:
+    """``call(*args)`` of an op without its rules of autograd; for what is `untracked`."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(*args)
 
 
 def call_in_place(overload: Any, *args: Any) -> Any:

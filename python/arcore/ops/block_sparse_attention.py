@@ -17,11 +17,13 @@ from torch.nn.functional import pad
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
 from arcore.ops import _block_sparse_attention_rules as _rules
-from arcore.ops._checks import checked_call, integer, same_device
+from arcore.ops._checks import REFUSALS, checked_call, integer, same_device
 from arcore.ops._constants import OnAnyStream, capturing
+from arcore.ops._registration import call_below, untracked
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OP = "arcore.block_sparse_attention"
+_FORWARD = torch.ops.arcore.block_sparse_attention.default._op
 
 
 @overload
@@ -99,6 +101,15 @@ def block_sparse_attention(
     Reference: VAR (arXiv:2404.02905, section 3.2) for the block-causal mask; online softmax and its backward follow
     FlashAttention-2 (arXiv:2307.08691, section 3.1).
     """
+    if key_bias is None and sinks is None and type(mask) is IntervalMask and untracked(q, k, v):
+        # The op checks tensors itself. Where something is wrong, or has to be brought into form, it is done below.
+        try:
+            if q.is_cpu and k.shape[2] == mask.nk and (scale is None or math.isfinite(scale)):
+                factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+                both = call_below(_FORWARD, q, k, v, mask.bounds, mask.key_bounds, factor)
+                return both if return_lse else both[0]
+        except REFUSALS:
+            pass
     _check(q, k, v, mask, scale, key_bias, sinks)
     if q.dtype not in SUPPORTED_DTYPES and not torch.is_autocast_enabled(q.device.type):
         raise TypeError(

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
-from arcore.ops._checks import checked_call, in_words, same_device
+from arcore.ops._checks import REFUSALS, checked_call, in_words, same_device
 from arcore.ops._registration import (
+    call_below,
     call_in_place,
     forbid_further_derivatives,
     mark_written,
@@ -22,10 +23,12 @@ from arcore.ops._registration import (
     register_derivatives,
     register_in_place,
     register_vmap,
+    untracked,
 )
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "silu", "swish")
+_FORWARD = torch.ops.arcore.causal_conv1d.default._op
 
 
 @overload
@@ -119,6 +122,25 @@ def causal_conv1d(
 
     Reference: Mamba (arXiv:2312.00752, section 3.4); names and order are those of the causal-conv1d package.
     """
+    if activation in ACTIVATIONS and untracked(x, weight, bias, initial_states):
+        try:  # the op checks tensors itself; the words for what it refuses are found below
+            both = call_below(
+                _FORWARD,
+                x,
+                weight,
+                bias,
+                seq_idx,
+                initial_states,
+                activation is not None,
+                reverse,
+                cu_seqlens,
+            )
+        except REFUSALS:
+            pass
+        else:
+            if final_states_out is None:
+                return both if return_final_states else both[0]
+            return _results(*both, return_final_states, final_states_out)
     optional = {
         "bias": bias,
         "seq_idx": seq_idx,

@@ -16,9 +16,9 @@ from torch._C import _len_torch_dispatch_stack
 
 from arcore import _extension as _extension
 from arcore.ops import _sample_reference as rules
-from arcore.ops._checks import checked_call, int64, integer, same_device
+from arcore.ops._checks import REFUSALS, checked_call, int64, integer, same_device
 from arcore.ops._constants import constant
-from arcore.ops._registration import refuse_zero_derivative
+from arcore.ops._registration import refuse_zero_derivative, untracked
 
 Order = Literal["hf", "vllm", "joint"]
 Mode = Literal["inverse_cdf", "gumbel", "greedy"]
@@ -32,6 +32,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_SOURCES = 8
 ORDERS = get_args(Order)
 MODES = get_args(Mode)
+GUIDANCES = get_args(Guidance)
+_SAMPLE = torch.ops.arcore.sample.default._op
 # What a filter that is not wanted is set to; the order of the columns is that of csrc/sample/params.h.
 OFF = dict(
     zip(
@@ -210,6 +212,37 @@ def sample(
     (arXiv:2210.15191), min-p (arXiv:2407.01082); guidance in logits (arXiv:2306.17806).
     """
     name = "arcore.sample"
+    if (
+        bias is None and mask is None and history is None and prompt is None and weights is None
+        and guidance == "before" and top_p_ties == "together" and min_tokens_to_keep == 1
+        and return_logprob in (None, "raw", "processed") and isinstance(logits, Tensor)
+        and logits.is_cpu and untracked(logits, uncond)
+    ):  # fmt: skip
+        quick = found = None
+        try:  # the op checks tensors itself; the words for what it refuses are found below
+            if type(num_samples) is int and num_samples >= 1:
+                quick = _quick_problem(
+                    logits, uncond, cfg_scale,
+                    (temperature, top_k, top_p, min_p, typical_p, epsilon, eta,
+                     repetition_penalty, presence_penalty, frequency_penalty),
+                    seed, offset, generator, mode,
+                )  # fmt: skip
+            if quick is not None:
+                found = _SAMPLE(
+                    *quick, num_samples, ORDERS.index(order), MODES.index(mode), return_prob,
+                    return_logprob == "processed", return_logprob == "raw", return_entropy, return_kept,
+                )  # fmt: skip
+        except REFUSALS:
+            pass
+        if found is not None:
+            if check:
+                _raise_if_invalid(name, found[5], logits.shape[:-1])
+            if not (return_logprob or return_prob or return_entropy or return_valid or return_kept):
+                return _into(name, out, _shaped(found[0], logits.shape[:-1], num_samples))
+            return _sampled(
+                name, found, logits.shape[:-1], logits.shape[-1], num_samples, return_logprob, return_prob,
+                return_entropy, return_valid, return_kept, out,
+            )  # fmt: skip
     if _guides_after(name, guidance):
         logits, uncond = _penalised(
             name,
@@ -240,26 +273,47 @@ def sample(
     if return_logprob or return_prob or return_entropy:
         _refuse_derivative("sample", logits, uncond, bias, temperature, cfg_scale)
     seeds, offsets = _keys(name, p, seed, offset, generator, mode)
-    tokens, prob, logprob, raw_logprob, entropy, valid, kept = checked_call(
+    found = checked_call(
         "sample", torch.ops.arcore.sample,
         p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, seeds, offsets, num_samples,
-        get_args(Order).index(order), get_args(Mode).index(mode),
+        ORDERS.index(order), MODES.index(mode),
         return_prob, return_logprob == "processed", return_logprob == "raw", return_entropy, return_kept,
     )  # fmt: skip
-    draws = (*p.lead, num_samples) if num_samples != 1 else p.lead
     if check:
-        _raise_if_invalid(name, valid, p.lead)
-    tokens = _into(name, out, tokens.view(draws))
+        _raise_if_invalid(name, found[5], p.lead)
     if not (return_logprob or return_prob or return_entropy or return_valid or return_kept):
-        return tokens
-    chosen = raw_logprob if return_logprob == "raw" else logprob
+        return _into(name, out, _shaped(found[0], p.lead, num_samples))
+    return _sampled(
+        name, found, p.lead, p.vocab, num_samples, return_logprob, return_prob, return_entropy, return_valid,
+        return_kept, out,
+    )  # fmt: skip
+
+
+def _shaped(drawn: Tensor, lead: torch.Size, num_samples: int) -> Tensor:
+    return drawn.view(lead if num_samples == 1 else (*lead, num_samples))
+
+
+def _sampled(
+    op: str,
+    found: tuple[Tensor, ...],
+    lead: torch.Size,
+    vocab: int,
+    num_samples: int,
+    logprob: str | None,
+    prob: bool,
+    entropy: bool,
+    valid: bool,
+    kept: bool,
+    out: Tensor | None,
+) -> Sampled:
+    chosen = found[3 if logprob == "raw" else 2]
     return Sampled(
-        tokens,
-        chosen.view(draws) if return_logprob else None,
-        prob.view(draws) if return_prob else None,
-        entropy.view(p.lead) if return_entropy else None,
-        valid.view(p.lead) if return_valid else None,
-        kept.view(*p.lead, (p.vocab + 31) // 32) if return_kept else None,
+        _into(op, out, _shaped(found[0], lead, num_samples)),
+        _shaped(chosen, lead, num_samples) if logprob else None,
+        _shaped(found[1], lead, num_samples) if prob else None,
+        found[4].view(lead) if entropy else None,
+        found[5].view(lead) if valid else None,
+        found[6].view(*lead, (vocab + 31) // 32) if kept else None,
     )
 
 
@@ -332,7 +386,7 @@ def filter_probs(
     probs: Tensor
     probs, entropy, valid, kept = checked_call(
         "filter_probs", torch.ops.arcore.filter_probs,
-        p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, get_args(Order).index(order),
+        p.logits, p.settings, p.bias, p.mask, p.history, p.prompt, ORDERS.index(order),
         return_entropy, return_kept,
     )  # fmt: skip
     if check:
@@ -637,7 +691,7 @@ def reference_confidence_mask(
 
 
 def _guides_after(op: str, guidance: str) -> bool:
-    if guidance not in get_args(Guidance):
+    if guidance not in GUIDANCES:
         raise ValueError(f"{op}: expected guidance 'before' or 'after' but got {guidance!r}")
     return guidance == "after"
 
@@ -801,6 +855,72 @@ class _Prepared(NamedTuple):
     lead: torch.Size
     rows: int
     vocab: int
+
+
+_PLAIN = frozenset({int, float, type(None)})
+
+
+def _quick_problem(
+    logits: Tensor,
+    uncond: Tensor | None,
+    cfg_scale: Setting,
+    settings: tuple[Setting, ...],
+    seed: int | Tensor | None,
+    offset: int | Tensor | None,
+    generator: torch.Generator | None,
+    mode: str,
+) -> tuple[Any, ...] | None:
+    """The op's arguments from `logits` to `offset` where all settings are numbers and nothing is to be broadcast.
+
+    None where that is not so, or where something may be wrong: `_prepare` finds the words.
+    """
+    lead = logits.shape[:-1]
+    if (uncond is None) != (cfg_scale is None) or len(lead) > 2:
+        return None
+    mix = (1.0,) if uncond is None else (cfg_scale, 1.0 - cfg_scale)  # type: ignore[operator]
+    if not _PLAIN.issuperset(map(type, settings + mix)):
+        return None
+    matrix = _kept_numbers("arcore.sample", logits.device, *settings, *mix)
+    if mode == "greedy":
+        seeds = offsets = _key(0)
+    else:
+        one = len(lead) == 0 or lead.numel() == 1
+        if seed is None:
+            rows = (lead.numel(),)
+            if generator is None:
+                seeds = torch.randint(-(2**63), 2**63 - 1, rows)
+            elif generator.device.type == "cpu":
+                seeds = torch.randint(-(2**63), 2**63 - 1, rows, generator=generator)
+            else:
+                return None
+            one = True  # a seed per row
+        elif generator is not None:
+            return None
+        elif type(seed) is int:
+            seeds = _key(seed)
+        elif isinstance(seed, Tensor) and seed.shape == lead and len(lead) == 1:
+            seeds, one = seed, True
+        else:
+            return None
+        if offset is None or type(offset) is int:
+            offsets = _key(offset or 0)
+        elif isinstance(offset, Tensor) and offset.shape == lead and len(lead) == 1:
+            offsets, one = offset, True
+        else:
+            return None
+        if not one:
+            return None
+    sources = [logits] if uncond is None else [logits, uncond]
+    if torch.is_grad_enabled():
+        sources = [t.detach() for t in sources]
+    return sources, matrix, None, None, None, None, seeds, offsets
+
+
+@lru_cache(maxsize=256)
+def _key(number: int) -> Tensor:
+    """One seed or offset, int64 ``[1]``. A decoder has one seed for all its steps; nobody writes to the tensor."""
+    with torch.inference_mode(False):
+        return torch.full((1,), number, dtype=torch.int64)
 
 
 class _PreparedConfidence(NamedTuple):
@@ -1121,7 +1241,7 @@ def _prepare_confidence(
 
 
 def _check_choices(op: str, mode: str, num_samples: int, return_logprob: str | None) -> None:
-    if mode not in get_args(Mode):
+    if mode not in MODES:
         raise ValueError(f"{op}: expected mode 'inverse_cdf', 'gumbel' or 'greedy' but got {mode!r}")
     if integer(op, "num_samples", num_samples) < 1:
         raise ValueError(f"{op}: expected num_samples >= 1 but got {num_samples}")
@@ -1214,7 +1334,7 @@ def _fake_sample(
         seed=seed, offset=offset,
     )  # fmt: skip
     x = logits[0]
-    rows, words = x.shape[0] * x.shape[1], (x.shape[2] + 31) // 32
+    rows, words = math.prod(x.shape[:-1]), (x.shape[-1] + 31) // 32
 
     def draws(wanted: bool) -> Tensor:
         return x.new_empty((rows, num_samples) if wanted else (0,), dtype=torch.float32)
@@ -1246,7 +1366,7 @@ def _fake_filter_probs(
         "arcore.filter_probs", logits=logits, settings=settings, bias=bias, mask=mask, history=history, prompt=prompt
     )  # fmt: skip
     x = logits[0]
-    rows, vocab = x.shape[0] * x.shape[1], x.shape[2]
+    rows, vocab = math.prod(x.shape[:-1]), x.shape[-1]
     return (
         x.new_empty((rows, vocab), dtype=torch.float32),
         x.new_empty((rows,) if want_entropy else (0,), dtype=torch.float32),

@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
-from arcore.ops._checks import checked_call, same_device
-from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
+from arcore.ops._checks import REFUSALS, checked_call, same_device
+from arcore.ops._registration import (
+    call_below,
+    forbid_further_derivatives,
+    register_derivatives,
+    register_vmap,
+    untracked,
+)
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATE = 256
+_FORWARD = torch.ops.arcore.selective_scan.default._op
 # Steps between the states that the forward keeps for the backward; csrc/selective_scan/params.h has it too.
 CHUNK = 64
 CUDA_CHUNK = 32  # kCudaChunk of csrc/selective_scan/params.h
@@ -145,6 +152,15 @@ def selective_scan(
 
     Reference: Mamba (arXiv:2312.00752, section 3.2, algorithm 2; B is discretised by Euler's rule).
     """
+    if untracked(u, delta, A, B, C, D, z, delta_bias, initial_state):
+        try:  # the op checks tensors itself; the words for what it refuses are found below
+            found = call_below(
+                _FORWARD, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, seq_idx,
+                delta_softplus, reverse, False,
+            )  # fmt: skip
+            return (found[0], found[1]) if return_last_state else found[0]
+        except REFUSALS:
+            pass
     inputs = _check(
         "selective_scan", _Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state), cu_seqlens, seq_idx
     )
