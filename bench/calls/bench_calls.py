@@ -1,9 +1,9 @@
 """What a call costs before any work is done: `pytest bench/calls --benchmark-json=out.json`.
 
 Inputs so small that the kernels take less than a microsecond; no gradients. One thread, process CPU time, the best of
-many rounds, since everything that disturbs a call makes it longer. Beside them torch's own smallest calls in the same run:
-an addition, `scaled_dot_product_attention`, `multinomial` of a softmax. `calls` is the time in additions, which says more
-than microseconds on a machine that is shared.
+many rounds, since everything that disturbs a call makes it longer. Beside them torch's own smallest calls in the same
+run: an addition, `scaled_dot_product_attention`, `multinomial` of a softmax. The time in additions says more than
+microseconds on a machine that is shared.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from arcore.nn.protocols import (
     TokenModel,
     VectorTokenizer,
 )
+from arcore.nn.ring_cache import RingCache
 from arcore.nn.rollout import PairwiseRater, PreferenceBatch, RewardFn, Rollout, TokenStats
 from arcore.nn.rope import Rope, axis_base, rope_table
 from arcore.nn.rotary import Angles, RotaryTable, signed_angles
@@ -88,6 +89,7 @@ __all__ = [
     "PreferenceBatch",
     "RMSNorm",
     "RewardFn",
+    "RingCache",
     "Rollout",
     "Rope",
     "RotaryTable",
