@@ -117,6 +117,8 @@ class RingCache:
         first, last = max(start, sinks) - sinks, max(stop, sinks) - sinks  # places in an endless ring
         low, count = first % ring, last - first
         head = min(stop, sinks)  # sinks fill the slots from 0 on
+        if count == 0:
+            return 0, head, 0, 0
         if low + count <= ring:
             return 0, head, sinks + low, sinks + low + count
         return 0, sinks + low + count - ring, sinks + low, sinks + ring
