@@ -104,10 +104,14 @@ def test_the_op_checks_what_it_relies_on():
         op([X[None]], settings[:, 1:], *good)
     with pytest.raises(RuntimeError, match="expected 1 to 8 tensors of logits but got 0"):
         op([], settings, *good)
+    with pytest.raises(RuntimeError, match=re.escape("without the first ones, but got (1, 1, 2, 8)")):
+        op([X[None, None]], settings, *good)
     with pytest.raises(
-        RuntimeError, match=re.escape("expected logits of shape (outer, inner, vocab) but got (2, 8)")
+        RuntimeError, match=re.escape("expected all logits of shape (2, 8) but got (1, 2, 8)")
     ):
-        op([X], settings, *good)
+        op([X, X[None]], settings, *good)
+    for fewer in (X, X[0]):  # the first dimensions may be left out
+        assert torch.equal(op([fewer], settings, *good)[0], op([fewer.view(1, -1, 8)], settings, *good)[0])
     with pytest.raises(RuntimeError, match=re.escape("expected bias of shape (1, 2, 8) but got (1, 2, 7)")):
         op([X[None]], settings, X[None, :, 1:], *good[1:])
     with pytest.raises(RuntimeError, match="expected order 0, 1 or 2 but got 3"):
