@@ -6,10 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -25,22 +21,6 @@ namespace arcore {
 inline bool& poison_new_memory() {
   static bool wanted = false;
   return wanted;
-}
-
-// New memory comes page by page, at the first write to each page: of the time of a scan over 32 MiB a fifth
-// to a third goes there. Where the kernel has large pages for those who ask (Linux, transparent_hugepage =
-// madvise), a large tensor asks: a page in 512 is left. Whole pages inside of the tensor only, so it takes no
-// more memory.
-constexpr int64_t kLargeBytes = int64_t{4} << 20;
-
-inline void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin,
-          MADV_HUGEPAGE);  // a wish: where it fails, pages stay small
-#endif
 }
 
 // Most dimensions that any op has, with room.
@@ -61,11 +41,10 @@ inline torch::stable::Tensor make_strided(const torch::stable::Tensor& like, con
     fail("arcore: could not make a tensor of ", count, " numbers");
   }
   torch::stable::Tensor tensor(made);
-  if (like.is_cpu()) {
+  if (poison_new_memory() && like.is_cpu()) {
     int64_t bytes = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-    if (bytes >= kLargeBytes) ask_for_large_pages(tensor.data_ptr(), bytes);
-    if (bytes > 0 && poison_new_memory()) std::memset(tensor.data_ptr(), 0xff, static_cast<size_t>(bytes));
+    if (bytes > 0) std::memset(tensor.data_ptr(), 0xff, static_cast<size_t>(bytes));
   }
   return tensor;
 }
