@@ -23,6 +23,7 @@ from arcore.ops._registration import call_below, untracked
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OP = "arcore.block_sparse_attention"
+_MOST = torch.finfo(torch.float32).max  # the kernels multiply in float32
 _FORWARD = torch.ops.arcore.block_sparse_attention.default._op
 
 
@@ -104,8 +105,9 @@ def block_sparse_attention(
     if key_bias is None and sinks is None and type(mask) is IntervalMask and untracked(q, k, v):
         # The op checks tensors itself. Where something is wrong, or has to be brought into form, it is done below.
         try:
-            if q.is_cpu and k.shape[2] == mask.nk and (scale is None or math.isfinite(scale)):
-                factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+            plain = scale is None or (type(scale) is float and abs(scale) <= _MOST)
+            if plain and q.is_cpu and k.shape[2] == mask.nk:
+                factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
                 both = call_below(_FORWARD, q, k, v, mask.bounds, mask.key_bounds, factor)
                 return both if return_lse else both[0]
         except REFUSALS:

@@ -911,8 +911,6 @@ def _quick_problem(
         if not one:
             return None
     sources = [logits] if uncond is None else [logits, uncond]
-    if torch.is_grad_enabled():
-        sources = [t.detach() for t in sources]
     return sources, matrix, None, None, None, None, seeds, offsets
 
 
