@@ -1,5 +1,7 @@
 #include "selective_scan/fwd_sm80.cuh"
 
+// sass scan_forward<Shape<4, 4>, true>: LDGSTS.E.BYPASS.128 >= 4; no LDL
+
 namespace arcore::selective_scan {
 
 int64_t blocks_per_row_sm80(int64_t state, int64_t cells, int64_t cell) {
