@@ -36,7 +36,7 @@ SYSTEM = System(
         "better than from the left alone."
     ),
     checked_on="synthetic data",
-    reported="a perplexity of 10.7 on proteins unlike those of training with 100 B parameters, ESM-2 with 15 B 11.0",
+    reported="better than the other models compared in 18 benchmarks of understanding proteins, with 100 B parameters",
     aliases=("glm",),
 )
 

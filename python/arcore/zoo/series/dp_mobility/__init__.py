@@ -38,7 +38,7 @@ SYSTEM = System(
     summary="Recurrent forecasts of counts with differential privacy by noise on gradients or on the counts.",
     claim="Clipped gradients, noise and budget follow their laws; private forecasts are nearly as good.",
     checked_on="real data",
-    reported="losses of utility of 0.57 % to 2.8 % on the counts of six regions",
+    reported="0.57 % to 2.8 % lost against training without privacy",
 )
 
 WEEK = 7 * 24 * 60
