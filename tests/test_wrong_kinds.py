@@ -332,6 +332,32 @@ def calls(folder: Path, model: Callable[[str], Any]) -> dict[str, Call]:
                 "top_k": (2, "whole?"),
             },
         ),
+        "generate_blocks": Call(
+            lambda **k: decoding.generate_blocks(k.pop("model"), **k),
+            {
+                "model": (model("acdit_tiny"), "model"),
+                **drawn,
+                "solver": (None, "object?"),
+                "times": (torch.tensor([999, 500, 0]), "tensor"),
+                "guided_channels": (1, "whole?"),
+                "context": (None, "tensor?"),
+            },
+        ),
+        "generate_frames": Call(
+            lambda **k: decoding.generate_frames(k.pop("model"), **k),
+            {
+                "model": (model("ar_diffusion_tiny"), "model"),
+                **drawn,
+                "lag": (1, "whole?"),
+                "frames": (None, "whole?"),
+                "levels": (None, "tensor?"),
+                "solver": (None, "object?"),
+                "context": (None, "tensor?"),
+                "context_time": (None, "number?"),
+                "context_noise": (False, "yes or no"),
+                "official_quirks": (False, "yes or no"),
+            },
+        ),
         "generate_masked": Call(
             lambda **k: decoding.generate_masked(k.pop("model"), **k),
             {

@@ -24,7 +24,7 @@ from arcore.decoding._arguments import (
 )
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import RowNormals, check_grid, row_seeds
-from arcore.nn.checks import check_whole
+from arcore.nn.checks import check_instance, check_number, check_whole
 from arcore.nn.protocols import FrameModel
 from arcore.schedules import DDIM, Solver, adaptive_levels, add_noise, sliding_windows
 
@@ -147,6 +147,10 @@ def _iterations(
     check_solver(solver)
     check_tensor("times", times)
     check_tensor("levels", levels)
+    for name, value in (("context_noise", steady[1]), ("official_quirks", official_quirks)):
+        check_instance(name, value, bool)
+    if steady[0] is not None:
+        check_number("context_time", steady[0])
     batch, device = len(labels), labels.device
     solver = solver or DDIM(model.schedule, model.prediction)
     if times is None:
