@@ -48,7 +48,9 @@ class Protocol:
 
     def loss(self, model: Any) -> Tensor:
         # What stands for no caption learns where captions are dropped.
-        none = model.no_caption.expand(3, -1, -1)
+        none = model.no_caption
+        # Of a sharded network the whole of it.
+        none = (none.full_tensor() if hasattr(none, "full_tensor") else none).expand(3, -1, -1)
         found = [self.forward(model), model(self.codes, none, self.mask)]
         return sum(F.cross_entropy(one.flatten(0, 1), self.codes.flatten()) for one in found)
 
