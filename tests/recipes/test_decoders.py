@@ -15,9 +15,10 @@ from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
 from arcore.cli import main
 from arcore.cli._decoding import _law
-from arcore.decoding import MixedModel, generate
+from arcore.decoding import Draft, MixedModel, exact, generate, relaxed
+from arcore.ops.speculative import codebook_neighbours
 from arcore.recipes.language import RECIPE, TextSampling, language_model
-from arcore.recipes.text_decoders import TextRequest, decoder_names, text_decoder
+from arcore.recipes.text_decoders import TextRequest, decoder_names, near_relaxed, text_decoder
 from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads
 
 
@@ -114,6 +115,20 @@ def test_lossy_verification_accepts_more_and_its_options_are_checked(run: Path, 
     ):
         with pytest.raises(ValueError, match=complaint):
             TextSampling(prompt="x", **options)
+
+
+def test_neighbours_that_are_found_when_asked_for_are_those_of_the_whole_table() -> None:
+    torch.manual_seed(0)
+    vectors, drafts = torch.randn(40, 6), torch.randint(40, (30, 3))
+    probs = torch.randn(30, 4, 40).softmax(-1)
+    draft, seeds, offsets = Draft(drafts), torch.arange(30), torch.zeros(30, dtype=torch.int64)
+    whole = relaxed(codebook_neighbours(vectors, 8), delta=0.4)(probs, draft, seeds, offsets)
+    verify = near_relaxed(vectors, 8, 0.4)
+    for _ in range(2):
+        found = verify(probs, draft, seeds, offsets)
+        assert torch.equal(found.tokens, whole.tokens)
+    plain = exact()(probs, draft, seeds, offsets)
+    assert int(found.accepted.sum()) > int(plain.accepted.sum())
 
 
 def test_a_search_for_what_an_evaluator_likes(run: Path, capsys: Any) -> None:

@@ -24,6 +24,7 @@ from arcore.catalog.lookup import load
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import TextStream, TextTokenizer
 from arcore.decoding import (
+    Draft,
     Drafter,
     LookupDrafter,
     MixedModel,
@@ -40,7 +41,7 @@ from arcore.decoding import (
 )
 from arcore.decoding.speculative import Verify
 from arcore.nn.checks import check_choice
-from arcore.ops.speculative import codebook_neighbours
+from arcore.ops.speculative import Verified
 
 # N-grams are counted in so many tokens at most, which takes a few seconds.
 COUNTED = 300_000
@@ -243,8 +244,35 @@ def verification(options: Any, model: Any) -> Verify:
             bonus="greedy" if options.temperature == 0 else "sample",
         )
     table = model.embedding.weight[: model.vocab_size].detach().float()
-    near = codebook_neighbours(table, min(options.neighbours, len(table) - 1))
-    return relaxed(near, delta=0.1 if options.delta is None else options.delta)
+    return near_relaxed(table, options.neighbours, 0.1 if options.delta is None else options.delta)
+
+
+def near_relaxed(vectors: Tensor, count: int, delta: float) -> Verify:
+    """Relaxed verification with the nearest tokens of those that are drafted, found when they are.
+
+    The neighbours of all of a language model's tokens would be billions of distances.
+
+    Args:
+        vectors: `[V, C]`, of the tokens.
+        count: nearest tokens that a draft may stand for; at most V - 1 are taken.
+        delta: as for `arcore.ops.verify_relaxed`.
+    """
+    size, count = len(vectors), min(count, len(vectors) - 1)
+    # Numbers outside of the vocabulary are no neighbours.
+    near = torch.full((size, count), -1, dtype=torch.int32, device=vectors.device)
+    known = torch.zeros(size, dtype=torch.bool, device=vectors.device)
+
+    def verify(probs: Tensor, draft: Draft, seeds: Tensor, offsets: Tensor) -> Verified:
+        asked = draft.tokens[draft.tokens >= 0].unique()
+        asked = asked[~known[asked]]
+        if len(asked):
+            apart = torch.cdist(vectors[asked], vectors, compute_mode="donot_use_mm_for_euclid_dist")
+            apart[torch.arange(len(asked)), asked] = torch.inf
+            near[asked] = apart.sort(dim=1, stable=True).indices[:, :count].int()
+            known[asked] = True
+        return relaxed(near, delta=delta)(probs, draft, seeds, offsets)
+
+    return verify
 
 
 def draft_with(request: TextRequest, drafter: Drafter) -> Written:
