@@ -213,10 +213,12 @@ class TreeDrafter:
             states = self.model.hidden(torch.tensor(ids, device=context.device))
         assert states is not None
         width = states.shape[1]
-        following = [
-            text[have + 1 : have + 1 + n] + [0] * (width - n)
+        # A row that ended in the last round holds fewer tokens than were read; what it drafts is not used.
+        rows = [
+            text[have + 1 : have + 1 + n]
             for text, have, n in zip(context.texts, self._cache.lengths, kept, strict=True)
         ]
+        following = [row + [0] * (width - len(row)) for row in rows]
         read = torch.tensor(following, device=context.device)
         x = self.network.join(torch.cat([self.model.embed(read), states], dim=-1))
         mask, angles = self.network.behind(self._cache.lengths, width, context.device)
