@@ -49,13 +49,16 @@ ARCORE_DEVICE int sum_over_channels(float (&v)[2 * S::kStates], int& base) {
   return count;
 }
 
+// Of a multiprocessor: what ptxas allocates without spills. At 16 states four blocks would cost 16 bytes.
+template <typename S, bool kPlain>
+constexpr int kBackwardBlocks = S::kStates > 4               ? 1
+                                : S::kStates == 4 || !kPlain ? 3
+                                                             : 4;
+
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
-// Four blocks of the plain shapes of up to 8 states; at 16 states they would spill 16 bytes.
-ARCORE_LAUNCH_BOUNDS(kScanThreads, S::kStates > 4               ? 1
-                                   : S::kStates == 4 || !kPlain ? 3
-                                                                : 4) ARCORE_KERNEL
-    scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
+ARCORE_LAUNCH_BOUNDS(kScanThreads, (kBackwardBlocks<S, kPlain>))
+ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   using Layout = BackwardLayout<S>;
   constexpr int kStates = S::kStates;
   const BackwardArgs& a = cuda.args;
