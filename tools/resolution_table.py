@@ -92,13 +92,17 @@ def costs(size: int) -> dict[str, Cost]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", action="store_true", help="leave the measured times as they are")
-    if not parser.parse_args().counts:
-        measure()
+    parser.add_argument(
+        "--shared", action="store_true", help="note that the machine ran other work meanwhile"
+    )
+    options = parser.parse_args()
+    if not options.counts:
+        measure(options.shared)
     write()
     return 0
 
 
-def measure() -> None:
+def measure(shared: bool) -> None:
     """Attention of one layer, forward, float32, one thread."""
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}
@@ -117,7 +121,7 @@ def measure() -> None:
             seconds = cpu_seconds(run, rounds=rounds, warm_up=size < 1024)
             found.setdefault(str(size), {})[name] = round(seconds, 4)
             print(f"{size} {name}: {seconds:.4f} s", file=sys.stderr)
-    record = {"machine": cpu_model(), "torch": torch.__version__, "seconds": found}
+    record = {"machine": cpu_model(), "torch": torch.__version__, "shared machine": shared, "seconds": found}
     TIMES.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -155,7 +159,8 @@ def write() -> None:
             "## Measured",
             "",
             f"Attention of one layer, forward, float32, one thread, {record['machine']}, torch {record['torch']}. For "
-            "raster order this is a training pass; drawing takes as many passes as tokens.",
+            "raster order this is a training pass; drawing takes as many passes as tokens."
+            + (" The machine ran other work meanwhile." if record.get("shared machine") else ""),
             "",
             "| pixels | system | seconds | GFLOP/s of allowed pairs |",
             "|---|---|---|---|",

@@ -174,6 +174,8 @@ def psnr(one: Tensor, two: Tensor) -> float:
 def networks(preset: str, depth: int | None) -> tuple[Any, Any]:
     torch.manual_seed(0)
     changes = {} if depth is None else {"depth": depth}
+    if depth is not None and preset.startswith("hmar"):
+        changes["tail"] = max(1, depth // 2)
     return arcore.create_model(preset, **changes).eval(), arcore.create_model("msvq_ch160").eval()
 
 
