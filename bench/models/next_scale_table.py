@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import arcore
 from arcore import masks
+from arcore.catalog.claims import shaken
 from arcore.decoding import generate_next_scale
 from arcore.env import cpu_model
 from arcore.nn.adaln import modulated_norm
@@ -176,7 +177,9 @@ def networks(preset: str, depth: int | None) -> tuple[Any, Any]:
     changes = {} if depth is None else {"depth": depth}
     if depth is not None and preset.startswith("hmar"):
         changes["tail"] = max(1, depth // 2)
-    return arcore.create_model(preset, **changes).eval(), arcore.create_model("msvq_ch160").eval()
+    # Initial gates are almost zero: shaken, the blocks matter, and so does the precision of their weights.
+    model = shaken(arcore.create_model(preset, **changes), scale=0.02)
+    return model.eval(), arcore.create_model("msvq_ch160").eval()
 
 
 def quantised(model: VAR) -> VAR:
