@@ -220,9 +220,14 @@ def refuse_zero_derivative(op: str, *tensors: Any) -> None:
     if forward_ad._current_level < 0 and functorch.peek_interpreter_stack() is None:
         return
     for t in tensors:
-        tracked = _tangent(t) is not None
-        while isinstance(t, Tensor) and not tracked and functorch.is_functorch_wrapped_tensor(t):
-            tracked = functorch.is_gradtrackingtensor(t) and (t.requires_grad or _tangent(t) is not None)
+        tracked = False
+        while isinstance(t, Tensor) and not tracked:
+            wrapped = functorch.is_functorch_wrapped_tensor(t)
+            # Of a batched tensor torch cannot tell whether it has a tangent; what it wraps tells.
+            if not functorch.is_batchedtensor(t):
+                tracked = _tangent(t) is not None or (functorch.is_gradtrackingtensor(t) and t.requires_grad)
+            if not wrapped:
+                break
             t = functorch.get_unwrapped(t)
         if tracked:
             raise NotImplementedError(
