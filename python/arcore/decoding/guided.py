@@ -265,14 +265,14 @@ class GuidedModel:
             self._prompts = list(cache.lengths)
             cache.align()
         read = ids if mask is None else ids.masked_fill(~mask, -1)
-        return self._guide(*self._penalised(read, cache, logits, uncond), self._place(cache, ids.device))
+        cond, uncond = self._penalised(read, cache, logits, uncond)
+        return self._guide(cond, uncond, self._place(cache, ids.device))
 
     def step(self, ids: Tensor, cache: Caches) -> Tensor:
         """See `TokenModel`."""
         cond, uncond = (self.model.step(ids, part) for part in cache.parts)
-        return self._guide(
-            *self._penalised(ids.unsqueeze(1), cache, cond, uncond), self._place(cache, ids.device)
-        )
+        cond, uncond = self._penalised(ids.unsqueeze(1), cache, cond, uncond)
+        return self._guide(cond, uncond, self._place(cache, ids.device))
 
     def _penalised(self, ids: Tensor, cache: Caches, *logits: Tensor) -> tuple[Tensor, ...]:
         """Logits of both texts after new tokens `[B, L]`."""

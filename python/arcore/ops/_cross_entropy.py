@@ -103,8 +103,10 @@ def token_cross_entropy(
     smoothing, coefficient = _weights(op, label_smoothing, z_loss)
     x = prepare_tokens(op, logits, target, temperature, softcap, mask, ignore_index)
     if logits.device.type == "cuda":
-        kw = {"temperature": temperature, "softcap": softcap, "mask": mask, "ignore_index": ignore_index}
-        return _by_logprobs(logits, target, smoothing, coefficient, **kw)
+        return _by_logprobs(
+            logits, target, smoothing, coefficient, temperature=temperature, softcap=softcap, mask=mask,
+            ignore_index=ignore_index,
+        )  # fmt: skip
     _refuse_gpu(op, logits)
     logp, lse, mean, agrees, *_ = checked_call(op, torch.ops.arcore.token_cross_entropy, *x)
     return _losses(logp, lse, mean, agrees, smoothing, coefficient)

@@ -92,7 +92,8 @@ def linear_logprobs(
 class LinearArguments(NamedTuple):
     """Checked arguments in the form of the ops."""
 
-    tensors: tuple[Tensor | None, ...]  # hidden [rows, H], weight, bias, target, temperature of rows, mask
+    # hidden [rows, H], weight, bias, target, temperature of rows, mask
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
     numbers: tuple[Any, ...]  # temperature, softcap, ignore_index
     tile: tuple[int, int]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -108,7 +108,9 @@ def block_sparse_attention(
             plain = scale is None or (type(scale) is float and abs(scale) <= _MOST)
             if plain and q.is_cpu and k.shape[2] == mask.nk:
                 factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-                both = call_below(_FORWARD, q, k, v, mask.bounds, mask.key_bounds, factor)
+                both: tuple[Tensor, Tensor] = call_below(
+                    _FORWARD, q, k, v, mask.bounds, mask.key_bounds, factor
+                )
                 return both if return_lse else both[0]
         except REFUSALS:
             pass
@@ -314,7 +316,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     mask: IntervalMask | TreeMask,
-    scale: float | None,
+    scale: Any,
     key_bias: Tensor | None,
     sinks: Tensor | None,
 ) -> None:

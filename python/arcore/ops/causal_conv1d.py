@@ -124,7 +124,7 @@ def causal_conv1d(
     """
     if activation in ACTIVATIONS and untracked(x, weight, bias, initial_states):
         try:  # the op checks tensors itself; the words for what it refuses are found below
-            both = call_below(
+            both: tuple[Tensor, Tensor] = call_below(
                 _FORWARD,
                 x,
                 weight,
