@@ -81,7 +81,7 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
   BackwardCuda cuda{};
   if (grad_final_states.has_value()) {
     check_shape(kBackwardOp, "grad_final_states", *grad_final_states, {p.batch, p.dim, p.width - 1});
-    cuda.grad_final = call.hold(*grad_final_states);
+    cuda.grad_final = call.hold(kBackwardOp, "grad_final_states", *grad_final_states);
   }
   if (call.empty() || (p.length == 0 && seq_idx.has_value())) {
     for (Tensor* t : {&partial_weight, &partial_bias, &grad_history})
