@@ -51,9 +51,8 @@ OPS = (
     "causal_conv1d",
     "token_logprobs",
     "speculative",
+    "ssd",
 )
-# Tested, never measured: the kernels of selective_scan do its work.
-UNTIMED = ("ssd",)
 # Seconds that a stage may take, and what later stages are left at least.
 LIMITS = {
     "machine": 60, "build": 400, "smoke": 90, "bench": 300, "tests": 420, "peers": 420, "sanitizer": 300,
@@ -321,7 +320,7 @@ def smoke(battery: Battery, seconds: float) -> bool:
 
 def test(battery: Battery, seconds: float) -> bool:
     """pytest -m cuda, one process per op: a kernel that corrupts its context takes no other op with it."""
-    names = [*battery.ops, *(() if battery.dry else UNTIMED)]
+    names = battery.ops
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder) / f"{name}.xml" for name in names}
         commands = {name: _pytest(battery, name, reports[name]) for name in names}

@@ -28,6 +28,7 @@ RUNNERS = {
     "causal_conv1d": scan.run_causal_conv1d,
     "token_logprobs": sampling.run_token_logprobs,
     "speculative": sampling.run_speculative,
+    "ssd": scan.run_ssd,
 }
 
 

@@ -1,4 +1,4 @@
-"""selective_scan, its single step and causal_conv1d beside peers on a GPU, with the floor of each.
+"""selective_scan, its single step, ssd and causal_conv1d beside peers on a GPU, with the floor of each.
 
 A floor is the larger of two times: the bytes that must move over the copy bandwidth of the same run, and the
 exponentials over what the multiprocessors' special-function units give at their present clock.
@@ -20,8 +20,10 @@ from arcore.ops import (
     causal_conv1d_update,
     reference_selective_scan,
     reference_selective_state_update,
+    reference_ssd,
     selective_scan,
     selective_state_update,
+    ssd,
 )
 
 STATE = 16
@@ -266,6 +268,70 @@ def run_selective_state_update(report: Report) -> None:
             runs, graph=True, op="selective_state_update", case=f"step_{rows}x{dim}", impl=impl, direction="step",
             dtype="bfloat16", floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
         )  # fmt: skip
+
+
+def _ssd_of_mamba_ssm(x: dict[str, Tensor]) -> Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(
+        x["x"], x["dt"], x["A"], x["B"], x["C"], 256, D=x["D"], dt_bias=x["dt_bias"], dt_softplus=True
+    )
+
+
+def run_ssd(report: Report) -> None:
+    """Mamba-2's scan, which runs the kernels of selective_scan on a GPU: heads of 64 channels, states of 128."""
+    batch, length, heads, width, state = (8, 2048, 32, 64, 128) if report.gpu else (2, 70, 2, 8, 16)
+
+    def inputs() -> dict[str, Tensor]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=report.device)
+
+        return {
+            "x": normal(batch, length, heads, width).bfloat16(),
+            "dt": (0.5 * normal(batch, length, heads)).bfloat16(),
+            "A": -torch.rand(heads, device=report.device) - 0.5,
+            "B": normal(batch, length, 1, state).bfloat16(),
+            "C": normal(batch, length, 1, state).bfloat16(),
+            "D": torch.ones(heads, device=report.device),
+            "dt_bias": 0.1 * normal(heads),
+        }
+
+    def ours(x: dict[str, Tensor]) -> Tensor:
+        return ssd(**x, dt_softplus=True)
+
+    first = inputs()
+    sets = [first, *(inputs() for _ in range(copies_for(_size(first.values()), report.device) - 1))]
+    grad = torch.randn(first["x"].shape, device=report.device).bfloat16()
+    once = _size(first.values()) + _size([grad])
+    for impl, function in (("arcore", ours), ("mamba_ssm", _ssd_of_mamba_ssm)):
+        for direction, moved in (("forward", once), ("backward", 2 * once)):
+
+            def runs(f: Any = function, direction: str = direction) -> list[Run]:
+                one = {n: t if t.dim() == 1 else t[:1] for n, t in first.items()}
+                with torch.no_grad():
+                    expected = reference_ssd(
+                        **{n: t.double().cpu() for n, t in one.items()}, dt_softplus=True
+                    )
+                    _close(f(first)[:1].cpu(), expected, "out")
+                if direction == "forward":
+
+                    def forward(x: dict[str, Tensor]) -> object:
+                        with torch.no_grad():
+                            return f(x)
+
+                    return [lambda x=x: forward(x) for x in sets]
+                leaves = [{n: t.detach().requires_grad_() for n, t in x.items()} for x in sets]
+                outs = [f(x) for x in leaves]
+                return [
+                    lambda o=o, x=x: torch.autograd.grad(o, list(x.values()), grad, retain_graph=True)
+                    for o, x in zip(outs, leaves, strict=True)
+                ]
+
+            floor = _floor(report, moved)
+            report.measure(
+                runs, op="ssd", case=f"ssd_{length}", impl=impl, direction=direction, dtype="bfloat16",
+                floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
+            )  # fmt: skip
 
 
 def verdicts(report: Report) -> list[str]:

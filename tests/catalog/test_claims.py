@@ -112,5 +112,5 @@ def test_an_error_far_below_names_the_line_of_the_system(monkeypatch: pytest.Mon
     from arcore.zoo.alignment.inpo import inpo_loss
 
     sums = torch.zeros(2, 2)
-    outcome = run(monkeypatch, lambda *, quick: inpo_loss(sums, sums, sums, [1.0, 0.0], tau=0.1, eta=0.3))
+    outcome = run(monkeypatch, lambda *, quick: inpo_loss(sums, sums, sums, torch.zeros(3), tau=0.1, eta=0.3))
     assert "(zoo/alignment/inpo.py:" in outcome.error

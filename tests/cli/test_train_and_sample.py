@@ -51,7 +51,7 @@ def test_an_encoder_draws_its_predictions_and_a_classifier_starts_from_it(arcore
     outcome = arcore(*words, "--out", tmp_path / "classifier")
     assert outcome.code == 0, outcome.err
     assert "accuracy" in outcome.out
-    assert "arcore sample" not in outcome.out
+    assert f"pictures: arcore sample {tmp_path / 'classifier'} --images" in outcome.out
     assert "holds no checkpoint" in fails(
         "train", "roma_classifier_tiny", "--pretrained", tmp_path, "--out", tmp_path / "x", *QUICK
     )

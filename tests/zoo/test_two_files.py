@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, at_most
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="bigram",
@@ -64,6 +65,7 @@ class Bigram(nn.Module):
         self.vocab_size = config.vocab_size
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
 
+    @check_kinds
     def forward(self, ids: Tensor) -> Tensor:
         """int64 `[B, L]` to `[B, L, V]`."""
         return self.table(ids)

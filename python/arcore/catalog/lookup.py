@@ -320,10 +320,12 @@ def search(words: str = "") -> list[Entry]:
     if not wanted:
         return every
     number = wanted.removeprefix("arxiv:").rpartition("/")[2]
+    # A DOI keeps its slash; addresses of doi.org end with one.
+    doi = wanted.removeprefix("https://").removeprefix("doi.org/").removeprefix("doi:")
     exact: list[Callable[[Entry], bool]] = [
         lambda entry: wanted == entry.system.name or wanted in entry.presets,
         lambda entry: wanted == entry.system.title.casefold(),
-        lambda entry: number == entry.system.paper.rpartition(":")[2].casefold(),
+        lambda entry: entry.system.paper.rpartition(":")[2].casefold() in (number, doi),
         lambda entry: wanted in (entry.system.topic, entry.system.kind),
     ]
     for fits in exact:

@@ -128,6 +128,8 @@ def _fits(kind: Any, value: object) -> bool:
     if origin.__module__ == "collections.abc" or origin in (list, tuple):
         # What is iterated over; a text would be taken letter by letter.
         return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__iter__")
+    # What torch.compile makes of a module stands for it.
+    value = getattr(value, "_orig_mod", value)
     if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
         return True
     return isinstance(value, origin)

@@ -455,7 +455,7 @@ def test_plans_from_the_command_line(tmp_path, capsys, monkeypatch):
         (["--horizon", "0"], "--horizon must be at least 1"),
         (["--replan", "-1"], "--replan must be at least 1"),
         (["--goal", "1"], "--goal must be 2 finite numbers"),
-        (["--start", "nan", "1"], "--start must be 2 finite numbers"),
+        (["--start", "nan", "1"], "--start must be a finite number but got nan"),
         (["--out", "ways.png"], "--out must be a .csv file"),
         (["--guidance", "nan"], "guidance"),
     ):

@@ -67,7 +67,7 @@ def test_the_other_objectives():
         assert targets.shape[1] >= 1
         cuts.add(targets.shape[1])
     assert len(cuts) > 5
-    with pytest.raises(ValueError, match="expected FLM, PLM or MLM"):
+    with pytest.raises(ValueError, match="one of 'FLM', 'PLM', 'MLM'"):
         make_pair("XLM", original, generator)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 4 tokens"):
         make_pair("MLM", original[:, :3], generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ class Protocol:
         none = model.no_caption
         # Of a sharded network the whole of it.
         none = (none.full_tensor() if hasattr(none, "full_tensor") else none).expand(3, -1, -1)
-        found = [self.forward(model), model(self.codes, none, self.mask)]
+        with warnings.catch_warnings():
+            # torch.compile looks at .grad of what comes in, which is no leaf here.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            found = [self.forward(model), model(self.codes, none, self.mask)]
         return sum(F.cross_entropy(one.flatten(0, 1), self.codes.flatten()) for one in found)
 
     def stepwise(self, model: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import arcore
 from arcore.catalog.claims import shaken
 from arcore.tokenizers import MultiScaleVQ, MultiScaleVQConfig
-from arcore.zoo.tokenizers.multi_scale_vq import model as multi_scale_vq
+from arcore.zoo.tokenizers.multi_scale_vq import quantizer as quantizing
 from arcore.zoo.tokenizers.multi_scale_vq.quantizer import MultiScaleQuantizer, phi_indices
 
 SMALL = {
@@ -117,8 +117,8 @@ def test_phi_tables():
 
 
 def test_phi_rule_gives_the_published_tables(monkeypatch: pytest.MonkeyPatch):
-    tables = dict(multi_scale_vq._PHI_TABLES)
-    monkeypatch.setattr(multi_scale_vq, "_PHI_TABLES", {})
+    tables = dict(quantizing._PHI_TABLES)
+    monkeypatch.setattr(quantizing, "_PHI_TABLES", {})
     for arguments, table in tables.items():
         assert phi_indices(*arguments) == table
 

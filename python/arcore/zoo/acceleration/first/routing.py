@@ -392,5 +392,5 @@ def config_for(model: Any, rank: int = 8, keep_first: int = 1, keep_last: int = 
 
 @preset
 def first_tiny() -> FirstConfig:
-    """For `llama_tiny`."""
+    """Routers and adapters for `llama_tiny`."""
     return FirstConfig(dim=128, num_layers=4, inner_dim=128, qkv_dim=256, hidden_dim=344)

@@ -242,5 +242,5 @@ def config_for(model: Any) -> DrafterConfig:
 
 @preset
 def lantern_tiny() -> DrafterConfig:
-    """For `llamagen_tiny`."""
+    """Drafts codes for `llamagen_tiny`."""
     return DrafterConfig(dim=96, vocab_size=4, num_heads=4, hidden_dim=256)
