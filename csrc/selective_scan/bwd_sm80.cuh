@@ -321,8 +321,9 @@ struct CarriesLayout {
   static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kPitch;
   static constexpr int kBytes = (3 * kSteps + kCoefficient + kCudaChunk) * 4;
 };
+// Four blocks would spill with 16 lanes of 4 states.
 template <typename S>
-ARCORE_LAUNCH_BOUNDS(kScanThreads, 4)
+ARCORE_LAUNCH_BOUNDS(kScanThreads, (S::kStates == 4 ? 2 : 4))
 ARCORE_KERNEL scan_carries(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   using Layout = CarriesLayout<S>;
   constexpr int kStates = S::kStates;
