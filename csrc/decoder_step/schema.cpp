@@ -54,8 +54,8 @@ Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bi
   return {data(weight), bias.has_value() ? data(*bias) : nullptr, rows, cols};
 }
 
-// Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie side by
-// side, so each is one range; the two caches may be interleaved.
+// Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie
+// side by side, so each is one range; the two caches may be interleaved.
 bool heads_apart(const Tensor& keys, const Tensor& values) {
   const ByteRange a = byte_range(keys), b = byte_range(values);
   if ((a.end <= b.begin || b.end <= a.begin) && has_own_memory(keys) && has_own_memory(values)) return true;
