@@ -109,8 +109,8 @@ def test_a_folder_is_one_system(zoo: Path):
         ('model="Toy",', 'model="Toy", ops=("sing",),', "toy.py:5: ops names 'sing', which is no op"),
         (
             'model="Toy",',
-            'model="Toy", recipe="languagee",',
-            "toy.py:5: recipe names 'languagee', which is none of arcore.recipes; did you mean 'language'",
+            'model="Toy", recipe="language2",',
+            "toy.py:5: recipe names 'language2', which is none of arcore.recipes; did you mean 'language'",
         ),
         ('model="Toy",', 'model="Toy", ops="ssd",', "toy.py:5: expected ops to be a tuple of names"),
         (
