@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from measure import interleaved_seconds
 from torch import Tensor, nn
 
-from arcore.zoo.series import autoformer, gpht, kronos, st_ssdl
 from arcore.zoo.series import dp_mobility as mobility
+from arcore.zoo.series import gpht, kronos, st_ssdl
+from arcore.zoo.series.autoformer import model as autoformer
 
 LIMIT = 1.2
 BATCH = 32

@@ -5,7 +5,7 @@ with random weights.
 import torch
 import torch.nn.functional as F
 
-from arcore.zoo.language.compare_objectives import Model, make_pair
+from arcore.zoo.language.compare_objectives.model import Model, make_pair
 
 texts = torch.tensor(
     [list(b"In the beginning God created the heaven and the earth.")]

@@ -571,7 +571,7 @@ def translate() -> Made:
 
 @call
 def make_pair() -> Made:
-    from arcore.zoo.language.compare_objectives import make_pair
+    from arcore.zoo.language.compare_objectives.model import make_pair
 
     return make_pair, {"objective": "PLM", "texts": tokens(), "generator": torch.Generator()}
 

@@ -12,17 +12,13 @@ import torch
 from arcore.cli import main
 from arcore.masks import causal, full
 from arcore.nn.t5 import RelativeBias, T5Attention, T5Layer, relative_buckets
-from arcore.zoo.language.compare_objectives import (
-    SENTINEL,
-    START,
+from arcore.zoo.language.compare_objectives.model import SENTINEL, START, Model, Pair, make_pair
+from arcore.zoo.language.compare_objectives.study import (
     Data,
-    Model,
     Options,
-    Pair,
     choice_accuracy,
     choices,
     held_out_loss,
-    make_pair,
     run,
     task_pairs,
 )

@@ -18,8 +18,9 @@ from arcore.recipes import recipe_for
 from arcore.training import train
 from arcore.zoo.next_scale.echogen.model import EchoGen, EchoGenConfig, Reference
 from arcore.zoo.next_scale.echogen.references import SubjectScenes, published_encoders, reference_side
+from arcore.zoo.next_scale.infinity.config import InfinityConfig
 from arcore.zoo.next_scale.infinity.draw import draw_bits
-from arcore.zoo.next_scale.infinity.model import Infinity, InfinityConfig, bit_loss
+from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.text import Text
 from tests.zoo.next_scale import test_infinity as base
 

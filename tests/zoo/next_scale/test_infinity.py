@@ -17,8 +17,9 @@ from arcore.catalog import create_model, load_checkpoint, load_weights
 from arcore.catalog.claims import shaken
 from arcore.recipes import recipe_for
 from arcore.training import train
+from arcore.zoo.next_scale.infinity.config import InfinityConfig
 from arcore.zoo.next_scale.infinity.draw import draw_bits
-from arcore.zoo.next_scale.infinity.model import Infinity, InfinityConfig, bit_loss
+from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.text import Text, t5_vectors, word_vectors
 
 SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}

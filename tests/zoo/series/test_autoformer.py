@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arcore
-from arcore.zoo.series.autoformer import AutoformerConfig, correlation, decompose, top_delays
+from arcore.zoo.series.autoformer.model import AutoformerConfig, correlation, decompose, top_delays
 
 SIZES: dict[str, Any] = {
     "channels": 3,

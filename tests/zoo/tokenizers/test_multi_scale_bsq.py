@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import arcore
 from arcore.catalog import create_model, load_weights
 from arcore.catalog.claims import shaken
-from arcore.zoo.tokenizers.multi_scale_bsq.model import MultiScaleBSQ, MultiScaleBSQConfig
+from arcore.zoo.tokenizers.multi_scale_bsq.config import MultiScaleBSQConfig
+from arcore.zoo.tokenizers.multi_scale_bsq.model import MultiScaleBSQ
 
 SMALL = {
     "in_channels": 3,

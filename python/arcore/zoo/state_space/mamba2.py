@@ -25,7 +25,8 @@ from arcore.zoo.state_space._common import (
     original_layers,
     transformers_config,
 )
-from arcore.zoo.state_space.mamba.model import Mamba, StateSpaceConfig
+from arcore.zoo.state_space.mamba.config import StateSpaceConfig
+from arcore.zoo.state_space.mamba.model import Mamba
 
 SYSTEM = System(
     name="mamba2",

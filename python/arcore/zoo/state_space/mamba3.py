@@ -35,7 +35,8 @@ from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Linear, RMSNorm, StateCache
 from arcore.ops import ssd
 from arcore.zoo.state_space._common import no_more, original_config, original_layers
-from arcore.zoo.state_space.mamba.model import Mamba, StateSpaceConfig
+from arcore.zoo.state_space.mamba.config import StateSpaceConfig
+from arcore.zoo.state_space.mamba.model import Mamba
 
 SYSTEM = System(
     name="mamba3",

@@ -18,20 +18,18 @@ from arcore.nn import MLP, ModulationTable, SharedModulation
 from arcore.nn.adaln import EPS, modulated_norm
 from arcore.nn.kinds import check_kinds
 from arcore.ops import block_sparse_attention
-from arcore.zoo.next_scale.infinity.model import (
-    _OFFICIAL_NAMES,
+from arcore.zoo.next_scale.infinity.config import InfinityConfig, infinity_2b, infinity_tiny
+from arcore.zoo.next_scale.infinity.layers import (
     CosineAttention,
     CrossAttention,
-    Infinity,
     InfinityBlock,
-    InfinityConfig,
     Told,
-    infinity_2b,
-    infinity_tiny,
     keys_of,
 )
+from arcore.zoo.next_scale.infinity.model import Infinity
+from arcore.zoo.next_scale.infinity.published import OFFICIAL_NAMES
 from arcore.zoo.next_scale.infinity.text import Text
-from arcore.zoo.tokenizers.multi_scale_bsq.model import SCALES_256
+from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +339,7 @@ class EchoGen(Infinity):
         return ("null_text", "null_semantic", "null_content")
 
     def _official_names(self) -> tuple[tuple[str, str], ...]:
-        return _CONTROL_NAMES + _OFFICIAL_NAMES
+        return _CONTROL_NAMES + OFFICIAL_NAMES
 
 
 _CONTROL_NAMES = (

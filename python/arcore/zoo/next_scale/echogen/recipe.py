@@ -33,7 +33,8 @@ from arcore.zoo.next_scale.echogen.references import (
     subjects_of,
 )
 from arcore.zoo.next_scale.infinity.draw import draw_bits
-from arcore.zoo.next_scale.infinity.model import Infinity, InfinityConfig, bit_loss
+from arcore.zoo.next_scale.infinity.config import InfinityConfig
+from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.recipe import (
     InfinityOptions,
     InfinityRecipe,

@@ -1,268 +1,26 @@
-"""Infinity: settings, network, presets."""
+"""Infinity: the network and its loss."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore import masks
-from arcore.catalog import NOT_PUBLIC, Published, preset
 from arcore.masks import IntervalMask
-from arcore.nn import MLP, AdaLNHead, DropPath, KVCache, ModulationTable, RMSNorm, SharedModulation
-from arcore.nn.adaln import EPS, modulated_norm
-from arcore.nn.attention import SelfAttention, check_heads
-from arcore.nn.checks import check_floating, check_patch_nums
+from arcore.nn import AdaLNHead, KVCache, RMSNorm, SharedModulation
+from arcore.nn.adaln import EPS
+from arcore.nn.checks import check_floating
 from arcore.nn.kinds import check_kinds
-from arcore.ops import block_sparse_attention
-from arcore.zoo.next_scale.infinity.text import MOST_TOKENS, Text
-from arcore.zoo.tokenizers.multi_scale_bsq.model import SCALES_256, SCALES_1024
-
-# Rows of the table of scales, whatever the number of scales.
-LEVELS = 15
-
-
-@dataclass(frozen=True, kw_only=True)
-class InfinityConfig:
-    """Settings of `Infinity`.
-
-    Attributes:
-        depth: number of blocks.
-        embed_dim: width C.
-        num_heads: attention heads.
-        mlp_dim: width of the hidden layers of the feed-forward networks.
-        bits: d of the tokenizer's codes.
-        patch_nums: side length of each scale, coarse to fine.
-        grid: side of the grid on which rotary positions are counted: that of the finest scale a model was made for.
-        text_dim: width c of a text's vectors.
-        text_length: most tokens T of a text.
-        pool_heads: heads of the attention that makes one vector of a text.
-        text_drop: probability that a text becomes the null text while training, for guidance.
-        drop_path: stochastic depth of the last block; earlier blocks have less.
-        gate_init: factor on the initial weights of the residual gates.
-
-    Raises:
-        ValueError: the numbers do not fit together.
-    """
-
-    depth: int
-    embed_dim: int
-    num_heads: int
-    mlp_dim: int
-    bits: int = 32
-    patch_nums: tuple[int, ...] = SCALES_1024
-    grid: int = 64
-    text_dim: int = 2048
-    text_length: int = MOST_TOKENS
-    pool_heads: int = 16
-    text_drop: float = 0.1
-    drop_path: float = 0.0
-    gate_init: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "embed_dim", "num_heads", "mlp_dim", "bits", "grid", "text_dim", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
-        object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
-        for heads in (self.num_heads, self.pool_heads):
-            check_heads("Infinity", self.embed_dim, heads)
-        if self.embed_dim // self.num_heads % 4:
-            raise ValueError(
-                f"expected heads of a multiple of 4 channels, for rows and columns, but got {self.embed_dim} / "
-                f"{self.num_heads}"
-            )
-        if len(self.patch_nums) > LEVELS or self.patch_nums[-1] > self.grid:
-            raise ValueError(
-                f"expected at most {LEVELS} scales of at most grid={self.grid} tokens per side but got "
-                f"{self.patch_nums}"
-            )
-
-    @property
-    def scale_sizes(self) -> tuple[int, ...]:
-        """Tokens of each scale."""
-        return tuple(side * side for side in self.patch_nums)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens L of all scales."""
-        return sum(self.scale_sizes)
-
-
-class Angles(NamedTuple):
-    """Cosines and sines of N tokens, `[N, D / 2]`: pair i of a head's channels is 2i and 2i + 1."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Turn queries or keys `[..., N, D]`."""
-        one, two = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        return torch.stack([one * cos - two * sin, one * sin + two * cos], -1).flatten(-2)
-
-
-def grid_angles(patch_nums: tuple[int, ...], grid: int, head_dim: int) -> Angles:
-    """Angles of the tokens of all scales: the first half of the pairs turns by the row, the second by the column.
-
-    A token of scale k counts as standing at round(i grid / p_k) of the finest grid.
-    """
-    half = head_dim // 2
-    rates = 10000.0 ** -(torch.arange(0, half, 2, device="cpu") / half)
-    rows, columns = [], []
-    for side in patch_nums:
-        places = (torch.arange(side, device="cpu") * (grid / side)).round()
-        rows.append(places.repeat_interleave(side))
-        columns.append(places.repeat(side))
-    angles = torch.cat([torch.cat(axis)[:, None] * rates for axis in (rows, columns)], 1)
-    return Angles(angles.cos(), angles.sin())
-
-
-class CrossAttention(nn.Module):
-    """Attention to a text; keys have no bias.
-
-    Args:
-        dim: width C of queries and result.
-        kv_dim: width of the text's vectors.
-        num_heads: heads.
-        pool: one learned query in place of given ones.
-    """
-
-    def __init__(self, dim: int, kv_dim: int, num_heads: int, *, pool: bool = False) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Parameter(torch.empty(1, num_heads, dim // num_heads)) if pool else None
-        self.q = None if pool else nn.Linear(dim, dim)
-        self.kv = nn.Linear(kv_dim, 2 * dim, bias=False)
-        self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
-
-    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, T, D]` of a text `[B, T, kv_dim]`."""
-        return keys_of(context, self.kv, self.v_bias, self.num_heads)
-
-    def forward(self, x: Tensor | None, keys: tuple[Tensor, Tensor], mask: IntervalMask) -> Tensor:
-        """Attend from x `[B, N, C]`, or from the learned query, under a mask of N queries and T keys."""
-        if self.q is None:
-            assert self.query is not None
-            q = self.query.unsqueeze(2).expand(len(keys[0]), -1, -1, -1).to(keys[0].dtype)
-        else:
-            q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        out = block_sparse_attention(q, *keys, mask)
-        mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return mixed
-
-
-def keys_of(context: Tensor, linear: nn.Linear, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys without and values with a bias, `[B, H, T, D]`."""
-    kv = F.linear(context, linear.weight, torch.cat([torch.zeros_like(v_bias), v_bias]))
-    k, v = kv.unflatten(2, (2, num_heads, -1)).transpose(1, 3).unbind(2)
-    return k, v
-
-
-class CosineAttention(SelfAttention):
-    """Cosine attention whose queries and keys turn with the token's place."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads, l2_norm=True)
-
-    def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, H, N, D]` of tokens `[B, N, C]`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        assert self.log_scale is not None
-        q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp().to(q.dtype)
-        return angles.turn(q), angles.turn(F.normalize(k, dim=-1)), v
-
-
-class Told(NamedTuple):
-    """What a batch of texts is to the blocks; computed once and used at every scale.
-
-    Attributes:
-        pooled: `[B, C]`.
-        modulation: `[B, 1, 6, C]`, shared by the blocks.
-        keys: of each block, keys and values of what cross-attention reads.
-        lengths: int64 `[B]`, how many of them count.
-        content: of each block, keys and values of a second attention of the image tokens, or None.
-        front: a token `[B, 1, C]` before that of the first scale, or None.
-    """
-
-    pooled: Tensor
-    modulation: Tensor
-    keys: list[tuple[Tensor, Tensor]]
-    lengths: Tensor
-    content: list[tuple[Tensor, Tensor]] | None = None
-    front: Tensor | None = None
-
-    def mask(self, queries: int) -> IntervalMask:
-        """Each of `queries` rows may read the text up to its end."""
-        stop = self.lengths.to(torch.int32).view(-1, 1, 1, 1).expand(-1, 1, queries, 1)
-        return IntervalMask.trusted(
-            torch.cat([torch.zeros_like(stop), stop], -1).contiguous(), self.keys[0][0].shape[2]
-        )
-
-
-class InfinityBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward network; the first and last are modulated and gated.
-
-    Args:
-        config: settings.
-        drop_path: rate of stochastic depth.
-    """
-
-    def __init__(self, config: InfinityConfig, drop_path: float) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.attn = CosineAttention(dim, config.num_heads)
-        self.cross_norm = nn.LayerNorm(dim, eps=EPS)
-        self.cross = CrossAttention(dim, dim, config.num_heads)
-        self.ffn = MLP(dim, config.mlp_dim)
-        self.modulation = ModulationTable(dim, parts=6)
-        self.drop_path = DropPath(drop_path)
-
-    def attend(
-        self,
-        x: Tensor,
-        angles: Angles,
-        mask: IntervalMask,
-        cache: KVCache | None,
-        layer: int,
-        told: Told,
-    ) -> Tensor:
-        """Self-attention of modulated tokens `[B, N, C]`."""
-        q, k, v = self.attn.project(x, angles)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        out = block_sparse_attention(q, k, v, mask, scale=1.0).transpose(1, 2).flatten(2)
-        mixed: Tensor = self.attn.proj(self.joined(out, q, told, layer))
-        return mixed
-
-    def joined(self, out: Tensor, q: Tensor, told: Told, layer: int) -> Tensor:
-        """What self-attention found, `[B, N, C]`, and what a model that reads more adds, given the queries."""
-        return out
-
-    def forward(
-        self,
-        x: Tensor,
-        told: Told,
-        angles: Angles,
-        mask: IntervalMask,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """`[B, N, C]` to `[B, N, C]`."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(told.modulation)
-        attended = self.attend(modulated_norm(x, scale1, shift1), angles, mask, cache, layer, told)
-        x = x + self.drop_path(gate1 * attended)
-        x = x + self.cross(self.cross_norm(x), told.keys[layer], told.mask(x.shape[1]))
-        out: Tensor = x + self.drop_path(gate2 * self.ffn(modulated_norm(x, scale2, shift2)))
-        return out
+from arcore.zoo.next_scale.infinity.config import LEVELS, InfinityConfig
+from arcore.zoo.next_scale.infinity.layers import Angles, CrossAttention, InfinityBlock, Told, grid_angles
+from arcore.zoo.next_scale.infinity.published import OFFICIAL_NAMES, our_names
+from arcore.zoo.next_scale.infinity.text import Text
+from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_1024
 
 
 class Infinity(nn.Module):
@@ -516,30 +274,7 @@ class Infinity(nn.Module):
         Raises:
             ValueError: a bias on keys is not zero.
         """
-        ours: dict[str, Tensor] = {}
-        per_chunk = 1 + max(
-            (
-                int(found[1])
-                for name in state
-                if (found := re.match(r"^block_chunks\.\d+\.module\.(\d+)\.", name))
-            ),
-            default=0,
-        )
-        for key, value in state.items():
-            if key.endswith("zero_k_bias"):
-                if value.any():
-                    raise ValueError(f"{key} is not zero, but the model has no bias on keys")
-                continue
-            name = re.sub(
-                r"^block_chunks\.(\d+)\.module\.(\d+)\.",
-                lambda found: f"blocks.{int(found[1]) * per_chunk + int(found[2])}.",
-                key,
-            )
-            for pattern, new in self._official_names():
-                name = re.sub(pattern, new, name)
-            if value.dim() == 4 and name.endswith("log_scale"):
-                value = value.reshape(1, -1, 1, 1)
-            ours[name] = value
+        ours = our_names(state, self._official_names())
         for name in self._tables():
             wanted = getattr(self, name)
             if name in ours and ours[name].shape[1:] == wanted.shape[1:]:
@@ -552,27 +287,7 @@ class Infinity(nn.Module):
         return ("null_text",)
 
     def _official_names(self) -> tuple[tuple[str, str], ...]:
-        return _OFFICIAL_NAMES
-
-
-_OFFICIAL_NAMES = (
-    (r"^cfg_uncond$", "null_text"),
-    (r"^text_proj_for_sos\.ca\.mat_q$", "text_pool.query"),
-    (r"^text_proj_for_sos\.ca\.", "text_pool."),
-    (r"^text_proj_for_ca\.", "text_proj."),
-    (r"^lvl_embed\.", "level_embed."),
-    (r"^shared_ada_lin\.1\.", "modulation.linear."),
-    (r"^head\.", "head.linear."),
-    (r"^head_nm\.ada_lin\.1\.", "head.modulation.linear."),
-    (r"^(blocks\.\d+)\.sa\.", r"\1.attn."),
-    (r"^(blocks\.\d+)\.ca\.", r"\1.cross."),
-    (r"^(blocks\.\d+)\.ca_norm\.", r"\1.cross_norm."),
-    (r"^(blocks\.\d+)\.ada_gss$", r"\1.modulation.table"),
-    (r"\.attn\.mat_qkv\.", ".attn.qkv."),
-    (r"\.attn\.scale_mul_1H11$", ".attn.log_scale"),
-    (r"\.mat_q\.", ".q."),
-    (r"\.mat_kv\.", ".kv."),
-)
+        return OFFICIAL_NAMES
 
 
 def bit_loss(logits: Tensor, bits: list[Tensor]) -> Tensor:
@@ -587,68 +302,3 @@ def bit_loss(logits: Tensor, bits: list[Tensor]) -> Tensor:
     sizes = torch.tensor([part.shape[1] for part in bits], device=logits.device)
     weights = torch.repeat_interleave(sizes.float().rsqrt(), sizes, output_size=wanted.shape[1])
     return (loss.mean((0, 2)) * weights).sum() / weights.sum()
-
-
-@preset(tokenizer="msbsq_tiny")
-def infinity_tiny() -> InfinityConfig:
-    """24x24 scenes of two digits in 5 scales of 8 bits, 66 tokens; trains on a CPU in minutes."""
-    return InfinityConfig(
-        depth=4,
-        embed_dim=64,
-        num_heads=4,
-        mlp_dim=256,
-        bits=8,
-        patch_nums=(1, 2, 3, 4, 6),
-        grid=6,
-        text_dim=64,
-        text_length=24,
-        pool_heads=4,
-        gate_init=0.1,
-    )
-
-
-def _sized(depth: int, dim: int, heads: int, **more: Any) -> InfinityConfig:
-    # As the authors round: to multiples of 256, halves to the even one.
-    return InfinityConfig(
-        depth=depth,
-        embed_dim=dim,
-        num_heads=heads,
-        mlp_dim=round(4 * dim / 256) * 256,
-        **{"drop_path": 0.1, **more},
-    )
-
-
-@preset(tokenizer="msbsq_d16", weights=Published("FoundationVision/Infinity", "infinity_125M_256x256.pth"))
-def infinity_125m() -> InfinityConfig:
-    """12 blocks, 256 pixels; weights: infinity_125M_256x256.pth."""
-    return _sized(12, 768, 8, bits=16, patch_nums=SCALES_256)
-
-
-@preset(tokenizer="msbsq_d16", weights=NOT_PUBLIC)
-def infinity_361m() -> InfinityConfig:
-    """16 blocks, 256 pixels, of the paper's comparison of sizes."""
-    return _sized(16, 1152, 12, bits=16, patch_nums=SCALES_256)
-
-
-@preset(tokenizer="msbsq_d16", weights=NOT_PUBLIC)
-def infinity_940m() -> InfinityConfig:
-    """24 blocks, 256 pixels, of the paper's comparison of sizes."""
-    return _sized(24, 1536, 16, bits=16, patch_nums=SCALES_256)
-
-
-@preset(tokenizer="msbsq_d32", weights=Published("FoundationVision/Infinity", "infinity_2b_reg.pth"))
-def infinity_2b() -> InfinityConfig:
-    """32 blocks, 1024 pixels; weights: infinity_2b_reg.pth."""
-    return _sized(32, 2048, 16)
-
-
-@preset(tokenizer="msbsq_d14")
-def infinity_8b() -> InfinityConfig:
-    """40 blocks, 1024 pixels, 2 x 2 places a token; weights: the folder infinity_8b_weights."""
-    return _sized(40, 3584, 28, bits=56)
-
-
-@preset(tokenizer="msbsq_d32", weights=NOT_PUBLIC)
-def infinity_20b() -> InfinityConfig:
-    """58 blocks, 1024 pixels."""
-    return _sized(58, 4608, 36, drop_path=0.25)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from arcore.catalog.claims import Claim, at_least, steps
 from arcore.nn import MambaMixer
 from arcore.ops import selective_scan
-from arcore.zoo.state_space.mamba.model import Mamba, MambaConfig
+from arcore.zoo.state_space.mamba.config import MambaConfig
+from arcore.zoo.state_space.mamba.model import Mamba
 
 
 class _Task(NamedTuple):

@@ -1,18 +1,4 @@
-"""Architecture and objective of language models, compared (Wang et al., arXiv:2204.05832).
-
-Three architectures: CD, a causal decoder; ND, the same weights with a prefix that sees itself in both directions; ED,
-an encoder and a decoder, of twice the parameters at about the same cost. Three objectives: FLM, all tokens in order;
-PLM, a text cut at random, its second part predicted from the first; MLM, spans of about three tokens, 15 % of a text,
-predicted from what stands around them. All are pairs of inputs and targets, so one loop trains them; CD reads
-`[inputs; targets]` causally, ND with the inputs as prefix, ED the inputs by its encoder. ND with FLM has no inputs and
-is CD with FLM.
-
-`run` trains all of them for equal steps on a text and measures what can be done with each: the loss of next tokens, the
-choice among four continuations before and after a stage of several tasks in prompts, and how soon a causal model
-trained on FLM becomes one for MLM.
-
-Legend: B rows, N inputs, M targets, C width.
-"""
+"""What `arcore run compare_objectives` trains and measures."""
 
 from __future__ import annotations
 
@@ -20,123 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.catalog import System
-from arcore.catalog.claims import Claim, Row, at_least, at_most, equals, steps
+from arcore.catalog.claims import steps
 from arcore.catalog.running import Report, check_bounds
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import ByteTokenizer
-from arcore.masks import causal, full, prefix_lm
-from arcore.nn.kinds import check_kinds
-from arcore.nn.t5 import T5Stack
-from arcore.zoo.statistics.reusable_holdout import EvalGuard, guard_file
-
-SYSTEM = System(
-    name="compare_objectives",
-    title="Architecture and objective",
-    paper="arXiv:2204.05832",
-    topic="language",
-    kind="theory",
-    summary="Causal, prefix and encoder-decoder models under three objectives: losses, zero-shot choices, adaptation.",
-    claim="A prefix of nothing is the causal model exactly; the causal model trained on all tokens predicts them best.",
-    checked_on="real data",
-    builds_on=("reusable_holdout",),
+from arcore.zoo.language.compare_objectives.model import (
+    START,
+    Architecture,
+    Model,
+    Objective,
+    Pair,
+    make_pair,
 )
-
-Architecture = Literal["CD", "ND", "ED"]
-Objective = Literal["FLM", "PLM", "MLM"]
-START, SENTINEL, VOCAB = 256, 257, 320
-
-
-class Pair(NamedTuple):
-    """What is given and what is predicted.
-
-    Attributes:
-        inputs: int64 `[B, N]`, the start token first.
-        targets: int64 `[B, M]`.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-
-
-class Model(nn.Module):
-    """One of the three architectures, of T5's layers.
-
-    Args:
-        architecture: CD and ND have the same weights.
-        dim: width C.
-        layers: of the decoder, and of the encoder of ED.
-        heads: of the attention.
-    """
-
-    def __init__(self, architecture: Architecture, *, dim: int, layers: int, heads: int) -> None:
-        super().__init__()
-        if architecture not in get_args(Architecture):
-            raise ValueError(f"expected CD, ND or ED but got {architecture!r}")
-        self.architecture = architecture
-        self.embedding = nn.Embedding(VOCAB, dim)
-        self.encoder = T5Stack(dim, layers, heads, 2 * dim) if architecture == "ED" else None
-        self.decoder = T5Stack(dim, layers, heads, 2 * dim, cross=architecture == "ED")
-        self.head = nn.Linear(dim, VOCAB, bias=False)
-
-    def forward(self, pair: Pair) -> Tensor:
-        """Logits of the targets, `[B, M, V]`."""
-        inputs, targets = pair
-        if self.encoder is not None:
-            memory = self.encoder(self.embedding(inputs), full(inputs.shape[1], inputs.shape[1]))
-            before = torch.cat([torch.full_like(targets[:, :1], START), targets[:, :-1]], 1)
-            hidden = self.decoder(self.embedding(before), causal(before.shape[1]), memory)
-            return self.head(hidden)
-        ids = torch.cat([inputs, targets[:, :-1]], 1)
-        # The last input predicts the first target; with the start token alone nothing is bidirectional.
-        prefix = inputs.shape[1] if self.architecture == "ND" else 0
-        hidden = self.decoder(self.embedding(ids), prefix_lm(ids.shape[1], prefix))
-        return self.head(hidden[:, inputs.shape[1] - 1 :])
-
-
-@check_kinds
-def make_pair(objective: Objective, texts: Tensor, generator: torch.Generator) -> Pair:
-    """Inputs and targets of texts, int64 bytes `[B, L]`; cuts and spans are shared by the rows.
-
-    Raises:
-        ValueError: unknown objective, or texts too short for it.
-    """
-    length = texts.shape[1]
-    start = torch.full_like(texts[:, :1], START)
-    if objective == "FLM":
-        return Pair(start, texts)
-    if length < 4:
-        raise ValueError(f"expected texts of at least 4 tokens but got {length}")
-    if objective == "PLM":
-        cut = int(torch.randint(1, length, (), generator=generator))
-        return Pair(torch.cat([start, texts[:, :cut]], 1), texts[:, cut:])
-    if objective != "MLM":
-        raise ValueError(f"expected FLM, PLM or MLM but got {objective!r}")
-    noise = max(1, round(0.15 * length))
-    count = max(1, round(noise / 3))
-    sizes, gaps = _parts(noise, count, generator), _parts(length - noise, count + 1, generator)
-    inputs, targets, place = [start], [], 0
-    for number, (gap, size) in enumerate(zip(gaps, sizes, strict=False)):
-        sentinel = torch.full_like(start, SENTINEL + number)
-        inputs += [texts[:, place : place + gap], sentinel]
-        targets += [sentinel, texts[:, place + gap : place + gap + size]]
-        place += gap + size
-    inputs.append(texts[:, place:])
-    targets.append(torch.full_like(start, SENTINEL + count))
-    return Pair(torch.cat(inputs, 1), torch.cat(targets, 1))
-
-
-def _parts(total: int, count: int, generator: torch.Generator) -> list[int]:
-    """A number as a sum of so many numbers of at least 1, at random; fewer where it is too small."""
-    count = min(count, total)
-    cuts = (torch.randperm(total - 1, generator=generator)[: count - 1] + 1).sort().values.tolist()
-    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+from arcore.zoo.statistics.reusable_holdout import EvalGuard, guard_file
 
 
 class Data:
@@ -392,7 +280,9 @@ def _adaptation(options: Options, data: Data, state: dict[str, Tensor], wanted: 
     return taken if reached else None
 
 
-def _figure(grid: Grid) -> Any:
+def figure_of(grid: Grid) -> Any:
+    """Losses of next bytes as bars, to be drawn on a figure."""
+
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         names = list(grid.entries)
@@ -431,48 +321,4 @@ def run(options: Options) -> Report:
         "adapted_steps": grid.adapted,
         "scratch_steps": grid.scratch,
     }
-    return Report("\n".join(lines), values, _figure(grid), size=(7.0, 4.0))
-
-
-@torch.no_grad()
-def _exact_rows() -> list[Row]:
-    """CD and ND of the same weights, and what a prefix sees."""
-    torch.manual_seed(0)
-    one, other = (Model(kind, dim=32, layers=2, heads=4) for kind in ("CD", "ND"))
-    other.load_state_dict(one.state_dict())
-    texts = torch.randint(256, (2, 20))
-    generator = torch.Generator().manual_seed(0)
-    flm = make_pair("FLM", texts, generator)
-    same = (one(flm) - other(flm)).abs().max()
-    pair = Pair(torch.cat([torch.full((2, 1), START), texts[:, :9]], 1), texts[:, 9:])
-    changed = pair.inputs.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % 256
-
-    def first(model: Model, inputs: Tensor, prefix: int) -> Tensor:
-        hidden: Tensor = model.decoder(model.embedding(inputs), prefix_lm(inputs.shape[1], prefix))[:, 0]
-        return hidden
-
-    seen = (first(other, pair.inputs, 10) - first(other, changed, 10)).abs().max()
-    unseen = (first(one, pair.inputs, 0) - first(one, changed, 0)).abs().max()
-    return [
-        equals("ND without a prefix against CD, largest difference", same, 0),
-        at_least("change of the first state of a prefix by its last token", seen, 1e-6),
-        equals("the same in CD", unseen, 0),
-    ]
-
-
-def claim(*, quick: bool) -> Claim:
-    """Masks; in full all nine trained on the Bible for equal steps."""
-    if quick:
-        small = Options(steps=2, multitask=0, context=24, batch=2, dim=16, layers=1, heads=2)
-        return Claim(tuple(_exact_rows()), draw=_figure(compare(small)), size=(7.0, 4.0))
-    grid = compare(Options())
-    others = min(
-        entry.next_token for name, entry in grid.entries.items() if name[1] != "FLM" or name[0] == "ED"
-    )
-    best = grid.entries["CD", "FLM"].next_token
-    rows = [
-        *_exact_rows(),
-        at_most("next-byte loss of CD:FLM less the least of the others", best - others, 0.0),
-    ]
-    return Claim(tuple(rows), draw=_figure(grid), size=(7.0, 4.0))
+    return Report("\n".join(lines), values, figure_of(grid), size=(7.0, 4.0))
