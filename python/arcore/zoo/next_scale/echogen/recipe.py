@@ -32,8 +32,8 @@ from arcore.zoo.next_scale.echogen.references import (
     small_sizes,
     subjects_of,
 )
-from arcore.zoo.next_scale.infinity.draw import draw_bits
 from arcore.zoo.next_scale.infinity.config import InfinityConfig
+from arcore.zoo.next_scale.infinity.draw import draw_bits
 from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.recipe import (
     InfinityOptions,
