@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from arcore.cli import main
-from arcore.recipes import train
+from arcore.recipes import forecasting, train
 from arcore.recipes.forecasting import ForecastSampling, TableOptions
 
 pandas = pytest.importorskip("pandas")
@@ -72,6 +73,28 @@ def test_what_orders_the_rows_is_said(table: Path, tmp_path: Path, capsys: Any):
     said = capsys.readouterr().err
     assert "the column 'Time' orders the rows" in said
     assert "1 series of a, b, 160 rows in all" in said
+
+
+def test_exponential_smoothing_stands_beside_a_forecast_or_is_told_to_be_missing(
+    trained: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("statsmodels")
+    words = ["sample", str(trained), "--horizon", "4", "--backtest", "--out", str(tmp_path / "f.png")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "ETS              mse" in said
+    assert "not among the baselines" not in said
+    assert {"ETS", "drift"} <= set(pandas.read_csv(tmp_path / "f.csv").columns)
+    monkeypatch.setattr(forecasting, "ETS_FITS", 1)
+    assert main(words) == 0
+    assert "ETS is not among the baselines: 1 forecasts of 2 columns are 2 fits" in capsys.readouterr().out
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "statsmodels" else find(name, *rest)
+    )
+    assert main(words) == 0
+    assert "it needs the package statsmodels; run `pip install statsmodels`" in capsys.readouterr().out
+    assert "ETS" not in pandas.read_csv(tmp_path / "f.csv").columns
 
 
 def test_a_forecast_from_the_command_line(trained: Path, table: Path, tmp_path: Path, capsys: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arcore._optional import require
@@ -91,12 +92,11 @@ def scores(
     """
     scale = torch.ones(actual.shape[1], dtype=actual.dtype) if scale is None else scale
     mean = paths.mean(0)
-    error = (mean - actual) / scale
     known = season if len(history) > season else 1
     found = mase(mean, actual, history, known) if len(history) > known else torch.tensor([math.nan])
     return {
-        "mse": float(error.square().mean()),
-        "mae": float(error.abs().mean()),
+        "mse": float(F.mse_loss(mean / scale, actual / scale)),
+        "mae": float(F.l1_loss(mean / scale, actual / scale)),
         "mase": float(found.nanmean()),
         "crps": float(crps(paths / scale, actual / scale)),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore._files import atomic_path
+from arcore._optional import how_to_install
 from arcore.catalog import get_config, load_checkpoint
 from arcore.data.calendar import CALENDAR, Gaps, calendar, season, times_to_come
 from arcore.data.forecast_baselines import ETS, SIMPLE, baselines
@@ -329,6 +331,7 @@ class Forecasting(Recipe):
             f"  {name:16} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items())
             for name, row in score.items()
         ]
+        lines += _without_ets(len(windows.columns), len(ends))
         return [*lines, f"picture: {out / PICTURE}", f"forecast: {shlex.join(words)}"]
 
     def default_sampling(self) -> Any:
@@ -415,7 +418,7 @@ class Forecasting(Recipe):
                 )
                 for which, one in enumerate(series)
             ]
-        notes = []
+        notes = _without_ets(len(series[0].columns), len(series))
         if len(made[0].paths) == 1:
             made = [
                 dataclasses.replace(
@@ -460,8 +463,24 @@ class Forecasting(Recipe):
 
 
 def _baselines(past: Series, horizon: int, rows: int, forecasts: int) -> dict[str, Tensor]:
-    which = SIMPLE if forecasts * len(past.columns) > ETS_FITS else (*SIMPLE, ETS)
+    which = SIMPLE if _without_ets(len(past.columns), forecasts) else (*SIMPLE, ETS)
     return baselines(past.values, horizon, rows, which)
+
+
+def _without_ets(columns: int, forecasts: int) -> list[str]:
+    """Why exponential smoothing is not among the baselines, in one sentence; empty where it is."""
+    if importlib.util.find_spec("statsmodels") is None:
+        return [
+            f"{ETS} is not among the baselines: it needs the package statsmodels; run "
+            f"{how_to_install('series', 'statsmodels')}"
+        ]
+    fits = columns * forecasts
+    if fits > ETS_FITS:
+        return [
+            f"{ETS} is not among the baselines: {forecasts} forecasts of {columns} columns are {fits} fits of it, and "
+            f"at most {ETS_FITS} are waited for"
+        ]
+    return []
 
 
 def _mean_scores(found: Sequence[Forecast]) -> dict[str, dict[str, float]]:

@@ -213,6 +213,11 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(name: str, tmp_path: 
             r"expected 1 rewards .* got 2",
         ),
         ("def rewards(p, r):\n    return 1.0\n", r"to return a mapping or a list of numbers but got 1.0"),
+        ("def rewards(p, r):\n    return {}\n", r"at least one reward of rewards\(\) but got \{\}"),
+        ("def reward(p, r):\n    raise SystemExit(3)\n", r"reward\(\) raised SystemExit: 3"),
+        ("def reward(p, r):\n    return 10**400\n", r"to return a number but got 1000"),
+        ("def reward(p, r):\n    return 1e39\n", r"to be finite but got 1e\+39"),
+        ("def reward(p):\n    return 1.0\n", r"reward\(\) raised TypeError: .*takes 1 positional argument"),
     ],
 )
 def test_a_judge_that_fails_loses_nothing(source: str, told: str, tmp_path: Path) -> None:
@@ -230,6 +235,38 @@ def test_a_judge_that_fails_loses_nothing(source: str, told: str, tmp_path: Path
     with pytest.raises(RuntimeError, match=rf"step 1: .*{told}.*kept in .*step-000001"):
         stopping.advance()
     assert stopping.step == 0
+
+
+def test_an_evaluation_that_cannot_be_judged_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The judge fails in the evaluation behind step 2 alone: 8 calls of the first one and 16 of the steps are fine."""
+    source = "n = []\ndef reward(p, r):\n    n.append(1)\n    return float('nan') if len(n) == 25 else len(n) % 2\n"
+    monkeypatch.setattr(loop, "language_model", lambda source: small())
+    report = align.run(options(tmp_path, source=source, eval_every=2, save_every=9, steps=3))
+    assert [found["step"] for found in report.values["evaluations"]] == [0, 3]
+    assert "not judged: evaluation at step 2: expected reward() to be finite" in report.text
+    assert "evaluation at step 2: expected reward() to be finite" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "run/failed/evaluation-000002.json").read_text())
+    assert len(kept["responses"]) == 4
+    other = options(tmp_path, source=source, eval_every=2, save_every=9, steps=3, on_reward_error="stop")
+    other = other.__class__(**{**other.__dict__, "out": tmp_path / "stopped"})
+    with pytest.raises(RuntimeError, match=r"evaluation at step 2: .*kept in .*evaluation-000002\.json"):
+        align.run(other)
+    # What was learnt before the evaluation is there to go on from.
+    assert json.loads((tmp_path / "stopped/checkpoint/state.json").read_text())["step"] == 2
+
+
+def test_rewards_in_another_order_and_of_the_runs_own_names(tmp_path: Path) -> None:
+    source = (
+        "n = []\ndef rewards(p, r):\n    n.append(1)\n    found = {'loss': 0.25, 'b': len(n) % 2}\n"
+        "    return found if len(n) % 3 else dict(reversed(found.items()))\n"
+    )
+    figures = Aligner(options(tmp_path, source=source), small()).advance()
+    assert figures["reward_loss"] == 0.25
+    assert figures["b"] == 0.5
+    assert figures["reward"] == pytest.approx(0.375)
+    assert figures["loss"] != 0.25
 
 
 def test_equal_rewards_change_nothing_and_are_told(tmp_path: Path) -> None:

@@ -222,7 +222,8 @@ def run(options: Options) -> Report:
     if options.resume or options.evaluate:
         load(aligner)
     if options.evaluate:
-        aligner.evaluate()
+        if not aligner.evaluate():
+            raise RuntimeError(aligner.unjudged[-1])
         save(aligner)
         return Report(
             summary(aligner), {"evaluations": aligner.evaluations}, lambda f: draw(f, aligner), (9, 6)
@@ -233,10 +234,14 @@ def run(options: Options) -> Report:
         while aligner.step < options.steps:
             shown.add(aligner.advance())
             done = aligner.step == options.steps
-            if aligner.held_out and (done or aligner.step % options.eval_every == 0):
-                shown.evaluated(aligner.evaluate())
-            if done or aligner.step % options.save_every == 0:
+            evaluating = bool(aligner.held_out) and (done or aligner.step % options.eval_every == 0)
+            if evaluating or done or aligner.step % options.save_every == 0:
+                # Before the evaluation, in which the judge may fail.
                 save(aligner)
+            if evaluating:
+                shown.evaluated(aligner.evaluate())
+                save(aligner)
+            if done or aligner.step % options.save_every == 0:
                 shown.plot()
     if options.save_merged:
         from arcore.catalog.checkpoints import save_pretrained

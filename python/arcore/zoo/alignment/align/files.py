@@ -19,10 +19,13 @@ CHECKPOINT = "checkpoint"
 _SAME = ("objective", "model", "reward", "group", "prompts_per_step", "max_new_tokens", "lora_rank", "seed")
 
 
-def keep(run: Any, rollout: Rollout, prompts: list[str], responses: list[str], failure: Exception) -> Path:
-    path = Path(run.options.out) / "failed" / f"step-{run.step + 1:06d}.json"
+def keep(
+    run: Any, name: str, rollout: Rollout, prompts: list[str], responses: list[str], failure: Exception
+) -> Path:
+    """Write responses that could not be judged to `failed/NAME.json` in the run's folder."""
+    path = Path(run.options.out) / "failed" / f"{name}.json"
     content = {
-        "step": run.step + 1,
+        "name": name,
         "error": str(failure),
         "prompts": prompts,
         "responses": responses,
@@ -48,6 +51,7 @@ def save(run: Any) -> None:
         "rows": run.rows,
         "evaluations": run.evaluations,
         "skipped": run.skipped,
+        "unjudged": run.unjudged,
     }
     with atomic_folder(out / CHECKPOINT) as folder:
         torch.save({name: p.detach().clone() for name, p in run.trained.items()}, folder / "trained.pt")
@@ -89,7 +93,7 @@ def load(run: Any) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = run.options.lr
     run.step, run.rows, run.skipped = state["step"], state["rows"], state["skipped"]
-    run.evaluations = state["evaluations"]
+    run.evaluations, run.unjudged = state["evaluations"], state.get("unjudged", [])
     run.judge.names.extend(state["names"])
     run.weights = None if state["weights"] is None else torch.tensor(state["weights"])
     run.factor = state.get("factor", 1.0)

@@ -31,6 +31,19 @@ from arcore.zoo.alignment.align.rewards import (
 from arcore.zoo.alignment.dynamic_reward_weighting import HypervolumeWeight, gradient_weights
 from arcore.zoo.statistics.reusable_holdout import EvalGuard, Guarded
 
+# Figures of a step beside the rewards by name.
+OWN = (
+    "step",
+    "reward",
+    "kl",
+    "entropy",
+    "length",
+    "loss",
+    "grad_norm",
+    "seconds",
+    "ratio_error",
+    "sampler_gap",
+)
 REVISE = "\nA better answer:\n"
 
 
@@ -46,6 +59,7 @@ class Aligner:
         evaluations: figures of each evaluation.
         step: steps done.
         skipped: steps without an update, and why.
+        unjudged: evaluations whose responses could not be judged, and why.
     """
 
     def __init__(self, options: Any, model: tuple[Any, Any] | None = None) -> None:
@@ -92,6 +106,7 @@ class Aligner:
         self.rows: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self.skipped: list[str] = []
+        self.unjudged: list[str] = []
         self.step = 0
 
     # -- setting up
@@ -202,13 +217,10 @@ class Aligner:
         try:
             scored = self._judged(rollout, prompts, responses)
         except RewardFailure as failure:
-            path = keep(self, rollout, prompts, responses, failure)
-            if self.options.on_reward_error == "stop":
-                raise RuntimeError(
-                    f"step {self.step + 1}: {failure}; the responses are kept in {path}; repair the reward and go on "
-                    "with --resume, or leave such steps out with --on-reward-error skip"
-                ) from failure
-            self.skipped.append(f"step {self.step + 1}: {failure} ({path})")
+            name = f"step-{self.step + 1:06d}"
+            self.skipped.append(
+                self._kept(f"step {self.step + 1}", name, rollout, prompts, responses, failure)
+            )
             scored = None
         if scored is not None:
             figures |= self._update(scored)
@@ -216,6 +228,24 @@ class Aligner:
         figures["seconds"] = time.monotonic() - began
         self.rows.append(figures)
         return figures
+
+    def _kept(
+        self,
+        what: str,
+        name: str,
+        rollout: Rollout,
+        prompts: list[str],
+        responses: list[str],
+        failure: RewardFailure,
+    ) -> str:
+        """Keep responses that could not be judged; a sentence about them, or the error where the run is to stop."""
+        path = keep(self, name, rollout, prompts, responses, failure)
+        if self.options.on_reward_error == "stop":
+            raise RuntimeError(
+                f"{what}: {failure}; the responses are kept in {path}; repair the reward and go on with --resume, or "
+                "go on without them with --on-reward-error skip"
+            ) from failure
+        return f"{what}: {failure} ({path})"
 
     def _judged(self, rollout: Rollout, prompts: list[str], responses: list[str]) -> Scored:
         o, group = self.options, self.options.group
@@ -330,10 +360,9 @@ class Aligner:
         if rollout.logp is not None:
             figures["sampler_gap"] = float((rollout.logp - before.logp)[mask].abs().max())
         if rollout.rewards is not None and rollout.rewards.shape[1] > 1:
-            figures |= {
-                name: float(value)
-                for name, value in zip(self.judge.names, rollout.rewards.mean(0), strict=True)
-            }
+            means = zip(self.judge.names, rollout.rewards.mean(0).tolist(), strict=True)
+            # A reward may be called as one of the run's own figures.
+            figures |= {f"reward_{name}" if name in OWN else name: value for name, value in means}
             if self.objective.needs == "several" and self.weights is not None:
                 figures |= {
                     f"weight_{n}": self.factor * float(w)
@@ -391,8 +420,19 @@ class Aligner:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean rewards of one response to each training and held-out prompt, and what the guard says; kept."""
-        parts = [self._evaluated(prompts) for prompts in (self.prompts[: len(self.held_out)], self.held_out)]
+        """Mean rewards of one response to each training and held-out prompt, and what the guard says; kept.
+
+        Returns:
+            The figures; {} where the responses could not be judged, which `unjudged` tells.
+        """
+        try:
+            parts = [
+                self._evaluated(prompts) for prompts in (self.prompts[: len(self.held_out)], self.held_out)
+            ]
+        except Unjudged as found:
+            what, name = f"evaluation at step {self.step}", f"evaluation-{self.step:06d}"
+            self.unjudged.append(self._kept(what, name, *found.responses, found.failure))
+            return {}
         scores = [found for found, _ in parts]
         if self.options.objective == "drw_hypervolume":
             self._measure_front(parts[0][1].mean(0))
@@ -420,7 +460,13 @@ class Aligner:
 
     def _evaluated(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """What counts of each response, `[B]`, and all of its rewards, `[B, M]`."""
-        _, texts, responses = self._respond(prompts, self.options.eval_samples, 2**40 + self.options.seed)
+        drawn = self._respond(prompts, self.options.eval_samples, 2**40 + self.options.seed)
+        try:
+            return self._scores(prompts, *drawn[1:])
+        except RewardFailure as failure:
+            raise Unjudged(drawn, failure) from failure
+
+    def _scores(self, prompts: list[str], texts: list[str], responses: list[str]) -> tuple[Tensor, Tensor]:
         if self.judge.kind == "prefer":
             for adapter in self.adapters:
                 adapter.enable_adapters(False)
@@ -438,6 +484,14 @@ class Aligner:
             self.weights if self.weights is not None else torch.full((matrix.shape[1],), 1 / matrix.shape[1])
         )
         return matrix @ weights, matrix
+
+
+class Unjudged(Exception):
+    """Responses of an evaluation that the judge failed on."""
+
+    def __init__(self, responses: tuple[Rollout, list[str], list[str]], failure: RewardFailure) -> None:
+        super().__init__(str(failure))
+        self.responses, self.failure = responses, failure
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -47,7 +47,7 @@ class Judge:
         """float32 `[B, M]`.
 
         Raises:
-            RewardFailure: a value is missing, no number or not finite, or the function raised.
+            RewardFailure: a value is missing, no number or not finite, or the function raised or ended the program.
         """
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
@@ -62,8 +62,16 @@ class Judge:
                 raise RewardFailure(
                     f"expected rewards() to return a mapping or a list of numbers but got {found!r} for {response!r}"
                 )
+            if not names:
+                raise RewardFailure(
+                    f"expected at least one reward of rewards() but got {found!r} for {response!r}"
+                )
             if not self.names:
                 self.names.extend(names)
+            if isinstance(found, Mapping) and set(names) == set(self.names):
+                # The same rewards in another order.
+                by_name = dict(zip(names, values, strict=True))
+                names, values = list(self.names), [by_name[name] for name in self.names]
             if names != self.names:
                 raise RewardFailure(
                     f"expected {len(self.names)} rewards ({', '.join(self.names)}) for every response but got "
@@ -89,7 +97,8 @@ class Judge:
     def _call(self, *texts: str) -> Any:
         try:
             return self.function(*texts)
-        except Exception as error:
+        # A function that calls sys.exit() must not end the run.
+        except (Exception, SystemExit) as error:
             raise RewardFailure(
                 f"{self.kind}() raised {type(error).__name__}: {error} for {texts[1]!r}"
             ) from error
@@ -97,11 +106,12 @@ class Judge:
     def _number(self, value: Any, response: str) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        # Whatever a type of its own may raise.
+        except Exception:
             raise RewardFailure(
                 f"expected {self.kind}() to return a number but got {value!r} for {response!r}"
             ) from None
-        if not math.isfinite(number):
+        if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
             raise RewardFailure(f"expected {self.kind}() to be finite but got {number} for {response!r}")
         return number
 
@@ -155,7 +165,7 @@ def load_judge(source: str, problems: Problems | None = None) -> Judge:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--reward {path}: the file raised {type(error).__name__}: {error}") from error
     found = [name for name in FUNCTIONS if callable(getattr(module, name, None))]
     if len(found) != 1:

@@ -18,6 +18,8 @@ TITLES = {
     "length": "tokens",
 }
 KEPT_ROWS = 15
+# Steps without an update of which each is told.
+TOLD = 3
 
 
 class Shown:
@@ -31,6 +33,7 @@ class Shown:
         self.aligner = aligner
         self._console = require("rich.console", extra="train").Console(stderr=True)
         self._live: Any = None
+        self._skipped = len(aligner.skipped)
 
     def __enter__(self) -> Shown:
         if self._console.is_terminal:
@@ -45,7 +48,12 @@ class Shown:
             self._live.stop()
 
     def add(self, figures: dict[str, float]) -> None:
-        """Show the figures of a step."""
+        """Show the figures of a step; the first ones without an update are told at once."""
+        skipped = self.aligner.skipped
+        if len(skipped) != self._skipped:
+            self._skipped = len(skipped)
+            if self._skipped <= TOLD:
+                self._tell(f"no update: {skipped[-1]}")
         if self._live is not None:
             self._live.update(self._table())
             return
@@ -56,9 +64,15 @@ class Shown:
             self._console.print(f"step {step}/{steps}  {told}", highlight=False, soft_wrap=True)
 
     def evaluated(self, figures: dict[str, float]) -> None:
-        """Show the figures of an evaluation."""
-        told = f"evaluation at step {int(figures['step'])}: {_evaluation(figures)}"
-        (self._live.console if self._live is not None else self._console).print(told, highlight=False)
+        """Show the figures of an evaluation, or that there are none."""
+        if figures:
+            self._tell(f"evaluation at step {int(figures['step'])}: {_evaluation(figures)}")
+        else:
+            self._tell(self.aligner.unjudged[-1])
+
+    def _tell(self, text: str) -> None:
+        console = self._live.console if self._live is not None else self._console
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def plot(self) -> None:
         """Write plot.png into the run's folder, if matplotlib is there."""
@@ -111,6 +125,7 @@ def summary(aligner: Any) -> str:
         lines.append(f"largest difference of the sampler's and the scorer's log-probabilities: {gap:.3g}")
     for found in aligner.evaluations:
         lines.append(f"evaluation at step {int(found['step'])}: {_evaluation(found)}")
+    lines += [f"not judged: {one}" for one in aligner.unjudged]
     if aligner.skipped:
         lines.append(f"{len(aligner.skipped)} steps without an update, first: {aligner.skipped[0]}")
     return "\n".join(lines)

@@ -187,6 +187,7 @@ class STSSDL(nn.Module):
     graph: Tensor
     usual: Tensor
     zero: Tensor
+    scale: Tensor
     seen: Tensor
 
     def __init__(self, config: STSSDLConfig) -> None:
@@ -205,10 +206,12 @@ class STSSDL(nn.Module):
         self.to_graph = nn.Linear(2 * both, config.time_dim)
         self.decoder = GraphGRU(inputs, both, config.order)
         self.head = nn.Linear(both, 1)
-        # What the data decide: the nodes' graph, the usual week, where a zero lies among normalised values.
+        # What the data decide: the nodes' graph, the usual week, where a zero lies among normalised values, and how
+        # much of the table's unit one of them is.
         self.register_buffer("graph", torch.eye(nodes))
         self.register_buffer("usual", torch.zeros(7 * config.slots, nodes))
         self.register_buffer("zero", torch.full((nodes,), -math.inf))
+        self.register_buffer("scale", torch.ones(nodes))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         if not self.prototypes.is_meta:
             for parameter in (self.embed_node, self.embed_time):
@@ -217,7 +220,9 @@ class STSSDL(nn.Module):
                 nn.init.xavier_normal_(parameter)
 
     @torch.no_grad()
-    def know(self, graph: Tensor, values: Tensor, calendar: Tensor, zero: Tensor) -> None:
+    def know(
+        self, graph: Tensor, values: Tensor, calendar: Tensor, zero: Tensor, scale: Tensor | None = None
+    ) -> None:
         """Take over what the data decide.
 
         Args:
@@ -225,6 +230,8 @@ class STSSDL(nn.Module):
             values: normalised training rows `[T, N]`.
             calendar: int64 `[T, 5]` of them.
             zero: normalised value of a zero, `[N]`.
+            scale: what values were divided by, `[N]`, so that errors count in the table's unit, as the weights of the
+                auxiliary losses assume; ones when None.
 
         Raises:
             ValueError: the graph has another shape or a negative entry.
@@ -245,6 +252,7 @@ class STSSDL(nn.Module):
         counts = torch.zeros_like(self.usual).index_add_(0, slot, known.to(values.dtype))
         self.usual.copy_(sums / counts.clamp(min=1))
         self.zero.copy_(zero)
+        self.scale.copy_(torch.ones_like(zero) if scale is None else scale)
 
     def day_slot(self, calendar: Tensor) -> Tensor:
         """The time of day of calendars `[..., 5]`, from 0 to slots - 1."""
@@ -315,12 +323,15 @@ class STSSDL(nn.Module):
         return torch.cat([self.embed_value(values.unsqueeze(-1)), time, self.embed_node.expand(shape)], -1)
 
     def objective(self, values: Tensor, calendar: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Absolute error of the next rows and both auxiliary losses, of windows `[B, context + horizon, N]`."""
+        """Absolute error of the next rows and both auxiliary losses, of windows `[B, context + horizon, N]`.
+
+        As in the released code the error is in the table's unit, where `know` was told the scale.
+        """
         past, actual = values[:, : self.context], values[:, self.context :]
         out, found = self(past, calendar, actual if self.training else None)
         if self.training:
             self.seen.add_(1)
-        error = (out - actual).abs()
+        error = (out - actual).abs() * self.scale
         if self.config.masked:
             known = (actual - self.zero).abs() > 1e-6
             error = torch.where(known, error, 0.0) / known.float().mean().clamp(min=1e-6)
@@ -374,7 +385,8 @@ class STSSDL(nn.Module):
 def _initial(name: str, like: Tensor) -> Tensor:
     if name == "graph":
         return torch.eye(len(like), device="cpu")
-    return torch.full(like.shape, -math.inf if name == "zero" else 0, dtype=like.dtype, device="cpu")
+    fill = {"zero": -math.inf, "scale": 1}.get(name, 0)
+    return torch.full(like.shape, fill, dtype=like.dtype, device="cpu")
 
 
 @preset

@@ -61,7 +61,8 @@ def introduce(model: STSSDL, train: SeriesWindows, graph: Tensor) -> None:
     """Let a model know the graph and the training rows of windows."""
     rows = torch.cat([(one.values - train.mean) / train.std for one in train.series]).float()
     times = [one.times for one in train.series if one.times is not None]
-    model.know(graph, rows, calendar(torch.cat(times)), (-train.mean / train.std).float())
+    zero, scale = (-train.mean / train.std).float(), train.std.float()
+    model.know(graph, rows, calendar(torch.cat(times)), zero, scale)
 
 
 def graph_of(columns: Sequence[str], options: Any) -> Tensor:
