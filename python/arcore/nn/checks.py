@@ -184,7 +184,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def same_values(theirs: Tensor, ours: Tensor, *, rtol: float = 0.0, atol: float = 1e-5) -> bool:
-    """Whether a table from a file is ours, up to the precision that it was stored in.
+    """Whether a table from a file is ours, up to the precision that it was stored in, now or before.
 
     Args:
         theirs: of any dtype, such as float16.
@@ -197,7 +197,11 @@ def same_values(theirs: Tensor, ours: Tensor, *, rtol: float = 0.0, atol: float 
     if theirs.shape != ours.shape:
         return False
     if theirs.is_floating_point():
-        info = torch.finfo(theirs.dtype)
+        # A file of half precision that was converted back still has that precision.
+        coarse = (torch.bfloat16, torch.float16)
+        info = torch.finfo(
+            next((d for d in coarse if torch.equal(theirs.to(d).to(theirs.dtype), theirs)), theirs.dtype)
+        )
         # Rounding both to the file's dtype, and one more step, because they may stand on two sides of a tie.
         rtol, atol = max(rtol, 2 * info.eps), max(atol, 2 * info.smallest_normal * info.eps)
     return torch.allclose(theirs.double(), ours.double(), rtol=rtol, atol=atol)

@@ -11,7 +11,7 @@ states of the model they serve and have no cache of their own.
 Hydra++ is a setting: a prefix layer of the model's kind, with a cache of its own, between the model's hidden states and
 the heads, more layers per head, and the model's own distributions as targets (`arcore train hydra --kind hydra++`).
 
-Left out: the released files of heads, and noise on embeddings.
+Left out: noise on embeddings.
 
 Legend: B rows, L tokens, C width of the model, V vocabulary, i head from 0.
 """

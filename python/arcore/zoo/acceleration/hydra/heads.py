@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,6 +182,41 @@ class HydraHeads(nn.Module):
             head.bias.zero_()  # type: ignore[operator, union-attr]
         return self
 
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the released heads (`hydra_lm_head.pt`), with or without a prefix layer, under our names.
+
+        The embedding that the released prefix layer holds is never read and is dropped.
+
+        Raises:
+            ValueError: heads of the prefix layer are of another width.
+        """
+        ours: dict[str, Tensor] = {}
+        # Dropout may stand between the blocks, so their numbers have gaps.
+        places: dict[str, set[int]] = {}
+        for key in state:
+            if found := _OFFICIAL_BLOCK.match(key):
+                places.setdefault(found[1], set()).add(int(found[2]))
+        for key, value in state.items():
+            if key == f"{_PREFIX}embed_tokens.weight":
+                continue
+            if key.endswith("rotary_emb.inv_freq"):
+                heads = self.config.prefix_heads
+                if heads is not None and 2 * len(value) * heads != self.config.dim:
+                    raise ValueError(
+                        f"the prefix layer has heads of width {2 * len(value)} but the model has "
+                        f"{self.config.dim // heads}: set prefix_heads"
+                    )
+                continue
+            if found := _OFFICIAL_BLOCK.match(key):
+                key = f"blocks.{found[1]}.{sorted(places[found[1]]).index(int(found[2]))}.{found[3]}"
+            ours[_OFFICIAL_LAST.sub(r"lm_heads.\1.\2", key)] = value
+        first = f"{_PREFIX}layers.0."
+        for parts, name in _OFFICIAL_PREFIX.items():
+            keys = [f"{_PREFIX if part == 'norm' else first}{part}.weight" for part in parts.split()]
+            if all(key in ours for key in keys):
+                ours[name] = torch.cat([ours.pop(key) for key in keys])
+        return ours
+
     def last_layer(self, model: Any) -> Tensor:
         """The model's last layer for the tokens that heads propose, `[D, C]`."""
         weight = _lm_weight(model)[: self.config.vocab_size]
@@ -250,6 +286,21 @@ class HydraHeads(nn.Module):
             between = torch.stack([embedded[:, k : k + count] for k in range(1, i + 2)], dim=2)
             out.append(self.head(i, hidden[:, :count], between, model, last_layer))
         return out
+
+
+_PREFIX = "prefix_embeding_layer."
+_OFFICIAL_BLOCK = re.compile(r"^hydra_mlp\.(\d+)\.(\d+)\.(.+)$")
+_OFFICIAL_LAST = re.compile(r"^hydra_lm_head\.(\d+)\.(?:1\.)?(weight|bias)$")
+# Which of the released layer's parts, one after the other, are which of ours.
+_OFFICIAL_PREFIX = {
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj": "prefix.layers.0.attention.qkv.weight",
+    "self_attn.o_proj": "prefix.layers.0.attention.out.weight",
+    "mlp.gate_proj mlp.up_proj": "prefix.layers.0.mlp.gate_up.weight",
+    "mlp.down_proj": "prefix.layers.0.mlp.down.weight",
+    "input_layernorm": "prefix.layers.0.norm1.weight",
+    "post_attention_layernorm": "prefix.layers.0.norm2.weight",
+    "norm": "prefix.norm.weight",
+}
 
 
 @check_kinds
@@ -346,3 +397,9 @@ def hydra_plus_smollm2_135m() -> HydraConfig:
 def hydra_vicuna_7b() -> HydraConfig:
     """The paper's heads for Vicuna of 7 B parameters."""
     return HydraConfig(dim=4096, vocab_size=32000)
+
+
+@preset
+def hydra_plus_vicuna_7b() -> HydraConfig:
+    """The paper's Hydra++ for Vicuna of 7 B parameters: heads of four layers behind a prefix layer."""
+    return HydraConfig(dim=4096, vocab_size=32000, num_layers=4, prefix_heads=32, prefix_hidden_dim=11008)

@@ -253,7 +253,8 @@ class HMAR(VAR):
             else:
                 ours[name] = value
         if self.config.refinement and any(name.startswith("blocks.") for name in state):
-            ours["mask_embed"] = self.mask_embed.detach().clone()
+            fresh = self.mask_embed.detach()
+            ours["mask_embed"] = torch.zeros(fresh.shape) if fresh.is_meta else fresh.clone()
         return ours
 
 

@@ -73,8 +73,7 @@ class Infinity(nn.Module):
         for table in (self.level_embed.weight, self.pos_start, self.text_pool.query):
             assert table is not None
             nn.init.trunc_normal_(table, std=std)
-        nn.init.trunc_normal_(self.null_text, std=1.2)
-        self.null_text.div_(math.sqrt(config.text_dim))
+        _null_rows(self.null_text)
         for name, weight in self.blocks.named_parameters():
             if name.endswith(("attn.proj.weight", "cross.proj.weight", "ffn.fc2.weight")):
                 weight.div_(math.sqrt(2 * config.depth))
@@ -279,7 +278,10 @@ class Infinity(nn.Module):
             wanted = getattr(self, name)
             if name in ours and ours[name].shape[1:] == wanted.shape[1:]:
                 given = ours[name][: len(wanted)]
-                ours[name] = torch.cat([given, wanted.detach()[len(given) :].to(given)])
+                rest = wanted.detach()[len(given) :]
+                if rest.is_meta and not given.is_meta:
+                    rest = _null_rows(torch.empty(rest.shape, dtype=rest.dtype))
+                ours[name] = torch.cat([given, rest.to(given)])
         return ours
 
     def _tables(self) -> tuple[str, ...]:
@@ -288,6 +290,11 @@ class Infinity(nn.Module):
 
     def _official_names(self) -> tuple[tuple[str, str], ...]:
         return OFFICIAL_NAMES
+
+
+def _null_rows(table: Tensor) -> Tensor:
+    """Give a table of vectors of the null text its random values."""
+    return nn.init.trunc_normal_(table, std=1.2).div_(math.sqrt(table.shape[1]))
 
 
 def bit_loss(logits: Tensor, bits: list[Tensor]) -> Tensor:
