@@ -24,7 +24,7 @@ from arcore import masks
 from arcore.ops import block_sparse_attention
 
 OP = "block_sparse_attention"
-OWN = ("arcore", "arcore_sm90a")
+OWN = ("arcore", "arcore_sm90a", "arcore_sm90a_fused")
 HEAD_DIM = 64
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -132,6 +132,11 @@ def _ours_sm90a(case: Case, device: str) -> Function:
     if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         raise RuntimeError("the sm_90a kernels need a GPU of compute capability 9.0")
     return _ours(case, device)
+
+
+def _ours_fused(case: Case, device: str) -> Function:
+    """The sm_90a kernels with the backward of five products; its forward is theirs."""
+    return _ours_sm90a(case, device)
 
 
 def _sdpa_mask(case: Case, device: str) -> Function:
@@ -261,6 +266,7 @@ def _cudnn_flex(case: Case, device: str) -> Function:
 IMPLEMENTATIONS = {
     "arcore": _ours,
     "arcore_sm90a": _ours_sm90a,
+    "arcore_sm90a_fused": _ours_fused,
     "flex_compiled": _flex,
     "flex_flash": _flex_flash,
     "flash3": _flash3,
@@ -325,8 +331,11 @@ def run(report: Report) -> None:
             if report.wanted is not None and impl not in report.wanted:
                 continue
             # "require": a number of the sm_90a kernels is theirs.
-            os.environ["ARCORE_SM90A"] = "require" if make is _ours_sm90a else "0"
+            os.environ["ARCORE_SM90A"] = "require" if make in (_ours_sm90a, _ours_fused) else "0"
+            os.environ["ARCORE_SM90A_BACKWARD"] = "fused" if make is _ours_fused else "two"
             for i, (direction, factor) in enumerate((("forward", 4), ("backward", 10))):
+                if make is _ours_fused and direction == "forward":
+                    continue
 
                 def runs(
                     case: Case = case, make: Any = make, sets: Any = sets, direction: str = direction
@@ -382,16 +391,20 @@ def verdicts(report: Report) -> list[str]:
             mine = report.find(impl="arcore", **where)
             if mine is None:
                 continue
-            for family, impl in (("sm80", "arcore"), ("sm90a", "arcore_sm90a")):
-                found = report.find(impl=impl, **where)
-                if found is None:
-                    continue
-                goal = found[f"goal_{family}"]
+            own = [record for impl in OWN if (record := report.find(impl=impl, **where))]
+            for found in own:
+                name = "sm80" if found is mine else found["impl"].removeprefix("arcore_")
+                goal = found["goal_sm80" if found is mine else "goal_sm90a"]
                 lines.append(
                     f"{_verdict(found['tflops'] >= goal)} {case.name} {direction}: {found['tflops']:.0f} TFLOP/s, "
-                    f"goal of the {family} kernels {goal}"
+                    f"goal of the {name} kernels {goal}"
                 )
-            fastest = report.find(impl="arcore_sm90a", **where) or mine
+            two, fused = (report.find(impl=impl, **where) for impl in OWN[1:])
+            if two and fused:
+                lines.append(
+                    f"      {case.name} {direction}: fused {two['seconds'] / fused['seconds']:.2f} x the two kernels"
+                )
+            fastest = min(own[1:] or own, key=lambda record: record["seconds"])
             rivals = [r for i in IMPLEMENTATIONS if i not in OWN and (r := report.find(impl=i, **where))]
             if rivals:
                 best = min(rivals, key=lambda r: r["seconds"])

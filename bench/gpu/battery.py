@@ -60,7 +60,7 @@ LIMITS = {
 LEAST = {"machine": 10, "build": 60, "smoke": 30, "bench": 90, "tests": 90, "peers": 60, "sanitizer": 30}
 STAGES = tuple(LIMITS)
 SMOKE_SECONDS = 20.0  # for one op, its start included
-OWN = "arcore,arcore_sm90a"
+OWN = ("arcore", "arcore_sm90a", "arcore_sm90a_fused")  # the last two of attention alone
 # Implementations beside arcore's, best known first; attention's are those of bench/gpu/attention.py.
 PEERS = {
     "block_sparse_attention": (
@@ -88,7 +88,16 @@ print(json.dumps(facts))
 """
 
 
-ATTENTION, SM90A = "block_sparse_attention", "block_sparse_attention_sm90a"
+ATTENTION = "block_sparse_attention"
+# Kernels of attention that are off until they were seen to be right, with what switches them on. Tests and
+# records of theirs go by these names, as if they were ops of their own.
+VARIANTS = {
+    f"{ATTENTION}_sm90a": ("ARCORE_SM90A=1", "ARCORE_SM90A_BACKWARD=two"),
+    f"{ATTENTION}_sm90a_fused": ("ARCORE_SM90A=1", "ARCORE_SM90A_BACKWARD=fused"),
+}
+
+
+TIME_WAS_UP = "time was up"
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Outcome:
 
     @property
     def how(self) -> str:
-        return "time was up" if self.code is None else f"exit code {self.code}"
+        return TIME_WAS_UP if self.code is None else f"exit code {self.code}"
 
 
 @dataclass
@@ -153,6 +162,25 @@ class Battery:
             old = [r for r in self.bench.get(name, []) if tuple(r[k] for k in keys) not in new]
             self.bench[name] = old + fresh[name]
         self.bench["ceilings"] = fresh["ceilings"]
+
+    def leave_out(self, op: str, impl: str, reason: str | None) -> None:
+        """Notes why an implementation was not measured, or not to its end; None takes an older reason back."""
+        old = [
+            r for r in self.bench.get("skipped", []) if (r["op"], r["impl"], r["case"]) != (op, impl, "all")
+        ]
+        new = (
+            [{"op": op, "case": "all", "impl": impl, "direction": "all", "reason": reason}] if reason else []
+        )
+        self.bench["skipped"] = old + new
+
+    def with_variants(self, command_of: Callable[[str], list[str]]) -> dict[str, list[str]]:
+        """The command of each op, and that of attention for each of its variants that was built."""
+        commands = {op: command_of(op) for op in self.ops}
+        if self.machine.get("sm_90a") and ATTENTION in self.ops:
+            commands |= {
+                name: ["env", *switches, *command_of(ATTENTION)] for name, switches in VARIANTS.items()
+            }
+        return commands
 
     @property
     def device(self) -> str:
@@ -300,13 +328,9 @@ def build(battery: Battery, seconds: float) -> bool:
 def smoke(battery: Battery, seconds: float) -> bool:
     """The first small check of each op alone."""
     ended = time.monotonic() + seconds
-    names = list(battery.ops)
-    commands = {
-        op: [sys.executable, "bench/gpu/sanitize.py", op, "--first", "--device", battery.device]
-        for op in names
-    }
-    if battery.machine.get("sm_90a") and ATTENTION in names:
-        commands[SM90A] = ["env", "ARCORE_SM90A=1", *commands[ATTENTION]]
+    commands = battery.with_variants(
+        lambda op: [sys.executable, "bench/gpu/sanitize.py", op, "--first", "--device", battery.device]
+    )
     for op, command in commands.items():
         limit = max(5.0, min(SMOKE_SECONDS * (6 if battery.dry else 1), ended - time.monotonic()))
         outcome = run_one(command, limit, environment(1))
@@ -320,15 +344,11 @@ def smoke(battery: Battery, seconds: float) -> bool:
 
 def test(battery: Battery, seconds: float) -> bool:
     """pytest -m cuda, one process per op: a kernel that corrupts its context takes no other op with it."""
-    names = battery.ops
     with tempfile.TemporaryDirectory() as folder:
-        reports = {name: Path(folder) / f"{name}.xml" for name in names}
-        commands = {name: _pytest(battery, name, reports[name]) for name in names}
-        if battery.machine.get("sm_90a"):
-            # The same checks through the kernels that are off until they were seen to be right.
-            reports[SM90A] = Path(folder) / f"{SM90A}.xml"
-            commands[SM90A] = ["env", "ARCORE_SM90A=1", *_pytest(battery, ATTENTION, reports[SM90A])]
-        cores = 1 if battery.dry else max(1, (os.cpu_count() or 1) // len(names))
+        shared = battery.with_variants(lambda op: _pytest(battery, op))
+        reports = {name: Path(folder) / f"{name}.xml" for name in shared}
+        commands = {name: [*command, f"--junitxml={reports[name]}"] for name, command in shared.items()}
+        cores = 1 if battery.dry else max(1, (os.cpu_count() or 1) // len(commands))
         started = time.monotonic()
         outcomes = run_all(commands, 0.8 * seconds, environment(cores))
         for name, outcome in outcomes.items():
@@ -354,8 +374,8 @@ def test(battery: Battery, seconds: float) -> bool:
     return all(not red(result) for result in battery.tests.values())
 
 
-def _pytest(battery: Battery, name: str, report: Path) -> list[str]:
-    command = [sys.executable, "-m", "pytest", f"tests/{name}/test_cuda.py", "-v", f"--junitxml={report}"]
+def _pytest(battery: Battery, name: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", f"tests/{name}/test_cuda.py", "-v"]
     # Warnings of packages that this machine happens to have are no failures.
     command += ["-W", "default", "-p", "no:cacheprovider", "--tb=short", "-o", "junit_family=xunit2"]
     # What checks print belongs into the report; where one hangs, a traceback shows in which call.
@@ -424,17 +444,17 @@ def sanitize(battery: Battery, seconds: float) -> bool:
             op: {tool: "not run" for tool in ("synccheck", "memcheck", "racecheck")} for op in battery.ops
         }
         return True
+    names = battery.with_variants(lambda op: [sys.executable, "bench/gpu/sanitize.py", op])
     commands = {
-        f"{op} {tool}": [
-            program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all",
-            sys.executable, "bench/gpu/sanitize.py", op,
+        f"{name} {tool}": [
+            program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", *command,
         ]
         for tool in ("synccheck", "memcheck", "racecheck")
-        for op in battery.ops
+        for name, command in names.items()
     }  # fmt: skip
     # PyTorch's cache would hide accesses past the end of a tensor.
     variables = environment(1) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    battery.sanitizer = {op: {} for op in battery.ops}
+    battery.sanitizer = {name: {} for name in names}
     ended = time.monotonic() + 0.9 * seconds
     for tools in (("synccheck",), ("memcheck", "racecheck")):
         some = {name: command for name, command in commands.items() if name.split()[1] in tools}
@@ -458,7 +478,7 @@ def sanitizer_verdict(outcome: Outcome) -> str:
         return "clean" if outcome.good else f"no error found, but {outcome.how}"
     if outcome.code is None:
         done = outcome.output.count(" passed\n")
-        return f"time was up after {done} checks"
+        return f"{TIME_WAS_UP} after {done} checks"
     return summary or outcome.how
 
 
@@ -474,13 +494,13 @@ def profile(battery: Battery, seconds: float) -> None:
     program = shutil.which("ncu")
     if program is None or ATTENTION not in battery.ops:
         return
-    command = [program, "--clock-control", "none", "--set", "base", "--launch-count", "4", "--kernel-name",
-               "regex:forward|backward", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]  # fmt: skip
-    outcome = run_one(
-        command, seconds, environment(1) | {"ARCORE_SM90A": "1" if battery.machine.get("sm_90a") else "0"}
-    )
-    battery.log("sanitizer.log", f"==== ncu: {outcome.how}\n{outcome.output}\n")
-    print(f"   ncu: {outcome.how}")
+    command = [program, "--clock-control", "none", "--set", "base", "--launch-count", "4", "--kernel-name"]
+    command += ["regex:forward|backward|fused", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]
+    for name in VARIANTS if battery.machine.get("sm_90a") else (ATTENTION,):
+        switches = dict(switch.split("=") for switch in VARIANTS.get(name, ()))
+        outcome = run_one(command, seconds / 2, environment(1) | switches)
+        battery.log("sanitizer.log", f"==== ncu {name}: {outcome.how}\n{outcome.output}\n")
+        print(f"   ncu {name}: {outcome.how}")
 
 
 def benchmark(battery: Battery, op: str, impls: str, seconds: float) -> bool:
@@ -501,6 +521,7 @@ def benchmark(battery: Battery, op: str, impls: str, seconds: float) -> bool:
         outcome = run_one(command, seconds, environment(1 if battery.dry else os.cpu_count() or 1))
         battery.log("bench.log", f"==== {op} {impls}: {outcome.how}\n{outcome.output}\n")
         battery.add_records(target)
+    battery.leave_out(op, impls, None if outcome.code is not None else f"{TIME_WAS_UP} ({seconds:.0f} s)")
     battery.save()
     if not outcome.good:
         print(f"   {op} {impls}: {outcome.how}; the end of its output:\n{outcome.output[-600:]}", flush=True)
@@ -508,22 +529,40 @@ def benchmark(battery: Battery, op: str, impls: str, seconds: float) -> bool:
 
 
 def measure(battery: Battery, seconds: float) -> bool:
-    """arcore's own times, green or red; an op may take what the others leave."""
+    """arcore's own times, green or red, a process each; one may take what the others leave.
+
+    What hung in the smoke stage is left out: it would hang again and use up the others' time.
+    """
     ended, good = time.monotonic() + seconds, True
-    for i, op in enumerate(battery.ops):
+    todo = [(op, "arcore") for op in battery.ops]
+    if ATTENTION in battery.ops and (battery.machine.get("sm_90a") or battery.dry):
+        todo[1:1] = [(ATTENTION, impl) for impl in OWN[1:]]
+    for i, (op, impl) in enumerate(todo):
+        if battery.smoke.get(tested_as(op, impl), "").startswith(TIME_WAS_UP):
+            print(f"   {op} {impl}: hung in the smoke stage, so it is not timed", flush=True)
+            battery.leave_out(op, impl, "hung in the smoke stage")
+            good = False
+            continue
         left = ended - time.monotonic()
-        good &= benchmark(battery, op, OWN, max(5.0, left if i == len(battery.ops) - 1 else left / 2))
+        good &= benchmark(battery, op, impl, max(5.0, left if i == len(todo) - 1 else left / 2))
     return good
 
 
 def measure_peers(battery: Battery, seconds: float) -> bool:
-    """Peers, one process each: one that breaks its context or hangs takes no other with it."""
+    """Peers, one process each: one that breaks its context or hangs takes no other with it.
+
+    The best known of every op come first, since the attention's many could take all the time there is.
+    """
     ended = time.monotonic() + seconds
-    todo = [(op, impl) for op in battery.ops for impl in PEERS.get(op, ())]
+    places = range(max(map(len, PEERS.values())))
+    todo = [(op, PEERS[op][i]) for i in places for op in battery.ops if i < len(PEERS.get(op, ()))]
     for i, (op, impl) in enumerate(todo):
         left = ended - time.monotonic()
         if left < 5:
             print(f"   no time for {', '.join(' '.join(pair) for pair in todo[i:])}")
+            for late in todo[i:]:
+                battery.leave_out(*late, "no time was left")
+            judge(battery)
             return False
         benchmark(battery, op, impl, max(5.0, min(90.0, left)))
     judge(battery)
@@ -550,11 +589,16 @@ def judge(battery: Battery) -> None:
         battery.bench["verdicts"] = json.loads(outcome.output.strip().splitlines()[-1])
 
 
+def tested_as(op: str, impl: str) -> str:
+    """The name in "tests" and "smoke" of what an implementation of arcore's own runs."""
+    return op + impl.removeprefix("arcore")
+
+
 def is_red(battery: Battery, record: dict[str, Any]) -> bool:
     """Whether a number of arcore's own is of a kernel that was seen to be wrong."""
     if not record["impl"].startswith("arcore"):
         return False
-    tested = battery.tests.get(SM90A if record["impl"] == "arcore_sm90a" else record["op"])
+    tested = battery.tests.get(tested_as(record["op"], record["impl"]))
     return "wrong" in record or (tested is not None and red(tested))
 
 

@@ -84,8 +84,8 @@ def _beside(impl: str, values: dict[str, Any]) -> str:
     """What a number is to be read with: TFLOP/s or the multiple of its floor, and the goal of arcore's own."""
     said = [f"{values['tflops']:.0f} TFLOP/s"] if values.get("tflops") else []
     said += [f"{values['times_floor']:.2f} x floor"] if values.get("times_floor") else []
-    own = {"arcore": "goal_sm80", "arcore_sm90a": "goal_sm90a"}.get(impl)
-    if own is not None:
+    if impl.startswith("arcore"):
+        own = "goal_sm80" if impl == "arcore" else "goal_sm90a"
         if values.get(own):
             said.append(f"goal {values[own]:.0f} TFLOP/s")
         if values.get("goal_seconds"):

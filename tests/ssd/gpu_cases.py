@@ -81,3 +81,5 @@ CHECKS = (
     check_batch_mates,
     check_repetition,
 )
+# What compute-sanitizer runs, in small.
+SANITIZED = (check_sizes, check_optional_arguments, check_packed_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -138,6 +139,59 @@ def test_records_of_a_later_process_replace_older_ones(battery: ModuleType, tmp_
     assert later.bench == run.bench
 
 
+def test_variants_of_attention_are_run_where_they_were_built(battery: ModuleType, tmp_path: Path) -> None:
+    run = battery.Battery(tmp_path, battery.OPS, time.monotonic() + 100, dry=False)
+    assert set(run.with_variants(lambda op: [op])) == set(battery.OPS)
+    run.machine["sm_90a"] = True
+    commands = run.with_variants(lambda op: [op])
+    assert set(commands) == {*battery.OPS, *battery.VARIANTS}
+    assert commands["block_sparse_attention_sm90a_fused"] == [
+        "env", "ARCORE_SM90A=1", "ARCORE_SM90A_BACKWARD=fused", "block_sparse_attention",
+    ]  # fmt: skip
+    names = {battery.tested_as("block_sparse_attention", impl) for impl in battery.OWN}
+    assert names == {"block_sparse_attention", *battery.VARIANTS}
+
+
+def test_what_hung_in_the_smoke_stage_is_not_timed(
+    battery: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = battery.Battery(tmp_path, battery.OPS, time.monotonic() + 100, dry=True)
+    run.smoke = {"block_sparse_attention_sm90a_fused": f"{battery.TIME_WAS_UP}: ", "ssd": "exit code 1: no"}
+    timed = []
+    monkeypatch.setattr(battery, "benchmark", lambda _, op, impl, seconds: not timed.append((op, impl)))
+    assert not battery.measure(run, 50.0)
+    assert timed[:2] == [("block_sparse_attention", impl) for impl in battery.OWN[:2]]
+    assert timed[2:] == [(op, "arcore") for op in battery.OPS[1:]]
+    (skipped,) = run.bench["skipped"]
+    assert (skipped["impl"], skipped["reason"]) == ("arcore_sm90a_fused", "hung in the smoke stage")
+
+
+def test_every_op_has_its_turn_at_peers(
+    battery: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = battery.Battery(tmp_path, battery.OPS, time.monotonic() + 100, dry=True)
+    timed = []
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(battery.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(battery, "benchmark", lambda _, op, impl, seconds: not timed.append((op, impl)))
+    assert not battery.measure_peers(run, 420.0)
+    assert timed[:6] == [(op, impls[0]) for op, impls in battery.PEERS.items()]
+    late = {(r["op"], r["impl"]) for r in run.bench["skipped"]}
+    assert {r["reason"] for r in run.bench["skipped"]} == {"no time was left"}
+    assert late | set(timed) == {(op, impl) for op, impls in battery.PEERS.items() for impl in impls}
+
+
+def test_a_process_that_was_cut_is_noted_until_one_ends(battery: ModuleType, tmp_path: Path) -> None:
+    run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 100, dry=True)
+    other = {"op": "ssd", "case": "all", "impl": "arcore", "direction": "all", "reason": "no"}
+    run.bench["skipped"] = [other]
+    run.leave_out("sample", "torch", "time was up (9 s)")
+    run.leave_out("sample", "torch", "time was up (10 s)")
+    assert [r["reason"] for r in run.bench["skipped"]] == ["no", "time was up (10 s)"]
+    run.leave_out("sample", "torch", None)
+    assert run.bench["skipped"] == [other]
+
+
 def test_peers_are_those_of_the_benchmarks(battery: ModuleType) -> None:
     text = "".join(
         (ROOT / "bench/gpu" / name).read_text() for name in ("attention.py", "scan.py", "sampling.py")
@@ -149,7 +203,7 @@ def test_peers_are_those_of_the_benchmarks(battery: ModuleType) -> None:
             r'^    "(\w+)": ', text[text.index("IMPLEMENTATIONS = {") : text.index("def _check(")], re.M
         )
     )
-    assert listed == {*battery.PEERS["block_sparse_attention"], *battery.OWN.split(",")}
+    assert listed == {*battery.PEERS["block_sparse_attention"], *battery.OWN}
 
 
 @pytest.mark.parametrize(
@@ -194,6 +248,9 @@ def test_a_stage_that_raises_stops_no_other(battery: ModuleType, tmp_path: Path)
 def test_ops_of_the_battery_are_those_with_checks(battery: ModuleType) -> None:
     with_checks = {path.parent.name for path in ROOT.glob("tests/*/gpu_cases.py")}
     assert with_checks == set(battery.OPS)
+    for op in battery.OPS:
+        cases = importlib.import_module(f"tests.{op}.gpu_cases")
+        assert cases.SANITIZED and set(cases.SANITIZED) <= set(cases.CHECKS), op
     text = (ROOT / "bench/gpu/benchmark.py").read_text()
     assert all(f'"{op}": ' in text for op in battery.OPS)
 
@@ -221,12 +278,14 @@ def test_numbers_are_printed_beside_their_goals(
     number = timing.Timing(1e-3, 1e-3, 1e-3, 3, "calls")
     names = {"op": "x", "case": "c", "direction": "forward", "dtype": "float32", "timing": number}
     kept.add(impl="arcore_sm90a", tflops=211.4, goal_sm80=240, goal_sm90a=380, **names)
+    kept.add(impl="arcore_sm90a_fused", tflops=250.0, goal_sm80=240, goal_sm90a=380, **names)
     kept.add(impl="arcore", times_floor=2.5, goal_times_floor=3.0, **names)
     kept.add(impl="flash3", tflops=460.0, goal_sm80=240, goal_sm90a=380, **names)
     kept.add(impl="arcore", **names)
     lines = [line.partition("ms")[2] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         " (211 TFLOP/s, goal 380 TFLOP/s)",
+        " (250 TFLOP/s, goal 380 TFLOP/s)",
         " (2.50 x floor, goal 3.0 x floor)",
         " (460 TFLOP/s)",
         " (no goal)",
