@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +83,45 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, also of one packed by gzip; a byte order mark at its start is no part of it.
+
+    Line ends of other systems become ``\\n``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8 text, or a damaged gzip file; the message names file and line.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: the gzip file is damaged: {error}") from error
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = data.decode("utf-8-sig")
+        place = text.find("\0")
+        bad, line = "a zero byte" if place >= 0 else "", text.count("\n", 0, max(place, 0)) + 1
+    except UnicodeDecodeError as error:
+        bad = f"byte {data[error.start]:#04x} at offset {error.start}"
+        line = data.count(b"\n", 0, error.start) + 1
+    if bad:
+        kind = " (it looks like UTF-16)" if wide else ""
+        raise ValueError(f"{path}:{line}: the file is not UTF-8 text{kind}: {bad}; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """The lines of a text file with their numbers from 1, without line ends; errors are those of `read_text`.
+
+    Nothing but line ends divides lines: form feeds and the line separators of Unicode may stand in a name.
+    """
+    return list(enumerate(read_text(path).removesuffix("\n").split("\n"), 1))
 
 
 def _temporary_name(path: Path) -> Path:

@@ -531,7 +531,7 @@ def config_beside(entry: Entry, path: str | os.PathLike[str]) -> Any:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"the file {path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"the file {path} is damaged: it holds no table")
@@ -563,7 +563,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} is that of a model hub, not of a checkpoint of arcore: load the weights with "
             f"create_model(NAME, weights={str(folder)!r})"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the checkpoint file {path} is damaged: {error}") from error
     return dict(content)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcore._files import atomic_path
+from arcore._files import atomic_path, read_lines
 
 BACKBONE = ("N", "CA", "C", "O")
 RESIDUES = {
@@ -52,28 +52,27 @@ def read_pdb(path: str | Path) -> list[Chain]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a PDB file with --pdb")
     found: dict[str, dict[tuple[int, str], tuple[str, dict[str, list[float]]]]] = {}
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.startswith("data_"):
-                raise ValueError(f"{path}:{number}: this is an mmCIF file; convert it to PDB format")
-            if line.startswith("ENDMDL"):
-                break
-            selenomethionine = line.startswith("HETATM") and line[17:20] == "MSE"
-            if not (line.startswith("ATOM") or selenomethionine):
-                continue
-            try:
-                place = int(line[22:26]), line[26:27].strip()
-                where = [float(line[i : i + 8]) for i in (30, 38, 46)]
-            except ValueError:
-                where, place = [math.nan], (0, "")
-            if not all(map(math.isfinite, where)):
-                raise ValueError(
-                    f"{path}:{number}: expected a residue number in columns 23-26 and coordinates in columns 31-54 but "
-                    f"got {line.rstrip()!r}"
-                )
-            name, kind = line[12:16].strip(), line[17:20]
-            _, atoms = found.setdefault(line[21:22], {}).setdefault(place, (RESIDUES.get(kind, "X"), {}))
-            atoms.setdefault(name, where)
+    for number, line in read_lines(path):
+        if line.startswith("data_"):
+            raise ValueError(f"{path}:{number}: this is an mmCIF file; convert it to PDB format")
+        if line.startswith("ENDMDL"):
+            break
+        selenomethionine = line.startswith("HETATM") and line[17:20] == "MSE"
+        if not (line.startswith("ATOM") or selenomethionine):
+            continue
+        try:
+            place = int(line[22:26]), line[26:27].strip()
+            where = [float(line[i : i + 8]) for i in (30, 38, 46)]
+        except ValueError:
+            where, place = [math.nan], (0, "")
+        if not all(map(math.isfinite, where)):
+            raise ValueError(
+                f"{path}:{number}: expected a residue number in columns 23-26 and coordinates in columns 31-54 but "
+                f"got {line.rstrip()!r}"
+            )
+        name, kind = line[12:16].strip(), line[17:20]
+        _, atoms = found.setdefault(line[21:22], {}).setdefault(place, (RESIDUES.get(kind, "X"), {}))
+        atoms.setdefault(name, where)
     chains = [_chain(name, residues) for name, residues in sorted(found.items())]
     if not any(torch.isfinite(chain.coordinates).all(-1).all(-1).any() for chain in chains):
         raise ValueError(
@@ -98,7 +97,10 @@ def _chain(name: str, residues: dict[tuple[int, str], tuple[str, dict[str, list[
 
 
 def read_fasta(path: str | Path, letters: str = AMINO_ACIDS) -> list[tuple[str, str]]:
-    """Names and sequences of a FASTA file; lower case is read as upper case, a * at the end is dropped.
+    """Names and sequences of a FASTA file, also packed by gzip.
+
+    Lower case is read as upper case, a * at a sequence's end is dropped. Sequences keep their order, also those of one
+    name.
 
     Args:
         path: the file.
@@ -112,16 +114,21 @@ def read_fasta(path: str | Path, letters: str = AMINO_ACIDS) -> list[tuple[str, 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a FASTA file")
     found: list[tuple[str, list[str], int]] = []
-    for number, raw in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    ended = False
+    for number, raw in read_lines(path):
         line = raw.strip()
         if not line or line.startswith(";"):
             continue
         if line.startswith(">"):
             found.append((line[1:].strip(), [], number))
+            ended = False
             continue
         if not found:
             raise ValueError(f"{path}:{number}: expected a header such as >name before the first sequence")
+        if ended:
+            raise ValueError(f"{path}:{number}: the sequence of {found[-1][0]!r} goes on behind its end, a *")
         text = line.upper().removesuffix("*")
+        ended = line.endswith("*")
         wrong = sorted(set(text) - set(letters))
         if wrong:
             column = min(text.index(letter) for letter in wrong) + 1

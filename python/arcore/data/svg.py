@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arcore._optional import require
+from arcore.data._walk import some, walk
 from arcore.data.real.files import package_file
 
 Point = tuple[float, float]
 # One command: M, L or C, and its points: one, one or three.
 Command = tuple[str, tuple[Point, ...]]
+# Elements that are drawn otherwise than by a path, and those whose content is not drawn where it stands.
+SHAPES = frozenset(
+    ["rect", "circle", "ellipse", "line", "polyline", "polygon", "text", "image", "use", "foreignObject"]
+)
+UNDRAWN = frozenset(
+    [
+        "defs",
+        "clipPath",
+        "mask",
+        "pattern",
+        "symbol",
+        "marker",
+        "linearGradient",
+        "radialGradient",
+        "filter",
+        "metadata",
+        "title",
+        "desc",
+        "style",
+    ]
+)
+# Coordinates beyond this, in units of the file, are taken for damage.
+LARGEST = 1e6
 # Points of each command.
 POINTS = {"M": 1, "L": 1, "C": 3}
 
@@ -59,6 +84,11 @@ def parse_path(text: str) -> tuple[Command, ...]:
     pen: Any = pens.RecordingPen()
     if re.sub(r"[\s,]", "", text)[:1] not in ("M", "m"):
         raise ValueError(f"expected a path that begins with M but got {text[:20]!r}")
+    if strange := re.search(r"[^MLHVCSQTAZmlhvcsqtaz0-9eE+\-.,\s]", text):
+        raise ValueError(f"the path {text[:20]!r}... has {strange[0]!r} at character {strange.start() + 1}")
+    # The parser drops such an arc; by the standard it is a straight line.
+    if re.search(r"[Aa][\s,]*(?:[+-]?\d*\.?\d+[\s,]+)?[+-]?0+(?:\.0*)?[\s,]", text):
+        raise ValueError(f"the path {text[:20]!r}... has an arc of radius 0: write it as a line")
     try:
         paths.parse_path(text, pen)
     except Exception as error:
@@ -82,6 +112,10 @@ def parse_path(text: str) -> tuple[Command, ...]:
             )
         if points:
             at = points[-1]
+    if not all(abs(number) < LARGEST for _, points in found for point in points for number in point):
+        raise ValueError(
+            f"the path {text[:20]!r}... has coordinates that are no numbers or beyond {LARGEST:g}"
+        )
     return tuple(found)
 
 
@@ -90,14 +124,15 @@ def read_icon(path: str | Path) -> Icon:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no SVG file, has no path or no frame, or a path breaks the grammar.
+        ValueError: it is no SVG file, has no path or no frame, a path breaks the grammar or leaves it by far, or what
+            is drawn is no path (shapes, text) or is moved by `transform`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
+        root = ElementTree.fromstring(path.read_bytes())
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is no SVG file: {error}") from error
     frame = root.get("viewBox", f"0 0 {root.get('width', '')} {root.get('height', '')}")
     try:
@@ -108,10 +143,11 @@ def read_icon(path: str | Path) -> Icon:
         raise ValueError(
             f"{path} has no frame: expected a viewBox of four numbers but got {frame!r}"
         ) from None
+    if not all(abs(number) < LARGEST for number in (left, top, width, height)):
+        raise ValueError(f"{path} has a frame beyond {LARGEST:g}: {frame!r}")
     if not (width > 0 and height > 0):
         raise ValueError(f"{path} has an empty frame of {width} x {height}")
-    texts = [one.get("d", "") for one in root.iter() if one.tag.rpartition("}")[2] == "path"]
-    texts = [text for text in texts if text.strip()]
+    texts = _paths(path, root)
     if not texts:
         raise ValueError(f"{path} has no path: icons are made of path elements")
     try:
@@ -121,13 +157,42 @@ def read_icon(path: str | Path) -> Icon:
     return Icon(tuple(commands), (left, top, width, height), path.stem)
 
 
+def _paths(file: Path, root: ElementTree.Element) -> list[str]:
+    """The `d` of what is drawn, in order.
+
+    Raises:
+        ValueError: an element is not drawn as its own path says.
+    """
+    texts: list[str] = []
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        # Remarks and processing instructions have a function for a name.
+        name = one.tag.rpartition("}")[2] if isinstance(one.tag, str) else ""
+        if name in UNDRAWN:
+            continue
+        if name in SHAPES:
+            raise ValueError(
+                f"{file} has an element {name!r}: convert it to a path, icons are made of path elements"
+            )
+        moved = one.get("transform") or re.search(r"(?<![\w-])transform\s*:", one.get("style", ""))
+        if moved:
+            raise ValueError(
+                f"{file} moves an element {name!r} by transform: apply it to the path's coordinates"
+            )
+        if name == "path" and one.get("d", "").strip():
+            texts.append(one.get("d", ""))
+        waiting += reversed(one)
+    return texts
+
+
 def load_icons(source: str | Path = "icons", *, skip_bad: bool = False) -> list[Icon]:
     """Icons in the order of their names.
 
     Args:
         source: a folder of *.svg files, or `"icons"`: those of the package fontawesomefree (the package has each twice,
             and sprites; here each is once).
-        skip_bad: leave out files that cannot be read.
+        skip_bad: leave out files that cannot be read, with a warning that counts and names them.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -141,16 +206,21 @@ def load_icons(source: str | Path = "icons", *, skip_bad: bool = False) -> list[
         folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is neither a data set nor a folder {str(source)!r}")
-    files = sorted(folder.rglob("*.svg"))
-    icons = []
-    for file in files:
+    found = walk(folder)
+    icons, skipped = [], []
+    for file in [*found.files, *found.dangling]:
+        if file.suffix.lower() != ".svg":
+            continue
         try:
             icons.append(read_icon(file))
-        except ValueError:
+        except (ValueError, OSError):
             if not skip_bad:
                 raise
+            skipped.append(file.name)
     if not icons:
         raise ValueError(f"{source} holds no usable *.svg file")
+    if skipped:
+        warnings.warn(f"{len(skipped)} bad icons are left out: {some(skipped)}", stacklevel=2)
     return icons
 
 

@@ -259,7 +259,8 @@ class _Reader:
                 document = entry["text"]
                 if not isinstance(document, str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+                document.encode()
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self._bad(path, f'has no JSON table with a text "text" in line {number}')
                 continue
             documents.append(document)

@@ -115,7 +115,7 @@ def _read(folder: Path, name: str, kind: type) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(meta[name], kind):
             raise TypeError("fields of the wrong kind")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the checkpoint file {path} is damaged ({error}): use another checkpoint"
         ) from error

@@ -93,7 +93,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise TypeError("it holds no table")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the file {path} is damaged ({error}): start the run anew in another folder"
         ) from error

@@ -112,7 +112,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ),
         (
             "preference,length,baseline_length\n1,2,x\n",
-            ":2: expected a number in column baseline_length but got 'x'",
+            ":2: expected a finite number in column baseline_length but got 'x'",
         ),
         ("preference,length,baseline_length\n", "expected at least one line below the names of the columns"),
         ("", "the first line has nothing"),

@@ -18,6 +18,7 @@ Legend: n instructions.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from arcore._files import read_text
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.catalog.running import Report, check_bounds
+from arcore.nn.checks import check_number
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.statistics.reusable_holdout import guard_file, told
 
@@ -221,7 +224,7 @@ def read_preferences(path: Path) -> dict[str, dict[str, list[float]]]:
         raise FileNotFoundError(f"expected a CSV file of preferences but there is no {path}; check the name")
     needed = ("preference", "length", "baseline_length")
     models: dict[str, dict[str, list[float]]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
+    with io.StringIO(read_text(path)) as stream:
         reader = csv.DictReader(stream)
         names = reader.fieldnames or []
         missing = [name for name in needed if name not in names]
@@ -233,12 +236,16 @@ def read_preferences(path: Path) -> dict[str, dict[str, list[float]]]:
         wanted = [*needed, *(["difficulty"] if "difficulty" in names else [])]
         for row in reader:
             columns = models.setdefault(row.get("model") or "", {name: [] for name in wanted})
+            if None in row:
+                raise ValueError(
+                    f"{path}:{reader.line_num}: expected {len(names)} columns but got {len(names) + len(row[None])}"
+                )
             for name in wanted:
                 try:
-                    columns[name].append(float(row[name]))
+                    columns[name].append(check_number(name, float(row[name])))
                 except (TypeError, ValueError):
                     raise ValueError(
-                        f"{path}:{reader.line_num}: expected a number in column {name} but got {row[name]!r}; "
+                        f"{path}:{reader.line_num}: expected a finite number in column {name} but got {row[name]!r}; "
                         "leave out lines without a judgement"
                     ) from None
     if not models:

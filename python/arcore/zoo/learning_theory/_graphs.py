@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arcore._files import read_lines, read_text
 from arcore._optional import require
 
 
@@ -85,7 +86,7 @@ def read_graph(path: Path) -> Graph:
         pairs = [(str(u), str(v), 0) for u, v in loaded.edges()]
     else:
         pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in read_lines(path):
             words = line.partition("#")[0].split()
             if words and len(words) != 2:
                 raise ValueError(
@@ -193,7 +194,7 @@ def _packaged_problem() -> Path:
 
 def _read_problem(path: Path) -> tuple[list[str], list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Blocks, facts at the start, and facts of the goal."""
-    text = re.sub(r";.*", "", path.read_text(encoding="utf-8")).lower()
+    text = re.sub(r";.*", "", read_text(path)).lower()
     parts = {name: text.find(f"(:{name}") for name in ("objects", "init", "goal")}
     if min(parts.values()) < 0:
         raise ValueError(f"{path}: expected a PDDL problem with :objects, :init and :goal")
@@ -206,6 +207,12 @@ def _read_problem(path: Path) -> tuple[list[str], list[tuple[str, ...]], list[tu
         section = text[parts[name] : ends[ends.index(parts[name]) + 1]]
         found = re.findall(r"\((on|ontable|on-table|clear|holding)\s+([^()]*)\)", section)
         facts[name] = [(kind, *(word.partition(":")[0] for word in rest.split())) for kind, rest in found]
+    blocks_of = {"on": 2, "ontable": 1, "on-table": 1, "clear": 1, "holding": 1}
+    for kind, *named in (*facts["init"], *facts["goal"]):
+        if len(named) != blocks_of[kind]:
+            raise ValueError(
+                f"{path}: expected {blocks_of[kind]} of the blocks in a fact ({kind} ...) but got ({' '.join([kind, *named])})"
+            )
     blocks = sorted(
         {word.partition(":")[0] for word in words} & {block for fact in facts["init"] for block in fact[1:]}
     )
@@ -222,7 +229,8 @@ def _state(facts: list[tuple[str, ...]], blocks: list[str], path: Path) -> State
     towers = []
     for bottom in (fact[1] for fact in facts if fact[0] in ("ontable", "on-table")):
         tower = [bottom]
-        while tower[-1] in above:
+        # A block that stands on itself, over others, would go on for ever.
+        while tower[-1] in above and len(tower) <= len(blocks):
             tower.append(above[tower[-1]])
         towers.append(tuple(tower))
     if sorted(itertools.chain(*towers)) != blocks:

@@ -264,7 +264,7 @@ def run(options: Options) -> Report:
         raise ValueError(
             f"{options.file}: expected transitions, start and ranking but {error} is missing; see --help"
         ) from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{options.file}: {error}") from None
     states, actions, _ = environment.transitions.shape
     for text in itertools.chain.from_iterable(texts):

@@ -270,7 +270,7 @@ def guard_file(path: Path, **settings: Any) -> Iterator[EvalGuard]:
             state = json.loads(path.read_text(encoding="utf-8"))
             span, kept = (float(state["low"]), float(state["high"])), dict(state["guard"])
             guard.load(kept)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"--guard {path}: this is no guard's file ({error}); give another name"
             ) from error

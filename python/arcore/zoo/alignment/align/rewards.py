@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from arcore._files import read_lines
 from arcore._optional import require
 from arcore.nn.kinds import check_kinds
 
@@ -242,9 +243,8 @@ def load_prompts(path: Path) -> list[str]:
 
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: there is no file {path}; give one with a prompt per line")
-    lines = path.read_text(encoding="utf-8").splitlines()
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -252,7 +252,7 @@ def load_prompts(path: Path) -> list[str]:
             continue
         try:
             text = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str) or not text:
             raise ValueError(

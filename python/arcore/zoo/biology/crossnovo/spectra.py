@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arcore._files import read_lines
 from arcore.nn.kinds import check_kinds
 
 WATER, PROTON = 18.010565, 1.00727646688
@@ -75,7 +76,10 @@ class Spectrum:
 
 
 def read_mgf(path: str | Path) -> list[Spectrum]:
-    """Spectra of an MGF file; `SEQ=` is the peptide where it is known.
+    """Spectra of an MGF file, also packed by gzip; `SEQ=` is the peptide where it is known.
+
+    What stands before the first spectrum, such as `CHARGE=2+`, holds for those that do not say otherwise. Peaks are put
+    in order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,18 +90,30 @@ def read_mgf(path: str | Path) -> list[Spectrum]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give an MGF file with --mgf")
     found: list[Spectrum] = []
-    begin, fields, peaks = 0, dict[str, str](), list[tuple[float, float]]()
-    for number, raw in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    begin, fields, peaks, common = 0, dict[str, str](), list[tuple[float, float]](), dict[str, str]()
+    for number, raw in read_lines(path):
         line = raw.strip()
         if not line or line[0] in "#;!/":
             continue
         if line == "BEGIN IONS":
-            begin, fields, peaks = number, {}, []
-        elif line == "END IONS" and begin:
+            if begin:
+                raise ValueError(
+                    f"{path}:{number}: BEGIN IONS before the spectrum that begins in line {begin} has its END IONS"
+                )
+            begin, fields, peaks = number, dict(common), []
+        elif line == "END IONS":
+            if not begin:
+                raise ValueError(f"{path}:{number}: END IONS without BEGIN IONS")
             found.append(_spectrum(path, begin, fields, peaks, len(found) + 1))
             begin = 0
         elif not begin:
-            continue
+            key, equals, value = line.partition("=")
+            if not (equals and line[0].isalpha()):
+                raise ValueError(
+                    f"{path}:{number}: expected BEGIN IONS or NAME=VALUE between spectra but got {line!r}"
+                )
+            if not found:
+                common[key.upper()] = value.strip()
         elif "=" in line and line[0].isalpha():
             key, _, value = line.partition("=")
             fields[key.upper()] = value.strip()
@@ -127,9 +143,10 @@ def _spectrum(
         precursor = float(fields["PEPMASS"].split()[0])
     except (KeyError, IndexError, ValueError):
         precursor = math.nan
-    if not precursor > 0 or precursor == math.inf:
+    if not 0 < precursor < 1e6:
         raise ValueError(
-            f"{path}:{line}: {title!r} has no precursor mass: expected a line PEPMASS=, mass over charge above 0"
+            f"{path}:{line}: {title!r} has no precursor mass: expected a line PEPMASS=, mass over charge above 0 and "
+            "below a million"
         )
     charge = re.fullmatch(r"(\d+)\+?", fields.get("CHARGE", ""))
     if charge is None or int(charge[1]) < 1:
@@ -140,7 +157,13 @@ def _spectrum(
         peptide = tuple(tokens(fields["SEQ"])) if fields.get("SEQ") else ()
     except ValueError as error:
         raise ValueError(f"{path}:{line}: SEQ={fields['SEQ']}: {error}") from error
+    if (precursor - PROTON) * int(charge[1]) <= WATER:
+        raise ValueError(f"{path}:{line}: {title!r} is lighter than water: see PEPMASS= and CHARGE=")
     mz, intensity = torch.tensor(sorted(peaks)).T
+    if not bool((mz < 1e6).all() and (intensity < 1e30).all()):
+        raise ValueError(
+            f"{path}:{line}: {title!r} has peaks beyond a million m/z or intensities beyond 1e30"
+        )
     return Spectrum(title, mz.contiguous(), intensity.contiguous(), precursor, int(charge[1]), peptide)
 
 

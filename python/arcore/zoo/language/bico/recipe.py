@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from arcore._files import read_lines
 from arcore._optional import require
 from arcore.data.identity import place
 from arcore.data.text_tokenizers import FILE, ByteTokenizer, TextTokenizer
@@ -71,14 +72,14 @@ def read_facts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a .jsonl file of facts")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}:{number}: expected a JSON table but got {line[:60]!r} ({error.msg})"
+                f"{path}:{number}: expected a JSON table but got {line[:60]!r} ({error})"
             ) from error
         keys = ("text",) if isinstance(entry, dict) and "text" in entry else ("prompt", "completion")
         parts = [entry.get(key) if isinstance(entry, dict) else None for key in keys]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcore._files import read_lines
 from arcore.data.text import load_text
 
 CLS, SEP, MASK, RELATION = 256, 257, 258, 260
@@ -71,7 +72,7 @@ def read_triples(path: Path, text: str) -> list[Triple]:
             f"--kg {path} does not exist: give a table of head, relation, tail with tabs between them"
         )
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.strip() or line.startswith("#"):
             continue
         parts = [part.strip() for part in line.split("\t")]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from arcore._files import read_lines
 from arcore.zoo.language.nar.network import PAD, SPECIAL, Batch
 
 CMUDICT = "cmudict"
@@ -124,7 +125,7 @@ def _table(path: Path) -> list[Pair]:
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: there is no such file; give cmudict or a table of pairs")
     pairs: list[Pair] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         source, tab, target = line.partition("\t")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from arcore._files import read_text
 from arcore.zoo.language.obfuscate import rename, trees
 from arcore.zoo.language.obfuscate.renamed import Obfuscated
 
@@ -54,10 +55,7 @@ def read(path: Path) -> str:
         return rename.read(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give files of code or folders of them")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:1: the file cannot be read as text: {error}") from error
+    return read_text(path)
 
 
 def obfuscate_file(path: Path) -> Obfuscated:

@@ -234,13 +234,14 @@ class STSSDL(nn.Module):
                 auxiliary losses assume; ones when None.
 
         Raises:
-            ValueError: the graph has another shape or a negative entry.
+            ValueError: the graph has another shape, or an entry that is negative or not finite.
         """
         nodes = self.config.channels
-        if graph.shape != (nodes, nodes) or not bool((graph >= 0).all()):
+        sound = bool(((graph >= 0) & graph.isfinite()).all())
+        if graph.shape != (nodes, nodes) or not sound:
             raise ValueError(
-                f"expected an adjacency of {nodes} x {nodes} numbers >= 0, one row per column of the table, but got "
-                f"{tuple(graph.shape)}{'' if bool((graph >= 0).all()) else ' with negative or missing ones'}"
+                f"expected an adjacency of {nodes} x {nodes} finite numbers >= 0, one row per column of the table, but "
+                f"got {tuple(graph.shape)}{'' if sound else ' with negative, infinite or missing ones'}"
             )
         degree = graph.sum(1).clamp(min=1e-12).rsqrt() * (graph.sum(1) > 0)
         self.graph.copy_(degree[:, None] * graph * degree)

@@ -90,11 +90,12 @@ def graph_of(columns: Sequence[str], options: Any) -> Tensor:
             f"the adjacency {path} must have a header and as many rows as columns, named like those of the table "
             f"({', '.join(columns)}), but it has {len(values)} rows of {', '.join(names)}"
         )
-    if not bool((values >= 0).all()):
-        row, column = (~(values >= 0)).nonzero()[0].tolist()
+    sound = (values >= 0) & values.isfinite()
+    if not bool(sound.all()):
+        row, column = (~sound).nonzero()[0].tolist()
         raise ValueError(
             f"the adjacency {path}, line {row + 2}, has {float(values[row, column])} for {names[column]!r}: expected "
-            "numbers >= 0"
+            "finite numbers >= 0"
         )
     order = torch.tensor([names.index(name) for name in columns])
     return values[order][:, order]
