@@ -18,24 +18,13 @@ Point = tuple[float, float]
 Command = tuple[str, tuple[Point, ...]]
 # Elements that are drawn otherwise than by a path, and those whose content is not drawn where it stands.
 SHAPES = frozenset(
-    ["rect", "circle", "ellipse", "line", "polyline", "polygon", "text", "image", "use", "foreignObject"]
+    ("rect", "circle", "ellipse", "line", "polyline", "polygon", "text", "image", "use", "foreignObject")
 )
 UNDRAWN = frozenset(
-    [
-        "defs",
-        "clipPath",
-        "mask",
-        "pattern",
-        "symbol",
-        "marker",
-        "linearGradient",
-        "radialGradient",
-        "filter",
-        "metadata",
-        "title",
-        "desc",
-        "style",
-    ]
+    (
+        *("defs", "clipPath", "mask", "pattern", "symbol", "marker", "linearGradient", "radialGradient"),
+        *("filter", "metadata", "title", "desc", "style"),
+    )
 )
 # Coordinates beyond this, in units of the file, are taken for damage.
 LARGEST = 1e6

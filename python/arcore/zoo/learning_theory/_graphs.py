@@ -211,7 +211,8 @@ def _read_problem(path: Path) -> tuple[list[str], list[tuple[str, ...]], list[tu
     for kind, *named in (*facts["init"], *facts["goal"]):
         if len(named) != blocks_of[kind]:
             raise ValueError(
-                f"{path}: expected {blocks_of[kind]} of the blocks in a fact ({kind} ...) but got ({' '.join([kind, *named])})"
+                f"{path}: expected {blocks_of[kind]} of the blocks in a fact ({kind} ...) but got "
+                f"({' '.join([kind, *named])})"
             )
     blocks = sorted(
         {word.partition(":")[0] for word in words} & {block for fact in facts["init"] for block in fact[1:]}
