@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from arcore.catalog import load_checkpoint
 from arcore.cli import main
+from arcore.data.load_series import load_series
 from arcore.recipes import forecasting, train
 from arcore.recipes.forecasting import ForecastSampling, TableOptions
+from arcore.training import checkpoint
 
 pandas = pytest.importorskip("pandas")
 
@@ -95,6 +98,18 @@ def test_exponential_smoothing_stands_beside_a_forecast_or_is_told_to_be_missing
     assert main(words) == 0
     assert "it needs the package statsmodels; run `pip install statsmodels`" in capsys.readouterr().out
     assert "ETS" not in pandas.read_csv(tmp_path / "f.csv").columns
+
+
+def test_a_model_that_reads_dates_refuses_a_table_without(trained: Path, table: Path, tmp_path: Path):
+    bare = tmp_path / "bare.csv"
+    pandas.read_csv(table).drop(columns=["Time"]).to_csv(bare, index=False)
+    networks, facts = load_checkpoint(checkpoint.find(trained))
+    assert facts["dates"]
+    recipe, series = forecasting.RECIPE, load_series(str(bare))
+    recipe.check_columns(networks["model"], facts, series)  # GPHT reads none
+    networks["model"].reads_calendar = True
+    with pytest.raises(ValueError, match=r"bare\.csv: the model was trained on rows with dates"):
+        recipe.check_columns(networks["model"], facts, series)
 
 
 def test_a_forecast_from_the_command_line(trained: Path, table: Path, tmp_path: Path, capsys: Any):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcore._files import atomic_path
+from arcore._files import atomic_path, read_lines
 from arcore.cli._output import check_file
 from arcore.cli._parse import PlainParser
 from arcore.env import cpu_model
@@ -214,7 +214,7 @@ def _options(argv: Sequence[str]) -> Any:
 
 
 def _lines(path: str) -> list[str]:
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for _, line in read_lines(path) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path}: the file has no line of text")
     return lines

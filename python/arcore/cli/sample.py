@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if preset is not None and folder is not None:
         _check_preset(preset, folder)
     if recipe.sampling is None:
-        raise ValueError(f"{named} draws nothing: it is no model of images, videos or text")
+        raise ValueError(f"{named} draws nothing: it is no model of images, videos, text or series")
     groups["sampling"] = Group(recipe.sampling)
     chosen = parse_groups(f"sample {named}", TEXT, groups, argv)
     model = chosen["model"]

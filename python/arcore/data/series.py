@@ -218,14 +218,18 @@ def series_of_table(
         else [(str(key), part) for key, part in table.groupby(group, sort=True)]
     )
     if group is not None and table[group].isna().any():
-        raise ValueError(f"the column {group!r} has empty entries, so that rows belong to no series")
+        row = int(table[group].isna().to_numpy().argmax())
+        raise ValueError(
+            f"the column {group!r} has empty entries, so that rows belong to no series: the first is on "
+            f"{_place(lines, row)}"
+        )
     made = []
     for key, part in parts:
         label = f"{name}/{key}" if name and key else (name or key)
         times = None
         dates = time is not None and not pandas.api.types.is_numeric_dtype(part[time].dtype)
         if time is not None:
-            times = _times(pandas, part[time], time)
+            times = _times(pandas, part[time], time, lines)
             back = (times.diff() < 0).nonzero()
             if unsorted == "refuse" and len(back):
                 row = int(back[0, 0]) + 1
@@ -251,11 +255,15 @@ def series_of_table(
                     f"({_place(lines, part.index[again - 1])} and {_place(lines, part.index[again])}){hint}"
                 )
         values = torch.tensor(part[wanted].to_numpy("float64", na_value=math.nan))
-        if values.isinf().any():
-            row, column = values.isinf().nonzero()[0].tolist()
-            raise ValueError(
-                f"the column {wanted[column]!r} has an infinite value on {_place(lines, part.index[row])}"
+        # Windows are float32.
+        beyond = values.abs() > torch.finfo(torch.float32).max
+        if beyond.any():
+            row, column = beyond.nonzero()[0].tolist()
+            value = float(values[row, column])
+            what = (
+                "an infinite value" if math.isinf(value) else f"the value {value:g}, beyond float32's range,"
             )
+            raise ValueError(f"the column {wanted[column]!r} has {what} on {_place(lines, part.index[row])}")
         at_line = None if lines is None else torch.tensor([lines[row] for row in part.index])
         made.append(Series(label, tuple(map(str, wanted)), values, times, dates, lines=at_line))
     return made
@@ -627,13 +635,23 @@ def _read(path: Path) -> Any:
     except (ImportError, _BadHeader):
         raise
     except pandas.errors.ParserWarning as warning:
+        where = _first_too_long(path, separator)
         raise ValueError(
-            "rows have more fields than the header has names; give each column a name"
+            f"rows have more fields than the header has names{where}; give each column a name"
         ) from warning
     # Both libraries raise classes of their own for damaged files.
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"it cannot be read: {reason}") from error
+
+
+def _first_too_long(path: Path, separator: str) -> str:
+    """Where the first row with more fields than the header stands, for a message."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        names = len(next(rows, []))
+        line = next((rows.line_num for row in rows if len(row) > names), None)
+    return "" if line is None else f", the first on line {line}"
 
 
 def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | None) -> None:
@@ -650,19 +668,35 @@ def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | No
     raise ValueError(f"the column {name!r} holds no numbers but for example {shown}; {hint}")
 
 
-def _times(pandas: Any, column: Any, name: str) -> Tensor:
+def _times(pandas: Any, column: Any, name: str, lines: Sequence[int] | None) -> Tensor:
     if column.isna().any():
-        raise ValueError(f"the column {name!r} has empty entries, so that rows have no time")
+        row = column.index[int(column.isna().to_numpy().argmax())]
+        raise ValueError(
+            f"the column {name!r} has empty entries, so that rows have no time: the first is on {_place(lines, row)}"
+        )
     if pandas.api.types.is_integer_dtype(column.dtype):
         return torch.tensor(column.to_numpy("int64"))
     if pandas.api.types.is_numeric_dtype(column.dtype):
         numbers = column.to_numpy("float64")
-        if not (numbers == numbers.round()).all():
-            raise ValueError(f"the column {name!r} has times that are no whole numbers or dates")
+        broken = ~((numbers == numbers.round()) & (abs(numbers) < 2**62))
+        if broken.any():
+            row = int(broken.argmax())
+            raise ValueError(
+                f"the column {name!r} has times that are no whole numbers or dates: {numbers[row]} on "
+                f"{_place(lines, column.index[row])}"
+            )
         return torch.tensor(numbers).long()
     try:
         dates = pandas.to_datetime(column, utc=True)
     except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the column {name!r} holds no dates: {reason}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bad = pandas.to_datetime(column, utc=True, errors="coerce").isna()
+        # What pandas calls a position is no line of the file.
+        shown = reason
+        if bad.any():
+            row = column.index[int(bad.to_numpy().argmax())]
+            shown = f"{column[row]!r} on {_place(lines, row)} is none like those before it"
+        raise ValueError(f"the column {name!r} holds no dates: {shown}") from error
     return torch.tensor(dates.dt.tz_localize(None).to_numpy("datetime64[ns]").astype("int64"))

@@ -47,6 +47,9 @@ class ForecastModel(Protocol):
         context: rows that it reads.
         horizon: rows that it is trained to predict; any number may be asked for.
         normalise: how the values that it reads are scaled.
+
+    One that does not read calendars says so by `reads_calendar = False`; others refuse a table without dates where they
+    were trained on one with dates.
     """
 
     @property
@@ -210,9 +213,11 @@ class Forecasting(Recipe):
         if constant:
             where = f" of {train.series[0].file}" if train.series[0].file else ""
             last = train.series[0].place(len(train.series[0].values) - 1)
+            needed = self.must_vary is not None
+            way_out = "give rows in which it does" if needed else "leave it out with --columns"
             raise ValueError(
                 f"the column {constant[0]!r}{where} does not vary in the training rows (up to {last}), so there "
-                "is nothing to learn from it; leave it out with --columns"
+                f"is nothing to learn from it; {way_out}"
             )
         if start.networks:
             if train.digest() != start.facts.get("series"):
@@ -228,6 +233,7 @@ class Forecasting(Recipe):
             "data": place(options.data),
             "series": train.digest(),
             "columns": list(train.columns),
+            "dates": all(one.dates for one in train.series),
             "mean": train.mean.tolist(),
             "std": train.std.tolist(),
         }
@@ -402,8 +408,8 @@ class Forecasting(Recipe):
             short = next((one for one in series if len(one.values) <= horizon + 1), None)
             if short is not None:
                 raise ValueError(
-                    f"the series {short.name!r} has {len(short.values)} rows, too few for --backtest to hold back "
-                    f"{horizon} of them"
+                    f"the series {short.name!r} has {len(short.values)} rows (up to "
+                    f"{short.place(len(short.values) - 1)}), too few for --backtest to hold back {horizon} of them"
                 )
             ends = [(one, len(one.values) - horizon) for one in series]
             made = self.backtest(networks, facts, ends, horizon, options, options.season)
@@ -436,12 +442,18 @@ class Forecasting(Recipe):
         return Forecasts(made, tuple(sorted(options.quantiles)), title, tuple(notes))
 
     def check_columns(self, model: Any, facts: Mapping[str, Any], series: Sequence[Series]) -> None:
-        """Refuse tables of other columns than those that the scales and weights belong to."""
+        """Refuse tables of other columns than those that the scales and weights belong to, or without dates."""
         wanted = facts.get("columns")
         if wanted is not None and model.normalise != "window" and list(series[0].columns) != wanted:
             raise ValueError(
                 f"the model was trained on the columns {', '.join(wanted)} but the table has "
                 f"{', '.join(series[0].columns)}; choose them with --columns"
+            )
+        undated = next((one for one in series if not one.dates), None)
+        if facts.get("dates") and undated is not None and getattr(model, "reads_calendar", True):
+            raise ValueError(
+                f"{undated.file or undated.name}: the model was trained on rows with dates and reads them, but these "
+                "have none: name the column that holds them with --time"
             )
 
     def _errors(

@@ -23,8 +23,10 @@ from arcore.zoo.language.ernie3.tasks import (
     SEP,
     TASKS,
     Material,
+    Triple,
     find_triples,
     read_triples,
+    with_names,
 )
 
 TEXT = " ".join(
@@ -177,6 +179,34 @@ def test_triples_and_sentences(tmp_path: Path):
     assert known[1].text == "Eve bare Seth"
 
 
+def test_names_are_exchanged_in_triple_and_sentence_alike():
+    one = Triple(
+        "Ann", "wife of", "Annas", "And Annas, whose wife of old was Ann, Annas said, loved Hannah (Ann)"
+    )
+    changed = with_names(one, "Eve", "Ann")
+    assert changed == Triple(
+        "Eve", "wife of", "Ann", "And Ann, whose wife of old was Eve, Ann said, loved Hannah (Eve)"
+    )
+    assert with_names(one, "Ann", "Annas") == one
+    same = with_names(Triple("A", "is", "A", "A is A"), "B", "C")
+    assert same.head == same.tail == "B"
+    assert same.text == "B is B"
+
+
+def test_picked_triples_are_renamed_and_no_relation_drowns_the_others():
+    many = [Triple(f"H{i}", "often", f"T{i}", f"H{i} often T{i}") for i in range(600)]
+    few = [Triple("Ada", "once", "Bob", "Ada once Bob")] * 40
+    picked = Material(TEXT, [*many, *few], 48, 0, rename=0.5).pick(800)
+    once = [one for one in picked if one.relation == "once"]
+    # 40 of 120 + 40, and not 40 of 640.
+    assert 0.2 < len(once) / 800 < 0.3
+    assert all(one.text == f"{one.head} {one.relation} {one.tail}" for one in picked)
+    renamed = sum(one not in {*many, *few} for one in picked) / 800
+    assert 0.4 < renamed < 0.6
+    plain = Material(TEXT, [*many, *few], 48, 0, rename=0.5).pick(50, text=False)
+    assert all(one in {*many, *few} for one in plain)
+
+
 def test_bad_input(tmp_path: Path):
     table = tmp_path / "kg.tsv"
     with pytest.raises(FileNotFoundError, match=r"--kg .*kg\.tsv does not exist"):
@@ -184,6 +214,14 @@ def test_bad_input(tmp_path: Path):
     table.write_text("a\tb\tc\na\tb\n")
     with pytest.raises(ValueError, match=r"kg\.tsv:2: expected head, relation and tail"):
         read_triples(table, "")
+    table.write_bytes(b"a\tb\tc\na\tb\t\xff\n")
+    with pytest.raises(ValueError, match=r"kg\.tsv:2: the file is not UTF-8 text: byte 0xff"):
+        read_triples(table, "")
+    table.write_text("".join(f"a\tr{i}\tb\n" for i in range(30)))
+    with pytest.raises(ValueError, match=r"kg\.tsv:29: 'r28' is one relation more than the 28"):
+        read_triples(table, "")
+    with pytest.raises(ValueError, match="--rename must be a share from 0 to 1 but got nan"):
+        ErnieOptions(rename=float("nan"))
     table.write_text("\n")
     with pytest.raises(ValueError, match="holds no triple"):
         read_triples(table, "")

@@ -268,6 +268,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.tsv").write_text("ab\tA B\nno tab\n")
     with pytest.raises(ValueError, match=r"bad.tsv:2: expected a source, a tab and a target"):
         load_pairs(str(tmp_path / "bad.tsv"), words=9, held_out=1, longest=9)
+    (tmp_path / "bytes.tsv").write_bytes(b"ab\tA B\n\xff\tA\n")
+    with pytest.raises(ValueError, match=r"bytes\.tsv:2: the file is not UTF-8 text: byte 0xff"):
+        load_pairs(str(tmp_path / "bytes.tsv"), words=9, held_out=1, longest=9)
     (tmp_path / "few.tsv").write_text("ab\tA B\n")
     with pytest.raises(ValueError, match="has 1 pairs of up to 9 tokens but 5 are to be held out"):
         load_pairs(str(tmp_path / "few.tsv"), words=9, held_out=5, longest=9)

@@ -13,7 +13,7 @@ import torch
 
 import arcore
 from arcore.cli import main
-from arcore.zoo.language.obfuscate.files import code_files
+from arcore.zoo.language.obfuscate.files import code_files, functions_of, obfuscate_file
 from arcore.zoo.language.obfuscate.model import (
     END,
     OBFUSCATED,
@@ -180,6 +180,11 @@ def test_bad_input(tmp_path: Path):
     path.write_bytes(b"x = '\xff'\n")
     with pytest.raises(ValueError, match=r"bad\.py:1: the file cannot be read as text"):
         read(path)
+    for text in ("x = " + "+".join(["1"] * 20_000), "x = " + "-" * 50_000 + "1"):
+        path.write_text(text)
+        for call in (obfuscate_file, lambda one: functions_of(one, 400)):
+            with pytest.raises(ValueError, match=r"bad\.py: an expression in it is nested too deeply"):
+                call(path)
     with pytest.raises(FileNotFoundError, match="folders of them, or stdlib"):
         code_files([str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()

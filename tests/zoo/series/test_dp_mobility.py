@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,12 @@ from arcore.zoo.series.dp_mobility.privacy import clipped_gradients, gaussian_si
 from tests.zoo.protocol_forecasting import Protocol as Forecasts
 
 pytest.importorskip("pytorch_lightning")
-from arcore.zoo.series.dp_mobility.recipe import NoisyCounts, PrivateOptions, privacy_lines
+from arcore.zoo.series.dp_mobility.recipe import (
+    NoisyCounts,
+    PrivateForecasting,
+    PrivateOptions,
+    privacy_lines,
+)
 
 
 class Protocol(Forecasts):
@@ -130,6 +136,16 @@ def test_noise_on_counts_is_drawn_once():
     assert torch.equal(rows, rows.round())
     assert rows.min() == 0
     assert 2 < (rows[:, 1] - 100).std() < 8
+
+
+def test_what_is_no_count_is_refused_with_its_line(tmp_path: Path):
+    pytest.importorskip("pandas")
+    table = tmp_path / "t.csv"
+    table.write_text("hour,a,b\n" + "".join(f"{i},{i % 5},{i % 3 - (i == 9)}\n" for i in range(30)))
+    options = PrivateOptions(data=str(table), time="hour", privacy="none")
+    with pytest.raises(ValueError, match=r"t\.csv, line 11: -1 in the column 'b' is no count"):
+        PrivateForecasting().read(options)
+    assert PrivateForecasting().read(options, columns=("a",))[0].columns == ("a",)
 
 
 def test_what_a_budget_means_is_said():

@@ -162,6 +162,8 @@ class GPHT(nn.Module):
         config: settings.
     """
 
+    reads_calendar = False
+
     def __init__(self, config: GPHTConfig) -> None:
         super().__init__()
         self.config = config

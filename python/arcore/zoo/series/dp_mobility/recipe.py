@@ -15,7 +15,7 @@ from torch import Tensor
 from arcore.catalog import load_checkpoint
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
 from arcore.data.load_series import load_series
-from arcore.data.series import SeriesWindows
+from arcore.data.series import Series, SeriesWindows
 from arcore.recipes._recipe import Start, Work, ZooTask
 from arcore.recipes.forecasting import Forecasting, ForecastTask, TableOptions
 from arcore.training.config import TrainConfig
@@ -117,6 +117,17 @@ class PrivateForecasting(Forecasting):
         steps=300, batch_size=512, lr=5e-3, weight_decay=0.0, clip=0.0, checkpoint_every=100, warmup=0
     )
     task: ClassVar[type[ZooTask]] = PrivateTask
+
+    def read(self, options: Any, **more: Any) -> list[Series]:
+        found = super().read(options, **more)
+        for one in found:
+            if bool((one.values < 0).any()):
+                row, column = (one.values < 0).nonzero()[0].tolist()
+                raise ValueError(
+                    f"{one.place(row)}: {one.values[row, column]:g} in the column {one.columns[column]!r} is no count: "
+                    "expected numbers of at least 0; leave other columns out with --columns"
+                )
+        return found
 
     def prepare(self, start: Start, options: Any) -> Work:
         named = start.preset
