@@ -12,6 +12,7 @@ from torch import Tensor
 
 import arcore
 from arcore.decoding import (
+    Context,
     Draft,
     GuidedModel,
     LookupDrafter,
@@ -79,6 +80,33 @@ def test_chosen_drafts_do_not_change_the_text(name: str, temperature: float) -> 
         # A drafter that is right is always accepted, apart from the first token of a round.
         assert out.tokens_per_round > 2.5
         assert out.calls < max(expected.lengths.tolist()) / 2
+
+
+class Recorder(ModelDrafter):
+    """Counts the states that a drafter is told to keep, beside the tokens that stand in the texts."""
+
+    def start(self, model: Any, batch: int, max_length: int) -> None:
+        super().start(model, batch, max_length)
+        self.held = [0] * batch
+        self.most = max_length
+
+    def propose(self, context: Context) -> Draft:
+        assert context.kept is not None
+        self.held = [have + new for have, new in zip(self.held, context.kept, strict=True)]
+        # The last token has not been read.
+        assert self.held == [len(text) - 1 for text in context.texts]
+        assert max(self.held) < self.most
+        return super().propose(context)
+
+
+def test_drafters_are_told_of_no_token_beyond_the_end_of_a_text() -> None:
+    model = language_model()
+    plain = generate(model, PROMPTS, max_new_tokens=17, temperature=0.0).rows()
+    # The first row ends within a round, and the others go on.
+    for eos in (None, plain[0][2]):
+        drafter = Recorder(language_model(), count=4, sampling=Sampling(temperature=0.0))
+        out = speculative_tree(model, drafter, PROMPTS, max_new_tokens=17, temperature=0.0, eos=eos)
+        assert out.rows() == generate(model, PROMPTS, max_new_tokens=17, temperature=0.0, eos=eos).rows()
 
 
 def law(model: Any, prompt: list[int], length: int, sampling: Sampling) -> Tensor:

@@ -15,8 +15,10 @@ from arcore.catalog import save_checkpoint
 from arcore.catalog.claims import shaken
 from arcore.cli import main
 from arcore.cli._decoding import _law
+from arcore.data.text import load_text
 from arcore.decoding import Draft, MixedModel, exact, generate, relaxed
 from arcore.ops.speculative import codebook_neighbours
+from arcore.recipes import text_decoders
 from arcore.recipes.language import RECIPE, TextSampling, language_model
 from arcore.recipes.text_decoders import TextRequest, decoder_names, near_relaxed, text_decoder
 from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads
@@ -69,6 +71,20 @@ def test_all_exact_decoders_write_the_same_text(run: Path, temperature: float) -
     # A drawn chain has the law and not the tokens.
     draft: dict[str, Any] = {"decoder": "draft", "draft": str(run / "other"), "temperature": temperature}
     assert (sampled(run / "lm", **draft) == plain) is (temperature == 0)
+
+
+def test_ngrams_of_a_corpus_are_read_and_counted_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(text_decoders, "load_text", lambda source: read.append(source) or load_text(source))
+    (run / "corpus").mkdir()
+    (run / "corpus" / "a.txt").write_text("the sand " * 40)
+    options: dict[str, Any] = {"decoder": "ngram", "corpus": str(run / "corpus"), "temperature": 0.0}
+    first = sampled(run / "lm", **options)
+    assert sampled(run / "lm", **options) == first
+    assert len(read) == 1
+    (run / "corpus" / "b.txt").write_text("and the " * 40)
+    assert sampled(run / "lm", **options) == first
+    assert len(read) == 2
 
 
 def test_guides_multiply_distributions(run: Path) -> None:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     rows = [_row(text, options) for text in ("plain", *(options.row or ROWS))]
     model, words = language_model(options.model)
+    model.to(getattr(torch, options.precision))
     lines = PROMPTS if options.prompts is None else _lines(options.prompts)
     prompts = [words.encode(text) for text in lines[: options.count]]
     limit = "" if options.limit is None else f", up to {options.limit:g} s a row"
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
         print(
             f"{options.model}, {len(prompts)} texts of {options.tokens} tokens, {batch} at a time, temperature "
-            f"{options.temperature:g}{limit}"
+            f"{options.temperature:g}, {options.precision}{limit}"
         )
         law = " law (p)" if options.law else ""
         print(
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     print("of saved: the gain over what it would be if a call with drafts took as long as a plain one")
     if options.json is not None:
         about = {"model": options.model, "texts": len(prompts), "tokens": options.tokens}
-        about |= {"temperature": options.temperature, "torch": torch.__version__, "machine": cpu_model()}
+        about |= {"temperature": options.temperature, "precision": options.precision, "torch": torch.__version__, "machine": cpu_model()}
         with atomic_path(Path(options.json)) as temporary:
             temporary.write_text(json.dumps({**about, "rows": table}, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -191,6 +192,12 @@ def _options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest (default)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the weights and the arithmetic (default: float32)",
     )
     parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: 20 built-in ones)")
     parser.add_argument("--count", metavar="N", type=int, help="only the first N prompts")

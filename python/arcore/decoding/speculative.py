@@ -225,14 +225,18 @@ def speculative_tree(
             limits = [max(max_new_tokens - len(new), 1) for new in rows.new]
             context = Context(texts, seeds, calls - 1, limits, ids.device, *states)
             draft = drafter.propose(context)
-            verified, states = _round(model, cache, context, draft, chosen, judge, rows.active)
+            verified, hidden, read = _round(model, cache, context, draft, chosen, judge, rows.active)
             calls += 1
             emitted = verified.tokens.tolist()
+            stand = [0] * len(texts)
             for row, accepted in enumerate(verified.accepted.tolist()):
                 if rows.active[row]:
                     counts[row] += 1
                     new = emitted[row][: accepted + 1]
-                    texts[row] += new[: rows.add(row, new)]
+                    # Fewer than were accepted where the text ends before the last of them.
+                    stand[row] = rows.add(row, new)
+                    texts[row] += new[: stand[row]]
+            states = hidden, read, stand
             forget(cache, texts)
     table, lengths = rows.table(pad_id)
     return SpeculativeOutput(table, lengths, calls=calls, rounds=torch.tensor(counts))
@@ -260,8 +264,12 @@ def _round(
     sampling: Sampling,
     judge: Verify,
     active: list[bool],
-) -> tuple[Verified, _States]:
-    """Read a draft behind each text's last token, verify it, keep what stands in the rows that go on."""
+) -> tuple[Verified, Tensor, Tensor]:
+    """Read a draft behind each text's last token, verify it, keep what stands in the rows that go on.
+
+    Returns:
+        What stands; the state behind the last token that stands, `[B, C]`; those of all tokens on the way, `[B, N, C]`.
+    """
     tokens, vocab = draft.tokens, model.vocab_size
     last = torch.tensor([[text[-1]] for text in context.texts], device=context.device)
     parents: Any = None
@@ -282,6 +290,5 @@ def _round(
     cache.keep(path.masked_fill(~going, -1))
     index = path.clamp(min=0).unsqueeze(2).expand(-1, -1, out.hidden.shape[2])
     states = out.hidden.gather(1, index)
-    accepted = verified.accepted.tolist()
-    hidden = states[torch.arange(len(states), device=path.device), accepted]
-    return verified, (hidden, states, [n + 1 if on else 0 for n, on in zip(accepted, active, strict=True)])
+    hidden = states[torch.arange(len(states), device=path.device), verified.accepted.tolist()]
+    return verified, hidden, states

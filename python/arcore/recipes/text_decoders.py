@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class TextRequest:
         }
 
     def open_same(self, source: str, flag: str) -> Any:
-        """Another model of the same tokens.
+        """Another model of the same tokens, on the device and in the precision of the base.
 
         Raises:
             ValueError: its tokens are others.
@@ -114,7 +115,7 @@ class TextRequest:
                 f"{flag} {source}: its vocabulary of {model.vocab_size} tokens is not that of the model, which has "
                 f"{self.base.vocab_size}; give a model of the same tokenizer"
             )
-        return model.to(self.device)
+        return model.to(next(self.base.parameters()))
 
 
 @dataclass(frozen=True)
@@ -316,18 +317,27 @@ def _lookup(request: TextRequest) -> Written:
     return draft_with(request, LookupDrafter(count=request.options.window - 1))
 
 
-# The last counts and what they are of, so that a second text does not count again.
-_COUNTS: dict[tuple[str, str], dict[tuple[int, ...], list[int]]] = {}
+# The last counts and what they are of, so that a second text neither reads nor counts again.
+_COUNTS: dict[tuple[Any, ...], dict[tuple[int, ...], list[int]]] = {}
 
 
 def _ngram(request: TextRequest) -> Written:
-    text = load_text(request.options.corpus)
-    key = (text.digest, str(request.words.encode(_PROBE)))
+    corpus = request.options.corpus
+    key = (corpus, _changed(corpus), str(request.words.encode(_PROBE)))
     if key not in _COUNTS:
+        text = load_text(corpus)
         counted = request.words.tensor(text.train[: 8 * COUNTED])[:COUNTED].tolist()
         _COUNTS.clear()
         _COUNTS[key] = NGramDrafter.fit([counted], order=ORDER).table
     return draft_with(request, NGramDrafter(_COUNTS[key], ORDER, request.options.window - 1))
+
+
+def _changed(corpus: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files of a corpus; none of one that a package ships."""
+    root = Path(corpus)
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    states = [(str(path), path.stat()) for path in files if path.is_file()]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def _draft(request: TextRequest) -> Written:

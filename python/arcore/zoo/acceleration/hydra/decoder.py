@@ -20,7 +20,7 @@ PATHS = (
 
 
 def load_heads(folder: str, model: Any) -> HydraHeads:
-    """Heads from a run folder, checked against the model that they are to serve.
+    """Heads from a run folder, checked against the model that they are to serve, in its precision.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -34,7 +34,7 @@ def load_heads(folder: str, model: Any) -> HydraHeads:
             "`arcore train hydra --base FOLDER`"
         )
     heads.check(model)
-    return heads.to(next(model.parameters()).device).eval()
+    return heads.to(next(model.parameters())).eval()
 
 
 def small_shape(heads: HydraHeads, nodes: int) -> TreeShape:
