@@ -96,7 +96,7 @@ def distil_pairs(count: int, batch: int = 128) -> tuple[float, float, float]:
 def distil_digits(count: int) -> tuple[float, float]:
     """Share of digits of four grey levels that an independent classifier takes for their class, drawn by a raster
     model code by code, and by a generator distilled from it in one call."""
-    teacher = train_raster(count)
+    teacher = train_raster(2 * count)
     codebook = torch.tensor([[-1.0], [-1 / 3], [1 / 3], [1.0]])
     fields = {name: getattr(teacher.config, name) for name in LlamaGenConfig.__dataclass_fields__}
     config = OneStepConfig(**fields, code_channels=1, head_dim=64)

@@ -24,7 +24,7 @@ from arcore.zoo.raster.ear.erasing import (
 
 def claim(*, quick: bool) -> Claim:
     """Erase the 3 toward the 8 in a model of small digits; quick: only that the loss falls and the patch comes off."""
-    model = train_raster(5 if quick else 600)
+    model = train_raster(5 if quick else 1200)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     how = Erasing(
         updates=4 if quick else 40, pairs=4 if quick else 12, cfg=1.0 if quick else 2.0, threshold=0
