@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
     print("of saved: the gain over what it would be if a call with drafts took as long as a plain one")
     if options.json is not None:
         about = {"model": options.model, "texts": len(prompts), "tokens": options.tokens}
-        about |= {"temperature": options.temperature, "precision": options.precision, "torch": torch.__version__, "machine": cpu_model()}
+        about |= {"temperature": options.temperature, "precision": options.precision}
+        about |= {"torch": torch.__version__, "machine": cpu_model()}
         with atomic_path(Path(options.json)) as temporary:
             temporary.write_text(json.dumps({**about, "rows": table}, indent=1) + "\n", encoding="utf-8")
     return 0
