@@ -54,7 +54,7 @@ def claim(*, quick: bool) -> Claim:
         seen = accuracy(judge, level_images(held_out), truth)
         kept = {right: _pairs_kept(model, judge, right) for right in (True, False)}
         rows += [
-            at_least("share of pairs of prompts that the classifier keeps", kept[True], 0.9),
+            at_least("share of pairs of prompts that the classifier keeps", kept[True], 0.7),
             at_most("the same of a generator that mixes the classes up", kept[False], 0.1),
             at_most("loss with the patch over that without", tuned[1] / plain[1], 0.9),
             at_least("accuracy of the classifier on held-out digits", seen, 0.95),
@@ -66,7 +66,7 @@ def claim(*, quick: bool) -> Claim:
     return Claim(tuple(rows))
 
 
-def _pairs_kept(model: Any, judge: nn.Module, right: bool, count: int = 20) -> float:
+def _pairs_kept(model: Any, judge: nn.Module, right: bool, count: int = 60) -> float:
     """Share of the pairs (a 3, an 8) that `concept_pairs` keeps of a model, or of one with other classes."""
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:

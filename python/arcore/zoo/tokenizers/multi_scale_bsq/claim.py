@@ -24,7 +24,7 @@ def claim(*, quick: bool) -> Claim:
         return Claim(tuple(rows))
     from arcore.data import load_scenes
 
-    tokenizer = trained_tokenizer(1000)
+    tokenizer = trained_tokenizer(2500)
     held_out = load_scenes("test").images[::15]
     with torch.no_grad():
         found = tokenizer.encode_bits(held_out)
