@@ -298,8 +298,9 @@ def test_bad_input(tmp_path: Path):
         model(ids, torch.full((1, 2, 3), 600), 0)
     with pytest.raises(ValueError, match="positions rotary or table"):
         GLMConfig(dim=8, num_layers=1, num_heads=1, vocab_size=9, positions="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="must be weights"):
-        BlankOptions(spans=-1)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be weights"):
+            BlankOptions(spans=weight)
     with pytest.raises(ValueError, match="choose infill, generate or understand"):
         BlankSampling(task="write")  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import arcore
 from arcore.catalog.claims import shaken
 from arcore.cli import main
+from arcore.recipes import train
 from arcore.zoo.language.ernie3.recipe import ErnieOptions, ErnieSampling
 from arcore.zoo.language.ernie3.tasks import (
     CLS,
@@ -232,6 +233,10 @@ def test_bad_input(tmp_path: Path):
         model.hidden(torch.zeros(1, 3, dtype=torch.int64), "read")
     with pytest.raises(ValueError, match="expected a task of words, document"):
         model.loss("none", Material(TEXT, find_triples(TEXT), 48, 0).draw("words", 1))
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT[:150])
+    with pytest.raises(ValueError, match=r"short\.txt: 135 characters to train on are too few for --length 96"):
+        train("ernie3_tiny", out=tmp_path / "run", data=str(short), show_progress=False)
     with pytest.raises(ValueError, match="--length must be at least 32"):
         ErnieOptions(length=8)
     with pytest.raises(ValueError, match="choose write, embed or relate"):

@@ -266,7 +266,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give cmudict or a table of pairs"):
         load_pairs(str(tmp_path / "none.tsv"), words=9, held_out=1, longest=9)
     (tmp_path / "bad.tsv").write_text("ab\tA B\nno tab\n")
-    with pytest.raises(ValueError, match=r"bad.tsv:2: expected a source, a tab and a target"):
+    with pytest.raises(ValueError, match=r"bad.tsv:2: expected a source, one tab and a target"):
+        load_pairs(str(tmp_path / "bad.tsv"), words=9, held_out=1, longest=9)
+    (tmp_path / "bad.tsv").write_text("ab\tA B\ncd\tC\tD\n")
+    with pytest.raises(ValueError, match=r"bad.tsv:2: expected a source, one tab and a target"):
         load_pairs(str(tmp_path / "bad.tsv"), words=9, held_out=1, longest=9)
     (tmp_path / "bytes.tsv").write_bytes(b"ab\tA B\n\xff\tA\n")
     with pytest.raises(ValueError, match=r"bytes\.tsv:2: the file is not UTF-8 text: byte 0xff"):

@@ -51,7 +51,7 @@ class BlankOptions:
     def __post_init__(self) -> None:
         if self.context < 8:
             raise ValueError(f"--context must be at least 8 but got {self.context}")
-        if min(self.weights) < 0 or not sum(self.weights) > 0:
+        if min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
             raise ValueError(f"--understand, --spans and --generate must be weights but got {self.weights}")
 
     @property

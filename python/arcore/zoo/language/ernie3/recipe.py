@@ -145,6 +145,11 @@ class ErnieRecipe(Recipe):
 
     def prepare(self, start: Start, options: Any) -> Work:
         train, test = text_of(options.data)
+        if len(train) < 8 * options.length:
+            raise ValueError(
+                f"{options.data}: {len(train)} characters to train on are too few for --length {options.length}: give at "
+                f"least {8 * options.length}"
+            )
         triples = find_triples(train) if options.kg is None else read_triples(options.kg, train)
         if not triples:
             raise ValueError(

@@ -129,8 +129,8 @@ def _table(path: Path) -> list[Pair]:
         if not line.strip():
             continue
         source, tab, target = line.partition("\t")
-        if not tab or not source or not target.split():
-            raise ValueError(f"{path}:{number}: expected a source, a tab and a target but got {line!r}")
+        if not tab or not source or not target.split() or "\t" in target:
+            raise ValueError(f"{path}:{number}: expected a source, one tab and a target but got {line!r}")
         pairs.append((tuple(source), tuple(target.split())))
     return pairs
 
