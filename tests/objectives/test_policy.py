@@ -118,6 +118,14 @@ def test_empty_responses_count_nothing():
             r"advantages \(B,\) but got \(6, 5\) and \(5,\)",
         ),
         (
+            lambda n, o, a, m: objectives.grpo_loss(n, o, a * torch.nan, m),
+            "grpo_loss: expected finite advantages but got nan in row 0",
+        ),
+        (
+            lambda n, o, a, m: objectives.group_advantages(torch.ones(6).long(), torch.zeros(6)),
+            r"expected floating-point rewards but got torch.int64; use rewards.float\(\)",
+        ),
+        (
             lambda n, o, a, m: objectives.grpo_loss(n, o, a, m.long()),
             "expected a bool mask but got torch.int64",
         ),

@@ -71,6 +71,11 @@ def test_refuses() -> None:
     new, old, gain, mask = batch()
     with pytest.raises(ValueError, match=r"advantages of logprobs's shape \(3, 5\) but got \(3,\)"):
         ppo_loss(new, old, gain[:, 0], mask)
+    place = mask.nonzero()[-1]
+    broken = gain.clone()
+    broken[tuple(place)] = torch.inf
+    with pytest.raises(ValueError, match=f"finite advantages but got inf in row {int(place[0])}"):
+        ppo_loss(new, old, broken, mask)
     with pytest.raises(ValueError, match="clip from 0 to 1 but got 2"):
         ppo_loss(new, old, gain, mask, clip=2)
     with pytest.raises(ValueError, match="clip above 0 together with old"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,16 @@ def test_kto_equals_a_loop_and_moves_rows_the_right_way() -> None:
     (gradient,) = torch.autograd.grad(found, leaf)
     assert ((gradient < 0) == desirable).all()
     assert kto_loss(leaf[:0], reference[:0], desirable[:0]).item() == 0
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge"])
+def test_no_pair_costs_nothing(kind: Any) -> None:
+    policy, reference, preference = pairs()
+    none = policy[:0].detach().requires_grad_()
+    loss = preference_loss(none, reference[:0], preference[:0], kind=kind)
+    assert loss == 0
+    loss.backward()
+    assert none.grad is not None
 
 
 def test_refuses() -> None:

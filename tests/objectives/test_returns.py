@@ -78,5 +78,11 @@ def test_refuses() -> None:
         gae(b["rewards"], b["values"], done=b["rewards"])
     with pytest.raises(ValueError, match="one value per row"):
         gae(b["rewards"], b["values"], last=b["rewards"])
+    broken = b["rewards"].clone()
+    broken[2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"gae: expected finite rewards but got nan at \[2, 3\]"):
+        gae(broken, b["values"])
+    shut = torch.arange(11) < torch.tensor([11, 11, 3, 11]).unsqueeze(1)
+    assert gae(broken, b["values"], mask=shut).advantages.isfinite().all()
     with pytest.raises(ValueError, match="expected floating-point rewards"):
         discounted_returns(b["mask"])

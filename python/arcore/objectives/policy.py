@@ -44,12 +44,16 @@ def group_statistics(
         deviation: divide by the group's size ("population") or by one less ("sample").
 
     Raises:
-        ValueError: shapes do not fit, a reward is not finite, or an unknown kind.
+        ValueError: shapes do not fit, a reward is no floating-point number or not finite, or an unknown kind.
     """
     if rewards.dim() != 1 or groups.shape != rewards.shape:
         raise ValueError(
             "arcore.group_statistics: expected rewards and groups of one shape (B,) but got "
             f"{tuple(rewards.shape)} and {tuple(groups.shape)}; give one reward and one group per response"
+        )
+    if not rewards.is_floating_point():
+        raise ValueError(
+            f"arcore.group_statistics: expected floating-point rewards but got {rewards.dtype}; use rewards.float()"
         )
     if not torch.isfinite(rewards).all():
         row = int((~torch.isfinite(rewards)).nonzero()[0, 0])
@@ -236,7 +240,7 @@ def grpo_loss(
         entropy_share: share of the batch's tokens that count, those of the highest entropy, above 0 and at most 1.
 
     Raises:
-        ValueError: shapes differ or a number is out of range.
+        ValueError: shapes differ, a number is out of range, or an advantage of a row with tokens is not finite.
     """
     _check("grpo_loss", logprobs, old, mask)
     if logprobs.dim() != 2 or advantages.shape != logprobs.shape[:1]:
@@ -244,6 +248,7 @@ def grpo_loss(
             f"arcore.grpo_loss: expected logprobs (B, T) and advantages (B,) but got {tuple(logprobs.shape)} and "
             f"{tuple(advantages.shape)}; give one advantage per response"
         )
+    check_advantages("grpo_loss", advantages.detach(), mask.any(1))
     limits = (
         ("clip_low", clip_low, 0 <= clip_low <= 1, "from 0 to 1"),
         ("clip_high", clip_high, clip_high >= 0, "at least 0"),
@@ -284,6 +289,17 @@ def grpo_loss(
         apart = torch.where(mask, reference.detach() - logprobs, 0.0)
         loss = loss + kl_weight * (apart.exp() - apart - 1)
     return reduce(loss, mask, how=how, length=length)
+
+
+def check_advantages(name: str, advantages: Tensor, used: Tensor) -> None:
+    """Raise ValueError where one that is used is NaN or infinite; both of one shape."""
+    broken = used & ~torch.isfinite(advantages)
+    if broken.any():
+        place = broken.nonzero()[0].tolist()
+        raise ValueError(
+            f"arcore.{name}: expected finite advantages but got {advantages[tuple(place)].item()} in row {place[0]}; "
+            "repair the reward, or leave that response out of the mask"
+        )
 
 
 def _check(name: str, logprobs: Tensor, old: Tensor, mask: Tensor) -> None:

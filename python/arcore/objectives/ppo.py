@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arcore.objectives.policy import Reduction, log_ratio, reduce
+from arcore.objectives.policy import Reduction, check_advantages, log_ratio, reduce
 
 
 def ppo_loss(
@@ -33,13 +33,14 @@ def ppo_loss(
         length: likewise.
 
     Raises:
-        ValueError: shapes differ or clip is out of range.
+        ValueError: shapes differ, clip is out of range, or an advantage of a step is not finite.
     """
     if advantages.shape != logprobs.shape:
         raise ValueError(
             f"arcore.ppo_loss: expected advantages of logprobs's shape {tuple(logprobs.shape)} but got "
             f"{tuple(advantages.shape)}; give one per step (GRPO's one per response go to grpo_loss)"
         )
+    check_advantages("ppo_loss", advantages.detach(), mask)
     if not 0 <= clip <= 1:
         raise ValueError(f"arcore.ppo_loss: expected clip from 0 to 1 but got {clip}; 0.2 is common")
     rho = log_ratio(logprobs, old, mask).exp()

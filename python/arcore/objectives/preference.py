@@ -22,7 +22,7 @@ def preference_loss(
     beta: float = 0.1,
     kind: PreferenceKind = "dpo",
 ) -> Tensor:
-    """Mean loss of pairs of responses; scalar. With `h` the gap of the two log-ratios to the reference::
+    """Mean loss of pairs of responses, 0 for none; scalar. With `h` the gap of the two log-ratios to the reference::
 
         dpo    -log sigmoid(beta h)              (Rafailov et al., arXiv:2305.18290, equation 7)
         ipo    (h - 1 / (2 beta))^2              (Azar et al., arXiv:2310.12036, equation 17)
@@ -65,7 +65,9 @@ def preference_loss(
             f"arcore.preference_loss: expected kind to be 'dpo', 'ipo' or 'hinge' but got {kind!r}; INPO and SRPO are "
             "systems of the zoo"
         )
-    return (preference * first + (1 - preference) * second).mean()
+    losses = preference * first + (1 - preference) * second
+    # Where no pair was decided there is nothing to learn from; the mean of nothing would be NaN.
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def kto_loss(

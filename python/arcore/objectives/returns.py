@@ -43,7 +43,7 @@ def discounted_returns(
         `[..., T]`, 0 where the mask is False.
 
     Raises:
-        ValueError: shapes differ, a mask is not bool or has a gap, or discount is out of range.
+        ValueError: shapes differ, a reward is not finite, a mask is not bool or has a gap, or discount is out of range.
     """
     rewards, go_on, last, mask = _checked("discounted_returns", rewards, discount, done, mask, last)
     if mask is None:
@@ -152,6 +152,13 @@ def _checked(
             f"{op}: expected a mask whose steps stand first in each row but it has a gap; take those "
             "steps out of the row before"
         )
+    rewards = rewards if mask is None else torch.where(mask, rewards, 0.0)
+    if not torch.isfinite(rewards).all():
+        place = (~torch.isfinite(rewards)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: expected finite rewards but got {rewards[tuple(place)].item()} at {place}; repair the reward, or "
+            "leave that row out"
+        )
     last = None if last is None else last.to(rewards.dtype)
     go_on = torch.ones_like(rewards) if done is None else (~done).to(rewards.dtype)
-    return rewards if mask is None else torch.where(mask, rewards, 0.0), go_on, last, mask
+    return rewards, go_on, last, mask

@@ -235,7 +235,9 @@ def test_bad_input(tmp_path: Path):
         model.loss("none", Material(TEXT, find_triples(TEXT), 48, 0).draw("words", 1))
     short = tmp_path / "short.txt"
     short.write_text(TEXT[:150])
-    with pytest.raises(ValueError, match=r"short\.txt: 135 characters to train on are too few for --length 96"):
+    with pytest.raises(
+        ValueError, match=r"short\.txt: 135 characters to train on are too few for --length 96"
+    ):
         train("ernie3_tiny", out=tmp_path / "run", data=str(short), show_progress=False)
     with pytest.raises(ValueError, match="--length must be at least 32"):
         ErnieOptions(length=8)
