@@ -91,7 +91,7 @@ def inpo_loss(
     h = gap[:, 0] - gap[:, 1]
     loss = preference * (h - target) ** 2 + (1 - preference) * (h + target) ** 2
     if weight is None:
-        return loss.mean()
+        return loss.mean() if len(loss) else loss.sum()
     if weight.shape != loss.shape or not (weight >= 0).all() or not weight.any():
         raise ValueError(
             f"arcore.inpo_loss: expected weight ({len(loss)},), at least 0 and somewhere above, but got shape "

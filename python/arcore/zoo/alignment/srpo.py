@@ -109,6 +109,8 @@ def srpo_loss(
     ) ** 2
     robust = (excess - beta / 2 * (d[:, 0, 1] - d[:, 1, 0] + g[:, 1] - g[:, 0])) ** 2
     loss = (1 - alpha) * robust + alpha * improve / 2
+    if not len(loss):
+        return loss.sum()
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 

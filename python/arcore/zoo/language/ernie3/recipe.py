@@ -147,8 +147,8 @@ class ErnieRecipe(Recipe):
         train, test = text_of(options.data)
         if len(train) < 8 * options.length:
             raise ValueError(
-                f"{options.data}: {len(train)} characters to train on are too few for --length {options.length}: give at "
-                f"least {8 * options.length}"
+                f"{options.data}: {len(train)} characters to train on are too few for --length {options.length}: give "
+                f"at least {8 * options.length}"
             )
         triples = find_triples(train) if options.kg is None else read_triples(options.kg, train)
         if not triples:
