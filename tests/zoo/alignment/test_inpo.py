@@ -120,6 +120,13 @@ def test_self_play_converges_with_decreasing_steps_only():
 PAIRS = torch.zeros(3, 2)
 
 
+def test_no_pair_costs_nothing() -> None:
+    none = torch.zeros(0, 2, requires_grad=True)
+    loss = inpo_loss(none, none, none, torch.zeros(0), tau=0.1, eta=1.0)
+    assert loss == 0
+    loss.backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -132,13 +139,6 @@ PAIRS = torch.zeros(3, 2)
         ({"weight": torch.zeros(3)}, r"expected weight \(3,\), at least 0 and somewhere above"),
     ],
 )
-def test_no_pair_costs_nothing() -> None:
-    none = torch.zeros(0, 2, requires_grad=True)
-    loss = inpo_loss(none, none, none, torch.zeros(0), tau=0.1, eta=1.0)
-    assert loss == 0
-    loss.backward()
-
-
 def test_bad_input(change: dict[str, Any], message: str):
     settings: dict[str, Any] = {
         "policy": PAIRS,

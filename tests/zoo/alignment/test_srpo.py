@@ -101,6 +101,14 @@ def test_revisions_are_steps_of_the_reviser():
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.625])
 
 
+def test_no_pair_costs_nothing() -> None:
+    none = torch.zeros(0, 2, requires_grad=True)
+    pairs = torch.zeros(0, 2, 2)
+    loss = srpo_loss(none, pairs, none, pairs, torch.zeros(0))
+    assert loss == 0
+    loss.backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -112,14 +120,6 @@ def test_revisions_are_steps_of_the_reviser():
         ({"weight": torch.ones(2)}, r"expected weight \(3,\), at least 0"),
     ],
 )
-def test_no_pair_costs_nothing() -> None:
-    none = torch.zeros(0, 2, requires_grad=True)
-    pairs = torch.zeros(0, 2, 2)
-    loss = srpo_loss(none, pairs, none, pairs, torch.zeros(0))
-    assert loss == 0
-    loss.backward()
-
-
 def test_bad_input(change: dict[str, Any], message: str):
     settings: dict[str, Any] = {
         "policy": torch.zeros(3, 2),
