@@ -104,7 +104,7 @@ def test_revisions_are_steps_of_the_reviser():
 def test_no_pair_costs_nothing() -> None:
     none = torch.zeros(0, 2, requires_grad=True)
     pairs = torch.zeros(0, 2, 2)
-    loss = srpo_loss(none, pairs, none, pairs, torch.zeros(0))
+    loss = srpo_loss(none, pairs, none, pairs, torch.zeros(0), beta=0.1)
     assert loss == 0
     loss.backward()
 
