@@ -126,4 +126,34 @@ struct __attribute__((visibility("hidden"))) Call {
   }
 };
 
+constexpr const char* kLinearOp = "linear_scan";
+
+// What linear_scan gets on any device; `out` is for the caller to set.
+inline LinearArgs check_linear(const Tensor& a, const Tensor& b, const OptionalTensor& initial,
+                               bool reverse) {
+  ARCORE_CHECK(a.dim() == 2 && a.is_contiguous() && b.is_contiguous(), kLinearOp,
+               "expected contiguous a and b of shape (rows, length) but got ", shape_of(a), " and ",
+               shape_of(b));
+  const ScalarType type = a.scalar_type();
+  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::Double, kLinearOp,
+               "expected float32 or float64 but got ", torch::headeronly::toString(type));
+  check_device(kLinearOp, "b", b, a);
+  check_shape(kLinearOp, "b", b, {a.size(0), a.size(1)});
+  ARCORE_CHECK(b.scalar_type() == type, kLinearOp, "expected b of a's dtype");
+  if (initial.has_value()) {
+    check_device(kLinearOp, "initial", *initial, a);
+    check_shape(kLinearOp, "initial", *initial, {a.size(0)});
+    ARCORE_CHECK(initial->scalar_type() == type && initial->is_contiguous(), kLinearOp,
+                 "expected a contiguous initial of a's dtype");
+  }
+  return {a.data_ptr(),
+          b.data_ptr(),
+          initial.has_value() ? initial->data_ptr() : nullptr,
+          nullptr,
+          a.size(0),
+          a.size(1),
+          reverse,
+          type == ScalarType::Double};
+}
+
 }  // namespace arcore::selective_scan

@@ -1,4 +1,5 @@
-// CUDA side of torch.ops.arcore.selective_scan and its backward: marks of packed rows, allocation, launches.
+// CUDA side of torch.ops.arcore.selective_scan, its backward and linear_scan: marks of packed rows,
+// allocation, launches.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -193,10 +194,20 @@ Gradients backward_cuda(const OptionalTensor& grad_out, const OptionalTensor& gr
               : grad_initial};
 }
 
+Tensor linear_scan_cuda(const Tensor& a, const Tensor& b, const OptionalTensor& initial, bool reverse) {
+  LinearArgs args = check_linear(a, b, initial, reverse);
+  const CudaScope scope(a);
+  Tensor out = torch::stable::new_empty(a, {args.rows, args.length});
+  args.out = out.data_ptr();
+  check_launch(kLinearOp, launch_linear_sm80(args, scope.stream()));
+  return out;
+}
+
 }  // namespace
 }  // namespace arcore::selective_scan
 
 ARCORE_CUDA_LIBRARY_IMPL(m) {
   m.impl("selective_scan", TORCH_BOX(&arcore::selective_scan::forward_cuda));
   m.impl("selective_scan_backward", TORCH_BOX(&arcore::selective_scan::backward_cuda));
+  m.impl("linear_scan", TORCH_BOX(&arcore::selective_scan::linear_scan_cuda));
 }

@@ -107,6 +107,14 @@ struct MarkArgs {
   int32_t* marks;  // [batch, length] in scan order
 };
 
+// h[t] = a[t] h[t - 1] + b[t] over the rows of contiguous [rows, length], in their own type.
+struct LinearArgs {
+  const void *a, *b, *initial;  // initial: [rows], or null for zeros
+  void* out;
+  int64_t rows, length;
+  bool reverse, wide;  // from the last step to the first; float64
+};
+
 // last = first, or zero: what sequences without steps keep. Also the gradients of their initial states.
 struct CarryArgs {
   const float* first;  // or null
@@ -157,5 +165,6 @@ int launch_marks_sm80(const MarkArgs&, void* stream);
 int launch_carry_sm80(const CarryArgs&, void* stream);
 int launch_forward_sm80(const ForwardCuda&, void* stream);
 int launch_backward_sm80(const BackwardCuda&, void* stream);
+int launch_linear_sm80(const LinearArgs&, void* stream);
 
 }  // namespace arcore::selective_scan

@@ -213,39 +213,23 @@ std::tuple<Tensor, Tensor> tangent_cpu(const Tensor& u, const Tensor& delta, con
   return {out, last_state};
 }
 
-constexpr const char* kLinearOp = "linear_scan";
-
 Tensor linear_scan_cpu(const Tensor& a, const Tensor& b, const OptionalTensor& initial, bool reverse) {
-  ARCORE_CHECK(a.dim() == 2 && a.is_contiguous() && b.is_contiguous(), kLinearOp,
-               "expected contiguous a and b of shape (rows, length) but got ", shape_of(a), " and ",
-               shape_of(b));
-  const int64_t rows = a.size(0), length = a.size(1);
-  const ScalarType type = a.scalar_type();
-  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::Double, kLinearOp,
-               "expected float32 or float64 but got ", torch::headeronly::toString(type));
-  check_device(kLinearOp, "b", b, a);
-  check_shape(kLinearOp, "b", b, {rows, length});
-  ARCORE_CHECK(b.scalar_type() == type, kLinearOp, "expected b of a's dtype");
-  if (initial.has_value()) {
-    check_device(kLinearOp, "initial", *initial, a);
-    check_shape(kLinearOp, "initial", *initial, {rows});
-    ARCORE_CHECK(initial->scalar_type() == type && initial->is_contiguous(), kLinearOp,
-                 "expected a contiguous initial of a's dtype");
-  }
-  Tensor out = make_empty(a, {rows, length}, type);
-  const double updates = static_cast<double>(rows) * static_cast<double>(length);
+  LinearArgs args = check_linear(a, b, initial, reverse);
+  Tensor out = make_empty(a, {args.rows, args.length}, a.scalar_type());
+  args.out = out.data_ptr();
+  const double updates = static_cast<double>(args.rows) * static_cast<double>(args.length);
   const auto scan = [&](auto kind) {
     using T = decltype(kind);
-    const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
-    run_tasks(rows, threads_for(updates, kUpdatesPerThread), [&](int64_t begin, int64_t end) {
-      scan_rows<T>(data(a), data(b), initial.has_value() ? data(*initial) : nullptr, data(out), length,
-                   reverse, begin, end);
+    run_tasks(args.rows, threads_for(updates, kUpdatesPerThread), [&](int64_t begin, int64_t end) {
+      scan_rows<T>(static_cast<const T*>(args.a), static_cast<const T*>(args.b),
+                   static_cast<const T*>(args.initial), static_cast<T*>(args.out), args.length, reverse,
+                   begin, end);
     });
   };
-  if (type == ScalarType::Float)
-    scan(float{});
-  else
+  if (args.wide)
     scan(double{});
+  else
+    scan(float{});
   return out;
 }
 

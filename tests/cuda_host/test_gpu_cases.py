@@ -16,11 +16,9 @@ from tests.cuda_host.build import ROOT, installed, unavailable
 reason = unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
-OPS = sorted(
-    path.parent.name
-    for path in ROOT.glob("csrc/*/cuda.cpp")
-    if (ROOT / "tests" / path.parent.name / "gpu_cases.py").is_file()
-)
+OPS = sorted(path.parent.name for path in ROOT.glob("tests/*/gpu_cases.py"))
+# Ops whose GPU kernels are those of another one.
+KERNELS_OF = {"ssd": "selective_scan"}
 
 
 # What a GPU does in PyTorch, and a CPU by kernels that have no counterpart among those run here.
@@ -32,6 +30,8 @@ def cuda_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules that look at the device to know a result's shape are told that of the kernels that run."""
     scan = importlib.import_module("arcore.ops.selective_scan")
     monkeypatch.setattr(scan, "CHUNK", scan.CUDA_CHUNK)
+    ssd_cases = importlib.import_module("tests.ssd.cases")
+    monkeypatch.setattr(importlib.import_module("tests.ssd.gpu_cases"), "ssd", ssd_cases.as_on_a_gpu)
 
 
 def checks() -> list[Any]:
@@ -45,7 +45,7 @@ def checks() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "check"), checks())
 def test_check(op: str, check: Any, cuda_shapes: None) -> None:
-    with installed(op) as host:
+    with installed(KERNELS_OF.get(op, op)) as host:
         torch.manual_seed(0)
         check("cpu", True)
         assert host.statistics()["blocks"] > 0 or check.__name__ == "check_constants"

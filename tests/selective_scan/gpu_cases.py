@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcore.ops import selective_scan
+from arcore.ops import linear_scan, reference_linear_scan, reference_selective_scan, selective_scan
 from tests import device_checks as checks
 from tests.selective_scan.cases import Case, call, check_against_reference, everything, make_case
 
@@ -222,6 +222,56 @@ def check_large_outputs(device: str, small: bool) -> None:
             checks.assert_equal(alone[name][0], whole[name][i], f"{name} of row {i}")
 
 
+def check_linear_recurrence(device: str, small: bool) -> None:
+    """The plain loop's bits, whatever the factors, and its gradients."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = (
+        ((3, 33), (33, 64)) if small else ((0, 5), (5, 0), (1, 1), (3, 31), (32, 32), (33, 65), (300, 2048))
+    )
+    for rows, length in sizes:
+        for dtype in (torch.float32, torch.float64):
+            a = 1.5 - 2 * torch.rand(rows, length, generator=generator, dtype=dtype)
+            b = torch.randn(rows, length, generator=generator, dtype=dtype)
+            given = torch.randn(rows, generator=generator, dtype=dtype)
+            for reverse in (False, True):
+                for initial in (None, given):
+                    found = []
+                    for function in (checks.on(device, linear_scan), reference_linear_scan):
+                        leaves = [x.clone().requires_grad_() for x in (a, b)]
+                        out = function(*leaves, initial=initial, reverse=reverse)
+                        found.append([out, *torch.autograd.grad(out, leaves, b)])
+                    checks.assert_equal(found[0][0], found[1][0], "states")
+                    for ours, known in zip(found[0][1:], found[1][1:], strict=True):
+                        torch.testing.assert_close(ours, known, rtol=1e-4, atol=1e-4)
+
+
+def check_forward_mode(device: str, small: bool) -> None:
+    """Tangents of the output and of the last state, which a GPU takes in PyTorch."""
+    dim = 5 if small else 40
+    for options in ({}, {"lengths": [5, 0, 60], "b": "constant"}, {"reverse": True, "gate": False}):
+        case = make_case(2, dim, 65, 4, initial=True, **options)
+        exact, given = case.to(torch.float64), case.floats()
+        generator = torch.Generator().manual_seed(3)
+        along = tuple(torch.randn(t.shape, generator=generator) for t in given.values())
+        found = []
+        for c, function, ways in (
+            (case, _ours(device), along),
+            (exact, reference_selective_scan, tuple(t.double() for t in along)),
+        ):
+
+            def run(
+                *tensors: Tensor, c: Case = c, function: Any = function, names: Any = tuple(given)
+            ) -> Any:
+                return call(function, replace(c, **dict(zip(names, tensors, strict=True))))
+
+            results = torch.func.jvp(run, tuple(c.floats().values()), ways)
+            found.append((*results[0], *results[1]))
+        names = ("out", "last_state", "tangent of out", "tangent of last_state")
+        for name, ours, known in zip(names, *found, strict=True):
+            error = (ours.double() - known).abs().max().item()
+            assert error <= 1e-4 * known.abs().max().item(), f"{name}: off by {error:.1e}"
+
+
 CHECKS = (
     check_lengths,
     check_long_rows,
@@ -230,6 +280,8 @@ CHECKS = (
     check_optional_arguments,
     check_16_bit_storage,
     check_packed_rows,
+    check_linear_recurrence,
+    check_forward_mode,
     check_empty,
     check_layouts,
     check_nan_stays_in_its_channel,
@@ -248,7 +300,8 @@ SANITIZED = (
     check_optional_arguments,
     check_16_bit_storage,
     check_packed_rows,
+    check_linear_recurrence,
 )
 # Their failure cannot be brought about by wrong results: the op is called by its own name, or on nothing.
 NOT_DISTURBED = (check_opcheck, check_nan_stays_in_its_channel)
-FUNCTIONS = ("selective_scan",)
+FUNCTIONS = ("selective_scan", "linear_scan")

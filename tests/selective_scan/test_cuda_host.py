@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arcore.ops import selective_scan
+from arcore.ops import linear_scan, selective_scan
 from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 from tests.selective_scan.cases import Case, call, check_against_reference, everything, make_case
 
@@ -278,3 +278,40 @@ def test_random_cases(host: CudaHost) -> None:
             if flip
             else case
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "length"), [(0, 4), (3, 0), (1, 1), (3, 31), (32, 32), (33, 33), (65, 100), (2, 700)]
+)
+def test_linear_scan_has_the_bits_of_the_cpu(rows: int, length: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows + length)
+    a = 1.1 - 2 * torch.rand(rows, length, generator=generator, dtype=dtype)
+    b = torch.randn(rows, length, generator=generator, dtype=dtype)
+    initial = torch.randn(rows, generator=generator, dtype=dtype)
+    a[:, length // 2 :][:, :1] = 0.0
+
+    def all_ways() -> list[torch.Tensor]:
+        return [
+            linear_scan(*(guarded(t) if t.numel() else t for t in (a, b)), initial=given, reverse=reverse)
+            for given in (None, initial)
+            for reverse in (False, True)
+        ]
+
+    known = all_ways()
+    for seed in (0, 1):
+        with installed("selective_scan", seed) as host:
+            assert all(map(torch.equal, all_ways(), known))
+            assert rows * length == 0 or host.statistics()["async_copies"] > 0
+            assert host.statistics()["bank_conflicts"] == 0 or rows * length == 0
+
+
+def test_linear_scan_keeps_what_is_not_finite_in_its_row() -> None:
+    a, b = torch.full((40, 50), 0.5), torch.ones(40, 50)
+    clean = linear_scan(a, b)
+    b[7, 3], b[9, 4] = torch.nan, torch.inf
+    with installed("selective_scan"):
+        found = linear_scan(a, b)
+    assert found[7, 3:].isnan().all() and found[9, 4:].isinf().all()
+    others = [r for r in range(40) if r not in (7, 9)]
+    assert torch.equal(found[others], clean[others])

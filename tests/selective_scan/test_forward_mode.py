@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from arcore.ops import reference_selective_scan, selective_scan
+from arcore.ops import _selective_scan_tangent, reference_selective_scan, selective_scan
 from tests.isa import ISAS, run_under
 from tests.selective_scan.cases import FLOATS, call, make_case
 
@@ -64,6 +65,57 @@ def test_options():
     ids = torch.tensor([[-1, 0, 0, -1, 1, 1], [2, 2, 2, 2, -1, -1]], dtype=torch.int32)
     check(make_case(2, 12, 6, 4, ids=ids, initial=True))
     check(make_case(2, 20, 70, 16, dtype=torch.bfloat16))
+
+
+GPU_CASES = (
+    lambda: make_case(2, 21, 0, 5, initial=True),
+    lambda: make_case(2, 21, 65, 5, initial=True),
+    lambda: make_case(2, 20, 70, 6, b="constant", c="4", initial=True),
+    lambda: make_case(2, 20, 70, 6, b="2", c="constant", skip=False),
+    lambda: make_case(2, 12, 70, 4, softplus=False, bias=False, gate=False, skip=False, reverse=True),
+    lambda: make_case(lengths=[5, 0, 70], initial=True),
+    lambda: make_case(lengths=[0, 5, 70, 1, 0], initial=True, reverse=True, c="constant"),
+    lambda: make_case(3, 12, 6, 4, ids=IDS, initial=True),
+    lambda: make_case(3, 12, 6, 4, ids=IDS, reverse=True),
+    lambda: make_case(2, 20, 70, 16, dtype=torch.bfloat16),
+)
+IDS = torch.tensor([[-1, 0, 0, -1, 1, 1], [2, 2, 2, 2, -1, -1], [-1] * 6], dtype=torch.int32)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The op's tangents by what CUDA runs, some channels at a time."""
+    monkeypatch.setattr(_selective_scan_tangent, "STATES", 2500)
+    override = torch.library.Library("arcore", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        rule = _selective_scan_tangent.tiled_tangent
+        override.impl("selective_scan_tangent", rule, "CPU", allow_override=True)
+    yield
+    override._destroy()
+
+
+@pytest.mark.parametrize("i", range(len(GPU_CASES)))
+def test_the_way_of_a_gpu(as_on_a_gpu, i):
+    check(GPU_CASES[i]())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_one_argument_at_a_time_as_on_a_gpu(as_on_a_gpu, name):
+    check(make_case(2, 12, 70, 4, initial=True), (name,))
+
+
+def test_padding_is_not_read_as_on_a_gpu(as_on_a_gpu):
+    case = make_case(3, 12, 6, 4, ids=IDS, initial=True)
+    clean = moved(case, selective_scan, FLOATS)
+
+    def spoiled(name, t):
+        if name not in ("u", "delta", "z", "B", "C"):
+            return t
+        return t.masked_fill((IDS < 0)[:, None], torch.nan)
+
+    for name, value in moved(case.map(spoiled), selective_scan, FLOATS).items():
+        assert torch.equal(value, clean[name]), name
 
 
 def test_is_the_slope_of_the_op_itself():

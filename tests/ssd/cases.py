@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +110,17 @@ def call(f: Callable[..., tuple[Tensor, Tensor]], case: Case) -> tuple[Tensor, T
         seq_idx=case.seq_idx,
         reverse=case.reverse,
     )
+
+
+def as_on_a_gpu(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, bias: Any, softplus: bool, last: bool,
+    *, dt_limit: tuple[float, float], initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssd` the way that a GPU's tensors take: by selective_scan."""
+    module = importlib.import_module("arcore.ops.ssd")  # whose name is also that of its function
+    v = module._check(x, dt, A, B, C, D, z, bias, initial_state, cu_seqlens, seq_idx, dt_limit)
+    return module._by_selective_scan(v, softplus, dt_limit, cu_seqlens, seq_idx, reverse)
 
 
 def everything(case: Case, f: Callable[..., tuple[Tensor, Tensor]] = ssd) -> dict[str, Tensor]:

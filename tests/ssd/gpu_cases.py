@@ -83,3 +83,4 @@ CHECKS = (
 )
 # What compute-sanitizer runs, in small.
 SANITIZED = (check_sizes, check_optional_arguments, check_packed_rows)
+FUNCTIONS = ("ssd",)

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arcore.ops import ssd
 from tests import device_checks
 from tests.cuda_host.build import installed, unavailable
 from tests.ssd import gpu_cases
-from tests.ssd.cases import call, check_against_reference, make_case
+from tests.ssd.cases import as_on_a_gpu, call, check_against_reference, make_case
 
 # The name of the module is also that of its function.
 module = importlib.import_module("arcore.ops.ssd")
@@ -27,13 +26,9 @@ def test_check(check: device_checks.Check, device: str) -> None:
     device_checks.run_check(check, device)
 
 
-def as_on_a_gpu(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, bias: Any, softplus: bool, last: bool,
-    *, dt_limit: tuple[float, float], initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    seq_idx: Tensor | None, reverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    v = module._check(x, dt, A, B, C, D, z, bias, initial_state, cu_seqlens, seq_idx, dt_limit)
-    return module._by_selective_scan(v, softplus, dt_limit, cu_seqlens, seq_idx, reverse)
+@pytest.mark.parametrize("check", gpu_cases.CHECKS, ids=lambda c: c.__name__)
+def test_check_notices_wrong_results(check: device_checks.Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    device_checks.assert_notices(check, gpu_cases, gpu_cases.FUNCTIONS, monkeypatch)
 
 
 CASES: list[Callable[[], Any]] = [

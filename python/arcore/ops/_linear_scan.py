@@ -1,6 +1,6 @@
 """The first-order linear recurrence: public function, reference, and the op's fake and autograd rules.
 
-The loop is in csrc/selective_scan/linear_scan.h.
+The loops are in csrc/selective_scan/linear_scan.h and linear_sm80.cuh.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def linear_scan(a: Tensor, b: Tensor, *, initial: Tensor | None = None, reverse:
 
     Returns, advantages (GAE) and every other discounted sum are such a recurrence from the last step to the first, with
     ``a = 0`` where an episode ends. Any real `a` is meant: zero, negative and above 1 too. float64 and float32 are
-    computed in their own type; bfloat16 and float16 in float32. On a CPU each row is one sequential loop in native
-    code, so the result is that of the plain loop and depends neither on the number of threads nor on the other rows;
-    on other devices the scan takes log2(T) passes of plain PyTorch, which round in another order, and whose products
-    of `a` over long stretches must not overflow. Differentiable in all three any number of times, in reverse and
-    forward mode.
+    computed in their own type; bfloat16 and float16 in float32. On CPUs and CUDA GPUs each row is one sequential loop
+    in native code, so the result is that of the plain loop and depends neither on the number of threads nor on the
+    other rows; on other devices the scan takes log2(T) passes of plain PyTorch, which round in another order, and whose
+    products of `a` over long stretches must not overflow. Differentiable in all three any number of times, in reverse
+    and forward mode.
 
     Args:
         a: factors ``[..., T]``.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from arcore import _extension as _extension
+from arcore.ops import _selective_scan_tangent as _selective_scan_tangent
 from arcore.ops._checks import REFUSALS, checked_call, same_device
 from arcore.ops._registration import (
     call_below,
@@ -484,9 +485,9 @@ def _tangents(
     inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], along: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     *tensors, delta_softplus, reverse, _ = inputs
-    if not outputs[0].is_cpu:
+    if outputs[0].device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"arcore.selective_scan: expected tensors on a CPU for forward-mode derivatives but got "
+            f"arcore.selective_scan: expected tensors on a CPU or a CUDA GPU for forward-mode derivatives but got "
             f"{outputs[0].device}; move them there or call reference_selective_scan"
         )
     out, last_state = torch.ops.arcore.selective_scan_tangent(
