@@ -106,14 +106,17 @@ class _Order:
 
     def __init__(self, u: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None, reverse: bool) -> None:
         batch, _, length = u.shape
-        self.reverse, self.cu_seqlens, self.exists = reverse, cu_seqlens, None
+        self.reverse = reverse
+        # Per step: real or padding, whether its sequence starts there, and which one it is of.
+        self.exists: Tensor | None = None
+        self.fresh: Tensor | None = None
+        self.sequence: Tensor | None = None
+        self.bounds: Tensor | None = None
         steps = torch.arange(length, device=u.device)
-        self.fresh = self.sequence = None
         if cu_seqlens is not None:
-            bounds = cu_seqlens.long().clamp(0, length)
+            self.bounds = bounds = cu_seqlens.long().clamp(0, length)
             sequence = torch.searchsorted(bounds, steps, right=True).sub(1).clamp(0, len(bounds) - 2)
             starts = bounds[1:][sequence] - 1 if reverse else bounds[:-1][sequence]
-            self.bounds = bounds
             self.fresh = self.times((steps == starts)[None]) != 0
             self.sequence = sequence.flip(0) if reverse else sequence
         elif seq_idx is not None:
@@ -143,26 +146,23 @@ class _Order:
 
     def scan(self, a: Tensor, terms: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[B, channels, N, L]`` of the recurrence, and the one that each step started from."""
-        entering = first if self.cu_seqlens is None else first.new_zeros((1, *first.shape[1:]))
-        at_start = None
-        if self.fresh is not None:
-            fresh = self.fresh[:, None, None]
+        entering = first if self.bounds is None else first.new_zeros((1, *first.shape[1:]))
+        fresh = None if self.fresh is None else self.fresh[:, None, None]
+        at_start = first.new_zeros(())
+        factors = a
+        if fresh is not None:
+            factors = torch.where(fresh, 0.0, a)
             if self.sequence is not None:
                 at_start = first[self.sequence].permute(1, 2, 0)[None]
                 terms = torch.where(fresh, terms + a * at_start, terms)
-            factors = torch.where(fresh, 0.0, a)
-        else:
-            factors = a
         flat = [t.expand(a.shape).reshape(-1, a.shape[-1]).contiguous() for t in (factors, terms)]
         h = torch.ops.arcore.linear_scan(*flat, entering.reshape(-1).contiguous(), False).view(a.shape)
         before = torch.cat([entering[..., None], h[..., :-1]], -1)
-        if self.fresh is not None:
-            before = torch.where(fresh, 0.0 if at_start is None else at_start, before)
-        return h, before
+        return h, before if fresh is None else torch.where(fresh, at_start, before)
 
     def last(self, h: Tensor, first: Tensor) -> Tensor:
         """The last state of each row, of an empty sequence the one that it began with."""
-        if self.cu_seqlens is None:
+        if self.bounds is None:
             return h[..., -1]
         ends = (h.shape[-1] - 1 - self.bounds[:-1]) if self.reverse else self.bounds[1:] - 1
         empty = self.bounds[1:] <= self.bounds[:-1]
