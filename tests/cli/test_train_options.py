@@ -24,6 +24,42 @@ def options_of(help_text: str) -> set[str]:
     }
 
 
+def test_words_for_values_that_are_none_of_their_kind(fails):
+    for words, says in (
+        (("--steps", "2.5"), "--steps must be a whole number but got '2.5'"),
+        (("--lr", "abc"), "--lr must be a number but got 'abc'"),
+        (("--lr", "nan"), "--lr must be a number but got nan"),
+        (("--betas", "5"), "--betas must be X X but got '5'"),
+        (("--schedule", "foo"), "--schedule must be one of constant, cosine, wsd but got 'foo'"),
+        (("--resume",), "--resume needs a value"),
+    ):
+        assert f"error: {says}" in fails("train", "dit_tiny", *words)
+    assert "--samples must be at least 1 but got 0" in fails(
+        *("run", "ear", "--checkpoint", "x", "--erase", "1", "--toward", "2", "--samples", "0")
+    )
+
+
+def test_what_is_not_used_of_the_data_is_said(arcore, tmp_path: Path):
+    from PIL import Image
+
+    for name, count in (("a", 3), ("b", 20)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 10 * i).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "a" / ".hidden").touch()
+    said = arcore("train", "dit_tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", *QUICK).err
+    assert "data: the class a has 3 images, too few to hold any out" in said
+    assert said.count("1 hidden entry skipped") == 1
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text, " * 500)
+    (tmp_path / "text" / "b.md").write_text("not this")
+    said = arcore(
+        *("train", "mamba_tiny", "--data", tmp_path / "text", "--out", tmp_path / "text_run", *QUICK),
+        *("--context", "16"),
+    ).err
+    assert "1 file not read that end" in said
+
+
 def test_a_preset_shows_the_options_of_its_recipe_and_no_others(arcore):
     shown = {
         name: options_of(arcore("train", name, "--help").out)

@@ -19,6 +19,9 @@ VALUE_ERRORS = [
     (dict(temperature=-1.0), "expected temperature in [0, 3e+38] but got -1.0"),
     (dict(temperature=float("nan")), "expected temperature in [0, 3e+38] but got nan"),
     (dict(repetition_penalty=0.0), "expected repetition_penalty in [1e-06, 1e+06] but got 0.0"),
+    (dict(repetition_penalty=1.3), "repetition_penalty acts on the tokens of history or prompt, and there are none"),
+    (dict(presence_penalty=0.5, prompt=SEEDS), "presence_penalty acts on the tokens of history, and there are none"),
+    (dict(frequency_penalty=-0.5, top_k=3, min_tokens_to_keep=2), "frequency_penalty acts on the tokens of history"),
     (dict(top_p=torch.rand(3)), "expected top_p of a shape that broadcasts to (2,) but got (3,)"),
     (dict(mask=X[:, 1:].bool()), "expected mask of a shape that broadcasts to (2, 8) but got (2, 7)"),
     (dict(mask=X[:, :2].int()), "expected mask of a shape that broadcasts to (2, 1) but got (2, 2)"),
@@ -120,3 +123,15 @@ def test_the_op_checks_what_it_relies_on():
         torch.ops.arcore.sample(
             [X[None]], settings, *good[:4], torch.zeros(1), one, 1, 0, 0, *(False,) * 5
         )  # fmt: skip
+
+
+def test_penalties_that_are_off_or_meet_an_empty_history_need_no_tokens():
+    plain = sample(X, seed=SEEDS)
+    none = torch.empty(2, 0, dtype=torch.int64)
+    for options in (
+        {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "history": none},
+        {"repetition_penalty": 1.3, "prompt": none},
+        {"repetition_penalty": torch.tensor([1.0, 1.3])},
+    ):
+        assert torch.equal(sample(X, seed=SEEDS, **options), plain)

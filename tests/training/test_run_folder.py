@@ -171,7 +171,7 @@ def test_figures_go_to_wandb(toy_task, tmp_path, monkeypatch):
         assert b"train/loss" in log.read_bytes()
 
 
-def test_what_is_no_task_and_no_data(toy_task, tmp_path):
+def test_what_is_no_task_and_no_data(toy_task, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match=r"task must be an arcore\.training\.Task but got NoneType"):
         fit(None, None, tmp_path / "run")
     task = toy_task(TrainConfig(**SETTINGS))
@@ -181,6 +181,28 @@ def test_what_is_no_task_and_no_data(toy_task, tmp_path):
         fit(task, load_digits("train"), tmp_path / "run", test=iter([]))
     with pytest.raises(TypeError, match="out must be the path of a folder but got int"):
         fit(task, load_digits("train"), 3)
-    with pytest.raises(ValueError, match="'ddp_spawn' would start processes"):
-        fit(toy_task(TrainConfig(strategy="ddp_spawn")), load_digits("train"), tmp_path / "run")
+    for strategy, says in (
+        ("ddp_spawn", "'ddp_spawn' would start processes"),
+        ("ddp_notebook", "'ddp_notebook' would start processes"),
+        ("ddp_fork_find_unused_parameters_false", "would start processes"),
+        (
+            "deepspeed_stage_3_offload",
+            "keeps weights in a form that checkpoints do not hold: use 'ddp' or 'fsdp'",
+        ),
+        ("fsdp_cpu_offload", "keeps weights in a form"),
+        ("xla_fsdp", "keeps weights in a form"),
+        ("single_tpu", "is for devices"),
+        ("fsdp", "fsdp shards weights over processes, and there is one"),
+        ("foo", "refuses these settings: You selected an invalid strategy name"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            fit(
+                toy_task(TrainConfig(strategy=strategy, accelerator="cpu")),
+                load_digits("train"),
+                tmp_path / "run",
+            )
+    for name in ("MASTER_ADDR", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="num_nodes=3 needs to know the other machines"):
+        fit(toy_task(TrainConfig(num_nodes=3, accelerator="cpu")), load_digits("train"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

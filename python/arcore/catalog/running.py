@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Runnable:
 def check_bounds(
     options: Any, *, least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
 ) -> None:
-    """Raise ValueError, in the words of the command line, where an option is out of its range or NaN.
+    """Raise ValueError, in the words of the command line, where an option is out of its range, NaN or inf.
 
     Args:
         options: the dataclass.
@@ -66,6 +67,8 @@ def check_bounds(
     for bounds, fits, word in ((least, operator.ge, "at least"), (above, operator.gt, "above")):
         for name, bound in (bounds or {}).items():
             value = getattr(options, name)
+            if value is not None and value == math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a finite number but got {value}")
             if value is not None and not fits(value, bound):
                 raise ValueError(f"--{name.replace('_', '-')} must be {word} {bound} but got {value}")
 

@@ -48,11 +48,23 @@ def _cli(options: type[Options], command: str, argv: Sequence[str]) -> Options:
     try:
         with contextlib.redirect_stderr(complaint), _wide_unless_help(argv):
             markers = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-            return tyro.cli(options, prog=f"arcore {command}", args=list(argv), config=markers)
+            found = tyro.cli(options, prog=f"arcore {command}", args=list(argv), config=markers)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(f"{_plain(complaint.getvalue())} (see `arcore {command} --help`)") from None
+    _refuse_nan(found)
+    return found
+
+
+def _refuse_nan(options: Any) -> None:
+    """NaN means nothing in any option, and compares as if it were inside all bounds."""
+    for found in dataclasses.fields(options):
+        value = getattr(options, found.name)
+        if dataclasses.is_dataclass(value):
+            _refuse_nan(value)
+        elif any(part != part for part in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"--{found.name.replace('_', '-')} must be a number but got {value}")
 
 
 def parse_groups(
@@ -201,13 +213,41 @@ def _plain(box: str) -> str:
         if text.startswith(("For full helptext", "Argument helptext")):
             break
         words.append(text)
-    if len(words) > 1 and words[1].startswith(words[0]):
+    if len(words) > 1 and (words[1].startswith(words[0]) or words[0] in _TITLES):
         # The title of the frame says the same.
         words = words[1:]
     sentence = " ".join(words) or "these options do not fit"
     # That an option can be left out is no choice.
     sentence = re.sub(r"'None', |, 'None'", "", sentence)
-    return re.sub(r"no type matching .*? Got errors: - <class '\w+'>: ", "", sentence)
+    sentence = re.sub(r"no type matching .*? Got errors: - <class '\w+'>: ", "", sentence)
+    for pattern, ours in _REWORDED:
+        sentence = re.sub(pattern, ours, sentence)
+    return sentence
+
+
+_TITLES = ("Value error", "Invalid choice", "Missing argument")
+
+
+def _choices(found: re.Match[str]) -> str:
+    known = ", ".join(sorted(re.findall(r"'([^']*)'", found[3])))
+    return f"{found[2]} must be one of {known} but got {found[1]}"
+
+
+_REWORDED: tuple[tuple[str, Any], ...] = (
+    (
+        r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$",
+        r"\1 must be a whole number but got \2",
+    ),
+    (r"^Error parsing (\S+): could not convert string to float: (.*)$", r"\1 must be a number but got \2"),
+    (
+        r"^Error parsing (\S+): no type matching \{(.+?)\} could be instantiated from \[(.*?)\]\..*$",
+        lambda found: (
+            f"{found[1]} must be {found[2].replace('FLOAT', 'X').replace('INT', 'N')} but got {found[3]}"
+        ),
+    ),
+    (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.*)\)\.$", _choices),
+    (r"^Missing value for argument '(\S+)'\. Expected 1 values\.$", r"\1 needs a value"),
+)
 
 
 @contextlib.contextmanager

@@ -618,6 +618,20 @@ def _check_header(path: Path, separator: str) -> None:
         raise _BadHeader(f"it has several columns of the name {some(repeated)}")
 
 
+def _check_lengths(path: Path, separator: str) -> None:
+    """Refuse rows that end before the last column, which pandas would fill with missing values."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, delimiter=separator)
+        wanted = len(next(rows, []))
+        for row in rows:
+            if len(row) < wanted and any(field.strip() for field in row):
+                fields = "field" if len(row) == 1 else "fields"
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} {fields} and the header {wanted}: complete the row; a missing "
+                    "value is an empty field"
+                )
+
+
 def _read(path: Path) -> Any:
     pandas = require("pandas", extra="series")
     suffix = path.suffix.lower()
@@ -631,7 +645,9 @@ def _read(path: Path) -> Any:
             # pandas takes the first field for a name of the row where rows have more fields than the header, or with
             # index_col=False warns and drops the last.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            return pandas.read_csv(path, sep=separator, index_col=False)
+            table = pandas.read_csv(path, sep=separator, index_col=False)
+        _check_lengths(path, separator)
+        return table
     except (ImportError, _BadHeader):
         raise
     except pandas.errors.ParserWarning as warning:

@@ -170,9 +170,10 @@ def sample(
         mask: what may be drawn: bool, broadcasts to `[..., V]`, or int32, broadcasts to `[..., ceil(V / 32)]`, bit
             i % 32 of word i // 32.
         bias: broadcasts to `[..., V]`.
-        repetition_penalty: number or per row; 1 is off.
-        presence_penalty: number or per row; 0 is off.
-        frequency_penalty: number or per row; 0 is off.
+        repetition_penalty: number or per row; 1 is off. Another number needs `history` or `prompt`, which may be empty;
+            in a tensor a penalty without them has no effect.
+        presence_penalty: number or per row; 0 is off. Another number needs `history`.
+        frequency_penalty: likewise.
         history: generated ids, int64, broadcasts to `[..., L]`; numbers outside [0, V) are padding.
         prompt: ids before them, int64, likewise.
         seed: int64 per row, broadcasts to `[...]`; a number for a single row, or together with an `offset` per row.
@@ -878,6 +879,8 @@ def _quick_problem(
     if (uncond is None) != (cfg_scale is None) or len(lead) > 2:
         return None
     mix = (1.0,) if uncond is None else (cfg_scale, 1.0 - cfg_scale)  # type: ignore[operator]
+    if settings[7:] != _NO_PENALTIES and _idle_penalty(settings[7:], None, None) is not None:
+        return None
     if not _PLAIN.issuperset(map(type, settings + mix)):
         return None
     matrix = _kept_numbers("arcore.sample", logits.device, *settings, *mix)
@@ -927,6 +930,21 @@ class _PreparedConfidence(NamedTuple):
     counts: Tensor  # int64 [1 or rows]
     seed: Tensor
     offset: Tensor
+
+
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_NO_PENALTIES = (None, None, None)
+
+
+def _idle_penalty(
+    penalties: tuple[Setting, ...], history: Tensor | None, prompt: Tensor | None
+) -> str | None:
+    """Which penalty, a number that asks for something, would have no effect; a tensor may be off in every row."""
+    for name, value, off in zip(_PENALTIES, penalties, (1, 0, 0), strict=True):
+        asked = value is not None and not isinstance(value, Tensor) and value != off
+        if asked and history is None and (prompt is None or off == 0):
+            return name
+    return None
 
 
 def _prepare(
@@ -981,9 +999,16 @@ def _prepare(
             raise ValueError(
                 f"{op}: expected {name} of shape (..., L) but got (); give it a dimension with [None]"
             )
+    rows = [_three_dims(op, "logits", t, lead, vocab) for t in sources]
+    matrix = _settings(op, settings, mix, lead, first.device)
+    if settings[7:] != _NO_PENALTIES and (idle := _idle_penalty(settings[7:], history, prompt)) is not None:
+        tokens = "history or prompt" if idle == "repetition_penalty" else "history"
+        raise ValueError(
+            f"{op}: {idle} acts on the tokens of {tokens}, and there are none: pass {tokens}, or leave {idle} out"
+        )
     return _Prepared(
-        [_three_dims(op, "logits", t, lead, vocab) for t in sources],
-        _settings(op, settings, mix, lead, first.device),
+        rows,
+        matrix,
         None if bias is None else _three_dims(op, "bias", bias.float(), lead, vocab),
         None
         if mask is None

@@ -143,6 +143,9 @@ class ImageRecipe(Recipe):
         train: Any
         test: Any
         train, test = self.open(data, shape, options)
+        start.tell(data, train, *([test] if options.held_out is None else []))
+        if options.held_out is not None:
+            start.tell(options.held_out, test)
         if test is None:
             start.say(f"{data}: too few images to hold any out, so no held-out loss is measured")
         found = _same_data(start, data, train, test)

@@ -99,6 +99,11 @@ class Start:
         if self.show_progress:
             say(sentence)
 
+    def tell(self, source: Any, *data: Any) -> None:
+        """Say what of the data in `source` was not used, as their `notes` have it, once for several parts of them."""
+        for note in dict.fromkeys(note for part in data for note in getattr(part, "notes", ())):
+            self.say(f"{source}: {note}")
+
 
 @dataclass(frozen=True)
 class Work:

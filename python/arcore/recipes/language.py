@@ -202,10 +202,12 @@ class Language(Recipe):
 
     def prepare(self, start: Start, options: Any) -> Work:
         text = load_text(options.data)
+        start.tell(options.data, text)
         parts = (text.train, text.test)
         digest = text.digest
         if options.held_out is not None:
             other = load_text(options.held_out)
+            start.tell(options.held_out, other)
             parts = (text.train + text.test, other.train + other.test)
             digest = f"{text.digest}+{other.digest}"
         if start.networks:

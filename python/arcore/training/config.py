@@ -40,9 +40,11 @@ class TrainConfig:
         patience: stop after this many held-out evaluations without a new least loss; 0 never stops early.
         accelerator: where to compute: `"auto"`, `"cpu"` or `"gpu"`.
         devices: devices per node: a number, or `"auto"` for all (one on a CPU).
-        num_nodes: machines; start the same command on each, or use SLURM or torchrun.
+        num_nodes: machines; start the same command on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set, or use
+            SLURM or torchrun.
         strategy: how devices share the work: `"auto"`, `"ddp"`, `"fsdp"` (weights sharded over the processes), or
-            another name that Lightning knows.
+            another name that Lightning knows and our checkpoints can hold, such as
+            `"ddp_find_unused_parameters_true"`.
         oversubscribe: allow more processes on a CPU than it has cores.
         workers: processes that read data; 0 reads them in the training process.
         logger: where the figures go beside metrics.csv: `"csv"` nowhere, `"tensorboard"` or `"wandb"`.

@@ -163,9 +163,17 @@ def _settle(task: Task, items: int, *, evaluates: bool) -> None:
         raise ValueError("keep_best and patience go by held-out data, and there are none")
     if config.strategy == "fsdp" and config.ema:
         raise ValueError("a moving average (ema) of weights that are sharded (fsdp) is not kept: use 'ddp'")
-    if "spawn" in config.strategy or "fork" in config.strategy:
+    for word, why in _UNFIT_STRATEGIES.items():
+        if word in config.strategy and config.strategy != "fsdp":
+            raise ValueError(f"the strategy {config.strategy!r} {why}: use 'ddp'{_or_fsdp(word)}")
+    if config.strategy == "fsdp" and devices * config.num_nodes == 1:
         raise ValueError(
-            f"the strategy {config.strategy!r} would start processes that cannot take over a run: use 'ddp'"
+            "fsdp shards weights over processes, and there is one: use 'auto', or give more devices"
+        )
+    if config.num_nodes > 1 and not any(name in os.environ for name in ("MASTER_ADDR", "SLURM_JOB_ID")):
+        raise ValueError(
+            f"num_nodes={config.num_nodes} needs to know the other machines: start it with torchrun or SLURM, or set "
+            "MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
         )
     if _on_cpu(config) and not config.oversubscribe:
         cores = _cores()
@@ -175,6 +183,20 @@ def _settle(task: Task, items: int, *, evaluates: bool) -> None:
                     f"{name}={count} would start {count} processes on the {cores} core{'s' if cores > 1 else ''} of "
                     f"this CPU: choose at most {cores}, or say that you mean it with oversubscribe (--oversubscribe)"
                 )
+
+
+# Strategies of Lightning's that our runs cannot be trained with, by a word in their names.
+_UNFIT_STRATEGIES = {
+    **dict.fromkeys(("spawn", "fork", "notebook"), "would start processes that cannot take over a run"),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "model_parallel"), "keeps weights in a form that checkpoints do not hold"
+    ),
+    **dict.fromkeys(("xla", "tpu"), "is for devices that there are no kernels for"),
+}
+
+
+def _or_fsdp(word: str) -> str:
+    return " or 'fsdp'" if word in ("deepspeed", "fsdp", "model_parallel") else ""
 
 
 def _converts_weights(config: TrainConfig) -> bool:
@@ -229,11 +251,14 @@ def _trainer(
             use_distributed_sampler=False,
             default_root_dir=out,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise ValueError(f"the training engine refuses these settings: {error}") from error
 
 
 def _strategy(config: TrainConfig) -> Any:
+    if config.strategy == "auto" and config.num_nodes > 1:
+        # Lightning would train on each machine by itself where each has one device.
+        return "ddp"
     return Sharded(_devices(config) * config.num_nodes) if config.strategy == "fsdp" else config.strategy
 
 

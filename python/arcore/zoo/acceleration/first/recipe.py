@@ -122,6 +122,7 @@ class FirstRecipe(Recipe):
     def prepare(self, start: Start, options: Any) -> Work:
         base, words = language_model(options.base)
         text = load_text(options.data)
+        start.tell(options.data, text)
         patch: Any = start.networks.get("model")
         if patch is None:
             wanted = config_for(base, options.rank, options.always_first, options.always_last)

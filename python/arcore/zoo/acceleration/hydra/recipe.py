@@ -103,6 +103,7 @@ class HydraRecipe(Recipe):
     def prepare(self, start: Start, options: Any) -> Work:
         base, words = language_model(options.base)
         text = load_text(options.data)
+        start.tell(options.data, text)
         heads: Any = start.networks.get("model")
         if heads is None:
             if start.preset == "hydra":

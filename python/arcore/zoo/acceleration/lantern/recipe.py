@@ -86,6 +86,7 @@ class DrafterRecipe(Recipe):
             {"image_size": config.image_size, "channels": config.in_channels},
         )
         train, test = (open_dataset(data, split=split, **shape) for split in ("train", "test"))
+        start.tell(data, train, test)
         facts = {"preset": start.preset, "base": place(options.base), "data": place(data)}
         task = DrafterTask(start.config, {"model": drafter}, facts, base, tokenizer)
         return Work(task, train, test if len(test) else None)

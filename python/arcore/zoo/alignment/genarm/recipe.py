@@ -183,6 +183,7 @@ class RewardRecipe(Recipe):
         base, words = language_model(options.base)
         rule = RULES.get(options.rule) or from_file(options.rule)
         text = load_text(options.data)
+        start.tell(options.data, text)
         tokens = words.tensor(text.train).long()
         stride = max((len(tokens) - options.prompt) // options.pairs, 1)
         prompts = tokens.unfold(0, options.prompt, stride)[: options.pairs]

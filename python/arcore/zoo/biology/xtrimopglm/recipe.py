@@ -160,6 +160,7 @@ class BlankRecipe(Recipe):
             parts, kind = (texts[: len(texts) - held_out], texts[len(texts) - held_out :]), "protein"
         else:
             text = load_text(options.data)
+            start.tell(options.data, text)
             parts, kind = ([text.train], [text.test] if text.test else []), "bytes"
         vocabulary = VOCABULARIES[kind]
         digest = hashlib.sha256("\n".join(parts[0] + parts[1]).encode()).hexdigest()[:16]

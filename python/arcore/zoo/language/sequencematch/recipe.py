@@ -110,6 +110,7 @@ class EditRecipe(Recipe):
     def prepare(self, start: Start, options: Any) -> Work:
         base, words = language_model(options.base)
         text = load_text(options.data)
+        start.tell(options.data, text)
         model = start.networks.get("model") or with_backspace(base)
         facts = {
             "preset": start.preset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,10 +138,21 @@ class Erasing:
         for name in ("window", "threshold", "strength", "keep"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0 but got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"--lr must be above 0 but got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr must be above 0 and finite but got {self.lr}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"--cfg must be a finite number but got {self.cfg}")
         if self.context not in ("full", "official"):
             raise ValueError(f"--context {self.context}: choose full or official")
+
+
+def check_classes(model: LlamaGen, erased: int, toward: int) -> None:
+    """Raise ValueError unless these are two different classes of the model."""
+    count = model.null_class
+    if erased == toward or not (0 <= erased < count and 0 <= toward < count):
+        raise ValueError(
+            f"expected two different classes from 0 to {count - 1} but got erase={erased} and toward={toward}"
+        )
 
 
 @check_kinds
@@ -156,11 +168,7 @@ def erase(model: LlamaGen, erased: int, toward: int, how: Erasing) -> dict[str, 
     Raises:
         ValueError: the classes are one, or none of the model's.
     """
-    count = model.null_class
-    if erased == toward or not (0 <= erased < count and 0 <= toward < count):
-        raise ValueError(
-            f"expected two different classes from 0 to {count - 1} but got erase={erased} and toward={toward}"
-        )
+    check_classes(model, erased, toward)
     base = model.eval()
     tuned = copy.deepcopy(base).requires_grad_(False)
     trained = attention_weights(tuned, how.layers)

@@ -12,9 +12,9 @@ from torch import Tensor
 from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.catalog import load_checkpoint
-from arcore.catalog.running import Report
+from arcore.catalog.running import Report, check_bounds
 from arcore.zoo.raster._digits import accuracy, train_classifier
-from arcore.zoo.raster.ear.erasing import Erasing, class_samples, erase, patched
+from arcore.zoo.raster.ear.erasing import Erasing, check_classes, class_samples, erase, patched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class Options(Erasing):
     samples: int = 20
     out: Path | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, least={"samples": 1})
+
 
 def run(options: Options) -> Report:
     """Erase a class of a trained model, write the patch, and let a classifier judge samples with and without it."""
@@ -51,6 +55,7 @@ def run(options: Options) -> Report:
         )
     model, tokenizer = (network.eval().requires_grad_(False) for network in (model, tokenizer))
     names = list(facts["class_names"])
+    check_classes(model, options.erase, options.toward)
     config: Any = tokenizer.config
     shape = {"image_size": config.image_size, "channels": config.in_channels}
     images, labels = _all(open_dataset(facts["data"], split="train", **shape))
