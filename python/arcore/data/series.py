@@ -627,8 +627,8 @@ def _check_lengths(path: Path, separator: str) -> None:
             if len(row) < wanted and any(field.strip() for field in row):
                 fields = "field" if len(row) == 1 else "fields"
                 raise ValueError(
-                    f"line {rows.line_num} has {len(row)} {fields} and the header {wanted}: complete the row; a missing "
-                    "value is an empty field"
+                    f"line {rows.line_num} has {len(row)} {fields} and the header {wanted}: complete the row; a "
+                    "missing value is an empty field"
                 )
 
 
