@@ -76,6 +76,8 @@ TRAINING_ONLY = {
 # model may also be used for longer texts than it was made for.
 TOLD = {"vocab_size", "pad_vocab_size_multiple", "tie_embeddings", "head_dim", "dt_rank", "max_length"}
 NAMES_SHOWN = 3
+# Bytes to which torch aligns what it allocates on a CPU.
+ALIGNMENT = 64
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -265,9 +267,26 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str 
     _check_fit(path, state, expected)
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
-    module.load_state_dict(cast, strict=True, assign=any(value.is_meta for value in expected.values()))
+    assign = any(value.is_meta for value in expected.values())
+    module.load_state_dict(_aligned(cast) if assign else cast, strict=True, assign=assign)
     if hasattr(module, "prefill"):
         module.eos_ids = eos_beside(path, int(getattr(module, "vocab_size", 0)))  # type: ignore[assignment]
+
+
+def _aligned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in memory as torch allocates it, one for each that the table has under several names.
+
+    Those of a safetensors file lie where the file has them. Kernels add in another order where memory begins elsewhere
+    in a line of cache, so a model that was loaded would differ from the saved one in the last digits.
+    """
+    moved: dict[tuple[Any, ...], Tensor] = {}
+    found = {}
+    for key, value in state.items():
+        if value.is_cpu and value.data_ptr() % ALIGNMENT:
+            place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            value = moved.setdefault(place, value.clone())
+        found[key] = value
+    return found
 
 
 def eos_beside(path: str | os.PathLike[str], vocab_size: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from arcore.cli._output import check_file
+from arcore.cli._output import check_file, check_folder
 from arcore.cli._parse import Group, parse_groups
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     options = recipe.sampling(**chosen["sampling"])
     recipe.check_sampling(options)
     if options.out is not None:
-        check_file(options.out)
+        (check_folder if recipe.many_files else check_file)(options.out)
     from arcore.recipes._sampling import sample
 
     drawn = sample(

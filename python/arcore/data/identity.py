@@ -15,7 +15,19 @@ from arcore.data.series import SERIES_NAMES
 
 # What is asked for by a name and not by a place.
 NAMES = frozenset(
-    {"digits", "mnist", "moving_digits", "photos", "scenes", "kjv", "bytes", "bpe", *SERIES_NAMES}
+    {
+        "digits",
+        "mnist",
+        "moving_digits",
+        "photos",
+        "scenes",
+        "mnist_masks",
+        "mnist_changes",
+        "kjv",
+        "bytes",
+        "bpe",
+        *SERIES_NAMES,
+    }
 )
 
 

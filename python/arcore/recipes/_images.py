@@ -148,7 +148,7 @@ class ImageRecipe(Recipe):
             start.tell(options.held_out, test)
         if test is None:
             start.say(f"{data}: too few images to hold any out, so no held-out loss is measured")
-        found = _same_data(start, data, train, test)
+        found = same_data(start, data, train, test)
         if self.trained not in networks:
             networks[self.trained] = self.build(start, options, networks, {**sizes, **self.overrides(train)})
         facts = {
@@ -348,7 +348,7 @@ def _for_images(start: Start, config: Any, size: int, channels: int) -> tuple[di
     return changes, get_config(start.preset, **{**start.changes, **changes}).image_size
 
 
-def _same_data(start: Start, data: str, train: ImageDataset, test: ImageDataset | None) -> Identity:
+def same_data(start: Start, data: str, train: ImageDataset, test: ImageDataset | None) -> Identity:
     """Which data these are; on resume those of the run.
 
     Raises:

@@ -11,23 +11,20 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from arcore.catalog import load_checkpoint
+from arcore.recipes._encoders import PretrainedOptions, from_encoder
 from arcore.recipes._images import EncoderOptions, ImageRecipe
 from arcore.recipes._predictions import PredictionOptions, Predictions, predict
 from arcore.recipes._recipe import Start, ZooTask
-from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions(EncoderOptions):
-    """Data and start of a classifier.
+class ClassifierOptions(EncoderOptions, PretrainedOptions):
+    """Data and start of a classifier."""
 
-    Attributes:
-        pretrained: run folder or checkpoint of a pretrained encoder to start from. Default: random weights.
-    """
-
-    pretrained: Path | None = None
+    def __post_init__(self) -> None:
+        EncoderOptions.__post_init__(self)
+        PretrainedOptions.__post_init__(self)
 
 
 class ClassifierTask(ZooTask):
@@ -74,24 +71,7 @@ class Classifier(ImageRecipe):
     def build(
         self, start: Start, options: Any, networks: Mapping[str, nn.Module], overrides: Mapping[str, Any]
     ) -> nn.Module:
-        model = start.fresh(**overrides)
-        if options.pretrained is None:
-            return model
-        begin: Any = getattr(model, "start_from", None)
-        if begin is None:
-            raise ValueError(f"{start.preset} does not start from a pretrained encoder: leave that out")
-        pretrained, _ = load_checkpoint(checkpoint.find(options.pretrained))
-        if "model" not in pretrained:
-            raise ValueError(
-                f"{options.pretrained} holds no pretrained encoder such as roma_tiny but {', '.join(pretrained)}"
-            )
-        try:
-            begin(pretrained["model"])
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the encoder in {options.pretrained} does not fit {start.preset}: {error}"
-            ) from error
-        return model
+        return from_encoder(start, options, overrides)
 
 
 RECIPE = Classifier()

@@ -166,7 +166,7 @@ class LanguageTask(ZooTask):
         loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return loss, {"bits_per_byte": loss.detach() / (math.log(2) * self.bytes_per_token)}
 
-    def evaluated(self) -> None:
+    def evaluated(self) -> Mapping[str, float]:
         # The weights that a token needs are not in one place where they are sharded.
         if self.trainer.is_global_zero and not self.sharded:
             ids, _ = self.test_data[0]
@@ -175,6 +175,7 @@ class LanguageTask(ZooTask):
             text = self.text_tokenizer.decode(prompt.tolist()) + self.text_tokenizer.decode(new.tolist())
             with atomic_path(Path(self.trainer.default_root_dir) / SAMPLE) as temporary:
                 temporary.write_text(f"step {self.step}\n\n{text}\n", encoding="utf-8")
+        return {}
 
 
 @dataclass(frozen=True)

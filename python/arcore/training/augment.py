@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,32 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from arcore.training.stream import derive_seed
+
+# How the bytes of a picture become numbers: [-1, 1], or mean 0 and deviation 1 in each colour of a set of pictures.
+Scale = Literal["half", "imagenet", "spacenet"]
+# Mean and deviation of bytes. Those of SpaceNet v1 are from the authors' code of RoMA (arXiv:2503.10392).
+_COLOURS = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "spacenet": ((121.826, 106.52838, 78.372116), (56.717068, 44.517075, 40.451515)),
+}
+
+
+def scaled(images: Tensor, scale: Scale) -> Tensor:
+    """Pictures `[..., C, H, W]` of bytes, uint8 or float, as float32 on a scale of values.
+
+    Raises:
+        ValueError: that scale is one of colours, and the pictures are grey.
+    """
+    values = images.to(torch.float32)
+    if scale == "half":
+        return values / 127.5 - 1
+    if images.shape[-3] != 3:
+        raise ValueError(
+            f"normalize {scale} is for colour pictures, and these have {images.shape[-3]} channel: use half, or give "
+            "channels=3"
+        )
+    mean, deviation = (torch.tensor(part, device=images.device).view(3, 1, 1) for part in _COLOURS[scale])
+    return (values - mean) / deviation
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):

@@ -102,11 +102,11 @@ def evaluate(trainer: pl.Trainer, task: Any) -> dict[str, float]:
                 for name, value in out["figures"].items():
                     sums[name] = sums.get(name, 0.0) + value * out["weight"]
                 count += out["weight"]
-            task.evaluated()
+            further = task.evaluated()
     finally:
         for part, mode in modes:
             part.training = mode
-    return {name: float(total) / count for name, total in sums.items()}
+    return {name: float(total) / count for name, total in sums.items()} | dict(further)
 
 
 class Average(pl.Callback):

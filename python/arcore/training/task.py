@@ -85,8 +85,13 @@ class Task(pl.LightningModule):
             for network in self.modules_to_save().values():
                 shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
 
-    def evaluated(self) -> None:
-        """Called in evaluation mode when the held-out data have been evaluated."""
+    def evaluated(self) -> Mapping[str, float]:
+        """Called in evaluation mode when the held-out data have been evaluated.
+
+        Returns:
+            Figures of all of them that are no mean over batches.
+        """
+        return {}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -114,7 +119,8 @@ class Task(pl.LightningModule):
             sys.modules["numpy"].random.seed(seed % 2**32)
         factor = self.config.lr_factor(self.step)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.config.lr * factor
+            # A group may have a rate of its own, a factor of the run's.
+            group["lr"] = self.config.lr * factor * group.get("rate", 1.0)
 
     def configure_optimizers(self) -> Optimizer:
         groups = parameter_groups(self, self.config.weight_decay)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import arcore
 from arcore.data import load_photos
@@ -21,8 +19,9 @@ from arcore.models import (
     load_weights,
 )
 from arcore.nn import sincos_positions
-from arcore.zoo.representation.roma_classifier.claim import textbook_mixer
 from arcore.zoo.representation.roma_classifier.model import column_order
+
+from .textbook import encoder_shapes, textbook_tokens
 
 pytest.importorskip("sklearn")
 
@@ -45,7 +44,6 @@ PRETRAINED = {
     "block": 3,
     "d_state": 4,
 }
-SUFFIXES = ("", "_b", "_c", "_c_b")
 
 
 def shake(module: torch.nn.Module) -> None:
@@ -67,42 +65,11 @@ def test_column_order_is_its_own_inverse(side: int):
 
 
 def official_shapes(config: RoMAClassifierConfig) -> dict[str, tuple[int, ...]]:
-    c, states, hidden, rank = (
-        config.embed_dim,
-        config.d_state,
-        config.embed_dim * 8 // 3,
-        math.ceil(config.embed_dim / 16),
-    )
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, c),
-        "pos_embed": (1, config.side**2 + 1, c),
-        "patch_embed.proj.weight": (c, config.in_channels, config.patch_size, config.patch_size),
-        "patch_embed.proj.bias": (c,),
-        "norm_f.weight": (c,),
-        "norm_f.bias": (c,),
-        "head.weight": (config.num_classes, c),
-        "head.bias": (config.num_classes,),
-    }
-    for i in range(config.depth):
-        layer = {"mixer.in_proj.weight": (2 * c, c), "mixer.out_proj.weight": (c, c)}
-        for s in SUFFIXES:
-            layer |= {
-                f"mixer.A{s}_log": (c, states),
-                f"mixer.D{s}": (c,),
-                f"mixer.conv1d{s}.weight": (c, 1, 4),
-                f"mixer.conv1d{s}.bias": (c,),
-                f"mixer.x_proj{s}.weight": (rank + 2 * states, c),
-                f"mixer.dt_proj{s}.weight": (c, rank),
-                f"mixer.dt_proj{s}.bias": (c,),
-            }
-        for k, shape in (("1", (hidden, c)), ("2", (hidden, c)), ("3", (c, hidden))):
-            layer |= {f"mlp.w{k}.weight": shape, f"mlp.w{k}.bias": shape[:1]}
-        layer |= {f"norm{k}.{part}": (c,) for k in (1, 2) for part in ("weight", "bias")}
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    head = {"head.weight": (config.num_classes, config.embed_dim), "head.bias": (config.num_classes,)}
+    return encoder_shapes(config) | head
 
 
-@pytest.mark.parametrize("width", [192, 384, 768, 1024])
+@pytest.mark.parametrize("width", [192, 384, 512, 768, 1024, 1536])
 def test_published_sizes(width: int):
     [name] = [
         name
@@ -138,24 +105,7 @@ def test_published_checkpoint_gives_published_arithmetic(tmp_path: Path, global_
     images = load_photos("test", image_size=24).images[::100]
 
     w = {name: value.double() for name, value in weights.items()}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (24,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-    x = F.conv2d(images.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=4)
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([x[:, :18], w["cls_token"].expand(len(x), -1, -1), x[:, 18:]], 1) + w["pos_embed"]
-    for i in range(6):
-        mixer = {k.split("mixer.")[1]: v for k, v in w.items() if k.startswith(f"layers.{i}.mixer.")}
-        names = ("conv1d{}.weight", "conv1d{}.bias", "x_proj{}.weight", "dt_proj{}.weight", "dt_proj{}.bias")
-        directions = [
-            {name.format(""): mixer[name.format(s)] for name in (*names, "A{}_log", "D{}")} for s in SUFFIXES
-        ]
-        x = x + textbook_mixer(norm(x, f"layers.{i}.norm1"), mixer, directions)
-        h, mlp = norm(x, f"layers.{i}.norm2"), f"layers.{i}.mlp"
-        gate, value = (F.linear(h, w[f"{mlp}.w{k}.weight"], w[f"{mlp}.w{k}.bias"]) for k in (1, 2))
-        x = x + F.linear(F.silu(gate) * value, w[f"{mlp}.w3.weight"], w[f"{mlp}.w3.bias"])
-    x = norm(x, "norm_f")
+    x = textbook_tokens(images, w)
     x = (x[:, :18].mean(1) + x[:, 19:].mean(1)) / 2 if global_pool else x[:, 18]
     if probe:
         x = (x - stored["head.0.running_mean"]) / (stored["head.0.running_var"].double() + 1e-6).sqrt()

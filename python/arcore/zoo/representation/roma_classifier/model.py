@@ -124,7 +124,123 @@ class FourDirectionMixer(nn.Module):
         return out
 
 
-class RoMAClassifier(nn.Module):
+class FourDirectionEncoder(nn.Module):
+    """Patches and a class token in their middle through layers of four scans, and a final norm.
+
+    Args:
+        embed_dim: width C.
+        depth: layers.
+        image_size: pixels per side, a multiple of `patch_size`.
+        patch_size: pixels per side of a patch.
+        in_channels: of the image.
+        d_state: states per channel of the scans.
+        drop_path: stochastic depth of the last layer; earlier layers have proportionally less.
+    """
+
+    layers: Any
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        image_size: int,
+        patch_size: int,
+        in_channels: int,
+        d_state: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.side = image_size // patch_size
+        self.image_shape = (in_channels, image_size, image_size)
+        self.sizes = {
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "d_state": d_state,
+        }
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.side**2 + 1, embed_dim))
+        self.layers = nn.ModuleList(
+            PreNormBlock(
+                embed_dim,
+                mixer=FourDirectionMixer(embed_dim, d_state),
+                mlp=SwiGLU(embed_dim, embed_dim * 8 // 3),
+                drop_path=drop_path * max(layer - 1, 0) / max(depth - 1, 1),
+            )
+            for layer in range(depth)
+        )
+        self.norm_f = nn.LayerNorm(embed_dim)
+        init_mamba_encoder(self.patch_embed, self.layers)
+        for table in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images `[B, channels, image_size, image_size]` to `[B, L, C]`, the class token in the middle.
+
+        Raises:
+            TypeError: images have a wrong dtype.
+            ValueError: shapes do not fit.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"expected images of shape {('B', *self.image_shape)} but got {tuple(images.shape)}"
+            )
+        check_floating("images", images, self.cls_token, "scale them to [-1, 1]")
+        x = self.patch_embed(images)
+        middle = x.shape[1] // 2
+        token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + self.pos_embed
+        order = column_order(self.side, x.device)
+        for layer in self.layers:
+            x = layer(x, order=order)
+        out: Tensor = self.norm_f(x)
+        return out
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Images as for `tokens` to the patches' tokens in their places, `[B, C, G, G]`."""
+        x = self.tokens(images)
+        middle = self.side**2 // 2
+        x = torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)
+        return x.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    @torch.no_grad()
+    def start_from(self, pretrained: RoMA) -> None:
+        """Take over a pretrained encoder; class token, final norm and what stands behind it stay as they are.
+
+        Each direction becomes a copy of the one that pretraining had. Positions are interpolated to this image size,
+        and the class token's is 0.
+
+        Raises:
+            ValueError: width, depth, patches or states differ.
+        """
+        for name, ours in self.sizes.items():
+            theirs = getattr(pretrained.config, name)
+            if ours != theirs:
+                raise ValueError(f"expected a pretrained model with {name}={ours} but got {theirs}")
+        self.patch_embed.load_state_dict(pretrained.patch_embed.state_dict())
+        for layer, source in zip(self.layers, pretrained.layers, strict=True):
+            state = source.state_dict()
+            for key in [key for key in state if re.match(r"mixer\.(?!in_proj|out_proj)", key)]:
+                value = state.pop(key)
+                state |= {
+                    key.replace("mixer.", f"mixer.directions.{k}."): value for k in range(len(_SUFFIXES))
+                }
+            layer.load_state_dict(state)
+        side, new = pretrained.config.side, self.side
+        table = pretrained.pos_embed
+        if side != new:
+            square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
+            table = square.flatten(2).transpose(1, 2)
+        middle = table.shape[1] // 2
+        token = torch.zeros_like(table[:, :1])
+        self.pos_embed.copy_(torch.cat([table[:, :middle], token, table[:, middle:]], dim=1))
+
+
+class RoMAClassifier(FourDirectionEncoder):
     """Encoder with a class token, and a linear head.
 
     Args:
@@ -132,32 +248,25 @@ class RoMAClassifier(nn.Module):
     """
 
     official_entry = "model"
-    layers: Any
 
     def __init__(self, config: RoMAClassifierConfig) -> None:
-        super().__init__()
+        super().__init__(
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            d_state=config.d_state,
+            drop_path=config.drop_path,
+        )
         self.config = config
-        dim, last = config.embed_dim, max(config.depth - 1, 1)
-        self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, config.side**2 + 1, dim))
-        self.layers = nn.ModuleList(
-            PreNormBlock(
-                dim,
-                mixer=FourDirectionMixer(dim, config.d_state),
-                mlp=SwiGLU(dim, dim * 8 // 3),
-                drop_path=config.drop_path * max(layer - 1, 0) / last,
-            )
-            for layer in range(config.depth)
-        )
-        self.norm_f = nn.LayerNorm(dim)
-        head = nn.Linear(dim, config.num_classes)
+        head = nn.Linear(config.embed_dim, config.num_classes)
         self.head: nn.Module = (
-            nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), head) if config.probe else head
+            nn.Sequential(nn.BatchNorm1d(config.embed_dim, affine=False, eps=1e-6), head)
+            if config.probe
+            else head
         )
-        init_mamba_encoder(self.patch_embed, self.layers)
-        for table in (self.cls_token, self.pos_embed, head.weight):
-            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
 
     def features(self, images: Tensor) -> Tensor:
@@ -173,18 +282,8 @@ class RoMAClassifier(nn.Module):
             TypeError: images have a wrong dtype.
             ValueError: shapes do not fit.
         """
-        expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"expected images of shape {('B', *expected)} but got {tuple(images.shape)}")
-        check_floating("images", images, self.cls_token, "scale them to [-1, 1]")
-        x = self.patch_embed(images)
-        middle = x.shape[1] // 2
-        token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
-        x = torch.cat([x[:, :middle], token, x[:, middle:]], dim=1) + self.pos_embed
-        order = column_order(self.config.side, x.device)
-        for layer in self.layers:
-            x = layer(x, order=order)
-        x = self.norm_f(x)
+        x = self.tokens(images)
+        middle = self.side**2 // 2
         if self.config.global_pool:
             return (x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2
         return x[:, middle]
@@ -195,45 +294,13 @@ class RoMAClassifier(nn.Module):
         out: Tensor = self.head(self.features(images))
         return out.float()
 
-    @torch.no_grad()
-    def start_from(self, pretrained: RoMA) -> None:
-        """Take over a pretrained encoder; class token, final norm and head stay as they are.
-
-        Each direction becomes a copy of the one that pretraining had. Positions are interpolated to this image size,
-        and the class token's is 0.
-
-        Raises:
-            ValueError: width, depth, patches or states differ.
-        """
-        for name in ("embed_dim", "depth", "patch_size", "in_channels", "d_state"):
-            ours, theirs = getattr(self.config, name), getattr(pretrained.config, name)
-            if ours != theirs:
-                raise ValueError(f"expected a pretrained model with {name}={ours} but got {theirs}")
-        self.patch_embed.load_state_dict(pretrained.patch_embed.state_dict())
-        for layer, source in zip(self.layers, pretrained.layers, strict=True):
-            state = source.state_dict()
-            for key in [key for key in state if re.match(r"mixer\.(?!in_proj|out_proj)", key)]:
-                value = state.pop(key)
-                state |= {
-                    key.replace("mixer.", f"mixer.directions.{k}."): value for k in range(len(_SUFFIXES))
-                }
-            layer.load_state_dict(state)
-        side, new = pretrained.config.side, self.config.side
-        table = pretrained.pos_embed
-        if side != new:
-            square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
-            table = square.flatten(2).transpose(1, 2)
-        middle = table.shape[1] // 2
-        token = torch.zeros_like(table[:, :1])
-        self.pos_embed.copy_(torch.cat([table[:, :middle], token, table[:, middle:]], dim=1))
-
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a published classifier under our names."""
-        return {_own_name(key): value for key, value in state.items()}
+        return {own_name(key): value for key, value in state.items()}
 
 
-def _own_name(key: str) -> str:
+def own_name(key: str) -> str:
+    """The name here of a weight of the authors' four-direction encoder."""
     match = re.fullmatch(r"(layers\.\d+\.mixer\.)(conv1d|x_proj|dt_proj|A|D)(_c_b|_b|_c|)(_log)?(\..+)?", key)
     if match is None:
         return key
@@ -257,8 +324,14 @@ def roma_classifier_tiny_pz16() -> RoMAClassifierConfig:
 
 @preset
 def roma_classifier_small_pz16() -> RoMAClassifierConfig:
-    """224 pixels, width 384; starts from arm_small_pz16."""
+    """224 pixels, width 384; starts from arm_small_pz16; the authors' code for finetuning calls it arm_tiny_pz16."""
     return RoMAClassifierConfig(embed_dim=384)
+
+
+@preset
+def roma_classifier_w512_pz16() -> RoMAClassifierConfig:
+    """224 pixels, width 512: what the authors' code for finetuning calls arm_small_pz16."""
+    return RoMAClassifierConfig(embed_dim=512)
 
 
 @preset
