@@ -257,6 +257,16 @@ def test_an_evaluation_that_cannot_be_judged_loses_nothing(
     assert json.loads((tmp_path / "stopped/checkpoint/state.json").read_text())["step"] == 2
 
 
+def test_an_evaluation_out_of_the_range_of_rewards_says_which_option(tmp_path: Path) -> None:
+    source = "def reward(prompt, response):\n    return 3.0\n"
+    with pytest.raises(
+        ValueError, match=r"--reward-range: expected rewards from 0 to 1 .* got 3 to 3; give --reward-r"
+    ):
+        Aligner(options(tmp_path, source=source), small()).evaluate()
+    ranged = Aligner(options(tmp_path, source=source, reward_range=(0.0, 3.0)), small())
+    assert ranged.evaluate()["guarded"] == 3
+
+
 def test_rewards_in_another_order_and_of_the_runs_own_names(tmp_path: Path) -> None:
     source = (
         "n = []\ndef rewards(p, r):\n    n.append(1)\n    found = {'loss': 0.25, 'b': len(n) % 2}\n"

@@ -19,7 +19,7 @@ from arcore.decoding import Sampling, draw_rollout
 from arcore.nn import Rollout, TokenStats
 from arcore.objectives import score, score_rollout, sequence_logprob
 from arcore.recipes.language import language_model
-from arcore.zoo.alignment.align.files import keep
+from arcore.zoo.alignment.align.files import CHECKPOINT, keep
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored
 from arcore.zoo.alignment.align.rewards import (
     Judge,
@@ -241,9 +241,10 @@ class Aligner:
         """Keep responses that could not be judged; a sentence about them, or the error where the run is to stop."""
         path = keep(self, name, rollout, prompts, responses, failure)
         if self.options.on_reward_error == "stop":
+            begun = (Path(self.options.out) / CHECKPOINT).exists()
             raise RuntimeError(
-                f"{what}: {failure}; the responses are kept in {path}; repair the reward and go on with --resume, or "
-                "go on without them with --on-reward-error skip"
+                f"{what}: {failure}; the responses are kept in {path}; repair the reward and "
+                f"{'go on with --resume' if begun else 'run again'}, or go on without them with --on-reward-error skip"
             ) from failure
         return f"{what}: {failure} ({path})"
 
@@ -436,6 +437,14 @@ class Aligner:
         scores = [found for found, _ in parts]
         if self.options.objective == "drw_hypervolume":
             self._measure_front(parts[0][1].mean(0))
+        together = torch.cat(scores)
+        least, most = float(together.min()), float(together.max())
+        low, high = self.options.reward_range
+        if not low <= least <= most <= high:
+            raise ValueError(
+                f"--reward-range: expected rewards from {low:g} to {high:g} in the evaluation at step {self.step} but "
+                f"got {least:g} to {most:g}; give --reward-range LOW HIGH"
+            )
         guarded: Guarded = self.guard.check(*(found.numpy() for found in scores))
         figures = {
             "step": float(self.step),
