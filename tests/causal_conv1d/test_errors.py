@@ -61,6 +61,15 @@ def test_float64_points_to_the_reference():
         call(causal_conv1d, make_case(2, 4, 5).to(torch.float64))
 
 
+def test_final_states_out_on_another_device():
+    x, weight = torch.randn(2, 8, 9), torch.randn(8, 4)
+    message = (
+        r"expected final_states_out on the device of x, cpu, but got meta; move it with final_states_out.to"
+    )
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(x, weight, final_states_out=torch.empty(2, 8, 3, device="meta"))
+
+
 def test_final_states_out_of_wrong_shape():
     case = make_case(2, 4, 5)
     with pytest.raises(

@@ -198,7 +198,7 @@ def test_bad_options(folder: Path, option: str, value: int):
 
 @pytest.mark.parametrize("size", [2.5, "8", True, None])
 def test_sizes_are_whole_numbers(folder: Path, size: object):
-    with pytest.raises(TypeError, match="image_size must be a whole number of pixel"):
+    with pytest.raises(TypeError, match="image_size must be a whole number of pixels"):
         ImageFolder(folder, image_size=size)
 
 

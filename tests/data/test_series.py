@@ -218,7 +218,7 @@ def test_holes_may_stay():
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"length": 0}, ValueError, "length must be at least 1 rows"),
+        ({"length": 0}, ValueError, "length must be at least 1 row"),
         ({"length": 2.5}, TypeError, "length must be a whole number of rows"),
         ({"length": 4, "stride": 0}, ValueError, "stride must be at least 1"),
         ({"length": 4, "horizon": 5}, ValueError, "horizon must be at most length=4"),

@@ -145,7 +145,7 @@ def test_pieces_of_no_length_are_refused(length, stride):
 
 def test_pieces_of_something_else_are_refused():
     for length, stride in ((2.0, 1), (2, 1.5), ("2", 1), (True, 1)):
-        with pytest.raises(TypeError, match="must be a whole number of token"):
+        with pytest.raises(TypeError, match="must be a whole number of tokens"):
             TokenCrops(torch.arange(9), length, stride)
     with pytest.raises(TypeError, match="integer dtype"):
         TokenCrops(torch.zeros(9), 2)
@@ -335,6 +335,18 @@ def test_vocabularies_with_holes(tmp_path):
     assert words.tensor("hello world").tolist() == [1, 70000]
     assert words.tensor("hello").dtype == torch.int32
     assert words.decode([1, 500, 70000]).split() == ["hello", "world"]
+
+
+def test_tokenizers_without_a_token_for_what_is_unknown(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    words = make_tokenizer(str(tmp_path / "tokenizer.json"), "a")
+    assert words.encode("a a") == [0, 0]
+    for read in (words.encode, words.tensor):
+        with pytest.raises(ValueError, match="the tokenizer cannot read this text: WordLevel error"):
+            read("a b")
 
 
 def test_wrong_arguments_are_named():

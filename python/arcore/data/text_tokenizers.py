@@ -146,7 +146,18 @@ class BPETokenizer(TextTokenizer):
             raise ValueError(f"the tokenizer file {path} is damaged ({error})") from error
 
     def encode(self, text: str) -> list[int]:
-        return list(self.inner.encode(text, add_special_tokens=False).ids)
+        """Ids of a text.
+
+        Raises:
+            ValueError: the tokenizer has no token for some of it, nor one for what is unknown.
+        """
+        try:
+            return list(self.inner.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            raise
+        # The library raises a bare Exception.
+        except Exception as error:
+            raise _unreadable(error) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
@@ -156,7 +167,10 @@ class BPETokenizer(TextTokenizer):
         parts = []
         for piece in self._pieces(text):
             # Without offsets, which would take most of the memory.
-            (coded,) = self.inner.encode_batch_fast([piece], add_special_tokens=False)
+            try:
+                (coded,) = self.inner.encode_batch_fast([piece], add_special_tokens=False)
+            except Exception as error:
+                raise _unreadable(error) from error
             parts.append(torch.tensor(coded.ids, dtype=dtype))
         return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
 
@@ -190,6 +204,12 @@ class BPETokenizer(TextTokenizer):
 
     def json(self) -> str:
         return str(self.inner.to_str(pretty=True))
+
+
+def _unreadable(error: Exception) -> ValueError:
+    return ValueError(
+        f"the tokenizer cannot read this text: {error}; use one with a token for what is unknown, or of bytes"
+    )
 
 
 class TextStream:

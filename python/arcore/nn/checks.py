@@ -151,7 +151,9 @@ def check_whole(name: str, value: object, least: int, unit: str = "") -> int:
         TypeError: it is no whole number; True and False are none.
         ValueError: it is below `least`.
     """
-    unit = f" {unit}" if unit else ""
+    one = unit.removesuffix("s")
+    many = f" {one}s" if unit else ""
+    unit = "" if not unit else f" {one}" if least == 1 else many
     number: int | None = None
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         try:
@@ -159,7 +161,7 @@ def check_whole(name: str, value: object, least: int, unit: str = "") -> int:
         except TypeError:  # a tensor of another kind
             number = None
     if number is None:
-        raise TypeError(f"{name} must be a whole number{' of' + unit if unit else ''} but got {value!r}")
+        raise TypeError(f"{name} must be a whole number{' of' + many if many else ''} but got {value!r}")
     if number < least:
         raise ValueError(f"{name} must be at least {least}{unit} but got {number}")
     return number

@@ -370,6 +370,7 @@ def _results(
                 "arcore.causal_conv1d: expected final_states_out only where no gradient is wanted, since it is written "
                 "in place, but an argument requires one; take the final states that are returned"
             )
+        same_device("arcore.causal_conv1d", x=final, final_states_out=into)
         if into.shape != final.shape:
             raise ValueError(
                 f"arcore.causal_conv1d: expected final_states_out of shape {tuple(final.shape)} but got "
