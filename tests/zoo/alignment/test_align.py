@@ -292,6 +292,13 @@ def test_equal_rewards_change_nothing_and_are_told(tmp_path: Path) -> None:
         assert figures["kl"] == 0
 
 
+def test_a_policy_that_gives_no_numbers_any_more_is_told(tmp_path: Path) -> None:
+    aligner = Aligner(options(tmp_path, lr=1e30, kl_weight=0.0, max_grad_norm=1e9), small())
+    aligner.advance()
+    with pytest.raises(RuntimeError, match="after step 1 the policy gives no numbers any more: lower --lr"):
+        aligner.advance()
+
+
 def test_empty_responses_are_judged_as_empty_texts(tmp_path: Path) -> None:
     """A policy that can only end: its responses are one token, the end, and no text."""
     model, tokenizer = small()
@@ -432,6 +439,10 @@ def test_judges_and_prompts_of_files(tmp_path: Path) -> None:
         ({"temperature": 0.0}, "--temperature: expected above 0"),
         ({"held_out": 1.0}, r"--held-out in \[0, 1\)"),
         ({"template": "x"}, "expected {prompt} in it"),
+        ({"clip_negative": 0.5}, "--clip-negative: expected a ratio above 1 but got 0.5"),
+        ({"entropy_share": 2.0}, "--entropy-share: expected at most 1 but got 2.0"),
+        ({"objective": "ppo", "smoothing": 1.5}, "--smoothing: expected at most 1 but got 1.5"),
+        ({"reward_range": (1.0, 0.0)}, "--reward-range: expected the least reward and a larger one"),
         ({"weights": (1.0, 0.0)}, "--weights: expected numbers above 0"),
     ],
 )

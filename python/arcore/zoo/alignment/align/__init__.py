@@ -198,6 +198,20 @@ class Options:
                 f"expected --held-out in [0, 1), --lora-rank >= 0 and --kl-weight >= 0 but got {self.held_out}, "
                 f"{self.lora_rank} and {self.kl_weight}"
             )
+        for name in ("clip_low", "entropy_share", "smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected at most 1 but got {getattr(self, name)}"
+                )
+        if self.clip_negative is not None and not self.clip_negative > 1:
+            raise ValueError(
+                f"--clip-negative: expected a ratio above 1 but got {self.clip_negative}; leave it out for no limit"
+            )
+        low, high = self.reward_range
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(
+                f"--reward-range: expected the least reward and a larger one but got {low} and {high}"
+            )
         if "{prompt}" not in self.template:
             raise ValueError(
                 f"--template {self.template!r}: expected {{prompt}} in it, where the prompt goes"

@@ -73,7 +73,8 @@ def load(run: Any) -> None:
     """
     folder = Path(run.options.out) / CHECKPOINT
     if not (folder / "state.json").is_file():
-        raise FileNotFoundError(f"--resume: there is no checkpoint in {folder}; leave --resume out to begin")
+        option = "--evaluate" if run.options.evaluate else "--resume"
+        raise FileNotFoundError(f"{option}: there is no checkpoint in {folder}; leave {option} out to begin")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         trained = torch.load(folder / "trained.pt", weights_only=True)

@@ -194,20 +194,33 @@ class Aligner:
     def _respond(self, prompts: list[str], count: int, seed: int) -> tuple[Rollout, list[str], list[str]]:
         o = self.options
         texts = [o.template.replace("{prompt}", prompt) for prompt in prompts]
-        rollout = draw_rollout(
-            self.model,
-            [self.tokenizer.encode(text) for text in texts],
-            count,
-            max_new_tokens=o.max_new_tokens,
-            sampling=Sampling(temperature=o.temperature, top_p=o.top_p, min_p=o.min_p, top_k=o.top_k),
-            seed=seed,
-        )
+        rows = [self.tokenizer.encode(text) for text in texts]
+        try:
+            rollout = draw_rollout(
+                self.model,
+                rows,
+                count,
+                max_new_tokens=o.max_new_tokens,
+                sampling=Sampling(temperature=o.temperature, top_p=o.top_p, min_p=o.min_p, top_k=o.top_k),
+                seed=seed,
+            )
+        except (ValueError, RuntimeError) as error:
+            if self._gives_numbers(rows[0][:16]):
+                raise
+            raise RuntimeError(
+                f"after step {self.step} the policy gives no numbers any more: lower --lr or --max-grad-norm and begin "
+                "anew, or go on from a copy of an earlier checkpoint"
+            ) from error
         ends = set(getattr(self.model, "eos_ids", ()))
         responses = [
             self.tokenizer.decode([i for i in row[mask].tolist() if i not in ends])
             for row, mask in zip(rollout.tokens, rollout.mask, strict=True)
         ]
         return rollout, [prompt for prompt in prompts for _ in range(count)], responses
+
+    @torch.no_grad()
+    def _gives_numbers(self, ids: list[int]) -> bool:
+        return bool(self.model(torch.tensor([ids])).isfinite().all())
 
     def advance(self) -> dict[str, float]:
         """One step; returns its figures, also where the update was skipped."""

@@ -74,7 +74,8 @@ def read_triples(path: Path, text: str) -> list[Triple]:
         raise FileNotFoundError(
             f"--kg {path} does not exist: give a table of head, relation, tail with tabs between them"
         )
-    found, relations = [], set[str]()
+    found = []
+    relations: set[str] = set()
     for number, line in read_lines(path):
         if not line.strip() or line.startswith("#"):
             continue
