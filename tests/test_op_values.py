@@ -34,6 +34,23 @@ def scan(bounds: list[int]) -> Any:
     return ops.selective_scan(u, u, -torch.ones(3, 2), b, b, cu_seqlens=cut)
 
 
+SHARED = torch.zeros(2, 2, 3, 4)
+
+
+def mamba3(bounds: list[int]) -> Any:
+    t, m = torch.zeros(1, 8, 2), torch.zeros(1, 8, 1, 1, 4)
+    x = torch.zeros(1, 8, 2, 1, 3)
+    return ops.mamba3_scan(x, t, t, t, m, m, t[..., None], cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+def mamba3_step(**change: Any) -> Tensor:
+    state = {"state": SHARED, "angle": torch.zeros(2, 2, 1), "last_B": torch.zeros(2, 2, 1, 4)}
+    state |= {"last_x": torch.zeros(2, 2, 1, 3)}
+    t, m = torch.zeros(2, 2), torch.zeros(2, 1, 1, 4)
+    parts = ops.Mamba3State(*(state | change).values())
+    return ops.mamba3_update(parts, torch.zeros(2, 2, 1, 3), t, t, t, m, m, t[..., None])
+
+
 def layer(**change: Any) -> Any:
     given = make_layer()
     return ops.decoder_step(given.pop("x"), **{**given, **change})
@@ -74,6 +91,10 @@ WRONG: list[tuple[str, Callable[[], Any]]] = [
                                                 cu_seqlens=torch.tensor([0, 5, 4, 8], dtype=torch.int32))),
     ("ssd", lambda: ops.ssd(torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2), -torch.ones(2), torch.zeros(1, 8, 1, 4),
                             torch.zeros(1, 8, 1, 4), cu_seqlens=torch.tensor([0, 5, 4, 8], dtype=torch.int32))),
+    ("mamba3_scan", lambda: mamba3([0, 5, 4, 8])),
+    ("mamba3_scan", lambda: mamba3([1, 8])),
+    ("mamba3_update", lambda: mamba3_step(state=torch.zeros(1, 1, 1, 4).expand(2, 2, 3, 4))),
+    ("mamba3_update", lambda: mamba3_step(last_x=SHARED[:, :, :1, :3])),
     ("decoder_step", lambda: layer(lengths=torch.tensor([5, 70, 3]))),
     ("decoder_step", lambda: layer(lengths=torch.tensor([5, -1, 3]))),
 ]  # fmt: skip
@@ -137,6 +158,23 @@ def raw_call(name: str) -> tuple[list[Any], list[Tensor]]:
         if name.endswith("steps"):
             given |= {n: given[n].unsqueeze(1) for n in ("x", "dt", "B", "C")}
             given["snapshots"] = torch.zeros(2, 2, 5, 3)
+    elif name == "mamba3_update":
+        t, m, u = torch.rand(2, 2), torch.randn(2, 1, 1, 4), torch.randn(2, 2, 1, 3)
+        given = {
+            "state": torch.randn(2, 2, 3, 4),
+            "angle": torch.rand(2, 2, 1),
+            "last_x": torch.randn(2, 2, 1, 3),
+        }
+        given |= {
+            "last_B": torch.randn(2, 2, 1, 4),
+            "x": u,
+            "log_decay": -t,
+            "before": t,
+            "now": t,
+            "B": m,
+            "C": m,
+        }
+        given |= {"turn": t[..., None], "halves": False}
     elif name == "decoder_step":
         given = make_layer()
         given |= {"heads": given.pop("num_heads"), "window": 0, "eps": 1e-5}

@@ -18,13 +18,15 @@ struct ChunkList {
   std::vector<Chunk> chunks;
   std::vector<int64_t> first{0};
 
+  int64_t most = kChunk;  // steps of a chunk
+
   // Steps [begin, end) in scan order as one sequence.
   void add_sequence(int64_t begin, int64_t end, const Chunk& like) {
     int64_t at = begin;
     do {
       Chunk chunk = like;
       chunk.begin = at;
-      chunk.length = std::min(kChunk, end - at);
+      chunk.length = std::min(most, end - at);
       chunk.first = at == begin;
       chunk.last = at + chunk.length == end;
       chunk.keep_last = like.keep_last && chunk.last;
@@ -38,8 +40,9 @@ struct ChunkList {
   void end_row() { first.push_back(static_cast<int64_t>(chunks.size())); }
 };
 
-inline ChunkList whole_rows(int64_t length) {
+inline ChunkList whole_rows(int64_t length, int64_t most) {
   ChunkList list;
+  list.most = most;
   Chunk like{};
   like.sequence = -1;
   like.keep_last = true;
@@ -68,8 +71,9 @@ void for_each_sequence(const char* op, int64_t length, const torch::stable::Tens
 }
 
 inline ChunkList packed_row(const char* op, int64_t length, const torch::stable::Tensor& cu_seqlens,
-                            bool reverse) {
+                            bool reverse, int64_t most) {
   ChunkList list;
+  list.most = most;
   for_each_sequence(op, length, cu_seqlens, reverse, [&](int64_t sequence, int64_t begin, int64_t steps) {
     Chunk like{};
     like.sequence = sequence;
@@ -80,9 +84,10 @@ inline ChunkList packed_row(const char* op, int64_t length, const torch::stable:
   return list;
 }
 
-inline ChunkList rows_by_id(int64_t batch, int64_t length, const torch::stable::Tensor& seq_idx,
-                            bool reverse) {
+inline ChunkList rows_by_id(int64_t batch, int64_t length, const torch::stable::Tensor& seq_idx, bool reverse,
+                            int64_t most) {
   ChunkList list;
+  list.most = most;
   const int64_t step = reverse ? -seq_idx.stride(1) : seq_idx.stride(1);
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t* ids = static_cast<const int32_t*>(seq_idx.data_ptr()) + b * seq_idx.stride(0);
@@ -141,11 +146,12 @@ inline void check_sequences(const char* op, int64_t batch, int64_t length,
 
 inline ChunkList chunk_list(const char* op, int64_t batch, int64_t length,
                             const std::optional<torch::stable::Tensor>& cu_seqlens,
-                            const std::optional<torch::stable::Tensor>& seq_idx, bool reverse) {
+                            const std::optional<torch::stable::Tensor>& seq_idx, bool reverse,
+                            int64_t most = kChunk) {
   check_sequences(op, batch, length, cu_seqlens, seq_idx);
-  if (cu_seqlens.has_value()) return packed_row(op, length, *cu_seqlens, reverse);
-  if (seq_idx.has_value()) return rows_by_id(batch, length, *seq_idx, reverse);
-  return whole_rows(length);
+  if (cu_seqlens.has_value()) return packed_row(op, length, *cu_seqlens, reverse, most);
+  if (seq_idx.has_value()) return rows_by_id(batch, length, *seq_idx, reverse, most);
+  return whole_rows(length, most);
 }
 
 }  // namespace arcore

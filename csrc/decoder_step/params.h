@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace arcore::decoder_step {
 
 // Multiples that sizes must have, so that kernels of every instruction set read whole vectors.
@@ -12,7 +14,8 @@ constexpr int64_t kMaxTokens = 16;
 
 // A linear layer [rows, cols], contiguous; bias is null where there is none.
 struct Weights {
-  const float* weight;
+  const void* weight;
+  StorageType dtype;
   const float* bias;
   int64_t rows, cols;
 };
@@ -23,12 +26,14 @@ struct Args {
   int64_t drafts;  // tokens per text; batch is a multiple
   int64_t window;  // tokens seen, the new one included; 0 for all
   float eps, scale;
-  float* x;  // [batch, dim], read and written
-  const float *norm1, *norm2;
+  StorageType dtype;  // of the caller's x, the norms' weights, the matrices and the cache
+  void* given;        // the caller's x, [batch, dim]
+  float* x;           // the same as floats, read and written; `given` itself where that is float32
+  const void *norm1, *norm2;
   Weights qkv, out, gate_up, down;
   // [batch / drafts, kv_heads, length, head_dim] with strides; new token t of a text is written at
   // `lengths[text] + t`.
-  float *keys, *values;
+  void *keys, *values;
   int64_t key_row, key_head, value_row, value_head;
   const float *cos, *sin;  // [1 or batch, head_dim]; the sine is negative in the first half
   int64_t angle_row;
@@ -36,15 +41,18 @@ struct Args {
   // [batch], bit t says that new token t of the text is seen, with the token's own bit and none above it;
   // null when each new token sees those before it.
   const int64_t* seen;
-  // Scratch: normed [batch, dim], projected [batch, qkv.rows], mixed [batch, heads * head_dim],
-  // activated [batch, hidden], scores [batch, heads, longest].
+  // Scratch, and x where the caller's is 16 bits: normed [batch, dim], projected [batch, qkv.rows], mixed
+  // [batch, heads * head_dim], activated [batch, hidden], scores [batch, heads, longest].
   float *normed, *projected, *mixed, *activated, *scores;
   int64_t longest;
 };
 
 struct CpuKernels {
+  // x from `given`, and back; for 16-bit storage.
+  void (*widen)(const Args&);
+  void (*narrow)(const Args&);
   // normed = rms_norm(x) * weight, for all rows.
-  void (*normalise)(const Args&, const float* weight);
+  void (*normalise)(const Args&, const void* weight);
   // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end).
   void (*multiply)(const Weights&, int64_t batch, const float* in, int64_t in_row, float* out,
                    int64_t out_row, bool add, int64_t begin, int64_t end);

@@ -32,26 +32,32 @@ constexpr const char* kOp = "decoder_step";
 // Multiplications below which a second thread costs more than it saves.
 constexpr double kWorkPerThread = 2e5;
 
-void check_float(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+void check_type(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> shape) {
   check_device(kOp, name, t, t);
   ARCORE_CHECK(t.is_cpu(), kOp, "expected ", name, " on the CPU");
-  ARCORE_CHECK(t.scalar_type() == ScalarType::Float, kOp, "expected ", name, " of dtype float32");
+  ARCORE_CHECK(t.scalar_type() == type, kOp, "expected ", name, " of dtype ",
+               type == ScalarType::Float ? "float32" : "bfloat16, as x,", " but got ",
+               torch::headeronly::toString(t.scalar_type()));
   check_shape(kOp, name, t, shape);
 }
 
-float* data(const Tensor& t) {
+float* floats(const Tensor& t) {
   return static_cast<float*>(t.data_ptr());
 }
 
-Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bias, int64_t rows,
-                int64_t cols) {
-  check_float(name, weight, {rows, cols});
+// `held` owns a bias as floats.
+Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bias, ScalarType type,
+                int64_t rows, int64_t cols, std::vector<Tensor>& held) {
+  check_type(name, weight, type, {rows, cols});
   ARCORE_CHECK(weight.is_contiguous(), kOp, "expected ", name, " to be contiguous");
+  const float* of_bias = nullptr;
   if (bias.has_value()) {
-    check_float(name, *bias, {rows});
+    check_type(name, *bias, type, {rows});
     ARCORE_CHECK(bias->is_contiguous(), kOp, "expected the bias of ", name, " to be contiguous");
+    held.push_back(as_floats(*bias));
+    of_bias = floats(held.back());
   }
-  return {data(weight), bias.has_value() ? data(*bias) : nullptr, rows, cols};
+  return {weight.data_ptr(), storage_type(weight, kOp, name), of_bias, rows, cols};
 }
 
 // Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie
@@ -129,11 +135,14 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
   ARCORE_CHECK(std::isfinite(eps) && eps >= 0, kOp, "expected eps to be finite and at least 0 but got ", eps);
   const int64_t width = heads * args.head_dim;
-  check_float("x", x, {args.batch, args.dim});
-  check_float("norm1", norm1, {args.dim});
-  check_float("norm2", norm2, {args.dim});
-  check_float("keys", keys, {texts, args.kv_heads, room, args.head_dim});
-  check_float("values", values, {texts, args.kv_heads, room, args.head_dim});
+  const ScalarType type = x.scalar_type();
+  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kOp,
+               "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
+  check_type("x", x, type, {args.batch, args.dim});
+  check_type("norm1", norm1, type, {args.dim});
+  check_type("norm2", norm2, type, {args.dim});
+  check_type("keys", keys, type, {texts, args.kv_heads, room, args.head_dim});
+  check_type("values", values, type, {texts, args.kv_heads, room, args.head_dim});
   ARCORE_CHECK(x.is_contiguous() && norm1.is_contiguous() && norm2.is_contiguous(), kOp,
                "expected x, norm1 and norm2 to be contiguous");
   for (const Tensor* t : {&keys, &values})
@@ -142,15 +151,18 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.window = window;
   args.eps = static_cast<float>(eps);
   args.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(args.head_dim)));
-  args.x = data(x);
-  args.norm1 = data(norm1);
-  args.norm2 = data(norm2);
-  args.qkv = weights("qkv", qkv, qkv_bias, width + 2 * args.kv_heads * args.head_dim, args.dim);
-  args.out = weights("out", out, out_bias, args.dim, width);
-  args.gate_up = weights("gate_up", gate_up, gate_up_bias, 2 * args.hidden, args.dim);
-  args.down = weights("down", down, down_bias, args.dim, args.hidden);
-  args.keys = data(keys);
-  args.values = data(values);
+  args.dtype = storage_type(x, kOp, "x");
+  args.given = x.data_ptr();
+  args.norm1 = norm1.data_ptr();
+  args.norm2 = norm2.data_ptr();
+  std::vector<Tensor> held;
+  held.reserve(4);
+  args.qkv = weights("qkv", qkv, qkv_bias, type, width + 2 * args.kv_heads * args.head_dim, args.dim, held);
+  args.out = weights("out", out, out_bias, type, args.dim, width, held);
+  args.gate_up = weights("gate_up", gate_up, gate_up_bias, type, 2 * args.hidden, args.dim, held);
+  args.down = weights("down", down, down_bias, type, args.dim, args.hidden, held);
+  args.keys = keys.data_ptr();
+  args.values = values.data_ptr();
   args.key_row = keys.stride(0);
   args.key_head = keys.stride(1);
   args.value_row = values.stride(0);
@@ -158,11 +170,11 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   const int64_t angles = cos.dim() == 2 ? cos.size(0) : 0;
   ARCORE_CHECK(angles == 1 || angles == args.batch, kOp, "expected cos of shape (1 or ", args.batch, ", ",
                args.head_dim, ") but got ", shape_of(cos));
-  check_float("cos", cos, {angles, args.head_dim});
-  check_float("sin", sin, {angles, args.head_dim});
+  check_type("cos", cos, ScalarType::Float, {angles, args.head_dim});
+  check_type("sin", sin, ScalarType::Float, {angles, args.head_dim});
   ARCORE_CHECK(cos.is_contiguous() && sin.is_contiguous(), kOp, "expected cos and sin to be contiguous");
-  args.cos = data(cos);
-  args.sin = data(sin);
+  args.cos = floats(cos);
+  args.sin = floats(sin);
   args.angle_row = angles == 1 ? 0 : args.head_dim;
   ARCORE_CHECK(lengths.is_cpu() && lengths.scalar_type() == ScalarType::Long && lengths.is_contiguous(), kOp,
                "expected lengths to be contiguous int64 on the CPU");
@@ -202,8 +214,11 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                 {"sin", &sin}});
   if (args.batch == 0) return;
   const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
-  const Tensor scratch = make_empty(x, {args.batch * per_row + 64});
-  args.normed = data(scratch);
+  const bool wide = args.dtype == StorageType::kFloat32;
+  const int64_t copied = wide ? 0 : args.batch * args.dim;
+  const Tensor scratch = make_empty(x, {args.batch * per_row + copied + 64}, ScalarType::Float);
+  args.x = wide ? floats(x) : floats(scratch);
+  args.normed = floats(scratch) + copied;
   args.projected = args.normed + args.batch * args.dim;
   args.mixed = args.projected + args.batch * args.qkv.rows;
   args.activated = args.mixed + args.batch * width;
@@ -220,6 +235,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
       kernels.multiply(w, args.batch, in, w.cols, result, w.rows, add, begin, end);
     });
   };
+  if (!wide) kernels.widen(args);
   kernels.normalise(args, args.norm1);
   multiply(args.qkv, args.normed, args.projected, false);
   const double pairs = static_cast<double>(args.batch * heads) * static_cast<double>(args.longest) *
@@ -231,6 +247,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   run_tasks(args.hidden, threads(args.gate_up),
             [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); });
   multiply(args.down, args.activated, args.x, true);
+  if (!wide) kernels.narrow(args);
 }
 
 }  // namespace

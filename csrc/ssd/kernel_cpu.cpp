@@ -1,6 +1,6 @@
 // CPU forward; compiled once per instruction set. README.md beside this file describes the matrices.
+#include "common/chunk_products.h"
 #include "common/flush_denormals.h"
-#include "common/matmul_panel.h"
 #include "common/vec.h"
 #include "ssd/params.h"
 
@@ -14,9 +14,6 @@ constexpr int64_t kMaxStates = 256;
 // Beyond this the decay of one step is 0 (or infinite) in any case; sums of such steps stay finite, so that
 // A = -inf forgets instead of giving -inf - -inf.
 constexpr double kLargestLog = 1e5;
-// One cache line more than a power of two, so that rows do not compete for the same cache sets.
-constexpr int64_t kStride = kChunk + 16;
-static_assert(kChunk % kPanel == 0);
 
 // Block of heads within one group.
 struct Block {
@@ -224,51 +221,6 @@ void advance(const Args& args, const Chunk& chunk, const Work& w, float* state) 
   carry(args, chunk, w, w.B, w.kept, state);
 }
 
-// out[t] += sum over s <= t of m[t][s] rows[s]; rows are given as column panels. The blocks on the diagonal
-// run row by row: products with the zeros above it would carry a NaN of a later step into earlier ones.
-void add_lower(const float* m, int64_t length, const ColumnPanels& columns, const float* panels, float* out,
-               int64_t pitch) {
-  for (int64_t row = 0; row < length; row += kMaxRows) {
-    const int rows = static_cast<int>(min_of<int64_t>(kMaxRows, length - row));
-    for (int64_t p = 0; p < columns.count(); ++p) {
-      const float* from = panels + columns.offset(p, 0);
-      float* to = out + row * pitch + p * kPanel;
-      const int64_t width = columns.vectors(p) * kLanes;
-      if (row > 0) multiply_add(rows, columns.vectors(p), m + row * kStride, kStride, from, to, pitch, row);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < width; i += kLanes) {
-          Vec sum = load(to + r * pitch + i);
-          for (int64_t s = row; s <= row + r; ++s)
-            sum = fma(Vec(m[(row + r) * kStride + s]), load(from + s * width + i), sum);
-          store(to + r * pitch + i, sum);
-        }
-    }
-  }
-}
-
-// out[s] += sum over t >= s of m[t][s] rows[t], likewise.
-void add_lower_transposed(const float* m, int64_t length, const ColumnPanels& columns, const float* panels,
-                          float* out, int64_t pitch) {
-  for (int64_t row = 0; row < length; row += kMaxRows) {
-    const int rows = static_cast<int>(min_of<int64_t>(kMaxRows, length - row));
-    const int64_t rest = row + rows;
-    for (int64_t p = 0; p < columns.count(); ++p) {
-      float* to = out + row * pitch + p * kPanel;
-      const int64_t width = columns.vectors(p) * kLanes;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < width; i += kLanes) {
-          Vec sum = load(to + r * pitch + i);
-          for (int64_t t = row + r; t < rest; ++t)
-            sum = fma(Vec(m[t * kStride + row + r]), load(panels + columns.offset(p, t) + i), sum);
-          store(to + r * pitch + i, sum);
-        }
-      if (rest < length)
-        multiply_add_transposed(rows, columns.vectors(p), m + rest * kStride + row, kStride,
-                                panels + columns.offset(p, rest), to, pitch, length - rest);
-    }
-  }
-}
-
 void outputs(const Args& args, const Block& block, int64_t head, const Chunk& chunk, const Work& w,
              const float* state, bool from_zero) {
   for (int64_t row = 0; row < chunk.length; row += kMaxRows) {
@@ -286,7 +238,7 @@ void outputs(const Args& args, const Block& block, int64_t head, const Chunk& ch
           store(y + r * w.x_pitch + i, Vec(w.decay[row + r]) * load(y + r * w.x_pitch + i));
     }
   }
-  add_lower(w.M, chunk.length, w.inputs, w.driven, w.y, w.x_pitch);
+  add_lower(w.M, chunk.length, 1, w.inputs, w.driven, w.y, w.x_pitch);
   for (int64_t t = 0; t < chunk.length; ++t) {
     float* y = w.y + t * w.x_pitch;
     if (skipped(chunk, t)) {
@@ -360,23 +312,6 @@ void forward(const Args& args, float* workspace, int64_t begin, int64_t end) {
 }
 
 // ---- backward
-
-// Chunks of a row are gone through backwards, and each needs the state before it. Rows of up to kKeptChunks
-// keep them all; longer ones keep one per segment of about the square root of their number, and redo the
-// segment.
-constexpr int64_t kKeptChunks = 64;
-
-struct Segments {
-  int64_t chunks, length, count;
-
-  explicit Segments(int64_t chunks) : chunks(chunks), length(chunks), count(1) {
-    if (chunks <= kKeptChunks) return;
-    length = 1;
-    while (length * length < chunks)
-      ++length;
-    count = (chunks + length - 1) / length;
-  }
-};
 
 int64_t chunks_of_row(const Args& args, int64_t batch) {
   const int64_t row = args.chunk_rows == 1 ? 0 : batch;
@@ -491,17 +426,6 @@ void decays_and_products(const Chunk& chunk, const BackWork& w) {
   }
 }
 
-void row_panels(const Chunk& chunk, const ColumnPanels& panels, const float* rows, int64_t pitch,
-                float* dst) {
-  for (int64_t t = 0; t < chunk.length; ++t)
-    pack_row(rows + t * pitch, panels, t, dst);
-}
-
-void transposed_panels(const Chunk& chunk, const float* rows, int64_t pitch, int64_t dim, float* dst) {
-  for (int64_t s = 0; s < chunk.length; s += kPanel)
-    pack_transposed({rows + s * pitch, pitch}, min_of<int64_t>(kPanel, chunk.length - s), dim, dst + s * dim);
-}
-
 // out = states of all steps times `rows`, of which `state` holds panels [states, dim].
 void times_state(const Args& args, const Chunk& chunk, const Work& w, const float* rows, const float* state,
                  float* out) {
@@ -528,13 +452,6 @@ void add_state_times(const Args& args, const Chunk& chunk, const Work& w, const 
                      transposed + t * args.dim + p * kPanel * kPanel, out + n * kStride + t, kStride, used);
     }
   }
-}
-
-float dot(const float* a, const float* b, int64_t n) {
-  Vec sum(0.0f);
-  for (int64_t i = 0; i < n; i += kLanes)
-    sum = fma(load(a + i), load(b + i), sum);
-  return reduce_add(sum);
 }
 
 // dS += dM E; dM becomes dM M; above[j] = the sum of those that go from before step j to j or later.
@@ -584,7 +501,7 @@ void head_backward(const BackwardArgs& args, const Block& block, int64_t h, cons
   }
   if (in.z.data != nullptr) {
     std::memcpy(w.y, w.from_state, static_cast<size_t>(length * pitch) * sizeof(float));
-    add_lower(w.M, length, w.inputs, w.driven, w.y, pitch);
+    add_lower(w.M, length, 1, w.inputs, w.driven, w.y, pitch);
     load_padded(in.z, block, head, chunk, in, w, w.gated);
     float skip[kPanel];
     for (int64_t i = 0; i < padded; i += kLanes) {
@@ -608,18 +525,18 @@ void head_backward(const BackwardArgs& args, const Block& block, int64_t h, cons
   for (int64_t t = 0; t < length; ++t)
     for (int64_t i = 0; i < padded; i += kLanes)
       store(w.u + t * pitch + i, Vec(w.dt[t]) * load(w.x + t * pitch + i));
-  transposed_panels(chunk, w.u, pitch, in.dim, w.u_t);
+  transposed_panels(chunk.length, w.u, pitch, in.dim, w.u_t);
   for (int64_t t = 0; t < length; ++t) {
     const Vec rest = exp2(Vec((w.high[last] - w.high[t]) + (w.low[last] - w.low[t])));
     for (int64_t i = 0; i < padded; i += kLanes)
       store(w.scaled + t * pitch + i, rest * load(w.u + t * pitch + i));
   }
-  transposed_panels(chunk, w.scaled, pitch, in.dim, w.kept_t);
-  row_panels(chunk, w.inputs, w.grad, pitch, w.grad_panels);
+  transposed_panels(chunk.length, w.scaled, pitch, in.dim, w.kept_t);
+  row_panels(chunk.length, w.inputs, w.grad, pitch, w.grad_panels);
   for (int64_t t = 0; t < length; ++t)
     for (int64_t i = 0; i < padded; i += kLanes)
       store(w.scaled + t * pitch + i, Vec(w.decay[t]) * load(w.grad + t * pitch + i));
-  row_panels(chunk, w.inputs, w.scaled, pitch, w.grad_kept);
+  row_panels(chunk.length, w.inputs, w.scaled, pitch, w.grad_kept);
 
   // Through M.
   for (int64_t row = 0; row < length; row += kMaxRows) {
@@ -634,7 +551,7 @@ void head_backward(const BackwardArgs& args, const Block& block, int64_t h, cons
   add_state_times(in, chunk, w, adjoint, w.kept_t, w.dB_t);
   float kept = 0.0f;
   if (!from_zero) {
-    transposed_panels(chunk, w.scaled, pitch, in.dim, w.grad_t);
+    transposed_panels(chunk.length, w.scaled, pitch, in.dim, w.grad_t);
     add_state_times(in, chunk, w, state, w.grad_t, w.dC_t);
     kept = w.decay[last] * dot(adjoint, state, w.state.floats());
   }
@@ -653,7 +570,7 @@ void head_backward(const BackwardArgs& args, const Block& block, int64_t h, cons
     read += dot(w.grad + t * pitch, w.from_state + t * pitch, padded);
     w.log_grad[t] += read;
   }
-  add_lower_transposed(w.M, length, w.inputs, w.grad_panels, w.du, pitch);
+  add_lower_transposed(w.M, length, 1, w.inputs, w.grad_panels, w.du, pitch);
   carry(in, chunk, w, w.C, w.grad_kept, adjoint);
 
   // Inputs and step sizes.
@@ -765,8 +682,8 @@ void backward_block(const BackwardArgs& args, int64_t task, BackWork& w, float* 
       const bool zero = chunk.first && (chunk.zero_start || in.initial_state == nullptr);
       if (chunk.length > 0) {
         load_group(in, block, chunk, w);
-        row_panels(chunk, w.columns, w.B, w.pitch, w.B_columns);
-        row_panels(chunk, w.columns, w.C, w.pitch, w.C_columns);
+        row_panels(chunk.length, w.columns, w.B, w.pitch, w.B_columns);
+        row_panels(chunk.length, w.columns, w.C, w.pitch, w.C_columns);
         std::memset(w.dS, 0, static_cast<size_t>(kChunk * kStride) * sizeof(float));
         const size_t by_state = static_cast<size_t>(round_up(in.states, 16) * kStride) * sizeof(float);
         std::memset(w.dB_t, 0, by_state);
@@ -787,10 +704,10 @@ void backward_block(const BackwardArgs& args, int64_t task, BackWork& w, float* 
       }
       if (chunk.length == 0) continue;
       store_matrix(args, chunk, w, w.dB_t, task, args.partial_B, [&](float* rows) {
-        add_lower_transposed(w.dS, chunk.length, w.columns, w.C_columns, rows, w.pitch);
+        add_lower_transposed(w.dS, chunk.length, 1, w.columns, w.C_columns, rows, w.pitch);
       });
       store_matrix(args, chunk, w, w.dC_t, task, args.partial_C, [&](float* rows) {
-        add_lower(w.dS, chunk.length, w.columns, w.B_columns, rows, w.pitch);
+        add_lower(w.dS, chunk.length, 1, w.columns, w.B_columns, rows, w.pitch);
       });
     }
   }

@@ -86,6 +86,30 @@ def test_the_op_gives_the_numbers_of_the_reference(case: str, window: int | None
             )
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_storage_alone(case: str) -> None:
+    inputs = make(**CASES[case])  # type: ignore[arg-type]
+    angles = ("cos", "sin")
+    found = {
+        name: value.bfloat16()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in angles
+        else value
+        for name, value in copied(inputs).items()
+    }
+    expected = double(found)
+    reference_decoder_step(**expected)
+    decoder_step(**found)
+    # The new keys and values, and x at the end, are rounded; nothing else.
+    scale = expected["x"].abs().max().item()
+    assert (found["x"].double() - expected["x"]).abs().max() <= 1.5 * 2.0**-8 * scale
+    for b, length in enumerate(inputs["lengths"].tolist()):
+        for name in ("keys", "values"):
+            exact = expected[name][b, :, : length + 1]
+            assert (found[name][b, :, : length + 1].double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
+    with pytest.raises(RuntimeError, match="expected qkv of dtype bfloat16, as x, but got Float"):
+        decoder_step(**found | {"qkv": inputs["qkv"]})
+
+
 def test_the_reference_is_a_layer_of_modules() -> None:
     inputs = make(batch=1, bias=False)
     layer = DecoderLayer(

@@ -131,8 +131,8 @@ class CausalDecoder(nn.Module):
         if not cache.derived:
             fits = (
                 0 < cache.batch <= STEP_ROWS
-                and cache.keys.dtype == torch.float32
                 and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
+                and all(p.dtype == cache.keys.dtype for p in self.layers.parameters())
             )
             cache.derived = {i: layer.step_weights() if fits else None for i, layer in enumerate(self.layers)}
         return cache.derived[0] is not None and 0 < cache.batch * new <= STEP_ROWS

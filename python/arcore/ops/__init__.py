@@ -24,6 +24,7 @@ with built_from_these_sources():
         reference_causal_conv1d_update,
     )
     from arcore.ops.decoder_step import decoder_step, reference_decoder_step
+    from arcore.ops.mamba3_scan import Mamba3State, mamba3_scan, mamba3_update, reference_mamba3_scan
     from arcore.ops.sample import (
         confidence_mask,
         filter_probs,
@@ -55,6 +56,7 @@ with built_from_these_sources():
 
 __all__ = [
     "CrossEntropy",
+    "Mamba3State",
     "TokenLogprobs",
     "Verified",
     "VerifiedWindow",
@@ -70,6 +72,8 @@ __all__ = [
     "linear_logprobs",
     "linear_scan",
     "logits_from_probs",
+    "mamba3_scan",
+    "mamba3_update",
     "reference_block_sparse_attention",
     "reference_causal_conv1d",
     "reference_causal_conv1d_update",
@@ -79,6 +83,7 @@ __all__ = [
     "reference_linear_cross_entropy",
     "reference_linear_logprobs",
     "reference_linear_scan",
+    "reference_mamba3_scan",
     "reference_sample",
     "reference_selective_scan",
     "reference_selective_state_update",

@@ -18,6 +18,7 @@ OP = "arcore.decoder_step"
 # Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
 MULTIPLE = 16
 MAX_ROWS = 16
+DTYPES = (torch.float32, torch.bfloat16)
 _LOOP = "it writes in place; call it once for all rows, or in a loop"
 
 
@@ -59,8 +60,8 @@ def decoder_step(
     and data out of the caches.
 
     Args:
-        x: hidden states ``[B, C]``, float32 like all tensors but `lengths`, contiguous; written in place. B is at most
-            16; C, head_dim D and F are multiples of 16.
+        x: hidden states ``[B, C]``, float32 or bfloat16 like all tensors but `lengths`, `cos` and `sin`, contiguous;
+            written in place. B is at most 16; C, head_dim D and F are multiples of 16.
         norm1: weight of the norm before the attention, ``[C]``.
         qkv: projections of H query heads, Hkv key heads and Hkv value heads, ``[(H + 2 Hkv) D, C]``.
         out: projection behind the attention, ``[C, H D]``.
@@ -69,8 +70,8 @@ def decoder_step(
         down: ``[C, F]``.
         keys: cache ``[B / drafts, Hkv, L, D]``, the tokens of a head side by side; written in place.
         values: likewise.
-        cos: cosines of the new tokens' positions, ``[1 or B, D]``.
-        sin: sines, negative in the first half of the channels.
+        cos: cosines of the new tokens' positions, float32 ``[1 or B, D]``.
+        sin: sines, likewise, negative in the first half of the channels.
         lengths: tokens of each text in the cache, int64 ``[B / drafts]``; at most L - drafts.
         num_heads: H, a multiple of Hkv.
         qkv_bias: ``[(H + 2 Hkv) D]`` or None.

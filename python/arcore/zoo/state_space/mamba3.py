@@ -11,8 +11,8 @@ angles so far, and x of P channels:
 
     h_t = a_t h_(t-1) + (1 - w_t) dt_t a_t x_(t-1) B_(t-1)^T + w_t dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
-What x_s B_s^T adds to all later states is decayed as a whole, so sequences run through `arcore.ops.ssd` with the step
-w_s dt_s + (1 - w_(s+1)) dt_(s+1), less the second part where a token reads itself.
+Sequences run through `arcore.ops.mamba3_scan`, which turns, adds and weighs within its chunks; single tokens through
+`arcore.ops.mamba3_update`.
 
 Left out: the feed-forward layers between the mixers of larger models.
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Linear, RMSNorm, StateCache
-from arcore.ops import ssd
+from arcore.ops import Mamba3State, mamba3_scan, mamba3_update
 from arcore.zoo.state_space._common import no_more, original_config, original_layers
 from arcore.zoo.state_space.mamba.config import StateSpaceConfig
 from arcore.zoo.state_space.mamba.model import Mamba
@@ -46,7 +46,7 @@ SYSTEM = System(
     kind="model",
     model="Mamba3",
     builds_on=("mamba", "mamba2"),
-    ops=("ssd",),
+    ops=("mamba3_scan",),
     recipe="language",
     summary="Mamba-2 with trapezoidal steps, states that turn by data-dependent angles, and several inputs per head.",
     claim="Turning B and C by summed angles equals a scan of complex states by the exponential-trapezoidal rule.",
@@ -110,8 +110,8 @@ class Mamba3Mixer(nn.Module):
         self.groups, self.rank, self.angles = config.n_groups, rank, turning
         self.mimo, self.a_floor = config.mimo_rank is not None, config.a_floor
         self.conv_shape = (0, 0)
-        # State, angles, and the last token's turned B and x.
-        self.parts = (size * n, turning, rank * n, size)
+        # State, angles, and the last token's turned B and inputs.
+        self.parts = (size * n, turning, rank * n, rank * size)
         self.state_shape = (heads, sum(self.parts))
         matrices = n * self.groups * rank
         self.split = (inner, inner, matrices, matrices, heads, heads, heads, turning)
@@ -134,62 +134,51 @@ class Mamba3Mixer(nn.Module):
                 self.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
 
     def project(self, x: Tensor) -> dict[str, Tensor]:
-        """What the recurrence takes of each token, in float32.
+        """What the recurrence takes of each token; step sizes, weights, decays and angles in float32.
 
         Args:
             x: `[..., C]`.
 
         Returns:
-            x and z `[..., H, P]`, B and C `[..., H, R, N]` before their turn, dt, weight w and log_decay `[..., H]`,
-            turn `[..., H, S]`, the angles by which this token turns.
+            x and z `[..., H, P]`, B and C `[..., R, G, N]` before biases and turn, dt, weight w and log_decay
+            `[..., H]`, turn `[..., H, S]`, the angles by which this token turns.
         """
         z, u, b, c, dt, a, w, angles = self.in_proj(x).split(self.split, dim=-1)
-        per_head = self.heads // self.groups
 
-        def matrices(t: Tensor, norm: nn.Module, bias: Tensor) -> Tensor:
-            t = norm(t.unflatten(-1, (self.rank, self.groups, self.d_state))).float()
-            return t.repeat_interleave(per_head, dim=-2).transpose(-2, -3) + bias
+        def matrices(t: Tensor, norm: nn.Module) -> Tensor:
+            out: Tensor = norm(t.unflatten(-1, (self.rank, self.groups, self.d_state)))
+            return out
 
         step = F.softplus((dt + self.dt_bias).float())
         a = a.float()
         # 1 + a above 0 and 1 / (1 - a) below: positive and smooth, with a heavy tail.
         size = a.clamp(min=0) + (1 - a.clamp(max=0)).reciprocal()
         return {
-            "x": u.unflatten(-1, (self.heads, self.head_dim)).float(),
-            "z": z.unflatten(-1, (self.heads, self.head_dim)).float(),
-            "B": matrices(b, self.B_norm, self.B_bias),
-            "C": matrices(c, self.C_norm, self.C_bias),
+            "x": u.unflatten(-1, (self.heads, self.head_dim)),
+            "z": z.unflatten(-1, (self.heads, self.head_dim)),
+            "B": matrices(b, self.B_norm),
+            "C": matrices(c, self.C_norm),
             "dt": step,
             "weight": w.float().sigmoid(),
             "log_decay": -size.clamp(min=self.a_floor) * step,
             "turn": (math.pi * angles.float().tanh()).unsqueeze(-2) * step.unsqueeze(-1),
         }
 
-    def turned(self, m: Tensor, angles: Tensor) -> Tensor:
-        """`m` `[..., H, R, N]` with pairs of states turned by `angles` `[..., H, S]`.
-
-        Pairs are neighbours; with several inputs they lie N / 2 apart. States beyond the first S pairs stay.
-        """
-        shape = (2, self.d_state // 2) if self.mimo else (self.d_state // 2, 2)
-        first, second = m.unflatten(-1, shape).unbind(-2 if self.mimo else -1)
-        cos, sin = (
-            F.pad(f(angles).unsqueeze(-2), (0, self.d_state // 2 - self.angles), value=rest)
-            for f, rest in ((torch.cos, 1.0), (torch.sin, 0.0))
-        )
-        pair = (first * cos - second * sin, first * sin + second * cos)
-        return torch.stack(pair, dim=-2 if self.mimo else -1).flatten(-2)
-
     def inputs(self, x: Tensor) -> Tensor:
         """`[..., H, P]` to the inputs of each rank, `[..., H, R, P]`."""
         return x.unsqueeze(-2) * self.mimo_x if self.mimo else x.unsqueeze(-2)
 
-    def outputs(self, y: Tensor, z: Tensor) -> Tensor:
-        """Norm, gate, and the sum over ranks: `y` `[..., H, R, P]`, `z` `[..., H, P]` to `[..., C]`."""
-        z = z.unsqueeze(-2) * self.mimo_z if self.mimo else z.unsqueeze(-2)
+    def gates(self, z: Tensor) -> Tensor:
+        """`[..., H, P]` to the gates of each rank, `[..., H, R, P]`."""
+        return z.unsqueeze(-2) * self.mimo_z if self.mimo else z.unsqueeze(-2)
+
+    def outputs(self, y: Tensor, gates: Tensor | None) -> Tensor:
+        """Norm, gate where it is given, and the sum over ranks: `[..., H, R, P]` to `[..., C]`."""
         if self.norm is not None:
             weight = self.norm.weight.view(self.heads, 1, self.head_dim)
-            y = F.rms_norm(y, (self.head_dim,), eps=self.norm.eps) * weight
-        y = y * F.silu(z)
+            y = F.rms_norm(y.float(), (self.head_dim,), eps=self.norm.eps) * weight
+        if gates is not None:
+            y = y * F.silu(gates)
         y = (y * self.mimo_o).sum(-2) if self.mimo else y.squeeze(-2)
         out: Tensor = self.out_proj(y.flatten(-2).to(self.out_proj.weight.dtype))
         return out
@@ -204,54 +193,24 @@ class Mamba3Mixer(nn.Module):
     ) -> Tensor:
         """Mix whole sequences; arguments and result are those of `arcore.nn.MambaMixer.forward`."""
         t = self.project(x)
-        batch, length = x.shape[:2]
-        turn, later = t["turn"], (1 - t["weight"]) * t["dt"]
-        if seq_idx is None:
-            then = F.pad(later[:, 1:], (0, 0, 0, 1))
-        else:
-            turn = torch.where((seq_idx >= 0)[..., None, None], turn, 0.0)
-            then = _of_the_next_token(later, seq_idx)
-        # float64: differences of long sums.
-        angles = turn.cumsum(1, dtype=torch.float64)
-        first, state = None, None
-        if cache is not None:
-            state = cache.layer(layer)[1]
-            h, turned, b0, x0 = self._unpack(state)
-            angles = angles + turned.unsqueeze(1)
-            first = h + torch.einsum("bhrn,bhrp,bh->bhpn", b0, self.inputs(x0), later[:, 0])
-        angles = angles.remainder(2 * math.pi).float()
-        b, c, u = self.turned(t["B"], angles), self.turned(t["C"], angles), self.inputs(t["x"])
-        step = (-t["log_decay"]).clamp(min=1e-20)
-        driven = u * ((t["weight"] * t["dt"] + then) / step)[..., None, None]
-        # Every output of a head reads every input: heads, outputs and inputs become heads of the scan.
-        r = self.rank
-
-        def heads(m: Tensor, dim: int) -> Tensor:
-            spread = m.unsqueeze(dim).expand(*m.shape[:3], r, r, m.shape[-1])
-            return spread.reshape(batch, length, -1, m.shape[-1])
-
-        if first is not None:
-            only_one = torch.zeros(r, device=x.device)
-            only_one[0] = 1.0  # the state before counts once for each output
-            first = torch.einsum("bhpn,i->bhipn", first, only_one).unsqueeze(2)
-            first = first.expand(-1, -1, r, -1, -1, -1).flatten(1, 3)
-        y, last = ssd(
-            heads(driven, 3),
-            step.repeat_interleave(r * r, dim=-1),
-            -torch.ones(self.heads * r * r, device=x.device),
-            heads(b, 3),
-            heads(c, 4),
+        state = None if cache is None else self._unpack(cache.layer(layer)[1])
+        gates = self.gates(t["z"])
+        inside = self.norm is None  # the gate of the op stands behind nothing but the scan
+        y, last = mamba3_scan(
+            self.inputs(t["x"]),
+            *(t[name] for name in ("dt", "log_decay", "weight", "B", "C", "turn")),
+            *(self.B_bias, self.C_bias, self.D),
+            gates if inside else None,
             return_last_state=True,
-            initial_state=first,
+            initial_state=state,
             seq_idx=seq_idx,
+            halves=self.mimo,
         )
-        y = y.unflatten(2, (self.heads, r, r)).sum(4)
-        own = torch.einsum("blhqn,blhrn->blhqr", c, b) * then[..., None, None]
-        y = y - own @ u + self.D[:, None, None] * u
         if state is not None:
-            last = last.unflatten(1, (self.heads, r, r))[:, :, 0].sum(2)
-            self._pack(state, last, angles[:, -1], b[:, -1], t["x"][:, -1])
-        return self.outputs(y, t["z"])
+            with torch.no_grad():
+                for old, new in zip(state, last, strict=True):
+                    old.copy_(new)
+        return self.outputs(y, None if inside else gates)
 
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
         """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
@@ -266,39 +225,25 @@ class Mamba3Mixer(nn.Module):
                 trail[:, len(outs)] = state
             return torch.stack(outs, 1)
         t = self.project(x)
-        h, angles, b0, x0 = self._unpack(state)
-        angles = (angles + t["turn"]).remainder(2 * math.pi)
-        b, c, u = self.turned(t["B"], angles), self.turned(t["C"], angles), self.inputs(t["x"])
-        before = torch.einsum("bhrn,bhrp->bhpn", b0, self.inputs(x0))
-        now = torch.einsum("bhrn,bhrp->bhpn", b, u)
-        decay, dt, w = (t[n][..., None, None] for n in ("log_decay", "dt", "weight"))
-        h = decay.exp() * (h + (1 - w) * dt * before) + w * dt * now
-        self._pack(state, h, angles, b, t["x"])
-        y = torch.einsum("bhpn,bhrn->bhrp", h, c) + self.D[:, None, None] * u
-        return self.outputs(y, t["z"])
+        y = mamba3_update(
+            self._unpack(state),
+            self.inputs(t["x"]),
+            *(t[name] for name in ("dt", "log_decay", "weight", "B", "C", "turn")),
+            *(self.B_bias, self.C_bias, self.D),
+            halves=self.mimo,
+        )
+        return self.outputs(y, self.gates(t["z"]))
 
-    def _unpack(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _unpack(self, state: Tensor) -> Mamba3State:
+        """Views of a layer's state `[B, H, ...]`."""
         h, angles, b, x = state.split(self.parts, dim=-1)
-        n = self.d_state
-        return h.unflatten(-1, (self.head_dim, n)), angles, b.unflatten(-1, (self.rank, n)), x
-
-    def _pack(self, state: Tensor, h: Tensor, angles: Tensor, b: Tensor, x: Tensor) -> None:
-        with torch.no_grad():
-            state.copy_(torch.cat([h.flatten(-2), angles, b.flatten(-2), x], dim=-1))
-
-
-def _of_the_next_token(values: Tensor, seq_idx: Tensor) -> Tensor:
-    """`values` `[B, L, H]` of each token's successor in its sequence, padding passed over; 0 where it has none."""
-    length = seq_idx.shape[1]
-    places = torch.arange(length, device=seq_idx.device)
-    real = torch.where(seq_idx >= 0, places, length)
-    nearest = real.flip(1).cummin(1).values.flip(1)  # the first token from here on
-    after = F.pad(nearest[:, 1:], (0, 1), value=length)
-    follows = after < length
-    after = after.clamp(max=max(length - 1, 0))
-    follows &= seq_idx.gather(1, after) == seq_idx
-    found = values.gather(1, after[..., None].expand_as(values))
-    return torch.where(follows[..., None], found, 0.0)
+        ranks = (self.rank, -1)
+        return Mamba3State(
+            h.unflatten(-1, (self.head_dim, self.d_state)),
+            angles,
+            b.unflatten(-1, ranks),
+            x.unflatten(-1, ranks),
+        )
 
 
 class Mamba3(Mamba):
@@ -398,7 +343,11 @@ def complex_scan(mixer: Mamba3Mixer, x: Tensor) -> Tensor:
         first, second = (m[..., :half], m[..., half:]) if mixer.mimo else (m[..., ::2], m[..., 1::2])
         return torch.complex(first, second)
 
-    b, c, u = paired(t["B"]), paired(t["C"]), mixer.inputs(t["x"])
+    def of_heads(m: Tensor, bias: Tensor) -> Tensor:
+        return m.repeat_interleave(mixer.heads // mixer.groups, dim=-2).transpose(-2, -3) + bias
+
+    b, c = paired(of_heads(t["B"], mixer.B_bias)), paired(of_heads(t["C"], mixer.C_bias))
+    u = mixer.inputs(t["x"])
     turn = F.pad(t["turn"], (0, half - mixer.angles))
     state = torch.zeros(len(x), mixer.heads, mixer.head_dim, half, dtype=torch.complex128)
     before = torch.zeros_like(state)
@@ -411,5 +360,6 @@ def complex_scan(mixer: Mamba3Mixer, x: Tensor) -> Tensor:
         state = flow * (state + (1 - w) * dt * before) + w * dt * now
         before = now
         y = torch.einsum("bhpn,bhrn->bhrp", state, c[:, i].conj()).real
-        outs.append(mixer.outputs((y + mixer.D[:, None, None] * u[:, i]).float(), t["z"][:, i].float()))
+        gates = mixer.gates(t["z"][:, i]).float()
+        outs.append(mixer.outputs((y + mixer.D[:, None, None] * u[:, i]).float(), gates))
     return torch.stack(outs, 1)
