@@ -250,6 +250,50 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   if (!wide) kernels.narrow(args);
 }
 
+// weight x + bias for a few rows: the products of a step alone, for layers that are not of Llama's kind.
+Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  constexpr const char* kName = "linear_step";
+  ARCORE_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), kName,
+               "expected x of shape (rows, columns of weight) but got ", shape_of(x), " for a weight of ",
+               shape_of(weight));
+  Args args{};
+  args.batch = x.size(0);
+  args.dim = x.size(1);
+  ARCORE_CHECK(args.batch <= kMaxTokens, kName, "expected at most ", kMaxTokens, " rows but got ",
+               args.batch);
+  ARCORE_CHECK(args.dim > 0 && args.dim % kMultiple == 0, kName, "expected columns that are a multiple of ",
+               kMultiple, " but got ", args.dim);
+  const ScalarType type = x.scalar_type();
+  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kName,
+               "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
+  ARCORE_CHECK(x.is_contiguous(), kName, "expected x to be contiguous");
+  std::vector<Tensor> held;
+  const int64_t rows = weight.size(0);
+  const Weights w = weights("weight", weight, bias, type, rows, args.dim, held);
+  Tensor out = make_empty(x, {args.batch, rows});
+  if (args.batch == 0 || rows == 0) return out;
+  const CpuKernels& kernels = cpu_kernels();
+  const bool wide = type == ScalarType::Float;
+  const Tensor scratch = make_empty(x, {wide ? 0 : args.batch * (args.dim + rows)}, ScalarType::Float);
+  args.dtype = w.dtype;
+  args.given = x.data_ptr();
+  args.x = wide ? floats(x) : floats(scratch);
+  float* result = wide ? floats(out) : args.x + args.batch * args.dim;
+  if (!wide) kernels.widen(args);
+  const double work =
+      static_cast<double>(args.batch) * static_cast<double>(rows) * static_cast<double>(args.dim);
+  run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
+    kernels.multiply(w, args.batch, args.x, args.dim, result, rows, false, begin, end);
+  });
+  if (!wide) {
+    args.given = out.data_ptr();
+    args.x = result;
+    args.dim = rows;
+    kernels.narrow(args);
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace arcore::decoder_step
 
@@ -259,8 +303,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       "Tensor norm2, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor(b!) keys, "
       "Tensor(c!) values, Tensor cos, Tensor sin, Tensor lengths, int heads, int window, float eps, "
       "int drafts=1, Tensor? seen=None) -> ()");
+  m.def("linear_step(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
   m.impl("decoder_step", TORCH_BOX(&arcore::decoder_step::decoder_step_cpu));
+  m.impl("linear_step", TORCH_BOX(&arcore::decoder_step::linear_step_cpu));
 }

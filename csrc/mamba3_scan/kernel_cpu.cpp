@@ -752,7 +752,7 @@ void head_backward(const BackwardArgs& args, const Block& block, int64_t h, cons
   }
   // Rows that the products below need.
   transposed_panels(rows, w.x, pitch, in.dim, w.x_t);
-  float weights[kChunk + 16];
+  float weights[kChunk + 16] = {};
   for (int64_t i = 0; i < rows; ++i)
     weights[i] = w.rest[i] * w.kept[i];
   scale_rows(rows, w, weights, w.x, w.scaled);

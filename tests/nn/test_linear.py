@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from arcore.nn import Linear, linear
-from arcore.nn.linear import MIN_PRODUCTS
+from arcore.nn.linear import MIN_PRODUCTS, STEP_ROWS
 
 K, M = 1027, 8195
 assert K * M > MIN_PRODUCTS  # a single row is enough for oneDNN
@@ -60,3 +60,47 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch):
     x, weight = torch.randn(3, K), torch.randn(M, K)
     monkeypatch.setattr(sys.modules["arcore.nn.linear"], "_onednn", None)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 2, 48), (3, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_few_rows_in_bfloat16_are_rounded_once(shape: tuple[int, ...], bias: bool):
+    x, weight = torch.randn(shape).bfloat16(), torch.randn(37, 48).bfloat16()
+    added = torch.randn(37).bfloat16() if bias else None
+    out = linear(x, weight, added)
+    expected = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert out.dtype == torch.bfloat16
+    assert out.shape == expected.shape
+    assert (out.double() - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+    rows = x.view(-1, 48)
+    for i in range(len(rows)):  # whatever rows are beside it
+        assert torch.equal(linear(rows[i], weight, added), out.view(-1, 37)[i])
+
+
+@torch.no_grad()
+def test_what_few_rows_do_not_fit_goes_to_torch():
+    weight = torch.randn(37, 48).bfloat16()
+    for x, w in (
+        (torch.randn(0, 48), weight),
+        (torch.randn(STEP_ROWS + 1, 48), weight),
+        (torch.randn(2, 40), weight[:, :40].contiguous()),
+        (torch.randn(2, 48), torch.randn(48, 37).bfloat16().t()),
+    ):
+        assert torch.equal(linear(x.bfloat16(), w), F.linear(x.bfloat16(), w))
+    x = torch.randn(2, 48).bfloat16()
+    together = torch.vmap(lambda row: linear(row, weight))(x)
+    torch.testing.assert_close(together, F.linear(x, weight), rtol=0.02, atol=0.05)
+    torch.library.opcheck(torch.ops.arcore.linear_step.default, (x, weight, None))
+    for wrong, complaint in (
+        (x[0], "expected x of shape"),
+        (torch.zeros(17, 48).bfloat16(), "at most 16 rows but got 17"),
+        (x.float(), "expected weight of dtype float32"),
+        (x.double(), "expected x of dtype float32 or bfloat16"),
+    ):
+        with pytest.raises(
+            RuntimeError, match=f"arcore::(linear_step|decoder_step): .*{complaint}|{complaint}"
+        ):
+            torch.ops.arcore.linear_step(wrong, weight, None)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="linear_step has no derivative"):
+        torch.ops.arcore.linear_step(x.requires_grad_(), weight, None).sum().backward()

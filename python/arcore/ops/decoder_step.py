@@ -12,7 +12,13 @@ from torch import Tensor
 
 from arcore import _extension as _extension
 from arcore.ops._checks import checked_call, int64, integer, same_device
-from arcore.ops._registration import call_in_place, mark_written, refuse_derivatives, register_in_place
+from arcore.ops._registration import (
+    call_in_place,
+    forbid_derivative,
+    mark_written,
+    refuse_derivatives,
+    register_in_place,
+)
 
 OP = "arcore.decoder_step"
 # Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
@@ -238,3 +244,12 @@ def _fake(
 
 
 register_in_place("decoder_step")
+
+
+@torch.library.register_fake("arcore::linear_step")
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+# `arcore.nn.linear` calls it only where nobody differentiates.
+forbid_derivative("linear_step", "arcore::linear_step has no derivative; use torch.nn.functional.linear")
