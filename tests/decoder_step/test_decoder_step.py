@@ -105,7 +105,9 @@ def test_bfloat16_is_storage_alone(case: str) -> None:
     for b, length in enumerate(inputs["lengths"].tolist()):
         for name in ("keys", "values"):
             exact = expected[name][b, :, : length + 1]
-            assert (found[name][b, :, : length + 1].double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()
+            assert (
+                found[name][b, :, : length + 1].double() - exact
+            ).abs().max() <= 2.0**-8 * exact.abs().max()
     with pytest.raises(RuntimeError, match="expected qkv of dtype bfloat16, as x, but got Float"):
         decoder_step(**found | {"qkv": inputs["qkv"]})
 
