@@ -11,17 +11,31 @@ namespace arcore::block_sparse_attention::sm90 {
 // 128 * 56 + 256 * 224 = 384 * 168 again: the second producer needs more than the forward's.
 constexpr int kGradientProducerRegisters = 56, kGradientConsumerRegisters = 224;
 
-template <typename Element, int kDim>
+template <typename Element, int kDim, int kOwnBuffers = kOwnStages, int kOtherBuffers = gradient_stages(kDim)>
 struct GradientStorage {
-  static constexpr int kStages = gradient_stages(kDim);
-  alignas(1024) Element own[kOwnStages][2][kOwnRows * kDim];
+  static constexpr int kStages = kOtherBuffers;
+  alignas(1024) Element own[kOwnBuffers][2][kOwnRows * kDim];
   alignas(1024) Element other[2][kStages][kOtherRows * kDim];
   // Where the other side are queries: their lse, as weight_shift() of it, and delta.
   float shift[kStages][kOtherRows], delta[kStages][kOtherRows];
-  uint64_t own_full[kOwnStages], own_empty[kOwnStages], other_full[kStages], other_empty[kStages];
-  WorkItem work[kOwnStages];  // guarded as own is
-  OtherTile tile[kStages];    // guarded as other is
-  int64_t unit[2];            // from one producer to the other, in turns
+  uint64_t own_full[kOwnBuffers], own_empty[kOwnBuffers], other_full[kStages], other_empty[kStages];
+  WorkItem work[kOwnBuffers];  // guarded as own is
+  OtherTile tile[kStages];     // guarded as other is
+  int64_t unit[2];             // from one producer to the other, in turns
+
+  // One thread, before a barrier of the block. `arrivals` is of a full buffer of the other side.
+  __device__ __forceinline__ void begin(uint32_t arrivals) {
+#pragma unroll
+    for (int i = 0; i < kOwnBuffers; ++i) {
+      mbarrier_init(own_full[i], 1);
+      mbarrier_init(own_empty[i], kConsumerWarps);
+    }
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(other_full[i], arrivals);
+      mbarrier_init(other_empty[i], kConsumerWarps);
+    }
+  }
 };
 
 // ---- the producers ----
@@ -40,18 +54,22 @@ struct Sides {
 constexpr int kUnitBarrier = 1;  // named barrier of the two producer warps
 
 // One warp, whose first lane copies tiles. It takes the units from a counter that the blocks share.
-template <typename Element, int kDim, bool kByKey>
+template <typename Element, int kDim, bool kByKey, typename Storage = GradientStorage<Element, kDim>>
 struct TileProducer {
   const BackwardParams& p;
-  GradientStorage<Element, kDim>& s;
+  Storage& s;
   int32_t group;
   int64_t unit;
   int turn = 0;
 
   __device__ __forceinline__ int64_t next_unit() {
     const int64_t next = __shfl_sync(0xffffffffu, unit, 0);
+    if (threadIdx.x % 32 == 0) unit = int64_t{gridDim.x} + atomicAdd(p.counters + (kByKey ? 0 : 1), 1);
+    tell(next);
+    return next;
+  }
+  __device__ __forceinline__ void tell(int64_t next) {
     const bool leads = threadIdx.x % 32 == 0;
-    if (leads) unit = int64_t{gridDim.x} + atomicAdd(p.counters + (kByKey ? 0 : 1), 1);
     if constexpr (kByKey) {
       // The other producer has read what lay here two turns ago: it came to the barrier since.
       if (leads) s.unit[turn] = next;
@@ -59,7 +77,6 @@ struct TileProducer {
       __syncwarp();
       named_barrier_sync(kUnitBarrier, 64);
     }
-    return next;
   }
   __device__ __forceinline__ void wait_own_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.own_empty[stage], parity);
@@ -85,7 +102,8 @@ struct TileProducer {
       }
     }
   }
-  __device__ __forceinline__ void load_other(int stage, const WorkItem& work, const OtherTile& tile) {
+  __device__ __forceinline__ void load_other(int stage, const WorkItem& work, const OtherTile& tile,
+                                             const int32_t*) {
     if (threadIdx.x % 32 != 0) return;
     s.tile[stage] = tile;
     mbarrier_arrive_expecting(s.other_full[stage], 2 * kOtherRows * kDim * sizeof(Element));
@@ -100,10 +118,10 @@ struct TileProducer {
 
 // One warp, which walks the same tiles and brings the numbers of each query. The copy engine cannot: a row of
 // lse starts anywhere.
-template <typename Element, int kDim>
+template <typename Storage>
 struct NumbersProducer {
   const BackwardParams& p;
-  GradientStorage<Element, kDim>& s;
+  Storage& s;
   int turn = 0;
 
   __device__ __forceinline__ int64_t next_unit() {
@@ -117,7 +135,8 @@ struct NumbersProducer {
   __device__ __forceinline__ void wait_other_empty(int stage, uint32_t parity) {
     mbarrier_wait(s.other_empty[stage], parity);
   }
-  __device__ __forceinline__ void load_other(int stage, const WorkItem& work, const OtherTile& tile) {
+  __device__ __forceinline__ void load_other(int stage, const WorkItem& work, const OtherTile& tile,
+                                             const int32_t*) {
     const Problem& problem = p.cuda.args.problem;
     const int64_t pair = work.batch * problem.heads + tile.head;
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -210,15 +229,46 @@ __device__ __forceinline__ void repair_gradient_row(const BackwardParams& p, con
   }
 }
 
+// This thread's part of 64 rows of a gradient, of which it holds `row` and 8 below it. `poisoned` gathers the
+// lanes whose rows hold numbers that are not finite.
+template <typename Element, int kDim, typename Gradient>
+__device__ __forceinline__ void store_gradient(const WorkItem& work, const Tensor4& to, bool wide,
+                                               int64_t rows, int64_t dim, int32_t row,
+                                               const Gradient& gradient, float scale,
+                                               uint32_t (&poisoned)[2]) {
+  uint16_t* base = static_cast<uint16_t*>(to.data) + work.batch * to.batch + work.head * to.head;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t r = row + 8 * half;
+    store_row<Element, kDim>(base + r * to.row, r < rows, wide, dim, half, threadIdx.x % 32,
+                             [&](int i) { return gradient[i] * scale; });
+    poisoned[half] |= __ballot_sync(0xffffffffu, r < rows && !row_finite<kDim / 2>(gradient, half));
+  }
+}
+
+// Computes the warp's poisoned rows again; after store_gradient, by all lanes.
 template <typename Element, int kDim, bool kByKey>
+__device__ __forceinline__ void repair_rows(const BackwardParams& p, const WorkItem& work, int32_t row,
+                                            const uint32_t (&poisoned)[2]) {
+  if ((poisoned[0] | poisoned[1]) == 0) return;
+  __syncwarp();  // what was stored is read back by other lanes
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) {
+    const int32_t r = __shfl_sync(0xffffffffu, row, 0) + i;
+    if (((i < 8 ? poisoned[0] : poisoned[1]) >> (i % 8 * 4) & 15) != 0)
+      repair_gradient_row<Element, kDim, kByKey>(p, work, r);
+  }
+}
+
+template <typename Element, int kDim, bool kByKey, typename Storage = GradientStorage<Element, kDim>>
 struct GradientConsumer {
   using S = GradientShapes<Element, kDim>;
-  static constexpr int kPairs = kGradientRegisters, kColumns = kDim / 2;  // registers of a thread
+  static constexpr int kPairs = kGradientRegisters;  // registers of a thread
   using Factors = decltype(cute::make_tensor<Element>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kOtherRows / 16>>{}));
 
   const BackwardParams& p;
-  GradientStorage<Element, kDim>& s;
+  Storage& s;
   int consumer, thread, own_stage;
   typename S::Pairs first, second;  // scores, then weights; then dP, then dS
   Factors weights, gradients;
@@ -228,8 +278,7 @@ struct GradientConsumer {
   uint32_t forbidden;
   float shift[2], delta[2];  // of own rows, where those are queries
 
-  __device__ __forceinline__ GradientConsumer(const BackwardParams& params,
-                                              GradientStorage<Element, kDim>& storage, int c)
+  __device__ __forceinline__ GradientConsumer(const BackwardParams& params, Storage& storage, int c)
       : p(params), s(storage), consumer(c), thread(static_cast<int>(threadIdx.x % 128)) {}
 
   __device__ __forceinline__ void release(uint64_t& barrier) {
@@ -353,36 +402,19 @@ struct GradientConsumer {
     pack_pairs(gradients, second);
   }
 
-  __device__ __forceinline__ void store_gradient(const Tensor4& to, bool wide, typename S::Gradient& gradient,
-                                                 float scale, uint32_t (&poisoned)[2]) {
-    const Problem& problem = p.cuda.args.problem;
-    const int32_t rows = static_cast<int32_t>(kByKey ? problem.nk : problem.nq);
-    uint16_t* base = static_cast<uint16_t*>(to.data) + work.batch * to.batch + work.head * to.head;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t r = row + 8 * half;
-      store_row<Element, kDim>(base + r * to.row, r < rows, wide, problem.dim, half, thread % 32,
-                               [&](int i) { return gradient[i] * scale; });
-      poisoned[half] |= __ballot_sync(0xffffffffu, r < rows && !row_finite<kColumns>(gradient, half));
-    }
-  }
   __device__ __forceinline__ void store() {
     const BackwardArgs& a = p.cuda.args;
     uint32_t poisoned[2] = {0, 0};
     if constexpr (kByKey) {
-      store_gradient(a.grad_k, p.wide_grad_k, by_gradient, a.problem.scale, poisoned);
-      store_gradient(a.grad_v, p.wide_grad_v, by_weight, 1.0f, poisoned);
+      store_gradient<Element, kDim>(work, a.grad_k, p.wide_grad_k, a.problem.nk, a.problem.dim, row,
+                                    by_gradient, a.problem.scale, poisoned);
+      store_gradient<Element, kDim>(work, a.grad_v, p.wide_grad_v, a.problem.nk, a.problem.dim, row,
+                                    by_weight, 1.0f, poisoned);
     } else {
-      store_gradient(a.grad_q, p.wide_grad_q, by_gradient, a.problem.scale, poisoned);
+      store_gradient<Element, kDim>(work, a.grad_q, p.wide_grad_q, a.problem.nq, a.problem.dim, row,
+                                    by_gradient, a.problem.scale, poisoned);
     }
-    if ((poisoned[0] | poisoned[1]) == 0) return;
-    __syncwarp();  // the stores above are read back by other lanes
-#pragma unroll 1
-    for (int i = 0; i < 16; ++i) {
-      const int32_t r = __shfl_sync(0xffffffffu, row, 0) + i;
-      if (((i < 8 ? poisoned[0] : poisoned[1]) >> (i % 8 * 4) & 15) != 0)
-        repair_gradient_row<Element, kDim, kByKey>(p, work, r);
-    }
+    repair_rows<Element, kDim, kByKey>(p, work, row, poisoned);
   }
 };
 
@@ -396,16 +428,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
 
   if (threadIdx.x == 0) {
     if (shared_address(shared) % 1024 != 0) __trap();  // as in the forward
-#pragma unroll
-    for (int i = 0; i < kOwnStages; ++i) {
-      mbarrier_init(s.own_full[i], 1);
-      mbarrier_init(s.own_empty[i], kConsumerWarps);
-    }
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(s.other_full[i], kByKey ? 2 : 1);
-      mbarrier_init(s.other_empty[i], kConsumerWarps);
-    }
+    s.begin(kByKey ? 2 : 1);
     mbarrier_fence();
   }
   __syncthreads();
@@ -421,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
       produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule);
     }
     if (kByKey && warp == 1) {
-      NumbersProducer<Element, kDim> producer{p, s};
+      NumbersProducer<Storage> producer{p, s};
       produce_gradient_units<kStages, kByKey>(producer, problem, plan, schedule);
     }
   } else {

@@ -106,6 +106,16 @@ Sm90 sm90_wish() {
 #endif
 }
 
+// Which of the sm_90a backwards runs: two kernels of seven products, or one of five, until a GPU was seen to
+// be faster with it.
+[[maybe_unused]] bool fused_wish() {
+  const char* wish = std::getenv("ARCORE_SM90A_BACKWARD");
+  if (wish == nullptr || *wish == '\0' || std::strcmp(wish, "two") == 0) return false;
+  ARCORE_CHECK(std::strcmp(wish, "fused") == 0, kBackwardOp,
+               "expected ARCORE_SM90A_BACKWARD to be two or fused but got ", wish);
+  return true;
+}
+
 // With ARCORE_SM90A=require a call that other kernels would do is an error.
 [[maybe_unused]] int refuse_sm90(const char* op, Sm90 wish, const char* reason) {
   if (wish == Sm90::kRequired)
@@ -143,16 +153,26 @@ int launch_forward_on_sm90([[maybe_unused]] const ForwardCuda& cuda, [[maybe_unu
 #endif
 }
 
+// `grids` is how many grids the plan by key has.
 int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_unused]] const Tensor& bounds,
-                            [[maybe_unused]] void* stream) {
+                            [[maybe_unused]] int64_t grids, [[maybe_unused]] void* stream) {
   const Sm90 wish = sm90_wish();
   if (wish == Sm90::kOff) return kUnsupportedSm90;
 #if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
   if (compute_capability() != 90)
     return refuse_sm90(kBackwardOp, wish, "the GPU is not of compute capability 9.0");
   if (cuda.args.problem.dtype == StorageType::kFloat32) return refuse_sm90(kBackwardOp, wish, "float32");
-  const Tensor counters = torch::stable::new_empty(bounds, {kCountersSm90});
-  const int error = launch_backward_sm90(cuda, static_cast<int32_t*>(counters.data_ptr()), stream);
+  int error;
+  if (fused_wish()) {
+    const FusedScratch scratch = fused_scratch_sm90(cuda, grids);
+    const Tensor numbers = torch::stable::new_empty(bounds, {scratch.numbers}),
+                 sums = torch::stable::new_empty(bounds, {scratch.sums}, ScalarType::Float);
+    error = launch_fused_sm90(cuda, grids, static_cast<int32_t*>(numbers.data_ptr()),
+                              static_cast<float*>(sums.data_ptr()), stream);
+  } else {
+    const Tensor counters = torch::stable::new_empty(bounds, {kCountersSm90});
+    error = launch_backward_sm90(cuda, static_cast<int32_t*>(counters.data_ptr()), stream);
+  }
   return error == kUnsupportedSm90 ? refuse_sm90(kBackwardOp, wish, kNoCopies) : error;
 #else
   return kUnsupportedSm90;
@@ -272,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   cuda.args.grad_q = view(grad_q_rows);
   cuda.args.grad_k = view(grad_k_rows);
   cuda.args.grad_v = view(grad_v_rows);
-  int error = launch_backward_on_sm90(cuda, bounds, scope.stream());
+  int error = launch_backward_on_sm90(cuda, bounds, by_key.size(0) * by_key.size(1), scope.stream());
   if (error == kUnsupportedSm90) error = launch_backward(cuda, scope.stream());
   check_launch(kBackwardOp, error);
   if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);

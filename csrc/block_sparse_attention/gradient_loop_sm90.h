@@ -30,14 +30,16 @@ constexpr int gradient_stages(int padded) {
 // A tile of the other side: of query head `head`, whichever side is whose.
 struct OtherTile {
   int32_t head, entry;
+  int32_t visit;  // of the fused kernel, else unused
 };
 
 // Buffers for own tiles: the next unit's arrive while this one's are in use.
 constexpr int kOwnStages = 2;
 
 // The copying side. A unit is an own tile of one query head, or (kByKey) of one kv head with the other sides
-// of all its query heads; `machine` is called as in produce_units.
-template <int kStages, bool kByKey, typename Machine>
+// of all its query heads; `machine` is called as in produce_units. load_other also gets the tile's place in
+// the plan. kFromLast: a head's tiles come from the last to the first.
+template <int kStages, bool kByKey, int kOwnBuffers = kOwnStages, bool kFromLast = false, typename Machine>
 ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem& problem,
                                                 const TilePlan& plan, const Schedule& schedule) {
   const int64_t units = schedule.pairs * schedule.rows;
@@ -47,7 +49,7 @@ ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem&
   const auto load_own = [&](const WorkItem& work) {
     machine.wait_own_empty(own_clock.stage, own_clock.parity);
     machine.load_own(own_clock.stage, work);
-    advance<kOwnStages>(own_clock);
+    advance<kOwnBuffers>(own_clock);
   };
 
   for (int64_t index = machine.next_unit(); index < units; index = machine.next_unit()) {
@@ -64,8 +66,9 @@ ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem&
     for (int32_t h = first_head; h < first_head + group; ++h) {
       const TileList list = tile_list(plan, tile_grid(plan, work.batch, h), work.tile);
       for (int32_t i = 0; i < list.count; ++i) {
+        const int32_t* entry = list.entries + (kFromLast ? list.count - 1 - i : i);
         machine.wait_other_empty(clock.stage, clock.parity);
-        machine.load_other(clock.stage, work, OtherTile{h, list.entries[i]});
+        machine.load_other(clock.stage, work, OtherTile{h, *entry, 0}, entry);
         advance<kStages>(clock);
       }
     }

@@ -36,6 +36,17 @@ struct BackwardParams {
   bool wide_grad_q, wide_grad_k, wide_grad_v;
 };
 
+// One pass of five products beside the two kernels of seven.
+struct FusedParams {
+  BackwardParams backward;
+  int32_t* ticket;   // the next unit
+  int32_t* visited;  // [B, H, query tiles]: key tiles whose sums have arrived
+  int32_t* seen;     // [grids, query tiles], for number_visits
+  int32_t* visits;   // as the plan by key
+  float* sums;       // [B, H, query tiles, 64, padded head dim], a thread's registers side by side
+  int64_t query_tiles, grids, grid_heads;  // grids of the plan: all, and those of one batch entry
+};
+
 int start_forward_d64(const ForwardParams& params, unsigned blocks, void* stream);
 int start_forward_d96(const ForwardParams& params, unsigned blocks, void* stream);
 int start_forward_d128(const ForwardParams& params, unsigned blocks, void* stream);
@@ -44,5 +55,9 @@ int start_forward_d128(const ForwardParams& params, unsigned blocks, void* strea
 int start_backward_d64(const BackwardParams& params, int64_t multiprocessors, void* stream);
 int start_backward_d96(const BackwardParams& params, int64_t multiprocessors, void* stream);
 int start_backward_d128(const BackwardParams& params, int64_t multiprocessors, void* stream);
+
+int start_fused_d64(const FusedParams& params, int64_t multiprocessors, void* stream);
+int start_fused_d96(const FusedParams& params, int64_t multiprocessors, void* stream);
+int start_fused_d128(const FusedParams& params, int64_t multiprocessors, void* stream);
 
 }  // namespace arcore::block_sparse_attention::sm90

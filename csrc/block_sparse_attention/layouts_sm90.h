@@ -5,6 +5,7 @@
 #include <cute/tensor.hpp>
 #include <type_traits>
 
+#include "block_sparse_attention/fused_loop_sm90.h"
 #include "block_sparse_attention/gradient_loop_sm90.h"
 #include "block_sparse_attention/tile_loop_sm90.h"
 
@@ -78,6 +79,37 @@ struct GradientShapes : Atoms<Element, kDim> {
       PairProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kOtherRows>>{}));
   using Gradient = decltype(cute::partition_fragment_C(
       GradientProduct{}, cute::Shape<cute::Int<kConsumerRows>, cute::Int<kDim>>{}));
+};
+
+// The fifth product of the fused backward: dQ = dS K, both from shared memory by columns. dS of both
+// consumers' keys, [keys][queries]; of the own keys as many columns as one product takes.
+template <typename Element, int kDim>
+struct FusedShapes : GradientShapes<Element, kDim> {
+  static constexpr int kQueryColumns = query_columns(kDim);
+  using ColumnAtom = typename Atoms<Element, kDim>::ColumnAtom;
+  using Changes = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_MN_SW128_Atom<Element>{},
+      cute::Shape<cute::Int<kOtherRows>, cute::Int<kConsumerRows>, cute::Int<kConsumers>>{}));
+  using OwnColumns = decltype(cute::tile_to_shape(
+      ColumnAtom{}, cute::Shape<cute::Int<kQueryColumns>, cute::Int<kConsumerRows>>{},
+      cute::Step<cute::_2, cute::_1>{}));
+  using QueryProduct = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kOtherRows>, cute::Int<kQueryColumns>, cute::Int<kConsumerRows>>,
+          cute::GMMA::Major::MN, cute::GMMA::Major::MN>()));
+  // Where there are registers for them, the own sides of the first two products stay in registers: shared
+  // memory then gives the matrix unit half as much.
+  static constexpr bool kOwnInRegisters = kDim <= 64;
+  using OwnProduct = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kConsumerRows>, cute::Int<kOtherRows>, cute::Int<kDim>>, cute::GMMA::Major::K,
+          cute::GMMA::Major::K>()));
+  using OwnFactors = decltype(cute::make_tensor<Element>(
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kDim / 16>>{}));
+  using QuerySums = decltype(cute::partition_fragment_C(
+      QueryProduct{}, cute::Shape<cute::Int<kOtherRows>, cute::Int<kQueryColumns>>{}));
 };
 
 }  // namespace arcore::block_sparse_attention::sm90

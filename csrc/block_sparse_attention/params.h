@@ -135,6 +135,12 @@ constexpr int kUnsupportedSm90 = -1;
 int launch_forward_sm90(const ForwardArgs&, const TilePlan&, int32_t* counters, void* stream);
 // Both plans are those of the sm_80 backward.
 int launch_backward_sm90(const BackwardCuda&, int32_t* counters, void* stream);
+// The same in one pass, with scratch for the sums of dQ and for their order.
+struct FusedScratch {
+  int64_t numbers, sums;  // int32, float32
+};
+FusedScratch fused_scratch_sm90(const BackwardCuda&, int64_t grids);
+int launch_fused_sm90(const BackwardCuda&, int64_t grids, int32_t* numbers, float* sums, void* stream);
 
 // Every stage runs over tasks [begin, end); `scratch` is memory of the calling thread alone, as many floats
 // as the function named like the stage says.

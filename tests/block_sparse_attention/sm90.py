@@ -14,14 +14,19 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    *(f"block_sparse_attention/{name}.h" for name in ("tile_loop_sm90", "gradient_loop_sm90", "params")),
+    *(
+        f"block_sparse_attention/{name}.h"
+        for name in ("tile_loop_sm90", "gradient_loop_sm90", "fused_loop_sm90", "params")
+    ),
     *(f"common/{name}.h" for name in ("stage_clock", "host_device", "dtype")),
 )
 
 
 def build_model(source: str) -> ctypes.CDLL:
     """Compiles a model next to this file; a library of the same sources is reused."""
-    digest = hashlib.sha256((HERE / source).read_bytes() + (HERE / "sm90_model.h").read_bytes())
+    digest = hashlib.sha256((HERE / source).read_bytes())
+    for header in ("sm90_model.h", "sm90_backward_model.h"):
+        digest.update((HERE / header).read_bytes())
     for header in SOURCES:
         digest.update((ROOT / "csrc" / header).read_bytes())
     folder = ROOT / "build" / "sm90_model"

@@ -156,8 +156,49 @@ void check() {
                       "column descriptors", kDim, kDim, n_of, k_of, false, by_columns(kOtherRows));
 }
 
+// The fifth product of the fused backward: dS by bytes of change_byte, the own keys by columns.
+template <typename Element, int kDim>
+void check_fused() {
+  using F = FusedShapes<Element, kDim>;
+  constexpr int kBlock = F::kBlock, kColumns = F::kQueryColumns;
+  check_accumulator<kColumns>(typename F::QueryProduct{}, "sums of dQ", kDim);
+  check_accumulator<kOtherRows>(typename F::OwnProduct{}, "pairs of own registers", kDim);
+  check_left_operand<kDim>(typename F::OwnProduct{}, "own registers", kDim);
+  std::vector<Element> memory(static_cast<size_t>(kOwnRows) * (kOtherRows + kDim) + 1024);
+  auto* base = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
+  const auto byte_of = [&](const Element& element) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(&element) - reinterpret_cast<uintptr_t>(base));
+  };
+  auto changes = cute::make_tensor(cute::make_smem_ptr(base), typename F::Changes{});
+  for (int key = 0; key < kOwnRows; ++key)
+    for (int query = 0; query < kOtherRows; ++query)
+      expect(byte_of(changes(query, key % kConsumerRows, key / kConsumerRows)) == change_byte(key, query),
+             "dS", kDim, key, query);
+  for (int part = 0; part < kDim / kColumns; ++part) {
+    auto columns = cute::make_tensor(cute::make_smem_ptr(base + part * kConsumerRows * kColumns),
+                                     typename F::OwnColumns{});
+    for (int key = 0; key < kConsumerRows; ++key)
+      for (int column = 0; column < kColumns; ++column)
+        expect(
+            byte_of(columns(column, key)) == copied_to(kConsumerRows, kBlock, key, part * kColumns + column),
+            "own keys by columns", kDim, key, column);
+  }
+  auto slice = typename F::QueryProduct{}.get_slice(0);
+  const auto n_of = [](int n, int) { return n; };
+  const auto k_of = [](int, int k) { return k; };
+  check_steps<64>(slice.partition_fragment_A(changes(_, _, 0)), "dS descriptors", kDim, kOtherRows, n_of,
+                  k_of, false, [](int n, int k) { return change_byte(k, n); });
+  check_steps<kBlock>(
+      slice.partition_fragment_B(cute::make_tensor(cute::make_smem_ptr(base), typename F::OwnColumns{})),
+      "own column descriptors", kDim, kColumns, n_of, k_of, false,
+      [](int n, int k) { return copied_to(kConsumerRows, kBlock, k, n); });
+}
+
 template <typename Element>
 void check_all() {
+  check_fused<Element, 64>();
+  check_fused<Element, 96>();
+  check_fused<Element, 128>();
   check<Element, 64>();
   check<Element, 96>();
   check<Element, 128>();

@@ -1,10 +1,14 @@
-"""The two sm_90a backward kernels without a GPU: order of events and arithmetic on a model of the hardware."""
+"""The sm_90a backward kernels without a GPU: order of events and arithmetic on a model of the hardware.
+
+Two kernels of seven products, and the fused one of five, whose blocks wait for each other.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,13 +27,49 @@ MISTAKES = {
     "consumer_releases_early": 6,
 }
 UNMASKED_TILE, NO_REPAIR = 7, 8
+FUSED_MISTAKES = {
+    "adder_skips_its_turn": 9,
+    "adder_passes_the_turn_early": 10,
+    "consumer_skips_full_changes": 11,
+    "consumer_skips_empty_sums": 12,
+    "adder_frees_sums_early": 13,
+}
+# Not of one block: which units the blocks take.
+FIRST_BY_BLOCK, FALLING_TICKETS = 14, 15
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 
 
+class Given(ctypes.Structure):
+    """That of sm90_backward_model.h."""
+
+    _fields_ = [
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("scale", ctypes.c_float),
+        ("half", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("bounds", "key_bounds", "by_query", "by_key")),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("plan_shapes", "strides")),
+        ("tensors", ctypes.POINTER(ctypes.c_void_p)),
+        *((name, ctypes.c_void_p) for name in ("lse", "delta")),
+        *((name, ctypes.c_int64) for name in ("section", "blocks", "resident")),
+        ("seed", ctypes.c_uint64),
+        ("mistake", ctypes.c_int),
+    ]
+
+
 @pytest.fixture(scope="module")
-def model() -> ctypes.CDLL:
-    return build_model("sm90_backward_model.cpp")
+def two() -> Callable[..., None]:
+    return build_model("sm90_backward_model.cpp").arcore_model_backward_sm90
+
+
+@pytest.fixture(scope="module")
+def fused() -> Callable[..., None]:
+    return build_model("sm90_fused_model.cpp").arcore_model_fused_sm90
+
+
+@pytest.fixture(scope="module", params=["two", "fused"])
+def model(request: pytest.FixtureRequest) -> Callable[..., None]:
+    return request.getfixturevalue(request.param)
 
 
 class Case:
@@ -86,7 +126,13 @@ class Case:
         self.bound = [epsilon * s.abs() + 1e-5 * x.abs() + 1e-7 for s, x in zip(sizes, slack, strict=True)]
 
     def run(
-        self, model: ctypes.CDLL, *, blocks: int = 2, seed: int = 0, mistake: int = 0
+        self,
+        model: Callable[..., None],
+        *,
+        blocks: int = 2,
+        resident: int | None = None,
+        seed: int = 0,
+        mistake: int = 0,
     ) -> tuple[Tensor, ...]:
         """grad_q, grad_k and grad_v of the model, or a RuntimeError with what went wrong."""
         batch, heads, _, dim = self.q.shape
@@ -97,23 +143,23 @@ class Case:
         by_key = plan_of(self.allowed.transpose(-1, -2), 128, 64)
         grads = tuple(torch.full_like(t, math.nan) for t in (self.q, self.k, self.v))
         tensors = (self.grad_out, self.q, self.k, self.v, *grads)
-        message = ctypes.create_string_buffer(256)
-        model.arcore_model_backward_sm90(
+        given = Given(
             (ctypes.c_int64 * 10)(*shape),
-            ctypes.c_float(self.scale),
+            self.scale,
             int(self.dtype == torch.float16),
-            *map(pointer, (self.bounds, self.key_bounds, by_query, by_key)),
+            *(pointer(t).value for t in (self.bounds, self.key_bounds, by_query, by_key)),
             (ctypes.c_int64 * 8)(*by_query.shape, *by_key.shape),
             (ctypes.c_int64 * 21)(*(n for t in tensors for n in t.stride()[:3])),
             (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors)),
-            *map(pointer, (self.lse, self.delta)),
-            ctypes.c_int64(2),
-            ctypes.c_int64(blocks),
-            ctypes.c_uint64(seed),
-            mistake,
-            message,
-            ctypes.c_int64(len(message)),
+            *(pointer(t).value for t in (self.lse, self.delta)),
+            section=2,
+            blocks=blocks,
+            resident=blocks if resident is None else resident,
+            seed=seed,
+            mistake=mistake,
         )
+        message = ctypes.create_string_buffer(256)
+        model(ctypes.byref(given), message, ctypes.c_int64(len(message)))
         if message.value:
             raise RuntimeError(message.value.decode())
         return grads
@@ -146,12 +192,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_dense_gradients(model: ctypes.CDLL, name: str) -> None:
+def test_matches_dense_gradients(model: Callable[..., None], name: str) -> None:
     case = CASES[name]()
     case.check(case.run(model))
 
 
-def test_order_of_events_does_not_change_a_bit(model: ctypes.CDLL) -> None:
+def test_order_of_events_does_not_change_a_bit(model: Callable[..., None]) -> None:
     case = Case(skip_causal(3, 50), heads=2)
     first = case.run(model, blocks=1)
     for seed in range(1, 8):
@@ -160,7 +206,7 @@ def test_order_of_events_does_not_change_a_bit(model: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_a_row_does_not_see_never_leaks(model: ctypes.CDLL, value: float) -> None:
+def test_what_a_row_does_not_see_never_leaks(model: Callable[..., None], value: float) -> None:
     case = Case(causal(200), heads=2)
     clean = case.run(model)
     # Queries from 150 on and keys from 150 on: the others' gradients may not change, except for what the later
@@ -182,13 +228,13 @@ def test_what_a_row_does_not_see_never_leaks(model: ctypes.CDLL, value: float) -
     assert torch.equal(grads[0][..., :128, :], clean[0][..., :128, :])
 
 
-def test_without_repair_it_would_leak(model: ctypes.CDLL) -> None:
+def test_without_repair_it_would_leak(model: Callable[..., None]) -> None:
     case = Case(causal(200))
     case.k[..., 150:, :] = math.nan
     assert case.run(model, mistake=NO_REPAIR)[0][..., 128:150, :].isnan().any()
 
 
-def test_rows_without_keys_have_no_gradient(model: ctypes.CDLL) -> None:
+def test_rows_without_keys_have_no_gradient(model: Callable[..., None]) -> None:
     bounds = torch.zeros(1, 1, 150, 2, dtype=torch.int32)
     bounds[0, 0, :3] = torch.tensor([5, 9])
     case = Case(IntervalMask(bounds, 200))
@@ -200,8 +246,61 @@ def test_rows_without_keys_have_no_gradient(model: ctypes.CDLL) -> None:
     assert grad_k.isfinite().all() and grad_v[..., 5:9, :].ne(0).any()
 
 
+def test_both_ways_agree(two: Callable[..., None], fused: Callable[..., None]) -> None:
+    """The same products, summed in other orders; over one query tile of each head the same order for dK and dV."""
+    case = Case(next_scale((1, 2, 3, 4, 5, 6, 8)), heads=2, kv_heads=1)
+    for ours, theirs in zip(case.run(fused, blocks=3), case.run(two), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    case = Case(full(64, 300), heads=4, kv_heads=2)
+    assert all(map(torch.equal, case.run(fused, blocks=3)[1:], case.run(two)[1:]))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_blocks_that_run_at_different_times_end_and_agree(fused: Callable[..., None], dim: int) -> None:
+    """Every block waits for sums of others, and some start when others have ended: no deadlock, the same bits."""
+    case = Case(causal(400), dim=dim, heads=2)
+    first = case.run(fused, blocks=1)
+    for seed in range(2):
+        for blocks, resident in ((3, 1), (4, 2), (8, 8)):
+            again = case.run(fused, blocks=blocks, resident=resident, seed=seed)
+            assert all(map(torch.equal, first, again))
+
+
+def test_visits_follow_the_order_of_units(fused: Callable[..., None]) -> None:
+    """Per head another mask, so that the heads of a group share the order of key tiles of its first head."""
+    case = Case(random_mask(260, 520, seed=3, batch=2, heads=4), batch=2, heads=4, kv_heads=2)
+    first = case.run(fused, blocks=1)
+    case.check(first)
+    assert all(map(torch.equal, first, case.run(fused, blocks=5, resident=3, seed=1)))
+
+
+@pytest.mark.parametrize(("mistake", "blocks"), [(FIRST_BY_BLOCK, 3), (FALLING_TICKETS, 1)])
+def test_other_hand_outs_of_units_would_hang(fused: Callable[..., None], mistake: int, blocks: int) -> None:
+    """Units numbered by block, some of which start late, or from the last on."""
+    case = Case(causal(400))
+    said = set()
+    for seed in range(6):
+        try:
+            case.run(fused, blocks=blocks, resident=1, seed=seed, mistake=mistake)
+        except RuntimeError as error:
+            said.add(str(error))
+    assert said == {"deadlock"}
+
+
+@pytest.mark.parametrize("name", FUSED_MISTAKES)
+def test_the_model_finds_planted_mistakes_in_sums(fused: Callable[..., None], name: str) -> None:
+    found = 0
+    for case in (Case(full(200, 500)), Case(full(300, 260), dim=128)):
+        for seed in range(5):
+            try:
+                case.check(case.run(fused, blocks=3, seed=seed, mistake=FUSED_MISTAKES[name]))
+            except (RuntimeError, AssertionError):
+                found += 1
+    assert found > 0
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_model_finds_planted_mistakes(model: ctypes.CDLL, name: str) -> None:
+def test_the_model_finds_planted_mistakes(model: Callable[..., None], name: str) -> None:
     # Long units wrap the rings of tiles, many short ones those of units.
     found = 0
     for mask in (full(700, 700), full(1500, 60), full(60, 1500)):
@@ -214,7 +313,7 @@ def test_the_model_finds_planted_mistakes(model: ctypes.CDLL, name: str) -> None
     assert found > 0
 
 
-def test_a_missing_mask_shows(model: ctypes.CDLL) -> None:
+def test_a_missing_mask_shows(model: Callable[..., None]) -> None:
     case = Case(causal(100))
     with pytest.raises(AssertionError):
         case.check(case.run(model, mistake=UNMASKED_TILE))

@@ -84,9 +84,9 @@ int count_multiprocessors(int& count) {
   return static_cast<int>(error);
 }
 
-int clear_counters(int32_t* counters, void* stream) {
-  const cudaError_t error =
-      cudaMemsetAsync(counters, 0, kCountersSm90 * sizeof(int32_t), static_cast<cudaStream_t>(stream));
+int clear_numbers(int32_t* numbers, int64_t count, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof(int32_t),
+                                            static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) (void)cudaGetLastError();
   return static_cast<int>(error);
 }
@@ -114,7 +114,7 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, int32_t* 
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
   const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
   if (units > multiprocessors) {
-    if (const int error = clear_counters(counters, stream); error != 0) return error;
+    if (const int error = clear_numbers(counters, kCountersSm90, stream); error != 0) return error;
     params.counter = counters;
   }
   switch (padded_dim(problem.dim)) {
@@ -127,17 +127,18 @@ int launch_forward_sm90(const ForwardArgs& args, const TilePlan& plan, int32_t* 
   }
 }
 
-int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stream) {
+namespace {
+
+// False if the kernels cannot do the call.
+bool fill_backward(BackwardParams& params, const BackwardCuda& cuda) {
   const BackwardArgs& args = cuda.args;
   const Problem& problem = args.problem;
-  if (problem.batch * problem.heads * problem.nq == 0) return 0;
-  if (!fits(problem)) return kUnsupportedSm90;
-  BackwardParams params{};
-  if (!describe(params.grad_out, problem, args.grad_out, problem.heads, problem.nq, kOtherRows) ||
+  if (!fits(problem) ||
+      !describe(params.grad_out, problem, args.grad_out, problem.heads, problem.nq, kOtherRows) ||
       !describe(params.q, problem, args.q, problem.heads, problem.nq, kOtherRows) ||
       !describe(params.k, problem, args.k, problem.kv_heads, problem.nk, kOtherRows) ||
       !describe(params.v, problem, args.v, problem.kv_heads, problem.nk, kOtherRows))
-    return kUnsupportedSm90;
+    return false;
   const int64_t group = problem.heads / problem.kv_heads, pairs = problem.batch * problem.heads,
                 kv_pairs = problem.batch * problem.kv_heads;
   params.cuda = cuda;
@@ -148,19 +149,30 @@ int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stre
   params.wide_grad_q = wide_rows(args.grad_q);
   params.wide_grad_k = wide_rows(args.grad_k);
   params.wide_grad_v = wide_rows(args.grad_v);
+  return true;
+}
+
+int launch_deltas(const BackwardCuda& cuda, void* stream) {
+  const Problem& problem = cuda.args.problem;
+  BackwardKernelArgs args{};
+  args.cuda = cuda;
+  const LaunchShape shape{(problem.batch * problem.heads * problem.nq + 3) / 4, 1, 1, 128, 0};
+  return problem.dtype == StorageType::kBFloat16 ? launch(row_deltas<bfloat16>, shape, stream, args)
+                                                 : launch(row_deltas<float16>, shape, stream, args);
+}
+
+}  // namespace
+
+int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stream) {
+  const Problem& problem = cuda.args.problem;
+  if (problem.batch * problem.heads * problem.nq == 0) return 0;
+  BackwardParams params{};
+  if (!fill_backward(params, cuda)) return kUnsupportedSm90;
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
-
-  if (const int error = clear_counters(counters, stream); error != 0) return error;
+  if (const int error = clear_numbers(counters, kCountersSm90, stream); error != 0) return error;
   params.counters = counters;
-
-  BackwardKernelArgs deltas{};
-  deltas.cuda = cuda;
-  const LaunchShape shape{(pairs * problem.nq + 3) / 4, 1, 1, 128, 0};
-  const int error = problem.dtype == StorageType::kBFloat16
-                        ? launch(row_deltas<bfloat16>, shape, stream, deltas)
-                        : launch(row_deltas<float16>, shape, stream, deltas);
-  if (error != 0) return error;
+  if (const int error = launch_deltas(cuda, stream); error != 0) return error;
   switch (padded_dim(problem.dim)) {
     case 64:
       return start_backward_d64(params, multiprocessors, stream);
@@ -168,6 +180,45 @@ int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stre
       return start_backward_d96(params, multiprocessors, stream);
     default:
       return start_backward_d128(params, multiprocessors, stream);
+  }
+}
+
+FusedScratch fused_scratch_sm90(const BackwardCuda& cuda, int64_t grids) {
+  const Problem& problem = cuda.args.problem;
+  const TilePlan& plan = cuda.by_key;
+  const int64_t tiles = problem.batch * problem.heads * plan.columns;
+  return {1 + tiles + grids * plan.columns + grids * plan.rows * (2 + plan.columns),
+          tiles * kOtherRows * padded_dim(problem.dim)};
+}
+
+int launch_fused_sm90(const BackwardCuda& cuda, int64_t grids, int32_t* numbers, float* sums, void* stream) {
+  const Problem& problem = cuda.args.problem;
+  if (problem.batch * problem.heads * problem.nq == 0) return 0;
+  FusedParams params{};
+  if (!fill_backward(params.backward, cuda)) return kUnsupportedSm90;
+  const TilePlan& plan = cuda.by_key;
+  const int64_t tiles = problem.batch * problem.heads * plan.columns;
+  if (tiles >= int64_t{1} << 31) return kUnsupportedSm90;  // a block of the last kernel each
+  params.query_tiles = plan.columns;
+  params.grid_heads = plan.head == 0 ? 1 : problem.heads;
+  params.grids = grids;
+  params.ticket = numbers;
+  params.visited = numbers + 1;
+  params.seen = params.visited + tiles;
+  params.visits = params.seen + grids * plan.columns;
+  params.sums = sums;
+  int multiprocessors = 0;
+  if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
+  if (const int error = clear_numbers(numbers, 1 + tiles + grids * plan.columns, stream); error != 0)
+    return error;
+  if (const int error = launch_deltas(cuda, stream); error != 0) return error;
+  switch (padded_dim(problem.dim)) {
+    case 64:
+      return start_fused_d64(params, multiprocessors, stream);
+    case 96:
+      return start_fused_d96(params, multiprocessors, stream);
+    default:
+      return start_fused_d128(params, multiprocessors, stream);
   }
 }
 

@@ -56,6 +56,63 @@ ARCORE_SM90_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Bytes that this thread wrote to shared memory become visible to the copy engine and the matrix unit, once
+// their user has met a barrier after it.
+ARCORE_SM90_DEVICE void fence_shared_for_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Orders what this thread knows of global memory with its bulk copies, in both directions.
+ARCORE_SM90_DEVICE void fence_global_for_async() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Contiguous bytes from shared to global memory, written or added as float32; 16-byte addresses and sizes.
+// One thread starts, commits and waits.
+ARCORE_SM90_DEVICE void bulk_store(float* to, const float* from, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+ARCORE_SM90_DEVICE void bulk_add(float* to, const float* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+ARCORE_SM90_DEVICE void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// All of this thread's bulk copies have read their source; have arrived.
+ARCORE_SM90_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+ARCORE_SM90_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// A number that blocks hand on to each other, with all that its writer knew when it wrote.
+ARCORE_SM90_DEVICE int32_t load_acquire(const int32_t* p) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return value;
+}
+ARCORE_SM90_DEVICE void store_release(int32_t* p, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value)
+               : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, a fragment each; lane l gives the address of row l % 8 of matrix
+// l / 8.
+ARCORE_SM90_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // Executed by all warps of a warpgroup; a multiple of 8 from 24 to 256.
 template <int kRegisters>
 ARCORE_SM90_DEVICE void raise_registers() {
