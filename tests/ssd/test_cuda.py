@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arcore.ops import ssd
+from arcore.ops import reference_ssd, ssd
 from tests import device_checks
 from tests.cuda_host.build import installed, unavailable
 from tests.ssd import gpu_cases
@@ -54,6 +56,21 @@ def test_the_way_of_a_gpu(i: int, kernels: str) -> None:
         pytest.skip(reason)
     with installed("selective_scan"):
         check_against_reference(CASES[i](), as_on_a_gpu)
+
+
+def test_forward_mode_on_the_way_of_a_gpu() -> None:
+    """A GPU has it, because selective_scan has."""
+    case = make_case(2, 40, 4, 8, 5, initial=True)
+    way = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for c, function in ((case, as_on_a_gpu), (case.to(torch.float64), reference_ssd)):
+
+        def run(x: Tensor, c: Any = c, function: Any = function) -> Any:
+            return call(function, replace(c, x=x))
+
+        found.append(torch.func.jvp(run, (c.x,), (way.to(c.x.dtype),))[1])
+    for ours, known in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), known, rtol=1e-4, atol=1e-4)
 
 
 def test_tensors_that_claim_to_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,8 @@ def ssd(
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes or devices do not fit, or `dt_limit` is no range.
-        NotImplementedError: the tensors are on another device than a CPU or a CUDA GPU, or have forward-mode tangents.
+        NotImplementedError: the tensors are on another device than a CPU or a CUDA GPU, or have forward-mode tangents
+            on a CPU.
 
     Reference: Mamba-2 (arXiv:2405.21060, sections 6 and 7). mamba_ssm's `mamba_chunk_scan_combined` computes the same;
     names follow `selective_scan`, and the size of chunks is not an argument, since it changes no result.
