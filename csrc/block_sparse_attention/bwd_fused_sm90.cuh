@@ -98,15 +98,13 @@ struct FusedConsumer : GradientConsumer<Element, kDim, true, FusedStorage<Elemen
   using F = FusedShapes<Element, kDim>;
   static constexpr int kQueryParts = kDim / F::kQueryColumns;
 
-  int64_t query_tiles, heads;
+  const FusedParams& fused;
   typename F::QuerySums sums;
   typename F::OwnFactors own[2];  // keys and values, where they stay in registers
 
   __device__ __forceinline__ FusedConsumer(const FusedParams& params, FusedStorage<Element, kDim>& storage,
                                            int c)
-      : Base(params.backward, storage, c),
-        query_tiles(params.query_tiles),
-        heads(params.backward.cuda.args.problem.heads) {}
+      : Base(params.backward, storage, c), fused(params) {}
 
   __device__ __forceinline__ void begin(const WorkItem& item, int stage) {
     Base::begin(item, stage);
@@ -184,9 +182,10 @@ struct FusedConsumer : GradientConsumer<Element, kDim, true, FusedStorage<Elemen
           make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
   }
   __device__ __forceinline__ void hand_on_sums(int stage, const OtherTile& tile) {
-    if (thread == 0)
-      s.staged[stage] = {(int64_t{work.batch} * heads + tile.head) * query_tiles + entry_tile(tile.entry),
-                         tile.visit};
+    if (thread == 0) {
+      const int64_t pair = work.batch * fused.backward.cuda.args.problem.heads + tile.head;
+      s.staged[stage] = {pair * fused.query_tiles + entry_tile(tile.entry), tile.visit};
+    }
     fence_shared_for_async();
     this->release(s.sums_full[stage]);
   }

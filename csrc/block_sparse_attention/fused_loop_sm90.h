@@ -112,8 +112,7 @@ ARCORE_CONTROL_SM90 void consume_fused_units(Machine& machine, int consumer) {
 #endif
     for (int32_t i = 0; i < work.count; ++i) {
       machine.wait_other(clock.stage, clock.parity);
-      const OtherTile tile = machine.other(clock.stage);
-      machine.find_forbidden(tile);
+      machine.find_forbidden(machine.other(clock.stage));
       machine.issue_first(clock.stage);
       machine.issue_second(clock.stage);
       machine.finish_first();
@@ -125,6 +124,7 @@ ARCORE_CONTROL_SM90 void consume_fused_units(Machine& machine, int consumer) {
       machine.issue_gradients_product(clock.stage);
       machine.share_changes(turn);
       machine.finish_all();
+      const OtherTile tile = machine.other(clock.stage);  // read again: registers were short until here
       machine.release_other(clock.stage);
       advance<kStages>(clock);
       if (turn == consumer) {
