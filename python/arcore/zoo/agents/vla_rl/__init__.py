@@ -40,7 +40,8 @@ SYSTEM = System(
     summary="Policies that write actions as tokens learn from their own episodes by PPO on environment steps.",
     claim=(
         "Cloned from demonstrations with mistakes a policy stays below 0.6; PPO takes it beyond 0.95, on a table and "
-        "on BabyAI missions in English; a head that writes tokens one after the other beats one that does not."
+        "on BabyAI missions in English. A head that writes tokens one after the other beats one that does not where the "
+        "right tokens depend on each other, and gives held-out demonstrations more probability."
     ),
     checked_on="synthetic data",
     reported="4.5 points more than the best fine-tuned baseline on 40 tasks of LIBERO, from OpenVLA-7B",
@@ -345,8 +346,10 @@ def claim(*, quick: bool) -> Claim:
         rows += (
             at_most("BabyAI missions: cloned", rooms.cloned, 0.6),
             at_least("BabyAI missions: after PPO, on levels not seen", rooms.final, 0.95),
+            # What is seen decides the expert's action, so its tokens depend on each other through mistakes alone: the
+            # heads win alike, up to two standard errors of the difference.
             at_least(
-                "BabyAI missions: cloned, over the factorised head", heads[0].cloned - heads[1].cloned, 0
+                "BabyAI missions: cloned, over the factorised head", heads[0].cloned - heads[1].cloned, -0.063
             ),
             at_least(
                 "BabyAI: held-out demonstrations, likelier than with that head, nats", nats[1] - nats[0], 0
