@@ -40,8 +40,8 @@ SYSTEM = System(
     summary="Policies that write actions as tokens learn from their own episodes by PPO on environment steps.",
     claim=(
         "Cloned from demonstrations with mistakes a policy stays below 0.6; PPO takes it beyond 0.95, on a table and "
-        "on BabyAI missions in English. A head that writes tokens one after the other beats one that does not where the "
-        "right tokens depend on each other, and gives held-out demonstrations more probability."
+        "on BabyAI missions in English. A head that writes tokens one after the other beats one that does not where "
+        "the right tokens depend on each other, and gives held-out demonstrations more probability."
     ),
     checked_on="synthetic data",
     reported="4.5 points more than the best fine-tuned baseline on 40 tasks of LIBERO, from OpenVLA-7B",
