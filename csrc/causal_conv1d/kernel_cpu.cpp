@@ -493,6 +493,17 @@ struct Taps {
 typedef float Quad __attribute__((vector_size(16)));
 constexpr int64_t kQuad = 4;
 
+// Lanes of two quads, numbered 0 to 7.
+template <int... kLane>
+inline Quad pick(Quad a, Quad b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  typedef int Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{kLane...});
+#endif
+}
+
 // Shifts `x` into the states of a whole group of channels; the inputs of each channel then are in `inputs`,
 // oldest first.
 void shift_quads(float* state, const float* x, float (*inputs)[kLanes]) {
@@ -500,19 +511,17 @@ void shift_quads(float* state, const float* x, float (*inputs)[kLanes]) {
     Quad q[kQuad], fresh;
     std::memcpy(&fresh, x + c, sizeof(Quad));
     std::memcpy(q, state + c * kQuad, sizeof(q));
-    q[0] = __builtin_shufflevector(q[0], fresh, 1, 2, 3, 4);
-    q[1] = __builtin_shufflevector(q[1], fresh, 1, 2, 3, 5);
-    q[2] = __builtin_shufflevector(q[2], fresh, 1, 2, 3, 6);
-    q[3] = __builtin_shufflevector(q[3], fresh, 1, 2, 3, 7);
+    q[0] = pick<1, 2, 3, 4>(q[0], fresh);
+    q[1] = pick<1, 2, 3, 5>(q[1], fresh);
+    q[2] = pick<1, 2, 3, 6>(q[2], fresh);
+    q[3] = pick<1, 2, 3, 7>(q[3], fresh);
     std::memcpy(state + c * kQuad, q, sizeof(q));
-    const Quad low01 = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
-    const Quad low23 = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-    const Quad high01 = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    const Quad high23 = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    const Quad column[kQuad] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-                                __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-                                __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-                                __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+    const Quad low01 = pick<0, 4, 1, 5>(q[0], q[1]);
+    const Quad low23 = pick<0, 4, 1, 5>(q[2], q[3]);
+    const Quad high01 = pick<2, 6, 3, 7>(q[0], q[1]);
+    const Quad high23 = pick<2, 6, 3, 7>(q[2], q[3]);
+    const Quad column[kQuad] = {pick<0, 1, 4, 5>(low01, low23), pick<2, 3, 6, 7>(low01, low23),
+                                pick<0, 1, 4, 5>(high01, high23), pick<2, 3, 6, 7>(high01, high23)};
     for (int64_t j = 0; j < kQuad; ++j)
       std::memcpy(inputs[j] + c, &column[j], sizeof(Quad));
   }
