@@ -277,3 +277,17 @@ def test_what_is_no_language_model_is_refused(run: Path) -> None:
         language_model(str(run / "heads"))
     with pytest.raises(FileNotFoundError):
         language_model(str(run / "nothing"))
+
+
+def test_text_in_bfloat16_by_all_decoders(run: Path) -> None:
+    from arcore.recipes._sampling import sample
+
+    drawn = {}
+    for decoder, more in (("plain", {}), ("suffix", {}), ("hydra", {"heads": run / "heads"})):
+        options = TextSampling(prompt="and the ", max_new_tokens=12, temperature=0.0, decoder=decoder, **more)
+        drawn[decoder] = sample(RECIPE, options, checkpoint_folder=run / "lm", precision="bfloat16").texts
+    # Rounding may turn a near tie between one token at a time and several.
+    assert len(drawn["plain"][0]) == len(drawn["suffix"][0]) == len(drawn["hydra"][0]) > 8
+    model, _ = language_model(str(run / "lm"))
+    half = generate(model.to(torch.bfloat16), [list(b"and the ")], max_new_tokens=12, temperature=0.0)
+    assert drawn["plain"] == ["and the " + language_model(str(run / "lm"))[1].decode(half.rows()[0])]

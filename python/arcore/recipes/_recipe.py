@@ -130,6 +130,8 @@ class Recipe(ABC):
         sampling: frozen dataclass of what `sample` takes, or None where there is nothing to sample.
         trained: name of the network that is trained in a checkpoint.
         movable: options that a resumed run may change, because the checkpoint tells whether they mean the same.
+        casts_weights: bfloat16 sampling turns the weights into bfloat16 once; otherwise autocast does at each call. For
+            models that read all of their weights for a token or two.
         many_files: what `sample` calls `out` is a folder.
         halved: what is drawn bears bfloat16 arithmetic, so that sampling takes it by itself where it is faster.
     """
@@ -140,6 +142,7 @@ class Recipe(ABC):
     trained: ClassVar[str] = "model"
     movable: ClassVar[tuple[str, ...]] = ("data", "held_out")
     halved: ClassVar[bool] = False
+    casts_weights: ClassVar[bool] = False
     many_files: ClassVar[bool] = False
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,17 +82,18 @@ def sample(
             weights = fetch(preset)
         networks, facts = recipe.published(preset, weights, options)
     networks = {name: network.to(place).eval() for name, network in {**networks, **beside}.items()}
-    with _arithmetic(precision, place, recipe):
+    half = _in_bfloat16(precision, place, recipe)
+    if half and recipe.casts_weights:
+        networks = {name: network.to(torch.bfloat16) for name, network in networks.items()}
+        half = False
+    with torch.autocast(place.type, torch.bfloat16) if half else contextlib.nullcontext():
         return recipe.sample(networks, facts, options, show)
 
 
-def _arithmetic(precision: Precision, place: torch.device, recipe: Recipe) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16, or nothing."""
+def _in_bfloat16(precision: Precision, place: torch.device, recipe: Recipe) -> bool:
     if precision not in get_args(Precision):
         raise ValueError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
-    if precision == "bfloat16" or (precision == "auto" and recipe.halved and has_bf16_units(place)):
-        return torch.autocast(place.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return precision == "bfloat16" or (precision == "auto" and recipe.halved and has_bf16_units(place))
 
 
 def has_bf16_units(place: torch.device) -> bool:

@@ -200,6 +200,7 @@ class Language(Recipe):
     )
     options: ClassVar[type] = TextOptions
     sampling: ClassVar[type | None] = TextSampling
+    casts_weights: ClassVar[bool] = True
 
     def prepare(self, start: Start, options: Any) -> Work:
         text = load_text(options.data)
