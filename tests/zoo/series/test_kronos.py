@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import arcore
+from arcore.catalog.checkpoints import save_pretrained
 from arcore.catalog.claims import shaken
 from arcore.data import Series
 from arcore.decoding.sampling import Sampling
 from arcore.zoo.series._kronos_layers import packed_paths
-from arcore.zoo.series._ohlcv import candles
+from arcore.zoo.series._ohlcv import CANDLE, candles
 from arcore.zoo.series.kronos import Kronos, KronosConfig, kronos_tiny
 from arcore.zoo.series.kronos.generating import generate_paths
+from arcore.zoo.series.kronos.recipe import RECIPE, KronosSampling, tokenizer_preset
 from arcore.zoo.series.kronos_tokenizer import KronosTokenizer, kronos_tokenizer_tiny
 
 from .test_kronos_tokenizer import attention, block, layer_shapes, turned
@@ -252,3 +254,16 @@ def test_candles_of_a_table():
     assert bare.values[:, 4:].tolist() == [[0, 0], [0, 0]]
     with pytest.raises(ValueError, match=r"t\.csv has no column 'open': candles need open, high, low, close"):
         candles(Series("a", ("close", "x"), values[:, :2], file="t.csv"))
+
+
+def test_published_models_want_dates(tmp_path: Path):
+    for preset, folder in (
+        ("kronos_tiny", tmp_path / "k"),
+        (tokenizer_preset("kronos_tiny"), tmp_path / "t"),
+    ):
+        save_pretrained(arcore.create_model(preset), folder)
+    options = KronosSampling(tokenizer=tmp_path / "t")
+    networks, facts = RECIPE.published("kronos_tiny", tmp_path / "k", options)
+    bare = Series("a", CANDLE, torch.ones(9, 6, dtype=torch.float64), file="candles.csv")
+    with pytest.raises(ValueError, match=r"candles\.csv: the model was trained on rows with dates"):
+        RECIPE.check_columns(networks["model"], facts, [bare])

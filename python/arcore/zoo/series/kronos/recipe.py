@@ -129,7 +129,8 @@ class KronosRecipe(Candles):
             "model": create_model(preset, weights=weights),
             "tokenizer": create_model(name, weights=where),
         }
-        return networks, {"preset": preset, "published": True}
+        # Published models were trained on candles with dates.
+        return networks, {"preset": preset, "published": True, "dates": True}
 
     def default_sampling(self) -> Any:
         return KronosSampling(num=self.scored_paths)
