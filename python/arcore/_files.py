@@ -85,6 +85,21 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def check_file(path: str | os.PathLike[str], hint: str) -> Path:
+    """A path that leads to a file.
+
+    Raises:
+        FileNotFoundError: there is nothing; the message ends with the hint.
+        IsADirectoryError: it is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: {hint}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {hint}")
+    return path
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, also of one packed by gzip; a byte order mark at its start is no part of it.
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from arcore.data import load_digits
-from arcore.training import TrainConfig, fit
+from arcore.training import Task, TrainConfig, fit
 from arcore.training.run_folder import LOCK, RECORD, read_record, run_folder
 
 SETTINGS = {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "accelerator": "cpu"}
@@ -206,3 +206,32 @@ def test_what_is_no_task_and_no_data(toy_task, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_nodes=3 needs to know the other machines"):
         fit(toy_task(TrainConfig(num_nodes=3, accelerator="cpu")), load_digits("train"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_lack_something_are_named(toy_task, tmp_path):
+    class Nameless(toy_task):
+        saved = None
+
+    class Wrong(toy_task):
+        saved = ("config",)
+
+    class Silent(toy_task):
+        meta = Task.meta
+
+    class Plain(toy_task):
+        def loss(self, images, labels):
+            return super().loss(images, labels)[0]
+
+    for kind, says in (
+        (Nameless, r"Nameless\.saved must name the attributes that are networks"),
+        (Wrong, r"Wrong\.saved names 'config', which must be a torch.nn.Module but is of type TrainConfig"),
+        (Silent, "Silent must have a method meta"),
+        (Plain, r"Plain\.loss must return the loss and a table of figures, .* but returned a Tensor"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            fit(
+                kind(TrainConfig(**SETTINGS)),
+                load_digits("train"),
+                tmp_path / kind.__name__,
+                show_progress=False,
+            )

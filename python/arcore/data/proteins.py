@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcore._files import atomic_path, read_lines
+from arcore._files import atomic_path, check_file, read_lines
 
 BACKBONE = ("N", "CA", "C", "O")
 RESIDUES = {
@@ -48,9 +48,7 @@ def read_pdb(path: str | Path) -> list[Chain]:
         FileNotFoundError: there is no such file.
         ValueError: a line cannot be read, or there is no backbone.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a PDB file with --pdb")
+    path = check_file(path, "give a PDB file with --pdb")
     found: dict[str, dict[tuple[int, str], tuple[str, dict[str, list[float]]]]] = {}
     for number, line in read_lines(path):
         if line.startswith("data_"):
@@ -110,9 +108,7 @@ def read_fasta(path: str | Path, letters: str = AMINO_ACIDS) -> list[tuple[str, 
         FileNotFoundError: there is no such file.
         ValueError: a letter that may not occur, a sequence without a header, an empty one, or none at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a FASTA file")
+    path = check_file(path, "give a FASTA file")
     found: list[tuple[str, list[str], int]] = []
     ended = False
     for number, raw in read_lines(path):

@@ -243,7 +243,7 @@ def _unfit(value: Any) -> str:
         if isinstance(value, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             return "its shape is not known before the first forward"
         if value.layout is not torch.strided or value.is_quantized:
-            return f"it is no dense tensor but {value.layout}"
+            return f"it is no dense tensor but {'a quantised one' if value.is_quantized else value.layout}"
         if value.is_meta:
             return "it has no values, on the meta device"
         try:

@@ -95,6 +95,7 @@ def fit(
     """
     if not isinstance(task, Task):
         raise TypeError(f"task must be an arcore.training.Task but got {type(task).__name__}")
+    task.check()
     for name, data in (("train", train), ("test", test)):
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) and (name, data) != ("test", None):
             raise TypeError(f"{name} must be a dataset with a length and items but got {type(data).__name__}")

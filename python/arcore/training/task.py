@@ -70,6 +70,28 @@ class Task(pl.LightningModule):
         """Texts that stand in a checkpoint beside the weights, by file name."""
         return {}
 
+    def check(self) -> None:
+        """See that a subclass has what it must have.
+
+        Raises:
+            TypeError: `saved` does not name networks, or `loss` or `meta` is not there.
+        """
+        kind = type(self).__name__
+        saved: Any = getattr(self, "saved", None)
+        if not isinstance(saved, (tuple, list)) or not saved or not all(isinstance(n, str) for n in saved):
+            raise TypeError(
+                f"{kind}.saved must name the attributes that are networks, as in saved = ('model',), but is {saved!r}"
+            )
+        for name in saved:
+            if not isinstance(getattr(self, name, None), nn.Module):
+                got = type(getattr(self, name, None)).__name__
+                raise TypeError(
+                    f"{kind}.saved names {name!r}, which must be a torch.nn.Module but is of type {got}"
+                )
+        for name in ("loss", "meta"):
+            if getattr(type(self), name) is getattr(Task, name):
+                raise TypeError(f"{kind} must have a method {name}: see arcore.training.Task.{name}")
+
     def modules_to_save(self) -> dict[str, nn.Module]:
         """The networks of a checkpoint by name."""
         return {name: getattr(self, name) for name in self.saved}
@@ -102,7 +124,13 @@ class Task(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        loss, figures = self.loss(*batch)
+        found: Any = self.loss(*batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise TypeError(
+                f"{type(self).__name__}.loss must return the loss and a table of figures, as in `return loss, {{}}`, but "
+                f"returned a {type(found).__name__}"
+            )
+        loss, figures = found
         self.last_loss = loss.detach()
         return {"loss": loss, "figures": {"loss": loss.detach(), **figures}}
 

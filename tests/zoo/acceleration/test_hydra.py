@@ -238,3 +238,9 @@ def test_heads_of_a_kind_take_the_sizes_of_their_model() -> None:
         assert (config.dim, config.vocab_size, config.num_layers) == (64, 256, layers)
         assert config.prefix_heads == prefix
         HydraHeads(config).check(model)
+
+
+def test_heads_are_for_models_that_give_their_hidden_states() -> None:
+    heads = HydraHeads(get_config("hydra_tiny"))
+    with pytest.raises(TypeError, match="heads read a model's hidden states, which a Mamba does not give"):
+        heads.check(arcore.create_model("mamba_tiny"))

@@ -132,6 +132,15 @@ class PrefixLayer(CausalDecoder):
         return self.run(hidden, angles, mask, cache)
 
 
+def check_base(model: Any) -> None:
+    """Raise TypeError where a model does not give its hidden states, which heads read."""
+    if not hasattr(model, "hidden"):
+        raise TypeError(
+            f"heads read a model's hidden states, which a {type(model).__name__} does not give: use a model such as "
+            "llama_tiny"
+        )
+
+
 class HydraHeads(nn.Module):
     """The heads. They use embeddings, and with `shared_lm_head` the last layer, of the model that they serve.
 
@@ -232,7 +241,8 @@ class HydraHeads(nn.Module):
         ]
 
     def check(self, model: Any) -> None:
-        """Raise ValueError unless the heads fit the model."""
+        """Raise ValueError unless the heads fit the model, and TypeError where it does not give its hidden states."""
+        check_base(model)
         width = model.embedding.weight.shape[1]
         if (width, model.vocab_size) != (self.config.dim, self.config.vocab_size):
             raise ValueError(

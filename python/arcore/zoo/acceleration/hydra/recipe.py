@@ -16,7 +16,7 @@ from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import Texts, TextSampling, language_model, write_texts
 from arcore.training.config import TrainConfig
 from arcore.training.stream import RandomStream
-from arcore.zoo.acceleration.hydra.heads import hydra_loss
+from arcore.zoo.acceleration.hydra.heads import check_base, hydra_loss
 
 # Settings of heads by their name, where the system and no preset is trained.
 KINDS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,7 @@ class HydraRecipe(Recipe):
 
     def prepare(self, start: Start, options: Any) -> Work:
         base, words = language_model(options.base)
+        check_base(base)
         text = load_text(options.data)
         start.tell(options.data, text)
         heads: Any = start.networks.get("model")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcore._files import read_lines
+from arcore._files import check_file, read_lines
 from arcore.nn.kinds import check_kinds
 
 WATER, PROTON = 18.010565, 1.00727646688
@@ -86,9 +86,7 @@ def read_mgf(path: str | Path) -> list[Spectrum]:
         ValueError: a spectrum lacks its precursor mass, its charge or its peaks, or a line cannot be read; names file
             and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give an MGF file with --mgf")
+    path = check_file(path, "give an MGF file with --mgf")
     found: list[Spectrum] = []
     begin, fields, peaks, common = 0, dict[str, str](), list[tuple[float, float]](), dict[str, str]()
     for number, raw in read_lines(path):
