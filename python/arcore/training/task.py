@@ -127,8 +127,8 @@ class Task(pl.LightningModule):
         found: Any = self.loss(*batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
             raise TypeError(
-                f"{type(self).__name__}.loss must return the loss and a table of figures, as in `return loss, {{}}`, but "
-                f"returned a {type(found).__name__}"
+                f"{type(self).__name__}.loss must return the loss and a table of figures, as in `return loss, {{}}`, "
+                f"but returned a {type(found).__name__}"
             )
         loss, figures = found
         self.last_loss = loss.detach()
