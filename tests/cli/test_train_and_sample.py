@@ -99,24 +99,37 @@ def test_more_images_keep_the_first_ones(arcore, trained, tmp_path):
         assert many.crop((0, 0, *few.size)).tobytes() == few.tobytes()
 
 
-def test_interrupt_says_how_to_go_on(tmp_path):
-    """Ctrl-C in a real process: no traceback, and the command that continues."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_is_saved_and_goes_on_to_the_same_weights(tmp_path, arcore, number):
+    """Ctrl-C or SIGTERM in a real process: the step under way is saved, and the command that continues is told."""
     run = tmp_path / "run"
-    words = ["train", "msvq_tiny", "--out", str(run), "--steps", "100000", "--checkpoint-every", "1"]
+    words = ["train", "msvq_tiny", "--steps", "100000", "--checkpoint-every", "0", "--schedule", "constant"]
+    words += ["--batch-size", "2", "--accelerator", "cpu", "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "arcore", *words, "--batch-size", "2", "--accelerator", "cpu"],
+        [sys.executable, "-m", "arcore", *words, "--out", str(run)],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
-    while not list(run.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    table = run / "metrics.csv"
+    while not (table.is_file() and table.read_text().count("\n") > 1) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "this step is finished and saved" in err
     assert f"go on from the last checkpoint with: arcore train msvq_tiny --resume {run}" in err
+    (saved,) = run.glob("step-*")
+    steps = str(int(saved.name.removeprefix("step-")) + 2)
+    assert arcore("train", "msvq_tiny", "--resume", run, "--steps", steps).code == 0
+    words[words.index("100000")] = steps
+    assert arcore(*words, "--out", tmp_path / "straight").code == 0
+    ends = [
+        folder / f"step-{int(steps):08}" / "tokenizer.safetensors" for folder in (run, tmp_path / "straight")
+    ]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
 def test_what_is_said_depends_on_what_is_saved(tmp_path):

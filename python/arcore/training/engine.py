@@ -35,6 +35,7 @@ from arcore.training.progress import Progress
 from arcore.training.ranks import is_first
 from arcore.training.run_folder import run_folder
 from arcore.training.shard import Sharded
+from arcore.training.stopping import Stop
 from arcore.training.task import Task
 
 # Lightning's short names of precisions.
@@ -117,7 +118,13 @@ def fit(
         return FitResult(source, history.rows)
     keeper = Keeper(out, history)
     average = Average(config.ema) if config.ema else None
-    callbacks: list[pl.Callback] = [Guard(out), *([average] if average else []), history, keeper]
+    callbacks: list[pl.Callback] = [
+        Guard(out),
+        *([average] if average else []),
+        history,
+        keeper,
+        Stop(keeper),
+    ]
     if show_progress:
         callbacks.append(Progress(title))
     facts = {"task": type(task).__name__, "training": dataclasses.asdict(config)}

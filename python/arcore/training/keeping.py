@@ -30,6 +30,7 @@ class Keeper(pl.Callback):
     def __init__(self, run: Path, history: History) -> None:
         self.run, self.history = run, history
         self.stopped_early = False
+        self._kept = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int
@@ -40,15 +41,34 @@ class Keeper(pl.Callback):
         due = config.checkpoint_every and task.step % config.checkpoint_every == 0
         if not due and task.step != config.steps:
             return
+        self.keep(trainer, task, evaluates=task.test_data is not None)
+        if config.patience and self.history.evaluations_since_best() >= config.patience:
+            self.stopped_early = trainer.should_stop = True
+
+    def keep(self, trainer: pl.Trainer, task: Any, *, evaluates: bool = False) -> None:
+        """Write a checkpoint of this step, unless there is one, and delete old ones.
+
+        Args:
+            trainer: of the run.
+            task: of the run.
+            evaluates: evaluate the held-out data, before older checkpoints are deleted.
+
+        Raises:
+            Diverged: weights are no longer finite.
+        """
+        if self._kept == task.step:
+            return
         self._refuse_broken_weights(task)
         folder = step_folder(self.run, task.step)
         trainer.save_checkpoint(folder, weights_only=False)
-        if task.test_data is not None:
+        self._kept = task.step
+        if evaluates:
             self.history.held_out(trainer, task, evaluate(trainer, task))
         if trainer.is_global_zero:
-            self._tidy(folder, task)
-        if config.patience and self.history.evaluations_since_best() >= config.patience:
-            self.stopped_early = trainer.should_stop = True
+            if evaluates and task.config.keep_best and self.history.evaluations_since_best() == 0:
+                with atomic_folder(self.run / BEST) as temporary:
+                    shutil.copytree(folder, temporary, copy_function=_link, dirs_exist_ok=True)
+            self._tidy(task)
 
     def _refuse_broken_weights(self, task: Any) -> None:
         broken = [
@@ -62,10 +82,7 @@ class Keeper(pl.Callback):
                 f"{advice(task, self.run)}"
             )
 
-    def _tidy(self, folder: Path, task: Any) -> None:
-        if task.config.keep_best and self.history.evaluations_since_best() == 0:
-            with atomic_folder(self.run / BEST) as temporary:
-                shutil.copytree(folder, temporary, copy_function=_link, dirs_exist_ok=True)
+    def _tidy(self, task: Any) -> None:
         # Checkpoints after this one are left over from a run that was resumed from an older one.
         kept = [path for path in steps_of(self.run) if step_of(path) <= task.step][-task.config.keep_last :]
         # Hidden folders are what a killed process left of a checkpoint that it was writing.

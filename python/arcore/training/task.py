@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -170,12 +171,23 @@ class Task(pl.LightningModule):
             batch_sampler=sampler,
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
+            worker_init_fn=_ignore_ctrl_c,
         )
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.test_data is None:
             return []
-        return DataLoader(self.test_data, batch_size=self.config.batch_size, num_workers=self.config.workers)
+        return DataLoader(
+            self.test_data,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.workers,
+            worker_init_fn=_ignore_ctrl_c,
+        )
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the processes that load data too, and the run needs them for the step it finishes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
