@@ -1,4 +1,4 @@
-"""Classes of pixels, or what changed between two pictures, by a network with random weights."""
+"""Classes of pixels, of one picture or of two, by a network with random weights."""
 
 import sys
 
