@@ -212,9 +212,6 @@ def test_tasks_that_lack_something_are_named(toy_task, tmp_path):
     class Nameless(toy_task):
         saved = None
 
-    class Wrong(toy_task):
-        saved = ("config",)
-
     class Silent(toy_task):
         meta = Task.meta
 
@@ -224,7 +221,6 @@ def test_tasks_that_lack_something_are_named(toy_task, tmp_path):
 
     for kind, says in (
         (Nameless, r"Nameless\.saved must name the attributes that are networks"),
-        (Wrong, r"Wrong\.saved names 'config', which must be a torch.nn.Module but is of type TrainConfig"),
         (Silent, "Silent must have a method meta"),
         (Plain, r"Plain\.loss must return the loss and a table of figures, .* but returned a Tensor"),
     ):
