@@ -2,6 +2,10 @@
 // long as a small kernel. For schema.cpp files and what they include.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,6 +27,22 @@ inline bool& poison_new_memory() {
   return wanted;
 }
 
+// Asks for large pages where new memory fills several. A kernel that streams through a fresh result else
+// stops at every 4 KiB of it, which can take as long as its work. Only a wish: nothing depends on the answer.
+inline void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (end >= begin + 2 * kPage)
+    static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
+}
+
 // Most dimensions that any op has, with room.
 constexpr int64_t kMostDims = 8;
 
@@ -41,10 +61,11 @@ inline torch::stable::Tensor make_strided(const torch::stable::Tensor& like, con
     fail("arcore: could not make a tensor of ", count, " numbers");
   }
   torch::stable::Tensor tensor(made);
-  if (poison_new_memory() && like.is_cpu()) {
+  if (like.is_cpu()) {
     int64_t bytes = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-    if (bytes > 0) std::memset(tensor.data_ptr(), 0xff, static_cast<size_t>(bytes));
+    ask_for_large_pages(tensor.data_ptr(), bytes);
+    if (poison_new_memory() && bytes > 0) std::memset(tensor.data_ptr(), 0xff, static_cast<size_t>(bytes));
   }
   return tensor;
 }
