@@ -21,6 +21,9 @@ OPS = sorted(path.parent.name for path in ROOT.glob("tests/*/gpu_cases.py"))
 KERNELS_OF = {"ssd": "selective_scan"}
 
 
+# PyTorch's softplus on a CPU rounds by where a number lies in memory, so a row alone is not what it is in a batch.
+NOT_ON_A_CPU = (("ssd", "check_batch_mates"),)
+
 # What a GPU does in PyTorch, and a CPU by kernels that have no counterpart among those run here.
 NO_KERNELS = ("check_trees_and_biases", "check_cross_entropy")
 
@@ -39,7 +42,7 @@ def checks() -> list[Any]:
         pytest.param(op, check, id=f"{op}-{check.__name__.removeprefix('check_')}")
         for op in OPS
         for check in importlib.import_module(f"tests.{op}.gpu_cases").CHECKS
-        if check.__name__ not in NO_KERNELS
+        if check.__name__ not in NO_KERNELS and (op, check.__name__) not in NOT_ON_A_CPU
     ]
 
 
