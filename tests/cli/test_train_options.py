@@ -134,7 +134,7 @@ def test_bad_options_are_refused_before_weights_are_read(fails, tmp_path):
     assert "is a preset: give its published weights" in fails("sample", "dit_tiny", "--class", 3)
     assert "draws nothing" in fails("sample", "roma_tiny", "--weights", tmp_path / "weights.pt")
     line = fails(*words, "--class", 3, "--solver", "foo")
-    assert "'dpm'" in line
+    assert "ddim, ddpm, dpm" in line
     assert "None" not in line
     assert "--cfg must be a finite number" in fails(*words, "--class", 3, "--cfg", "inf")
     assert "expected cpu, cuda" in fails(*words, "--class", 3, "--device", "meta")
