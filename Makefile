@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(PY) -m pip --quiet
 
-NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/cuda_config.py $(shell find csrc -type f ! -name '*.md' 2>/dev/null)
+NATIVE := CMakeLists.txt setup.py tools/build_backend.py tools/build_tools.py tools/cuda_config.py $(shell find csrc -type f ! -name '*.md' 2>/dev/null)
 CXX_FILES := $(shell find csrc tests bench -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
 FIND_NVCC := $(PY) -c 'import sys; sys.path.insert(0, "tools"); import cuda_config; sys.exit(cuda_config.find_nvcc() is None)'

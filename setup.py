@@ -7,6 +7,7 @@ CMAKE_{C,CXX,CUDA}_COMPILER_LAUNCHER (ccache).
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,18 +23,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 def tool(name: str) -> str:
     """Path of cmake or ninja: from PATH, or from the PyPI package of that name."""
-    found = shutil.which(name)
-    if found:
-        return found
+    import build_tools
+
     try:
-        module = __import__(name)
-    except ImportError:
-        sys.exit(f"arcore: {name} was not found; run `pip install {name}`, then the same command again")
-    return (
-        str(Path(module.__path__[0]) / "data" / "bin" / name)
-        if name == "cmake"
-        else f"{module.BIN_DIR}/ninja"
-    )
+        return build_tools.find(name)
+    except FileNotFoundError as error:
+        wanted = shlex.quote(build_tools.requirement(name))
+        sys.exit(f"arcore: {error}; run `pip install {wanted}`, then the same command again")
 
 
 class CMakeBuild(build_ext):

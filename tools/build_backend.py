@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import site
 import sys
 import sysconfig
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import build_tools
 
 MINIMUM = {"torch": (2, 11), "setuptools": (77, 0)}
 COMPILERS = ("c++", "g++", "clang++")
@@ -89,9 +93,11 @@ def _missing() -> list[str]:
         elif name == "torch":
             origin = importlib.metadata.distribution("torch").locate_file("")
             print(f"arcore: using torch {importlib.metadata.version('torch')} from {origin}", file=sys.stderr)
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None and _version(tool) is None:
-            wanted.append(tool)
+    for tool in build_tools.TOOLS:
+        try:
+            build_tools.find(tool)
+        except FileNotFoundError:
+            wanted.append(build_tools.requirement(tool))
     return wanted
 
 
@@ -121,6 +127,14 @@ def _backend(*, compiles: bool = True):
             f"arcore: {has} installed but the build needs setuptools>={least[0]}; "
             f"run `pip install 'setuptools>={least[0]}'`, or leave out --no-build-isolation"
         )
+    for tool in build_tools.TOOLS if compiles else ():
+        try:
+            build_tools.find(tool)
+        except FileNotFoundError as error:
+            sys.exit(
+                f"arcore: {error}; run `pip install {shlex.quote(build_tools.requirement(tool))}`, or leave out "
+                "--no-build-isolation"
+            )
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from setuptools import build_meta
 

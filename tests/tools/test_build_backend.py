@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import build_backend
+import build_tools
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,15 +90,56 @@ def test_missing_build_tools_are_asked_for(versions, requires, monkeypatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     versions |= {"torch": "2.13.0", "setuptools": "70.0", "cmake": None, "ninja": None}
-    assert requires() == ["setuptools>=77.0", "cmake", "ninja"]
+    assert requires() == ["setuptools>=77.0", "cmake>=3.24", "ninja"]
+
+
+def old_cmake(folder: Path) -> None:
+    """A cmake of 2020 on the path, as some systems have it."""
+    path = folder / "cmake"
+    path.write_text("#!/bin/sh\necho cmake version 3.18.4\n")
+    path.chmod(0o755)
+
+
+def test_an_old_cmake_is_replaced(versions, requires, monkeypatch, tmp_path):
+    old_cmake(tmp_path)
+    (tmp_path / "c++").symlink_to(sys.executable)
+    (tmp_path / "ninja").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    versions |= {"torch": "2.13.0", "setuptools": "80.0", "cmake": None}
+    assert requires() == ["cmake>=3.24"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_without_isolation_a_missing_or_old_cmake_is_one_sentence(versions, monkeypatch, tmp_path, old):
+    (tmp_path / "c++").symlink_to(sys.executable)
+    said = "cmake was not found"
+    if old:
+        old_cmake(tmp_path)
+        said = f"{tmp_path}/cmake is cmake 3.18.4 but the build needs cmake>=3.24"
+    monkeypatch.setenv("PATH", str(tmp_path) + (f"{os.pathsep}/bin" if old else ""))
+    monkeypatch.delenv("CXX", raising=False)
+    versions |= {"torch": "2.13.0", "setuptools": "80.0", "cmake": None}
+    for build in (build_backend.build_wheel, build_backend.prepare_metadata_for_build_editable):
+        with pytest.raises(
+            SystemExit, match=f"^arcore: {said}; run `pip install 'cmake>=3.24'`, or leave out"
+        ):
+            build("nowhere")
+
+
+def test_a_package_of_cmake_serves_where_that_on_the_path_is_old(monkeypatch, tmp_path):
+    pytest.importorskip("cmake", reason="the package cmake is not installed")
+    old_cmake(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    assert Path(build_tools.find("cmake")).parent != tmp_path
 
 
 def test_setup_names_the_tool_that_is_missing():
     """Under --no-build-isolation nobody brings cmake."""
     code = (
-        "import sys, shutil, setuptools\n"
-        "sys.modules['cmake'] = None\n"
+        "import sys, setuptools, importlib.metadata as m, shutil\n"
         "shutil.which = lambda name: None\n"
+        "def absent(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = absent\n"
         "setuptools.setup = lambda **kw: kw['cmdclass']['build_ext'](setuptools.Distribution()).run()\n"
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': 'x'})\n"
     )
@@ -110,5 +152,5 @@ def test_setup_names_the_tool_that_is_missing():
         check=False,
     )
     assert run.returncode == 1
-    wanted = "arcore: cmake was not found; run `pip install cmake`, then the same command again"
+    wanted = "arcore: ninja was not found; run `pip install ninja`, then the same command again"
     assert run.stderr.strip().splitlines()[-1] == wanted
