@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import torch
 from torch import Tensor
@@ -16,11 +18,20 @@ from arcore.nn.checks import came, check_choice, check_whole
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Made = TypeVar("Made")
 # What `argument_kinds` says of numpy's arrays, whose annotations hold too little to be looked at.
 ARRAY, OPTIONAL_ARRAY = "array", "array or None"
 
 
-def check_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+@overload
+def check_kinds(function: type[Made]) -> type[Made]: ...
+
+
+@overload
+def check_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]: ...
+
+
+def check_kinds(function: Any) -> Any:
     """Check the kinds of a function's arguments before it runs: a tensor where a tensor is meant, and so on.
 
     Looks at annotations of tensors, numbers, texts, paths, choices (`Literal`), sequences, tables, arrays
@@ -28,17 +39,28 @@ def check_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, 
     function's own to check. Inside `torch.compile` nothing is checked.
 
     Args:
-        function: a function or a method.
+        function: a function or a method; or a class, whose `__init__` is meant. A dataclass also refuses NaN.
     """
+    if isinstance(function, type):
+        # No setting means anything as NaN, which passes every comparison that looks for what is out of range.
+        numbers = dataclasses.is_dataclass(function)
+        function.__init__ = _checked(function.__init__, refuse_nan=numbers)  # type: ignore[misc]
+        return function
+    return _checked(function)
+
+
+def _checked(function: Any, *, refuse_nan: bool = False) -> Any:
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
-    def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             kinds = _kinds(function)
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if name in kinds:
                     _check(function, name, value, kinds[name])
+                    if refuse_nan and isinstance(value, float) and math.isnan(value):
+                        raise ValueError(f"{_where(function)}: expected {name} to be a number but got nan")
         return function(*args, **kwargs)
 
     return checked
@@ -89,7 +111,7 @@ def _check(function: Any, name: str, value: object, kind: Any) -> None:
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if any(_fits(part, value) for part in parts):
         return
-    where = f"arcore.{function.__qualname__}: "
+    where = f"{_where(function)}: "
     for part in parts:
         if get_origin(part) is Literal:
             try:
@@ -99,6 +121,10 @@ def _check(function: Any, name: str, value: object, kind: Any) -> None:
     wanted = " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None)))
     none = " or None" if type(None) in parts else ""
     raise TypeError(f"{where}expected {name} to be {wanted}{none} but got {came(value)}")
+
+
+def _where(function: Any) -> str:
+    return f"arcore.{function.__qualname__.removesuffix('.__init__')}"
 
 
 def _fits(kind: Any, value: object) -> bool:

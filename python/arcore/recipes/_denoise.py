@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._images import PictureOptions
 from arcore.schedules import DDIM, DDPM, DPMSolver2M, Solver
 
 Kind = Literal["dpm", "ddim", "ddpm"]
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DenoiseSampling(PictureOptions):
     """Pictures of a class, denoised.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from arcore.catalog import get_config
 from arcore.data import ImageDataset, open_dataset
 from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._latents import decoded, model_config, open_decoder
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
@@ -37,6 +38,7 @@ LARGEST_INFERRED = 128
 NO_CLASS = "none"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
     """Data of labelled images.
@@ -73,6 +75,7 @@ class ImageOptions:
         number("crop", self.crop, whole=True, least=0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(ImageOptions):
     """Data of labelled images for an encoder.
@@ -84,6 +87,7 @@ class EncoderOptions(ImageOptions):
     normalize: Literal["half", "imagenet"] = "half"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions:
     """Pictures of a class.

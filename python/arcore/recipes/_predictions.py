@@ -17,11 +17,13 @@ from arcore._files import atomic_path
 from arcore.data._pictures import read_picture
 from arcore.data._walk import counted, some, walk
 from arcore.data.image_folder import IMAGE_SUFFIXES
+from arcore.nn.kinds import check_kinds
 from arcore.training.augment import normalized
 
 AT_ONCE = 32
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PredictionOptions:
     """Pictures to classify.

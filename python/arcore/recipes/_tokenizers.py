@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from arcore.catalog import load_checkpoint
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._images import ImageOptions
 from arcore.recipes._recipe import Start, ZooTask, recipe_for
 from arcore.training import checkpoint
@@ -22,6 +23,7 @@ TOKENIZER_FOLDER = "tokenizer"
 SHARED = ("seed", "accelerator", "devices", "num_nodes", "strategy", "oversubscribe", "workers", "logger")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CodesOptions(ImageOptions):
     """Data and tokenizer of a model of codes.

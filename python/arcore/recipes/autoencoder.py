@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.data import ImageDataset
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._codes import Coded, read_images
 from arcore.recipes._images import ImageOptions, ImageRecipe
 from arcore.recipes._pictures import TENSORS, image_format
@@ -22,6 +23,7 @@ from arcore.training.checks import number
 from arcore.training.config import TrainConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderOptions(ImageOptions):
     """Data and regularisation of an autoencoder.
@@ -37,6 +39,7 @@ class AutoencoderOptions(ImageOptions):
         number("kl_weight", self.kl_weight, whole=False, least=0.0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionOptions:
     """Pictures and their reconstructions.

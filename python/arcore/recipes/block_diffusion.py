@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import diffusion_loss
 from arcore.recipes._denoise import DenoiseSampling
 from arcore.recipes._images import ImageOptions
@@ -16,6 +17,7 @@ from arcore.recipes.diffusion import Diffusion, DiffusionTask
 from arcore.training.checks import number
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class BlockDiffusionOptions(ImageOptions):
     """Data and blocks.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding import generate_blocks
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import diffusion_loss, variance_bound
 from arcore.recipes._denoise import DenoiseSampling, solver_of
 from arcore.recipes._images import PictureRecipe
@@ -18,6 +19,7 @@ from arcore.schedules import add_noise
 from arcore.training.config import TrainConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampling(DenoiseSampling):
     """Pictures of a class, denoised.

@@ -24,6 +24,7 @@ from arcore.data.forecasts import Forecast, Forecasts, save_figure
 from arcore.data.identity import place
 from arcore.data.load_series import load_series
 from arcore.data.series import Normalise, Series, SeriesWindows, Unsorted
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.checks import number
 from arcore.training.config import TrainConfig
@@ -79,6 +80,7 @@ class ForecastModel(Protocol):
         ...
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
     """A table and how it is read.
@@ -117,6 +119,7 @@ class TableOptions:
             object.__setattr__(self, "columns", tuple(columns))
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ForecastSampling:
     """A forecast of the rows after a table.

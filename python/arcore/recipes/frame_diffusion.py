@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding import generate_frames
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import diffusion_loss, fused_snr_weights, min_snr_weights
 from arcore.recipes._denoise import DenoiseSampling, Kind, solver_of
 from arcore.recipes._images import PictureRecipe
@@ -19,6 +20,7 @@ from arcore.recipes.diffusion import DiffusionTask
 from arcore.training.config import TrainConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class FrameSampling(DenoiseSampling):
     """Videos of a class, denoised frame by frame.

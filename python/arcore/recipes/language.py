@@ -22,6 +22,7 @@ from arcore.data.real import PACKAGED, SHORT, gguf_tokenizer, packaged_weights
 from arcore.data.text import TokenCrops, load_text
 from arcore.data.text_tokenizers import FILE, BPETokenizer, ByteTokenizer, TextTokenizer, make_tokenizer
 from arcore.decoding import generate, row_seeds
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
 from arcore.recipes.text_decoders import VERIFIED, TextRequest, check_options, guided, text_decoder
 from arcore.training import checkpoint
@@ -32,6 +33,7 @@ from arcore.training.stream import RandomStream, StreamSampler
 SAMPLE = "sample.txt"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """Text and how it is read.
@@ -57,6 +59,7 @@ class TextOptions:
 _SPECIAL = ("window", "corpus", "draft", "heads", "nodes", *VERIFIED, "evaluator", "question", "simulations")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
     """Text that goes on from a prompt.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore.decoding import generate_masked
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import diffusion_head_loss, draw_visible
 from arcore.recipes._denoise import DenoiseSampling, Kind, solver_of
 from arcore.recipes._images import PictureRecipe
@@ -17,6 +18,7 @@ from arcore.recipes._recipe import ZooTask
 from arcore.training.config import TrainConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MaskedSampling(DenoiseSampling):
     """Pictures of a class, some tokens at a time.

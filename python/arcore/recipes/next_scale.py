@@ -14,6 +14,7 @@ from arcore.catalog import create_model, describe, get_config, list_models, load
 from arcore.catalog.lookup import find, load
 from arcore.data._pictures import picture_size, read_picture
 from arcore.decoding import Kept, generate_next_scale
+from arcore.nn.kinds import check_kinds
 from arcore.objectives import next_scale_loss
 from arcore.recipes._images import PictureOptions, PictureRecipe
 from arcore.recipes._progress import drawing
@@ -27,6 +28,7 @@ CODES = ("vocab_size", "z_channels")
 SCALES = "patch_nums"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class NextScaleSampling(PictureOptions):
     """Pictures of a class, drawn code by code.
@@ -77,6 +79,7 @@ class NextScaleSampling(PictureOptions):
                 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class NextScaleOptions(CodesOptions):
     """Data and tokenizer of a next-scale model.

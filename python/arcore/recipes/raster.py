@@ -24,6 +24,7 @@ from arcore.decoding import (
     relaxed,
     speculative_tree,
 )
+from arcore.nn.kinds import check_kinds
 from arcore.ops.speculative import codebook_neighbours
 from arcore.recipes._images import PictureOptions, PictureRecipe
 from arcore.recipes._pictures import Pictures
@@ -40,6 +41,7 @@ DROP = 0.1
 TOKENIZER_STEPS = 300
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RasterOptions(CodesOptions):
     """Data and tokenizer of a raster model.
@@ -49,6 +51,7 @@ class RasterOptions(CodesOptions):
     """
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RasterSampling(PictureOptions):
     """Pictures of a class, drawn code by code.

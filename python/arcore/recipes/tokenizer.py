@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from arcore.catalog import create_model, load_weights
 from arcore.data import ImageDataset
 from arcore.nn.critics import PatchDiscriminator, PerceptualLoss
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._codes import Coded, Decoded, read_codes, read_images
 from arcore.recipes._images import ImageOptions, ImageRecipe
 from arcore.recipes._pictures import image_format
@@ -29,6 +30,7 @@ JUDGE = "discriminator"
 SMALLEST_JUDGED = 16
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions(ImageOptions):
     """Data and losses of an image tokenizer.
@@ -54,6 +56,7 @@ class TokenizerOptions(ImageOptions):
         number("adversarial_start", self.adversarial_start, whole=True, least=0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CodeOptions:
     """Codes of pictures, or pictures of codes.

@@ -240,6 +240,7 @@ def self_play(
     return losses
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The model that is tuned.

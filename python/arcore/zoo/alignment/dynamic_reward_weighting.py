@@ -295,6 +295,7 @@ def learn(
     return Learnt(limit, False, factor * float(weights[0] / first[0]), means)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Three rewards of words of four letters: a palindrome (hard), no letter 6, a first letter below 3.

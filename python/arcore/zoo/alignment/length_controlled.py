@@ -187,6 +187,7 @@ def _values(name: str, values: ArrayLike, rows: int | None) -> Vector:
     return found
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A file of preferences.

@@ -76,6 +76,7 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RainConfig:
     """Settings of the search; the defaults are the paper's, `rollout` and `simulations` apart.

@@ -51,6 +51,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Settings of `DiT`. The defaults are those of the published 256-pixel models.
@@ -89,6 +90,7 @@ class DiTConfig:
         check_image_sizes(self, sizes)
 
 
+@check_kinds
 class DiT(nn.Module):
     """The transformer. A `BlockModel` (`arcore.nn.protocols`) whose only block is the image.
 

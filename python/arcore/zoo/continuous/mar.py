@@ -51,6 +51,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MARConfig:
     """Settings of `MAR`. The defaults are those of the published 256-pixel models.
@@ -121,6 +122,7 @@ class _Block(nn.Module):
         return out
 
 
+@check_kinds
 class MAR(nn.Module):
     """The transformer and its head. A `MaskedModel` (`arcore.nn.protocols`).
 

@@ -31,6 +31,7 @@ from arcore.catalog.claims import Claim, at_least, equals, steps
 from arcore.catalog.running import Report, check_bounds
 from arcore.masks import causal
 from arcore.nn import MLP, PreNormBlock, SelfAttention
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.learning_theory._graphs import Graph, blocksworld, random_graph, read_graph
 
 SYSTEM = System(
@@ -232,6 +233,7 @@ def fit(model: nn.Module, texts: Tensor, *, count: int, batch: int, lr: float, s
         rate.step()
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A transformer trained on paths of a graph.

@@ -210,6 +210,7 @@ def sensitivity_cosine(one: Any, other: Any, tasks: Tasks) -> float:
     return torch.cosine_similarity(first, second, dim=-1).mean().item()
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Trained layers beside tuned steps of gradient descent.

@@ -173,6 +173,7 @@ def least_squares_product(contexts: Contexts, dim: int) -> float:
         return float((unit.conj() * contexts.target).real.sum() / unit.abs().square().sum())
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A layer trained on linear dynamics.

@@ -234,6 +234,7 @@ def two_states() -> Environment:
     return Environment(transitions, np.array([1.0, 0.0]))
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """An environment, and how its policies should rank.

@@ -200,6 +200,7 @@ def _draw(
     return drawn
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The pair of models and what is drawn.

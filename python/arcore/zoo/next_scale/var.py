@@ -58,6 +58,7 @@ SYSTEM = System(
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class VARConfig:
     """Settings of `VAR`. The defaults are those of the published 256-pixel models.
@@ -103,6 +104,7 @@ class VARConfig:
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
 
 
+@check_kinds
 class VAR(nn.Module):
     """The transformer. A `ScaleModel` (`arcore.nn.protocols`).
 

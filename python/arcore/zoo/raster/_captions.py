@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, Work
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes.raster import Raster, RasterSampling, draw_codes
 from arcore.zoo.raster.controlar.recipe import read_control
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CaptionSampling(RasterSampling):
     """Pictures of captions, drawn code by code.
@@ -152,6 +154,7 @@ class Captions(Raster):
         return model
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ControlledCaptionSampling(CaptionSampling):
     """Pictures of captions that follow a control image.

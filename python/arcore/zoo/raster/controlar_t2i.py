@@ -45,6 +45,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ControlARTextConfig(LlamaGenTextConfig):
     """Settings of `ControlARText`: those of `LlamaGenText`, and
@@ -78,6 +79,7 @@ class ControlARTextConfig(LlamaGenTextConfig):
         object.__setattr__(self, "control_layers", chosen_layers(self.num_layers, self.control_layers))
 
 
+@check_kinds
 class ControlARText(WithControl, LlamaGenText):
     """The model. Decoders get it from `captioned` and `controlled`, which fix what the rows follow.
 

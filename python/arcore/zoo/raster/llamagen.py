@@ -53,6 +53,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LlamaGenConfig:
     """Settings of `LlamaGen`.
@@ -141,6 +142,7 @@ class GridRotary:
         return self._table
 
 
+@check_kinds
 class LlamaGen(CausalDecoder):
     """The model. A `DraftableModel` (`arcore.nn.protocols`) whose prompts are class tokens.
 

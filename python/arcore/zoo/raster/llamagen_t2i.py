@@ -48,6 +48,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LlamaGenTextConfig(LlamaGenConfig):
     """Settings of `LlamaGenText`: those of `LlamaGen`, of which `num_classes` means nothing, and
@@ -114,6 +115,7 @@ class CaptionMLP(nn.Module):
         return out
 
 
+@check_kinds
 class LlamaGenText(LlamaGen):
     """The model. Decoders get it from `captioned`, which fixes the captions of the rows.
 

@@ -45,6 +45,7 @@ SYSTEM = System(
 EPS = 1e-5
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class GPHTConfig:
     """Settings of `GPHT`.
@@ -155,6 +156,7 @@ class Stage(nn.Module):
         return out
 
 
+@check_kinds
 class GPHT(nn.Module):
     """The forecaster. A `ForecastModel` (`arcore.recipes.forecasting`).
 

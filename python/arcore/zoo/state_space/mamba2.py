@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from arcore.catalog import Published, System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Mamba2Mixer
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.state_space._common import (
     NEOX,
     no_more,
@@ -44,6 +45,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config(StateSpaceConfig):
     """Settings of `Mamba2`. The defaults are those of the published models.

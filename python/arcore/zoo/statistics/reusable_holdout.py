@@ -304,6 +304,7 @@ def _values(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return found
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """An analyst who selects columns of pure noise by what the held-out set says.

@@ -44,6 +44,7 @@ SYSTEM = System(
 LOG_VARIANCE = (-30.0, 20.0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
     """Settings of `KLAutoencoder`. The defaults are those of Stable Diffusion.
@@ -124,6 +125,7 @@ class KLOutput(NamedTuple):
     kl: Tensor
 
 
+@check_kinds
 class KLAutoencoder(nn.Module):
     """Encoder and decoder. A `LatentDecoder` (`arcore.nn.protocols`).
 

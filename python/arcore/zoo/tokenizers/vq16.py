@@ -41,6 +41,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ImageVQConfig:
     """Settings of `ImageVQ`. The defaults are those of the published VQ-16.
@@ -214,6 +215,7 @@ class ImageVQOutput:
     indices: Tensor
 
 
+@check_kinds
 class ImageVQ(nn.Module):
     """Encoder, quantiser and decoder.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from arcore.data.identity import place
 from arcore.data.text import TokenCrops, load_text
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import Texts, TextSampling, language_model, write_texts
 from arcore.training.checks import number
@@ -31,6 +32,7 @@ from arcore.zoo.acceleration.first.routing import (
 RATE, TEXTS = 0.02, 32
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class FirstOptions:
     """The language model, the text, and how much is skipped.

@@ -260,6 +260,7 @@ def routed_skipping_loss(
     return torch.stack(losses).sum() / len(ids), count / (len(ids) * len(model.layers))
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class FirstConfig:
     """Settings of `FirstPatch`.
@@ -316,6 +317,7 @@ class LowRank(nn.Module):
 _PARTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 
 
+@check_kinds
 class FirstPatch(nn.Module):
     """What is trained: routers and, for the second phase, adapters of a model's linear layers.
 

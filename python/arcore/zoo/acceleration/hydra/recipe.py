@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arcore.data.identity import place
 from arcore.data.text import TokenCrops, load_text
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import Texts, TextSampling, language_model, write_texts
 from arcore.training.config import TrainConfig
@@ -44,6 +45,7 @@ def heads_for(base: Any, kind: str) -> dict[str, Any]:
     return chosen
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class HydraOptions:
     """The language model and the text that heads are trained on.

@@ -21,6 +21,7 @@ NOISE, CROSS_ENTROPY = 0.2, 0.1
 DEEPEST = 4
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     """Settings of `FeatureDrafter`.
@@ -48,6 +49,7 @@ class DrafterConfig:
             raise ValueError(f"expected num_heads to divide dim={self.dim} but got {self.num_heads}")
 
 
+@check_kinds
 class FeatureDrafter(CausalDecoder):
     """Predicts the model's hidden state behind a code from the state before it and the code.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arcore.catalog import load_checkpoint
 from arcore.data import open_dataset
 from arcore.data.identity import place
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.training import checkpoint
 from arcore.training.config import TrainConfig
@@ -21,6 +22,7 @@ from arcore.zoo.acceleration.lantern.drafter import FeatureDrafter, config_for, 
 from arcore.zoo.raster.llamagen import LlamaGen
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DrafterOptions:
     """The image model.

@@ -27,6 +27,7 @@ from arcore._optional import require
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, equals
 from arcore.catalog.running import Report, check_bounds
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.agents.arsq.episodes import learn
 from arcore.zoo.agents.arsq.values import ActionValues, climb, normalisation_error
 
@@ -45,6 +46,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Learning from mixed demonstrations and own episodes.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from arcore.catalog import System
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
 from arcore.catalog.running import Report, check_bounds
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.agents.vla_rl.babyai import BINS, LONGEST, SYMBOLS, VIEW, BabyAI
 from arcore.zoo.agents.vla_rl.policy import ActionPolicy, SymbolEncoder
 from arcore.zoo.agents.vla_rl.training import PPO, Trainer, clone, success, wins
@@ -169,6 +170,7 @@ class Progress(nn.Module):
         return paid
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Cloning from demonstrations with mistakes, then PPO.

@@ -21,6 +21,7 @@ from typing import Literal
 from arcore.catalog import System
 from arcore.catalog.running import Report, check_bounds
 from arcore.nn.checks import check_choice
+from arcore.nn.kinds import check_kinds
 
 SYSTEM = System(
     name="align",
@@ -40,6 +41,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A policy, its prompts and its judge.

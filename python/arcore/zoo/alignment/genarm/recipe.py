@@ -16,6 +16,7 @@ from arcore.data.identity import place
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import FILE, ByteTokenizer, TextTokenizer
 from arcore.decoding import generate
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import TextSampling, language_model
 from arcore.training.checks import number
@@ -46,6 +47,7 @@ def _vowels(text: str) -> float:
 RULES: dict[str, Rule] = {"short-words": _short, "commas": _commas, "vowels": _vowels}
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions:
     """The base model, the pairs and the loss.

@@ -24,6 +24,7 @@ from arcore.catalog import System, catalog
 from arcore.catalog.claims import Claim, Row, at_least, at_most
 from arcore.catalog.running import Report
 from arcore.nn.checks import check_choice
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.alignment.generative_rl.methods import METHODS, Setting, judged, scst_loss, seqgan_loss
 from arcore.zoo.alignment.generative_rl.writer import pretrained, texts, vowel_share
 
@@ -79,6 +80,7 @@ def taxonomy() -> str:
     return "\n".join(lines) + "\n"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Methods on one generator.

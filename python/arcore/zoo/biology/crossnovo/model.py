@@ -34,6 +34,7 @@ END = 1 + len(RESIDUES)
 _WEIGHTS = torch.tensor([0.0, *MASSES.values(), 0.0], dtype=torch.float64)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CrossNovoConfig:
     """Settings of `CrossNovo`.
@@ -126,6 +127,7 @@ def waves(values: Tensor, dim: int, shortest: float = 0.001, longest: float = 10
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+@check_kinds
 class CrossNovo(nn.Module):
     """The model.
 

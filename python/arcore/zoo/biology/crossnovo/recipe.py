@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from arcore._files import atomic_path
 from arcore.data.identity import place
 from arcore.data.proteins import read_fasta
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
@@ -35,6 +36,7 @@ from arcore.zoo.biology.crossnovo.spectra import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class SpectrumOptions:
     """Spectra and their peptides.
@@ -61,6 +63,7 @@ class SpectrumOptions:
             )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class SpectrumSampling:
     """Peptides of spectra.

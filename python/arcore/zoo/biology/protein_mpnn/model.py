@@ -28,6 +28,7 @@ UNKNOWN = ALPHABET.index("X")
 _FILES = {"": "vanilla_model_weights", "soluble_": "soluble_model_weights"}
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ProteinMPNNConfig:
     """Settings of `ProteinMPNN`.
@@ -93,6 +94,7 @@ class Encoded(NamedTuple):
     known: Tensor
 
 
+@check_kinds
 class ProteinMPNN(nn.Module):
     """The model. Modules have the names of the published weights.
 

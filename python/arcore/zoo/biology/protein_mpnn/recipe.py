@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from arcore.catalog import create_model
 from arcore.data.proteins import Chain, read_pdb, write_fasta
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import PACKAGE, Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
@@ -80,6 +81,7 @@ def protein(
     return Protein(backbones, letters[None], (free & known)[None], ends)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ProteinOptions:
     """Structures to learn from.
@@ -97,6 +99,7 @@ class ProteinOptions:
             raise ValueError(f"--residues must be at least 4 but got {self.residues}")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ProteinSampling:
     """Sequences for a backbone.

@@ -20,6 +20,7 @@ from arcore.zoo.biology.xtrimopglm.blanks import VOCABULARIES
 from arcore.zoo.biology.xtrimopglm.layers import MLP, Attention, DeepNormLayer, GatedMLP, Layer
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class GLMConfig:
     """Settings of `GLM`.
@@ -108,6 +109,7 @@ MLPS = {"gelu": MLP, "geglu": GatedMLP}
 POSITIONS = {"rotary": RotaryPositions, "table": TablePositions}
 
 
+@check_kinds
 class GLM(nn.Module):
     """The model; the last linear layer is the embedding, unless the config says otherwise.
 

@@ -21,6 +21,7 @@ from arcore.data.proteins import AMINO_ACIDS, read_fasta, write_fasta
 from arcore.data.text import load_text
 from arcore.decoding import Sampling
 from arcore.masks import full
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
@@ -30,6 +31,7 @@ BLANK = "_"
 FASTA = (".fasta", ".fa", ".faa")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class BlankOptions:
     """Texts and what is asked of them.
@@ -60,6 +62,7 @@ class BlankOptions:
         return self.understand, self.spans, self.generate
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class BlankSampling:
     """What is done with a text.

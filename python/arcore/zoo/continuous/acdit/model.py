@@ -32,6 +32,7 @@ from arcore.nn.rope import Rope, RopeLayout
 from arcore.schedules import Prediction, VPSchedule
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ACDiTConfig:
     """Settings of `ACDiT`. The defaults are those of the paper's 256-pixel image models but for `rope_layout`.
@@ -107,6 +108,7 @@ class ACDiTConfig:
         return self.frames * self.side**2
 
 
+@check_kinds
 class ACDiT(nn.Module):
     """The transformer. A `BlockModel` (`arcore.nn.protocols`).
 

@@ -25,6 +25,7 @@ from arcore.nn.patches import patchify, unpatchify
 from arcore.schedules import Prediction, VPSchedule, fopp_times
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ARDiffusionConfig:
     """Settings of `ARDiffusion`. The sizes are those of the published models; the flags are not, see the presets.
@@ -109,6 +110,7 @@ class ARDiffusionConfig:
         return self.patch_size
 
 
+@check_kinds
 class ARDiffusion(nn.Module):
     """The transformer. A `FrameModel` (`arcore.nn.protocols`), cacheable with `temporal_causal`.
 

@@ -22,6 +22,7 @@ from arcore.nn.kinds import check_kinds
 from arcore.schedules import Spacing, VPSchedule
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DiffusionForcingConfig:
     """Settings of `DiffusionForcing`. The defaults are those of the published transformers but for `causal`.
@@ -119,6 +120,7 @@ class FrameCache(KVCache):
             self.labels = self.labels[torch.as_tensor(rows, dtype=torch.int64, device=self.labels.device)]
 
 
+@check_kinds
 class DiffusionForcing(nn.Module):
     """The transformer. A `FrameModel` (`arcore.nn.protocols`).
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from arcore._files import atomic_path
 from arcore.catalog import create_model
 from arcore.catalog.running import Report
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.dynamics.diffusion_forcing.plan import RELEASED_ROWS, plan, replan
 
 MAZE = "diffusion_forcing_maze2d_medium"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Plans from a start to a goal.

@@ -81,6 +81,7 @@ def lessons(states: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     return whole[:, :-1], targets
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LifeGPTConfig(LlamaConfig):
     """Settings of `LifeGPT`, those of `LlamaConfig` and one more.

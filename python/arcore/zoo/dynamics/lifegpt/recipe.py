@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._pictures import Pictures, image_format
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
@@ -51,6 +52,7 @@ class Lessons(Dataset[tuple[Tensor, Tensor]]):
         return ids[0], targets[0]
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LifeOptions:
     """The automaton.
@@ -81,6 +83,7 @@ class LifeOptions:
             )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LifeSampling:
     """States that follow each other.

@@ -18,6 +18,7 @@ from arcore._files import read_lines
 from arcore._optional import require
 from arcore.data.identity import place
 from arcore.data.text_tokenizers import FILE, ByteTokenizer, TextTokenizer
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import language_model
 from arcore.training.config import TrainConfig
@@ -26,6 +27,7 @@ from arcore.zoo.language.bico.objective import bico_loss
 START = "\n"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class FactOptions:
     """The language model and the facts.

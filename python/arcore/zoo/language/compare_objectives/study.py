@@ -16,6 +16,7 @@ from arcore.catalog.claims import steps
 from arcore.catalog.running import Report, check_bounds
 from arcore.data.text import load_text
 from arcore.data.text_tokenizers import ByteTokenizer
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.language.compare_objectives.model import (
     START,
     Architecture,
@@ -131,6 +132,7 @@ def task_pairs(data: Data, batch: int) -> Pair:
     return Pair(torch.cat([start, names, pieces, asked], 1), targets)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What is trained, on what, and for how long.

@@ -32,6 +32,7 @@ from arcore.zoo.language.ernie3.tasks import (
 Use = Literal["understand", "write"]
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Ernie3Config:
     """Settings of `Ernie3`.
@@ -126,6 +127,7 @@ class Stack(nn.Module):
         return self.norm(x), kept
 
 
+@check_kinds
 class Ernie3(nn.Module):
     """The model.
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.data.identity import place
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.config import TrainConfig
 from arcore.training.stream import derive_seed
@@ -29,6 +30,7 @@ from arcore.zoo.language.ernie3.tasks import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ErnieOptions:
     """Text and knowledge.
@@ -57,6 +59,7 @@ class ErnieOptions:
             raise ValueError(f"--rename must be a share from 0 to 1 but got {self.rename}")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ErnieSampling:
     """What is done with a text.

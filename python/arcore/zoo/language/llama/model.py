@@ -29,6 +29,7 @@ GENESIS = (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """Settings of `Llama`.
@@ -93,6 +94,7 @@ class LlamaConfig:
             raise ValueError(f"expected a window of at least 1 but got {self.window}; None is no window")
 
 
+@check_kinds
 class Llama(CausalDecoder):
     """The language model. A `DraftableModel` (`arcore.nn.protocols`).
 

@@ -18,6 +18,7 @@ from arcore.nn.kinds import check_kinds
 PAD, MASK, BOS, EOS, SPECIAL = 0, 1, 2, 3, 4
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class NarConfig:
     """Settings of `Nar`.
@@ -143,6 +144,7 @@ def first(lengths: Tensor, queries: int, keys: int, *, causal: bool = False) -> 
     return IntervalMask.trusted(bounds.to(torch.int32).contiguous(), keys)
 
 
+@check_kinds
 class Nar(nn.Module):
     """Encoder, decoder and the heads of a method.
 

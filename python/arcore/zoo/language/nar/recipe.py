@@ -19,6 +19,7 @@ from arcore._optional import require
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
 from arcore.nn.checks import check_choice
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.training import checkpoint
 from arcore.training.checks import number
@@ -32,6 +33,7 @@ LONGEST = 20
 VERTICES = 4
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class NarOptions:
     """The method and the pairs.
@@ -57,6 +59,7 @@ class NarOptions:
             number(name, getattr(self, name), whole=True, least=1)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class NarSampling:
     """Targets of sources.

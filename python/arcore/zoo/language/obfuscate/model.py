@@ -183,6 +183,7 @@ def identifier_loss(model: Any, pairs: Sequence[Obfuscated], mix: Mix) -> float:
     return total / max(count, 1)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Files of code and where their obfuscated forms go.

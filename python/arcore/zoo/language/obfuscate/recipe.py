@@ -15,6 +15,7 @@ from arcore._files import atomic_path
 from arcore.data.identity import place
 from arcore.data.text import TokenCrops
 from arcore.data.text_tokenizers import ByteTokenizer
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work
 from arcore.recipes.language import LanguageTask
 from arcore.training.config import TrainConfig
@@ -31,6 +32,7 @@ from arcore.zoo.language.obfuscate.model import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CodeOptions:
     """Code and how it is read.
@@ -55,6 +57,7 @@ class CodeOptions:
                 raise ValueError(f"--{name} must be at least 8 but got {getattr(self, name)}")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CodeSampling:
     """Obfuscated code that gets names.

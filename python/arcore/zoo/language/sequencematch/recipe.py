@@ -15,6 +15,7 @@ from arcore.data.identity import place
 from arcore.data.text import TokenCrops, load_text
 from arcore.data.text_tokenizers import FILE, ByteTokenizer, TextTokenizer
 from arcore.decoding import Sampling
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Recipe, Start, Work, ZooTask
 from arcore.recipes.language import language_model
 from arcore.recipes.text_decoders import TextDecoder, TextRequest, Written
@@ -28,6 +29,7 @@ from arcore.zoo.language.sequencematch.edits import noisy, with_backspace, write
 OWN_LENGTH = 24
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class EditOptions:
     """The language model, the text, and the objective.

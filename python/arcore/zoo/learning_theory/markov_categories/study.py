@@ -11,6 +11,7 @@ from torch import Tensor
 from arcore.catalog.claims import Claim, at_least, at_most, steps
 from arcore.catalog.running import Report
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.learning_theory.markov_categories.geometry import (
     Spectrum,
     Trained,
@@ -31,6 +32,7 @@ from arcore.zoo.learning_theory.markov_categories.surplus import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What hidden states of a language model say beyond the next token.

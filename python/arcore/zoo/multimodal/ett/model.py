@@ -19,6 +19,7 @@ BEGIN, END = 256, 257
 IGNORED = -100
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ETTConfig:
     """Settings of `ETT`.
@@ -52,6 +53,7 @@ class ETTConfig:
             )
 
 
+@check_kinds
 class ETT(nn.Module):
     """The model: projector and language model; the tokenizer stands beside it.
 

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 from arcore._files import atomic_path
 from arcore.data import ImageDataset
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, Work, ZooTask
 from arcore.recipes._codes import read_images
 from arcore.recipes._images import ImageRecipe
@@ -23,6 +24,7 @@ from arcore.training.config import TrainConfig
 from arcore.zoo.multimodal.ett.model import ETT, caption_loss, read_codes
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ETTOptions(CodesOptions):
     """Data, tokenizer and the balance of the two losses; captions are the names of the classes.
@@ -41,6 +43,7 @@ class ETTOptions(CodesOptions):
         number("projector_steps", self.projector_steps, whole=True, least=0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
     """Captions of pictures.

@@ -34,6 +34,7 @@ TEXT = 261
 IGNORED = -100
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class XOmniConfig:
     """Settings of `XOmni`.
@@ -185,6 +186,7 @@ class XOmniLanguage(CausalDecoder):
         return False
 
 
+@check_kinds
 class XOmni(nn.Module):
     """Language model and decoder; the tokenizer stands beside them.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore.data import ImageDataset
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, Work, ZooTask
 from arcore.recipes._codes import read_images
 from arcore.recipes._images import ImageRecipe
@@ -21,6 +22,7 @@ from arcore.training.config import TrainConfig
 from arcore.zoo.multimodal.xomni.model import XOmni
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class XOmniOptions(CodesOptions):
     """Data and tokenizer; captions are the names of the classes.
@@ -31,6 +33,7 @@ class XOmniOptions(CodesOptions):
     """
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class XOmniSampling:
     """Pictures of a caption, or captions of pictures.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from arcore.catalog import load_checkpoint, save_checkpoint
 from arcore.catalog.claims import steps
 from arcore.catalog.running import Report, check_bounds
+from arcore.nn.kinds import check_kinds
 from arcore.objectives.policy import group_advantages, grpo_loss
 from arcore.ops import token_logprobs
 from arcore.zoo.multimodal.xomni.model import XOmni
@@ -128,6 +129,7 @@ def classifier_reward(images: Tensor, labels: Tensor, classes: int, count: int =
     return lambda pictures, wanted: judge(pictures).softmax(-1).gather(1, wanted.unsqueeze(1))[:, 0].detach()
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A trained model, and what its pictures are rewarded for.

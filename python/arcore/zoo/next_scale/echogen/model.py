@@ -32,6 +32,7 @@ from arcore.zoo.next_scale.infinity.text import Text
 from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_256
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class EchoGenConfig(InfinityConfig):
     """Settings of `EchoGen`: those of `Infinity`, and the following.
@@ -146,6 +147,7 @@ def _whole(q: Tensor, k: Tensor) -> IntervalMask:
     return IntervalMask.trusted(bounds.expand(1, 1, q.shape[2], 2).contiguous(), k.shape[2])
 
 
+@check_kinds
 class EchoGen(Infinity):
     """The transformer with its two ways to a reference.
 

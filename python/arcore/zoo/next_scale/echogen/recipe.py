@@ -16,6 +16,7 @@ from arcore._optional import require
 from arcore.catalog import build, load_checkpoint
 from arcore.data import open_dataset
 from arcore.data._pictures import read_picture
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, Work, ZooTask
 from arcore.recipes._images import open_images
 from arcore.recipes._pictures import Pictures, save_picture, to_bytes
@@ -44,6 +45,7 @@ from arcore.zoo.next_scale.infinity.recipe import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class EchoGenOptions(InfinityOptions):
     """Data, tokenizer and base.
@@ -63,6 +65,7 @@ class EchoGenOptions(InfinityOptions):
             raise ValueError("base has a tokenizer already: leave tokenizer out")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class EchoGenSampling(InfinitySampling):
     """Pictures of a text with the subject of a reference.

@@ -18,12 +18,14 @@ from arcore.catalog import Published, preset
 from arcore.decoding import NextScaleOutput
 from arcore.masks import IntervalMask
 from arcore.nn import KVCache
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import ScaleTokenizer
 from arcore.ops import token_logprobs
 from arcore.zoo.next_scale.hmar.schedule import lognorm_weights, own_inputs
 from arcore.zoo.next_scale.var import VAR, VARConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class HMARConfig(VARConfig):
     """Settings of `HMAR`: those of VAR, and the second branch.
@@ -45,6 +47,7 @@ class HMARConfig(VARConfig):
             raise ValueError(f"expected tail in [1, depth={self.depth}] but got {self.tail}")
 
 
+@check_kinds
 class HMAR(VAR):
     """The transformer. A `ScaleModel` (`arcore.nn.protocols`) whose cache holds nothing.
 

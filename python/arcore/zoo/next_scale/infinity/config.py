@@ -8,6 +8,7 @@ from typing import Any
 from arcore.catalog import NOT_PUBLIC, Published, preset
 from arcore.nn.attention import check_heads
 from arcore.nn.checks import check_patch_nums
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.next_scale.infinity.text import MOST_TOKENS
 from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_256, SCALES_1024
 
@@ -15,6 +16,7 @@ from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_256, SCALES_1024
 LEVELS = 15
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class InfinityConfig:
     """Settings of `Infinity`.

@@ -23,6 +23,7 @@ from arcore.zoo.next_scale.infinity.text import Text
 from arcore.zoo.tokenizers.multi_scale_bsq.config import SCALES_1024
 
 
+@check_kinds
 class Infinity(nn.Module):
     """The transformer.
 

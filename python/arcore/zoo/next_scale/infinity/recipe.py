@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from arcore.catalog import create_model
 from arcore.data import ImageDataset
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, ZooTask
 from arcore.recipes._images import ImageRecipe
 from arcore.recipes._pictures import Pictures, image_format
@@ -27,6 +28,7 @@ from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.text import Text, t5_vectors, word_vectors
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class InfinityOptions(CodesOptions):
     """Data, tokenizer and text; the names of the classes are the texts.
@@ -50,6 +52,7 @@ class InfinityOptions(CodesOptions):
             raise ValueError(f"noise must lie between 0 and 1 but got {self.noise}")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class InfinitySampling:
     """Pictures of a text.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from arcore.catalog import load_checkpoint
+from arcore.nn.kinds import check_kinds
 from arcore.recipes import Start, Work, ZooTask
 from arcore.recipes._tokenizers import CodesOptions, CodesTask
 from arcore.recipes.raster import DROP, Raster
@@ -26,6 +27,7 @@ PCA = "pca"
 LOOKED_AT = 2000
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ARRAOptions(CodesOptions):
     """Data, tokenizer and encoder of an aligned model.

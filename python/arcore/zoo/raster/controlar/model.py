@@ -20,6 +20,7 @@ from arcore.nn.token_cache import TokenCache
 from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ControlARConfig(LlamaGenConfig):
     """Settings of `ControlAR`: those of `LlamaGen`, and
@@ -172,6 +173,7 @@ class WithControl(LlamaGen):
         return self._added is None and super()._fits_step(cache, new)
 
 
+@check_kinds
 class ControlAR(WithControl):
     """The model. Decoders get it from `controlled`, which fixes the control images of the rows.
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from arcore._optional import require
 from arcore.catalog import load_checkpoint
 from arcore.data.edges import canny
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._pictures import Pictures
 from arcore.recipes._recipe import Start, ZooTask
 from arcore.recipes.raster import DROP, Raster, RasterOptions, RasterSampling, RasterTask
@@ -22,6 +23,7 @@ from arcore.training import checkpoint
 from arcore.training.checkpoint import read_meta
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions(RasterOptions):
     """Data, tokenizer and control.
@@ -43,6 +45,7 @@ class ControlOptions(RasterOptions):
             raise ValueError("--base brings its tokenizer: leave --tokenizer out")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ControlSampling(RasterSampling):
     """Pictures of a class that follow a control image.

@@ -68,6 +68,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return (vectors @ codebook.t() - codebook.square().sum(-1) / 2).argmax(-1)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class OneStepConfig(LlamaGenConfig):
     """Settings of `OneStepCodes`: those of the teacher, and
@@ -114,6 +115,7 @@ class VectorHead(nn.Module):
         return out
 
 
+@check_kinds
 class OneStepCodes(CausalDecoder):
     """The generator, and the guidance network that is trained beside it.
 

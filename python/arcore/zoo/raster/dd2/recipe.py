@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from arcore.catalog import load_checkpoint
 from arcore.data.identity import place
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._images import PictureOptions, PictureRecipe
 from arcore.recipes._recipe import Start, Work, ZooTask
 from arcore.training import checkpoint
@@ -28,6 +29,7 @@ from arcore.zoo.raster.llamagen import LlamaGen, LlamaGenConfig
 _AT_ONCE = 256
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DistilOptions:
     """The teacher and the start.

@@ -31,6 +31,7 @@ from arcore.zoo.raster.iconshop.tokens import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class IconShopConfig:
     """Settings of `IconShop`.
@@ -71,6 +72,7 @@ class IconShopConfig:
             raise ValueError("expected words that differ from one another")
 
 
+@check_kinds
 class IconShop(CausalDecoder):
     """The model. Tokens of drawings come first, then the start of words, the start of a drawing, and the words.
 

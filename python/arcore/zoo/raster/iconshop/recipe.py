@@ -17,6 +17,7 @@ from arcore._files import atomic_path
 from arcore.catalog import get_config
 from arcore.data.identity import place
 from arcore.data.svg import Icon, draw_icons, load_icons, read_icon
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.checkpoint import read_meta
 from arcore.training.config import TrainConfig
@@ -31,6 +32,7 @@ SHUFFLED, CUT = 0.8, 0.5
 HELD_OUT = 10
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class IconOptions:
     """Icons.
@@ -46,6 +48,7 @@ class IconOptions:
     shift: int | None = None
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class IconSampling:
     """Icons of words, or an icon with a part drawn anew.

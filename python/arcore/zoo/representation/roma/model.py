@@ -32,6 +32,7 @@ TAPS = 4
 HEAD_DIM = 64
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RoMAConfig:
     """Settings of `RoMA`. The defaults are those of the published models.
@@ -123,6 +124,7 @@ class RoMADecoderBlock(nn.Module):
         return out
 
 
+@check_kinds
 class RoMA(nn.Module):
     """Encoder and decoder of the pretraining.
 

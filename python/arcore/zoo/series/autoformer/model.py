@@ -19,6 +19,7 @@ _MOST = (59.0, 23.0, 6.0, 31.0, 12.0)
 _LEAST = (0.0, 0.0, 0.0, 1.0, 1.0)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class AutoformerConfig:
     """Settings of `Autoformer`.
@@ -235,6 +236,7 @@ class Embedding(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+@check_kinds
 class Autoformer(nn.Module):
     """The forecaster. A `ForecastModel` (`arcore.recipes.forecasting`).
 

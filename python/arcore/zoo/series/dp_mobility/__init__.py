@@ -44,6 +44,7 @@ SYSTEM = System(
 WEEK = 7 * 24 * 60
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MobilityConfig:
     """Settings of `MobilityForecaster`.
@@ -119,6 +120,7 @@ class Recurrence(nn.Module):
         return state
 
 
+@check_kinds
 class MobilityForecaster(nn.Module):
     """The forecaster. A `ForecastModel` (`arcore.recipes.forecasting`).
 

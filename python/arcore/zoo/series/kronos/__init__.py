@@ -60,6 +60,7 @@ CALENDAR_ROWS = (60, 24, 7, 32, 13)
 DEPENDENCY_HEADS = 4
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class KronosConfig:
     """Settings of `Kronos`.
@@ -175,6 +176,7 @@ class DependencyLayer(nn.Module):
         return out
 
 
+@check_kinds
 class Kronos(nn.Module):
     """The language model.
 

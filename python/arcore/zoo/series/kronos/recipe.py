@@ -14,6 +14,7 @@ from arcore.catalog.hub import HUB, fetch
 from arcore.catalog.lookup import find, load
 from arcore.data.series import SeriesWindows
 from arcore.decoding.sampling import Sampling
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import PACKAGE, Start, ZooTask
 from arcore.recipes.forecasting import ForecastSampling
 from arcore.training import checkpoint
@@ -25,6 +26,7 @@ from arcore.zoo.series.kronos_tokenizer.recipe import CandleOptions, Candles
 TOKENIZER_FOLDER = "tokenizer"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class KronosOptions(CandleOptions):
     """Candles, and the tokenizer.
@@ -44,6 +46,7 @@ class KronosOptions(CandleOptions):
             raise ValueError("tokenizer_steps must be at least 1 and means nothing with a trained tokenizer")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class KronosSampling(ForecastSampling):
     """Paths of candles.

@@ -42,6 +42,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class KronosTokenizerConfig:
     """Settings of `KronosTokenizer`.
@@ -116,6 +117,7 @@ class Reconstruction(NamedTuple):
     loss: Tensor
 
 
+@check_kinds
 class KronosTokenizer(nn.Module):
     """Candles to tokens and back.
 

@@ -14,6 +14,7 @@ from arcore.data.calendar import Gaps
 from arcore.data.forecasts import save_figure
 from arcore.data.load_series import load_series
 from arcore.data.series import Series, SeriesWindows
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import ZooTask
 from arcore.recipes.forecasting import Forecasting, TableOptions
 from arcore.training.config import TrainConfig
@@ -23,6 +24,7 @@ from arcore.zoo.series._ohlcv import CANDLE, PRICES, candles, rescaled
 PICTURE = "reconstruction.png"
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class CandleOptions(TableOptions):
     """A table of candles: open, high, low, close, and volume and amount if there are any.

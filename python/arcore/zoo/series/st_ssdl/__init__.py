@@ -39,6 +39,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class STSSDLConfig:
     """Settings of `STSSDL`.
@@ -177,6 +178,7 @@ class Deviation(NamedTuple):
         return contrast, F.l1_loss(self.prototype_distance, self.distance.detach())
 
 
+@check_kinds
 class STSSDL(nn.Module):
     """The forecaster. A `ForecastModel` (`arcore.recipes.forecasting`).
 

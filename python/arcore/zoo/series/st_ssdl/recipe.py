@@ -16,6 +16,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals
 from arcore.data.calendar import calendar
 from arcore.data.real import airport_places, departures
 from arcore.data.series import SeriesWindows
+from arcore.nn.kinds import check_kinds
 from arcore.recipes.forecasting import Forecasting, TableOptions
 from arcore.training.config import TrainConfig
 from arcore.zoo.series._fitting import fit, stacked
@@ -24,6 +25,7 @@ from arcore.zoo.series.st_ssdl import STSSDL, st_ssdl_tiny
 EARTH = 6371.0
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions(TableOptions):
     """A table with a column per node, and their graph.

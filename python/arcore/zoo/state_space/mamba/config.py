@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arcore.catalog import Published, preset
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.state_space._attention import AttentionSettings
 from arcore.zoo.state_space._common import NEOX
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class StateSpaceConfig(AttentionSettings):
     """What Mamba and Mamba-2 have in common.
@@ -58,6 +60,7 @@ class StateSpaceConfig(AttentionSettings):
         self.check_attention(self.d_model, self.n_layer)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(StateSpaceConfig):
     """Settings of `Mamba`. The defaults are those of the published models.

@@ -73,6 +73,7 @@ class MambaLayer(nn.Module):
         return out
 
 
+@check_kinds
 class Mamba(nn.Module):
     """The language model. A `DraftableModel` (`arcore.nn.protocols`) for chains of drafts.
 
@@ -80,9 +81,9 @@ class Mamba(nn.Module):
         config: settings.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.vocab_size: int = config.vocab_size
         multiple = config.pad_vocab_size_multiple
         rows = -(-config.vocab_size // multiple) * multiple

@@ -7,6 +7,7 @@ from typing import Any
 
 from arcore.catalog import Published, preset
 from arcore.nn.checks import check_patch_nums
+from arcore.nn.kinds import check_kinds
 
 # Scales of square pictures of 256, 512 and 1024 pixels.
 SCALES_256 = (1, 2, 4, 6, 8, 12, 16)
@@ -14,6 +15,7 @@ SCALES_512 = (*SCALES_256, 20, 24, 32)
 SCALES_1024 = (*SCALES_512, 40, 48, 64)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MultiScaleBSQConfig:
     """Settings of `MultiScaleBSQ`. The defaults are those of the published tokenizer of 32 bits at 1024 pixels.

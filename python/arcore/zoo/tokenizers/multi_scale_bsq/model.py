@@ -35,6 +35,7 @@ class MultiScaleBSQOutput:
     bits: list[Tensor]
 
 
+@check_kinds
 class MultiScaleBSQ(nn.Module):
     """Encoder, multi-scale binary quantiser and decoder.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arcore.nn.checks import check_patch_nums
+from arcore.nn.kinds import check_kinds
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -13,6 +14,7 @@ PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class MultiScaleVQConfig:
     """Settings of `MultiScaleVQ`. The defaults are those of the published 256-pixel tokenizer.

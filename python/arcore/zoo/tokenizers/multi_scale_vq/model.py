@@ -34,6 +34,7 @@ class MultiScaleVQOutput:
     indices: list[Tensor]
 
 
+@check_kinds
 class MultiScaleVQ(nn.Module):
     """Encoder, multi-scale quantiser and decoder.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arcore.nn.kinds import check_kinds
 
+
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TiTokKLConfig:
     """Settings of `TiTokKL`. The defaults are those of AR-Diffusion's released autoencoders.

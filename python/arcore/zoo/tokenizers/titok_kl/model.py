@@ -33,6 +33,7 @@ class TiTokKLOutput(NamedTuple):
     kl: Tensor
 
 
+@check_kinds
 class TiTokKL(nn.Module):
     """Encoder and decoder. A `LatentDecoder` (`arcore.nn.protocols`).
 
