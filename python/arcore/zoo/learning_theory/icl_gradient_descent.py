@@ -313,7 +313,7 @@ def claim(*, quick: bool) -> Claim:
             layers = LinearAttention(eta)(tasks.x, tasks.y[:, :-1])
             worst = max(worst, (layers - steps_of_it).abs().max().item())
     found = compare(
-        Options(layers=2 if quick else 5, steps=600 if quick else 3000, tasks=4096 if quick else 50_000)
+        Options(layers=2 if quick else 5, steps=300 if quick else 3000, tasks=4096 if quick else 50_000)
     )
     return Claim(
         (

@@ -32,7 +32,7 @@ def claim(*, quick: bool) -> Claim:
     uniform = paths / paths.sum(dim=1, keepdim=True)
 
     model = ARDiffusion(replace(ar_diffusion_tiny(), num_steps=STEPS))
-    rows = 20_000 if quick else 500_000
+    rows = 10_000 if quick else 500_000
     times = model.training_times(rows, generator=torch.Generator().manual_seed(0))
     frames = times.shape[1]
     tenths = fopp_marginals(frames, STEPS).unflatten(1, (10, STEPS // 10)).sum(dim=2)

@@ -24,7 +24,7 @@ def claim(*, quick: bool) -> Claim:
         noisy[:, -1] = torch.randn(512, 2, generator=generator)
         t = torch.tensor([0, 0, 0, 999]).expand(512, -1)
         for errors, own_times in ((independent, True), (together, False)):
-            model = _trained(own_times, seed)
+            model = _trained(own_times, seed, 160 if quick else 300)
             with torch.no_grad():
                 out = model(noisy, t, torch.zeros(512, dtype=torch.int64))
             errors.append((out[:, -1] - clean[:, -1]).square().mean().item())
@@ -42,14 +42,14 @@ def _turning(rows: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=2) * 2**0.5
 
 
-def _trained(own_times: bool, seed: int) -> DiffusionForcing:
+def _trained(own_times: bool, seed: int, count: int) -> DiffusionForcing:
     """On turning points, with a time of its own for every frame or one for all."""
     torch.manual_seed(seed)
     model = DiffusionForcing(
         DiffusionForcingConfig(depth=1, embed_dim=64, num_heads=2, hidden_dim=128, frames=4)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in steps(300, f"training with {'a time per frame' if own_times else 'one time'}, seed {seed}"):
+    for _ in steps(count, f"training with {'a time per frame' if own_times else 'one time'}, seed {seed}"):
         clean = _turning(64)
         t = model.training_times(64)
         if not own_times:
