@@ -64,7 +64,10 @@ def measured(name: str, recorded: dict[str, Any]) -> str:
 
 
 def table() -> str:
-    """README's table: the topics with most systems and followers, each with the system that most others build on."""
+    """README's table: the topics with most systems and followers, each with the system that most others build on.
+
+    A system whose claim is not measured yet is shown only where none of its topic is.
+    """
     recorded, topics = claims(), by_topic()
     lines = ["| topic | systems | for example | measured for its claim |", "|---|---:|---|---|"]
     built_on = Counter(name for entry in catalog().values() for name in entry.system.builds_on)
@@ -74,7 +77,7 @@ def table() -> str:
     }
     largest = sorted(topics, key=lambda topic: (-weight[topic], topic))[:FLAGSHIPS]
     for topic in sorted(largest):
-        entry = topics[topic][0]
+        entry = next((one for one in topics[topic] if one.system.name in recorded), topics[topic][0])
         system = entry.system
         example = f"[{system.title}]({source(entry)}), [{system.paper}]({system.url})"
         count = len(topics[topic])
