@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from arcore.catalog import create_model, load_checkpoint
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Start
 from arcore.training import checkpoint
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PretrainedOptions:
     """Start from a pretrained encoder.

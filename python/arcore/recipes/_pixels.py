@@ -18,6 +18,7 @@ from arcore.data._pictures import Pictures
 from arcore.data._walk import some, walk
 from arcore.data.image_folder import IMAGE_SUFFIXES
 from arcore.data.pixels import UNLABELLED, MaskFile, as_tensor, white_is_one
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._predictions import listed
 from arcore.training.augment import Scale, scaled
 from arcore.training.windows import padded, starts
@@ -39,6 +40,7 @@ PALETTE = (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PixelOptions:
     """Pictures whose pixels are classified.

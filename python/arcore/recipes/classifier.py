@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._encoders import PretrainedOptions, from_encoder
 from arcore.recipes._images import EncoderOptions, ImageRecipe
 from arcore.recipes._predictions import PredictionOptions, Predictions, predict
@@ -18,6 +19,7 @@ from arcore.recipes._recipe import Start, ZooTask
 from arcore.training.config import TrainConfig
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(EncoderOptions, PretrainedOptions):
     """Data and start of a classifier."""

@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from arcore.catalog import get_config
 from arcore.data.identity import place
 from arcore.data.pixels import UNLABELLED, PixelFolder, open_pixels
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._encoders import PretrainedOptions, from_encoder
 from arcore.recipes._images import same_data
 from arcore.recipes._pixels import Masks, PixelOptions, PixelScores, classify_pixels
@@ -27,6 +28,7 @@ from arcore.training.task import parameter_groups
 from arcore.training.windows import RandomWindows, Windows
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions(PretrainedOptions):
     """Pictures with masks, and how windows of them are changed at random.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arcore.data.pixels import UNLABELLED
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.representation.roma.model import RoMA
 from arcore.zoo.representation.roma_classifier.model import FourDirectionEncoder, own_name
 
@@ -17,6 +18,7 @@ from arcore.zoo.representation.roma_classifier.model import FourDirectionEncoder
 LEVELS = 4
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """Settings of an encoder whose features are read at every place.

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from arcore.catalog import System, preset
 from arcore.catalog.claims import Claim, at_least, at_most, shaken
 from arcore.nn import Linear, RMSNorm, StateCache
+from arcore.nn.kinds import check_kinds
 from arcore.ops import Mamba3State, mamba3_scan, mamba3_update
 from arcore.zoo.state_space._common import no_more, original_config, original_layers
 from arcore.zoo.state_space.mamba.config import StateSpaceConfig
@@ -54,6 +55,7 @@ SYSTEM = System(
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Mamba3Config(StateSpaceConfig):
     """Settings of `Mamba3`.

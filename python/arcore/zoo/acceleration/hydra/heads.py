@@ -17,6 +17,7 @@ from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import TokenModel
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class HydraConfig:
     """Settings of `HydraHeads`.
@@ -141,6 +142,7 @@ def check_base(model: Any) -> None:
         )
 
 
+@check_kinds
 class HydraHeads(nn.Module):
     """The heads. They use embeddings, and with `shared_lm_head` the last layer, of the model that they serve.
 

@@ -13,10 +13,12 @@ from arcore._files import atomic_path
 from arcore._optional import require
 from arcore.catalog import load_checkpoint
 from arcore.catalog.running import Report, check_bounds
+from arcore.nn.kinds import check_kinds
 from arcore.zoo.raster._digits import accuracy, train_classifier
 from arcore.zoo.raster.ear.erasing import Erasing, check_classes, class_samples, erase, patched
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Options(Erasing):
     """Erase a class from a trained model.

@@ -21,6 +21,7 @@ from arcore.zoo.representation._dense import (
 )
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RoMAChangeConfig(DenseConfig):
     """Settings of `RoMAChange`. The defaults are those of the published models.
@@ -97,6 +98,7 @@ class UNetHead(nn.Module):
         return out
 
 
+@check_kinds
 class RoMAChange(DenseModel):
     """Encoder, pyramid and U-Net on the differences of two pictures.
 

@@ -21,6 +21,7 @@ from arcore.zoo.representation.roma.model import RoMA
 _SUFFIXES = ("", "_b", "_c", "_c_b")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RoMAClassifierConfig:
     """Settings of `RoMAClassifier`. The defaults are those of the published models.
@@ -240,6 +241,7 @@ class FourDirectionEncoder(nn.Module):
         self.pos_embed.copy_(torch.cat([table[:, :middle], token, table[:, middle:]], dim=1))
 
 
+@check_kinds
 class RoMAClassifier(FourDirectionEncoder):
     """Encoder with a class token, and a linear head.
 

@@ -25,6 +25,7 @@ POOLED = (1, 2, 3, 6)
 AUXILIARY_LEVEL = 2
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class RoMASegmenterConfig(DenseConfig):
     """Settings of `RoMASegmenter`. The defaults are those of the published models.
@@ -116,6 +117,7 @@ class AuxiliaryHead(PixelHead):
         return self.classified(self.convs[0](x))
 
 
+@check_kinds
 class RoMASegmenter(DenseModel):
     """Encoder, pyramid, UPerNet and the auxiliary head.
 

@@ -16,6 +16,7 @@ from arcore.catalog import load_checkpoint
 from arcore.catalog.claims import Claim, Row, at_least, at_most, steps
 from arcore.data.load_series import load_series
 from arcore.data.series import Series, SeriesWindows
+from arcore.nn.kinds import check_kinds
 from arcore.recipes._recipe import Start, Work, ZooTask
 from arcore.recipes.forecasting import Forecasting, ForecastTask, TableOptions
 from arcore.training.config import TrainConfig
@@ -37,6 +38,7 @@ SGD_RATE = 200.0
 MOMENTUM = 0.9
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PrivateOptions(TableOptions):
     """A table of counts, and how private the forecasts are.
