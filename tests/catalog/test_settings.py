@@ -34,7 +34,7 @@ def test_configs_and_models_made_directly_refuse_other_kinds(preset: str) -> Non
     wrong = {bool: ["yes", None], int: [None, "x", [1, 2], math.nan], float: [None, "x", [1, 2], math.nan]}
     for field in dataclasses.fields(config):
         for value in wrong.get(kinds[field.name], []):
-            with pytest.raises((TypeError, ValueError), match=rf"^arcore\.\w+: expected {field.name} "):
+            with pytest.raises((TypeError, ValueError), match=field.name):
                 dataclasses.replace(config, **{field.name: value})
     model = model_class(find(preset).entry)
     for value in (None, 3, "x", [1, 2], math.nan, nn.Linear(1, 1)):

@@ -42,26 +42,39 @@ def check_kinds(function: Any) -> Any:
         function: a function or a method; or a class, whose `__init__` is meant. A dataclass also refuses NaN.
     """
     if isinstance(function, type):
-        # No setting means anything as NaN, which passes every comparison that looks for what is out of range.
-        numbers = dataclasses.is_dataclass(function)
-        function.__init__ = _checked(function.__init__, refuse_nan=numbers)  # type: ignore[misc]
+        settings = dataclasses.is_dataclass(function)
+        function.__init__ = _checked(function.__init__, settings=settings)  # type: ignore[misc]
         return function
     return _checked(function)
 
 
-def _checked(function: Any, *, refuse_nan: bool = False) -> Any:
+def _checked(function: Any, *, settings: bool = False) -> Any:
+    """Settings refuse NaN, too, which passes comparisons that look for what is out of range.
+
+    What they say themselves about values of the right kind comes first.
+    """
     names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        late: ValueError | None = None
         if not torch.compiler.is_compiling():
             kinds = _kinds(function)
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-                if name in kinds:
+                if name not in kinds:
+                    continue
+                try:
                     _check(function, name, value, kinds[name])
-                    if refuse_nan and isinstance(value, float) and math.isnan(value):
+                    if settings and isinstance(value, float) and math.isnan(value):
                         raise ValueError(f"{_where(function)}: expected {name} to be a number but got nan")
-        return function(*args, **kwargs)
+                except ValueError as error:
+                    if not settings:
+                        raise
+                    late = late or error
+        result = function(*args, **kwargs)
+        if late is not None:
+            raise late
+        return result
 
     return checked
 
