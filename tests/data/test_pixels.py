@@ -209,5 +209,5 @@ def test_pasted_digits_are_where_the_mask_says():
     changed = pairs.masks > 0
     difference = (pairs.images[:, 0].float() - pairs.images[:, 1].float()).abs().mean(1)
     assert 0.01 < changed.float().mean() < 0.2
-    assert difference[changed].mean() > 3 * difference[~changed].mean()
+    assert difference[changed].mean() > 1.5 * difference[~changed].mean()
     assert torch.equal(pairs.images, load_mnist_changes("train", image_size=32, channels=3, count=40).images)

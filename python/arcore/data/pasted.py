@@ -19,6 +19,8 @@ SIDE, DIGITS = 0.45, 2
 CHANGES = 3
 # A pixel belongs to a digit from this share of ink on.
 INK = 0.5
+# Light and shadow over the pictures of a pair, in [0, 1], each with its own.
+SHADE = 0.3
 BACKGROUND = "background"
 
 
@@ -52,7 +54,7 @@ def load_mnist_masks(
 def load_mnist_changes(
     split: str = "train", *, image_size: int = 48, channels: int = 1, count: int | None = None
 ) -> InMemoryPixels:
-    """Pairs of pictures of one place with three digits, each of which stays, comes or goes; light and noise differ.
+    """Pairs of pictures of one place with three digits, each of which stays, comes or goes; light and shadows differ.
 
     Args:
         split, image_size, channels, count: as `load_mnist_masks` takes them.
@@ -139,6 +141,9 @@ class _Pasted:
                 tops[time] = torch.where(here[:, 0] >= INK, number, tops[time])
         lit = []
         for picture in both:
-            contrast, light = self._uniform(0.75, 1.25, 1, 1, 1), self._uniform(-0.1, 0.1, 1, 1, 1)
-            lit.append(self._bytes((picture - 0.5) * contrast + 0.5 + light))
+            contrast = self._uniform(0.75, 1.25, 1, 1, 1)
+            shade = self._uniform(-SHADE, SHADE, 1, 3, 3)
+            size = (self.size, self.size)
+            shade = F.interpolate(shade, size=size, mode="bicubic", align_corners=False)
+            lit.append(self._bytes((picture - 0.5) * contrast + 0.5 + shade))
         return torch.stack(lit, dim=1), (tops[0] != tops[1]).to(torch.uint8)
