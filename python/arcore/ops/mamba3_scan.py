@@ -530,7 +530,7 @@ def _check(
             f"{OP}: expected seq_idx int32 of shape (batch={batch}, length={length}) but got "
             f"{_name(seq_idx.dtype)} {tuple(seq_idx.shape)}"
         )
-    wanted = {name: (batch, length, heads) for name in ("dt", "log_decay", "weight")}
+    wanted: dict[str, Any] = {name: (batch, length, heads) for name in ("dt", "log_decay", "weight")}
     wanted |= {"C": B.shape, "B_bias": (heads, rank, states), "C_bias": (heads, rank, states), "D": (heads,)}
     wanted |= {"z": x.shape}
     named |= _parts(initial_state)
@@ -557,7 +557,7 @@ def _check_step(
     _, states, angles = _check_shapes(UPDATE, B, turn, (batch,), heads, rank)
     named: dict[str, Tensor | None] = {"dt": dt, "log_decay": log_decay, "weight": weight, "C": C}
     named |= {"B_bias": B_bias, "C_bias": C_bias, "D": D, **_parts(state, "state")}
-    wanted = {name: (batch, heads) for name in ("dt", "log_decay", "weight")}
+    wanted: dict[str, Any] = {name: (batch, heads) for name in ("dt", "log_decay", "weight")}
     wanted |= {"C": B.shape, "B_bias": (heads, rank, states), "C_bias": (heads, rank, states), "D": (heads,)}
     _check_wanted(UPDATE, named, wanted | _state_shapes(batch, heads, rank, dim, states, angles, "state"))
 
@@ -695,7 +695,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
         # Inside a region of autocast the products would run in 16 bits.
         with torch.autocast(tensors[0].device.type, enabled=False):
-            outputs, pull = torch.func.vjp(again, *(floats[i] for i in places))
+            pulled: Any = torch.func.vjp(again, *(floats[i] for i in places))
+            outputs, pull = pulled
             filled = tuple(
                 torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)
             )
