@@ -48,7 +48,8 @@ def load_mnist_masks(
     parts = [_Pasted(part, image_size, channels, count) for part in _parts(split)]
     made = [part.labelled() for part in parts]
     names = (BACKGROUND, *(str(digit) for digit in range(10)))
-    return InMemoryPixels(*(torch.cat(each) for each in zip(*made, strict=True)), names)
+    images, masks = (torch.cat(each) for each in zip(*made, strict=True))
+    return InMemoryPixels(images, masks, names)
 
 
 def load_mnist_changes(
@@ -67,7 +68,8 @@ def load_mnist_changes(
     """
     parts = [_Pasted(part, image_size, channels, count) for part in _parts(split)]
     made = [part.changed() for part in parts]
-    return InMemoryPixels(*(torch.cat(each) for each in zip(*made, strict=True)), CHANGE)
+    images, masks = (torch.cat(each) for each in zip(*made, strict=True))
+    return InMemoryPixels(images, masks, CHANGE)
 
 
 def _parts(split: str) -> tuple[str, ...]:
