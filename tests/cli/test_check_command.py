@@ -83,3 +83,20 @@ def test_a_real_claim(arcore, tmp_path: Path):
     assert outcome.code == 0
     assert "0.0628" in outcome.out
     assert (tmp_path / "ar_diffusion.png").stat().st_size > 5000
+
+
+def test_checks_side_by_side_keep_each_others_records(arcore, tmp_path, monkeypatch):
+    """A check that ends while another runs stays in the file that both write to."""
+    import arcore.cli.check as check
+
+    record = tmp_path / "claims.json"
+    run_claim = check.run_claim
+
+    def slow(name, **options):
+        outcome = run_claim(name, **options)
+        record.write_text(json.dumps({"other": {"holds": True}}))
+        return outcome
+
+    monkeypatch.setattr(check, "run_claim", slow)
+    assert arcore("check", "ddo", "--quick", "--json", record, "--out", tmp_path).code == 0
+    assert set(json.loads(record.read_text())) == {"other", "ddo"}

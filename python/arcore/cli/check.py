@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         if options.all
         else list(dict.fromkeys(find(n).entry.system.name for n in options.names))
     )
-    recorded = _read(options.json) if options.json else {}
+    if options.json:
+        _read(options.json)
     check_folder(options.out)
     failed = []
     for name in names:
@@ -70,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
         elif outcome.claim is not None and outcome.claim.draw is not None and figure.is_file():
             print(f"  figure: {figure}")
         if options.json:
-            recorded[name] = _record(outcome)
-            _write(options.json, recorded)
+            # Read anew: other checks may have written meanwhile.
+            _write(options.json, {**_read(options.json), name: _record(outcome)})
     verdict = f"{len(failed)} do not hold: {', '.join(failed)}" if failed else "all hold"
     print(f"{len(names)} {'claim' if len(names) == 1 else 'claims'} checked; {verdict}")
     return 1 if failed else 0
