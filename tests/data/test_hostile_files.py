@@ -198,3 +198,21 @@ def test_deep_tables_are_no_tables(tmp_path: Path):
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: expected a JSON table"):
         read_facts(path)
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arcore.data import load_kjv, load_text, open_dataset
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "kjv"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kjv" / "a.txt").write_text("a text of one's own " * 40)
+    with pytest.warns(
+        UserWarning, match=f"'digits' is the data set of that name.*write {tmp_path / 'digits'}"
+    ):
+        assert len(open_dataset("digits", image_size=8, channels=1)) > 1000
+    with pytest.warns(UserWarning, match="'kjv' is the data set"):
+        assert load_text("kjv").train[:60] == load_kjv()[:60]
+    assert load_text(tmp_path / "kjv").train.startswith("a text of one's own")

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from arcore.data._walk import is_name
 from arcore.data.concepts import ConceptPair, ConceptPairs, concept_pairs
 from arcore.data.digits import load_digits, load_moving_digits
 from arcore.data.image_folder import ImageFolder
@@ -113,7 +114,7 @@ def open_dataset(
     frames = check_whole("frames", frames, 1)
     image_size = check_whole("image_size", image_size, 1, "pixel")
     channels = check_whole("channels", channels, 1)
-    if source in NAMES and (source == "moving_digits") != (frames > 1):
+    if is_name(source, NAMES) and (source == "moving_digits") != (frames > 1):
         raise ValueError(
             f"the model takes {f'videos of {frames} frames' if frames > 1 else 'images'} but --data {source} has "
             f"{'images: use moving_digits or a folder of videos' if frames > 1 else 'videos'}"

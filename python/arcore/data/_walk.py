@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,19 @@ class Found:
             ),
         )
         return [counted(paths, text, one, many) for paths, text, one, many in kinds if paths]
+
+
+def is_name(source: str | Path, names: Collection[str]) -> bool:
+    """Whether a data set of the package is meant, by its name; warns where a file or folder here has that name too."""
+    name = str(source)
+    if name not in names:
+        return False
+    if (here := Path(name)).exists():
+        warnings.warn(
+            f"{name!r} is the data set of that name, not what is called so here: for that, write {here.absolute()}",
+            stacklevel=3,
+        )
+    return True
 
 
 def walk(root: Path) -> Found:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from arcore._optional import require
 from arcore.data._pictures import Pictures
-from arcore.data._walk import counted, digest, some, walk
+from arcore.data._walk import counted, digest, is_name, some, walk
 from arcore.data.image_folder import HELD_OUT_FOLDERS, IMAGE_SUFFIXES, SMALL_FOLDER, TRAIN_FOLDER
 from arcore.data.images import check_split, held_out_mask
 from arcore.nn.checks import check_path, check_tensor, check_whole
@@ -376,7 +376,7 @@ def open_pixels(
 
     named = {"mnist_masks": (1, load_mnist_masks), "mnist_changes": (2, load_mnist_changes)}
     source = os.fspath(source)
-    if source in named:
+    if is_name(source, named):
         own, load = named[source]
         if own != pictures:
             other = next(name for name, (count, _) in named.items() if count == pictures)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arcore._optional import require
-from arcore.data._walk import some, walk
+from arcore.data._walk import is_name, some, walk
 from arcore.data.real.files import package_file
 
 Point = tuple[float, float]
@@ -188,7 +188,7 @@ def load_icons(source: str | Path = "icons", *, skip_bad: bool = False) -> list[
         ValueError: it has no icon, or a file is broken.
         ImportError: fontawesomefree is missing.
     """
-    if str(source) == "icons":
+    if is_name(source, ("icons",)):
         first = package_file("fontawesomefree", "static/fontawesomefree/svgs/solid/house.svg", extra="data")
         folder = Path(first).parent.parent
     else:

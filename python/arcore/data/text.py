@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arcore._optional import how_to_install
-from arcore.data._walk import counted, some, walk
+from arcore.data._walk import counted, is_name, some, walk
 from arcore.data.text_tokenizers import TextTokenizer
 from arcore.nn.checks import check_path, check_tensor, check_text, check_whole
 
@@ -139,7 +139,7 @@ def load_text(
         check_path("validation", validation)
     reader = _Reader(check_text("separator", separator), skip_bad)
     held_out: str | None = None
-    if str(source) == "kjv":
+    if is_name(source, ("kjv",)):
         text = load_kjv()
     else:
         parts = _parts(Path(source)) if validation is None else None
