@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from arcore.catalog import get_config
 from arcore.data import ImageDataset, open_dataset
 from arcore.data.identity import NAMES, Identity, identity, place, sizes_of
+from arcore.data.pixels import PixelData
 from arcore.nn.kinds import check_kinds
 from arcore.recipes._latents import decoded, model_config, open_decoder
 from arcore.recipes._pictures import Pictures, image_format
@@ -352,7 +353,9 @@ def _for_images(start: Start, config: Any, size: int, channels: int) -> tuple[di
     return changes, get_config(start.preset, **{**start.changes, **changes}).image_size
 
 
-def same_data(start: Start, data: str, train: ImageDataset, test: ImageDataset | None) -> Identity:
+def same_data(
+    start: Start, data: str, train: ImageDataset | PixelData, test: ImageDataset | PixelData | None
+) -> Identity:
     """Which data these are; on resume those of the run.
 
     Raises:

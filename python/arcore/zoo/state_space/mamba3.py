@@ -200,8 +200,15 @@ class Mamba3Mixer(nn.Module):
         inside = self.norm is None  # the gate of the op stands behind nothing but the scan
         y, last = mamba3_scan(
             self.inputs(t["x"]),
-            *(t[name] for name in ("dt", "log_decay", "weight", "B", "C", "turn")),
-            *(self.B_bias, self.C_bias, self.D),
+            t["dt"],
+            t["log_decay"],
+            t["weight"],
+            t["B"],
+            t["C"],
+            t["turn"],
+            self.B_bias,
+            self.C_bias,
+            self.D,
             gates if inside else None,
             return_last_state=True,
             initial_state=state,
@@ -230,8 +237,15 @@ class Mamba3Mixer(nn.Module):
         y = mamba3_update(
             self._unpack(state),
             self.inputs(t["x"]),
-            *(t[name] for name in ("dt", "log_decay", "weight", "B", "C", "turn")),
-            *(self.B_bias, self.C_bias, self.D),
+            t["dt"],
+            t["log_decay"],
+            t["weight"],
+            t["B"],
+            t["C"],
+            t["turn"],
+            self.B_bias,
+            self.C_bias,
+            self.D,
             halves=self.mimo,
         )
         return self.outputs(y, self.gates(t["z"]))
