@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +42,13 @@ def test_no_system_runs_for_no_steps_or_learns_backwards(name: str):
     options = runnable(name).options
     fields = dataclasses.fields(options)
     empty = (dataclasses.MISSING, dataclasses.MISSING)
-    needed = {field.name: "x" for field in fields if (field.default, field.default_factory) == empty}
+    kinds = typing.get_type_hints(options)
+    given: dict[Any, Any] = {int: 1, Path: Path("x"), tuple[float, ...]: (0.0, 1.0)}
+    needed = {
+        field.name: given.get(kinds[field.name], "x")
+        for field in fields
+        if (field.default, field.default_factory) == empty
+    }
     for field in fields:
         if isinstance(field.default, bool) or not isinstance(field.default, (int, float)):
             continue

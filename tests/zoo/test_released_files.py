@@ -184,6 +184,15 @@ def roma_classifier() -> Released:
     return Released("roma_classifier_tiny", {}, state)
 
 
+def roma_change() -> Released:
+    config: Any = arcore.models.get_config("roma_change_tiny")
+    shapes = tests_of("representation.test_roma_change").official_shapes(config)
+    state = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    state |= {name: value.abs() + 0.5 for name, value in state.items() if name.endswith("running_var")}
+    state |= {name: torch.tensor(7) for name in state if name.endswith("num_batches_tracked")}
+    return Released("roma_change_tiny", {}, state)
+
+
 def ar_diffusion() -> Released:
     module = tests_of("dynamics.test_ar_diffusion")
     changes = {**module.RELEASED, "null_context": "first"}
@@ -240,6 +249,7 @@ RELEASED: dict[str, Callable[[], Released]] = {
     "protein_mpnn": lambda: ours("protein_mpnn_tiny"),
     "roma": lambda: drawn("representation.test_roma", "roma_tiny"),
     "roma_classifier": roma_classifier,
+    "roma_change": roma_change,
     "st_ssdl": lambda: sized("series.test_st_ssdl", "st_ssdl_tiny"),
     "titok_kl": titok,
     "var": lambda: drawn("next_scale.test_var", "var_tiny"),

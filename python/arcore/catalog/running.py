@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -55,7 +55,11 @@ class Runnable:
 
 
 def check_bounds(
-    options: Any, *, least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
+    options: Any,
+    *,
+    least: Mapping[str, float] | None = None,
+    above: Mapping[str, float] | None = None,
+    endless: Collection[str] = (),
 ) -> None:
     """Raise ValueError, in the words of the command line, where an option is out of its range, NaN or inf.
 
@@ -63,11 +67,12 @@ def check_bounds(
         options: the dataclass.
         least: by the name of a field, the smallest value that it may have.
         above: by the name of a field, what its value must exceed.
+        endless: fields that may be inf.
     """
     for bounds, fits, word in ((least, operator.ge, "at least"), (above, operator.gt, "above")):
         for name, bound in (bounds or {}).items():
             value = getattr(options, name)
-            if value is not None and value == math.inf:
+            if value is not None and value == math.inf and name not in endless:
                 raise ValueError(f"--{name.replace('_', '-')} must be a finite number but got {value}")
             if value is not None and not fits(value, bound):
                 raise ValueError(f"--{name.replace('_', '-')} must be {word} {bound} but got {value}")

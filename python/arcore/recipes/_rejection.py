@@ -74,7 +74,8 @@ class Judge(nn.Module):
             images = images.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
         if images.shape[-1] != self.size:
             size = (self.size, self.size)
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            # Pictures of bfloat16 sampling may come as they were computed, and have no such filter.
+            images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
         if self.imagenet:
             mean, deviation = (images.new_tensor(part).view(1, -1, 1, 1) for part in (MEAN, DEVIATION))
             images = ((images + 1) / 2 - mean[:, : self.channels]) / deviation[:, : self.channels]

@@ -325,7 +325,7 @@ def test_samples_continue_a_context_and_do_not_depend_on_batch_mates():
         ({"block_size": 9}, "choose one of 1, 4, 16"),
         ({"block_size": 0}, "block_size to be at least 1"),
         ({"patch_size": 3}, "patches that tile 8 x 8"),
-        ({"rope_layout": "rows"}, "layout to be blockdiag"),
+        ({"rope_layout": "rows"}, "rope_layout to be one of 'blockdiag'"),
         ({"num_heads": 5}, "multiple of num_heads"),
     ],
 )
@@ -389,5 +389,5 @@ def test_settings_of_the_trainer():
     assert not torch.equal(make(nd_split=(3, 1)).rope.cos, make().rope.cos)
     assert not any("q_norm" in name for name in make(no_qk_norm=True).state_dict())
     for wrong in ("1_1", (1, 1), (0, 1, 1), "a_b_c", 3):
-        with pytest.raises(ValueError, match="nd_split to be 3 shares"):
+        with pytest.raises((TypeError, ValueError), match="nd_split to be (3 shares|a sequence)"):
             make("acdit_video_tiny", nd_split=wrong)

@@ -303,7 +303,7 @@ def test_unit_tokens():
         ({"tokens": 0}, "tokens to be at least 1"),
         ({"tokens": 15}, "square number of patches of 4 x 4 pixels but got tokens=15 and channels=16"),
         ({"channels": 24}, "tokens=16 and channels=24"),
-        ({"null_context": "none"}, "null to be learned, zero or first but got 'none'"),
+        ({"null_context": "none"}, "null_context to be one of 'learned', 'zero', 'first' but got 'none'"),
         ({"class_drop": 1.5}, "0 <= drop <= 1"),
         ({"num_heads": 5}, "multiple of num_heads"),
     ],

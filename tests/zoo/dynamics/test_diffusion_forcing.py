@@ -313,7 +313,7 @@ def test_the_class_is_a_side_input_and_the_null_class_is_none():
         ({"stabilization": 0}, "stabilization to be from 1 to 1000 but got 0"),
         ({"prediction": "score"}, "prediction to be x0, v or eps but got 'score'"),
         ({"loss_weight": "snr"}, "loss_weight to be fused, min_snr or uniform"),
-        ({"beta_schedule": "quadratic"}, "kind to be linear"),
+        ({"beta_schedule": "quadratic"}, "beta_schedule to be one of 'linear'"),
     ],
 )
 def test_bad_configs(overrides, message):
@@ -455,7 +455,7 @@ def test_plans_from_the_command_line(tmp_path, capsys, monkeypatch):
         (["--horizon", "0"], "--horizon must be at least 1"),
         (["--replan", "-1"], "--replan must be at least 1"),
         (["--goal", "1"], "--goal must be 2 finite numbers"),
-        (["--start", "nan", "1"], "--start must be a finite number but got nan"),
+        (["--start", "nan", "1"], "--start must be a number but got (nan, 1.0)"),
         (["--out", "ways.png"], "--out must be a .csv file"),
         (["--guidance", "nan"], "guidance"),
     ):

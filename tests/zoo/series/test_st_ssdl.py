@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused():
     model = STSSDL(STSSDLConfig(**SIZES))
     with pytest.raises(ValueError, match=r"expected values \[B, 5, 4\] and a calendar \[B, 8, 5\]"):
         model(torch.zeros(1, 5, 3), torch.zeros(1, 8, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="an adjacency of 4 x 4 numbers >= 0"):
+    with pytest.raises(ValueError, match="an adjacency of 4 x 4 finite numbers >= 0"):
         model.know(torch.eye(3), torch.zeros(1, 4), torch.zeros(1, 5, dtype=torch.int64), torch.zeros(4))
     for fields, says in (({"prototypes": 1}, "at least 2 prototypes"), ({"slots": 7}, "slots to divide")):
         with pytest.raises(ValueError, match=says):

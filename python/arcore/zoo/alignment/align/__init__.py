@@ -158,6 +158,8 @@ class Options:
             }
             | {"eval_samples": 1},
             above={"entropy_share": 0},
+            # No bound, as the ratio has none in REINFORCE.
+            endless=("clip_high",),
         )
         from arcore.zoo.alignment.align.objectives import OBJECTIVES
 

@@ -73,7 +73,7 @@ class ACDiTConfig:
     frames: int = 1
     block_size: int = 256
     rope_layout: RopeLayout = "blockdiag"
-    nd_split: tuple[int, ...] | None = None
+    nd_split: tuple[int, ...] | str | None = None
     no_qk_norm: bool = False
     class_drop: float = 0.1
     drop_last_clean: bool = True
