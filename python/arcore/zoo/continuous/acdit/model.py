@@ -337,7 +337,7 @@ def _split(shares: Any, axes: int) -> tuple[int, ...]:
     return split
 
 
-def _nd_split(config: ACDiTConfig) -> tuple[int, ...]:
+def _nd_split(config: ACDiTConfig) -> Any:
     return config.nd_split or ((1, 1) if config.frames == 1 else (2, 3, 3))
 
 
