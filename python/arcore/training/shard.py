@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,11 +35,11 @@ def shard(network: nn.Module, mesh: Any) -> None:
         mesh: one-dimensional device mesh.
 
     Raises:
-        ValueError: the network says `shardable = False`.
+        ValueError: the network, or a part of it, says `shardable = False`.
     """
     if not any(parameter.requires_grad for parameter in network.parameters()):
         return
-    if not getattr(network, "shardable", True):
+    if not all(getattr(part, "shardable", True) for part in network.modules()):
         raise ValueError(
             f"the weights of a {type(network).__name__} cannot be sharded (fsdp): use the strategy 'ddp'"
         )
@@ -48,8 +49,47 @@ def shard(network: nn.Module, mesh: Any) -> None:
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
     # Losses call other methods than `forward` too, such as a forecaster's `objective`.
+    calls = _Calls()
+    network.register_forward_pre_hook(calls.enter)
+    network.register_forward_hook(calls.leave, always_call=True)
     for name in _methods(type(network)):
-        register_fsdp_forward_method(network, name)
+        _gather_at(network, name, calls)
+
+
+class _Calls:
+    """How many calls of a network are under way."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def enter(self, *_: Any) -> None:
+        self.depth += 1
+
+    def leave(self, *_: Any) -> None:
+        self.depth -= 1
+
+
+def _gather_at(network: nn.Module, name: str, calls: _Calls) -> None:
+    """Gather the weights for calls of a method from outside.
+
+    One from within another call finds them gathered; to gather them twice would let go of them while the outer call
+    still needs them, and its backward would read freed memory.
+    """
+    plain = getattr(network, name)
+    register_fsdp_forward_method(network, name)
+    gathering = getattr(network, name)
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if calls.depth:
+            return plain(*args, **kwargs)
+        calls.enter()
+        try:
+            return gathering(*args, **kwargs)
+        finally:
+            calls.leave()
+
+    setattr(network, name, call)
 
 
 def _methods(kind: type) -> set[str]:

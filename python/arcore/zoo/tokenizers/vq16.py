@@ -225,6 +225,9 @@ class ImageVQ(nn.Module):
         config: settings.
     """
 
+    # Codes that restart are written in forward, into what would be a gathered copy.
+    shardable = False
+
     official_entry = "model"
     # How often codes were used in training: a file without it is as good.
     statistics = ("quantize.use",)

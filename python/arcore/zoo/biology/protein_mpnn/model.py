@@ -102,6 +102,9 @@ class ProteinMPNN(nn.Module):
         config: settings.
     """
 
+    # Its layers are read outside of the calls that gather weights.
+    shardable = False
+
     official_entry = "model_state_dict"
 
     def __init__(self, config: ProteinMPNNConfig) -> None:

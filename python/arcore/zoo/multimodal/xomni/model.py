@@ -194,6 +194,9 @@ class XOmni(nn.Module):
         config: settings.
     """
 
+    # Its head and embeddings are read outside of the calls that gather weights.
+    shardable = False
+
     def __init__(self, config: XOmniConfig) -> None:
         super().__init__()
         self.config = config

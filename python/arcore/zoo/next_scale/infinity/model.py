@@ -128,6 +128,10 @@ class Infinity(nn.Module):
         context: Tensor = self.text_proj(vectors)
         return pooled, context
 
+    def shard_units(self) -> tuple[nn.Module, ...]:
+        """No blocks by themselves: keys of the text are made by parts of them outside of the blocks' calls."""
+        return ()
+
     @check_kinds
     def forward(self, inputs: Tensor, text: Text, dropped: Tensor | None = None) -> Tensor:
         """Logits of all bits of all scales in one pass, each scale given the coarser ones.

@@ -184,6 +184,9 @@ class Kronos(nn.Module):
         config: settings.
     """
 
+    # Its heads are read outside of the calls that gather weights.
+    shardable = False
+
     def __init__(self, config: KronosConfig) -> None:
         super().__init__()
         self.config = config

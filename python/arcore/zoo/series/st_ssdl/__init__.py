@@ -186,6 +186,9 @@ class STSSDL(nn.Module):
         config: settings.
     """
 
+    # Its prototypes are read outside of the calls that gather weights.
+    shardable = False
+
     graph: Tensor
     usual: Tensor
     zero: Tensor

@@ -45,6 +45,9 @@ class MultiScaleVQ(nn.Module):
         config: settings.
     """
 
+    # Codes that restart are written in forward, into what would be a gathered copy.
+    shardable = False
+
     official_entry = "trainer.vae_local"
     # How often codes were used in training: a file without it, or with that of other scales, is as good.
     statistics = ("quantize.ema_vocab_hit_SV",)
