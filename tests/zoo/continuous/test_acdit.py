@@ -389,5 +389,5 @@ def test_settings_of_the_trainer():
     assert not torch.equal(make(nd_split=(3, 1)).rope.cos, make().rope.cos)
     assert not any("q_norm" in name for name in make(no_qk_norm=True).state_dict())
     for wrong in ("1_1", (1, 1), (0, 1, 1), "a_b_c", 3):
-        with pytest.raises((TypeError, ValueError), match="nd_split to be (3 shares|a sequence)"):
+        with pytest.raises((TypeError, ValueError), match=r"nd_split to be (3 shares|a sequence)"):
             make("acdit_video_tiny", nd_split=wrong)
