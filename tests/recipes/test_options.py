@@ -236,9 +236,11 @@ def test_the_same_data_elsewhere_are_taken_and_others_are_not(tmp_path, monkeypa
 def test_a_folder_called_like_a_built_in_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    run("dit_tiny", tmp_path / "run", data="digits")
+    with pytest.warns(UserWarning, match="'digits' is the data set of that name"):
+        run("dit_tiny", tmp_path / "run", data="digits")
     assert checkpoint.read_meta(checkpoint.find(tmp_path / "run"))["data"] == "digits"
-    run("dit_tiny", tmp_path / "run", resume=tmp_path / "run", settings={"steps": 3})
+    with pytest.warns(UserWarning, match="'digits' is the data set of that name"):
+        run("dit_tiny", tmp_path / "run", resume=tmp_path / "run", settings={"steps": 3})
 
 
 def test_the_command_in_the_record_can_be_pasted(tmp_path, monkeypatch):

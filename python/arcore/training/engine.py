@@ -238,6 +238,8 @@ def _trainer(
 ) -> pl.Trainer:
     config = task.config
     precision: Any = config.precision
+    # Before the attempt below: that a package is missing is not a setting that the engine refuses.
+    logger = _logger(config, out)
     try:
         return pl.Trainer(
             accelerator=config.accelerator,
@@ -252,7 +254,7 @@ def _trainer(
             limit_val_batches=0,
             callbacks=callbacks,
             plugins=[files],
-            logger=_logger(config, out),
+            logger=logger,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
