@@ -31,6 +31,7 @@ from arcore import masks
 from arcore.catalog.claims import shaken
 from arcore.decoding import generate_next_scale
 from arcore.env import cpu_model
+from arcore.matmul import resolve
 from arcore.nn.adaln import modulated_norm
 from arcore.zoo.next_scale.code import decode_together
 from arcore.zoo.next_scale.hmar.refine import generate_refined
@@ -183,11 +184,31 @@ def networks(preset: str, depth: int | None) -> tuple[Any, Any]:
 
 
 def quantised(model: VAR) -> VAR:
-    """The blocks' linear layers with weights of 8 bits (torchao)."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    """The blocks' linear layers as products of 8-bit weights and 8-bit activations (torchao), in place."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    quantize_(model.blocks, Int8WeightOnlyConfig())
+    quantize_(model.blocks, Int8DynamicActivationInt8WeightConfig())
     return model
+
+
+def by_onednn(run: Callable[[], Any]) -> Callable[[], Any]:
+    def inner() -> Any:
+        with arcore.float32_matmul("onednn"):
+            return run()
+
+    return inner
+
+
+def auto(run: Callable[[], Any]) -> Callable[[], Any]:
+    return by_onednn(run) if resolve("auto") == "onednn" else run
+
+
+def in_bfloat16(run: Callable[[], Any]) -> Callable[[], Any]:
+    def inner() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run()
+
+    return inner
 
 
 def picture(rounds: int, depth: int | None, lower: bool) -> dict[str, Any]:
@@ -200,38 +221,41 @@ def picture(rounds: int, depth: int | None, lower: bool) -> dict[str, Any]:
     def ours() -> Any:
         return generate_next_scale(model, tokenizer, LABELS, cfg_scale=1.5, seed=1)
 
-    def ours_lower() -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return ours()
+    @torch.no_grad()
+    def theirs() -> Any:
+        return plain.draw(tokenizer, 1)
 
-    def plain_lower() -> Any:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return plain.draw(tokenizer, 1)
-
-    runs: dict[str, Callable[[], Any]] = {
-        "plain, float32": lambda: plain.draw(tokenizer, 1),
-        "VAR, float32": ours,
-    }
+    runs: dict[str, Callable[[], Any]] = {"plain, float32": theirs, "VAR, float32": ours}
+    if resolve("auto") == "onednn":
+        runs |= {f"{name} by oneDNN": by_onednn(run) for name, run in list(runs.items())}
     if lower:
-        runs |= {"plain, bf16 autocast": plain_lower, "VAR, bf16 autocast": ours_lower}
+        runs |= {"plain, bf16 autocast": in_bfloat16(theirs), "VAR, bf16 autocast": in_bfloat16(ours)}
     memory: dict[str, float] = {}
     for _ in range(rounds):
         for name, run in runs.items():
             spent, memory[name], drawn[name] = peak_mb(run)
             seconds.setdefault(name, []).append(spent)
             print(f"{name}: {spent:.2f} s", file=sys.stderr, flush=True)
-    with stages(tokenizer, model) as parts:
-        ours()
+    parts = {}
+    for name, run in runs.items():
+        if name.startswith("VAR"):
+            with stages(tokenizer, model) as found:
+                run()
+            parts[f"stages of {name}"] = {part: round(value, 3) for part, value in found.items()}
     reference = drawn["VAR, float32"]
     quantised(model)
+    eight, name = (in_bfloat16(ours), "VAR, int8, decoder bf16") if lower else (ours, "VAR, int8")
+    eight()  # torchao prepares its kernels at the first call.
     for _ in range(rounds):
-        spent, eight = once(ours)
-        seconds.setdefault("VAR, int8 weights", []).append(spent)
-        print(f"int8: {spent:.2f} s", file=sys.stderr, flush=True)
-    drawn["VAR, int8 weights"] = eight
+        spent, memory[name], drawn[name] = peak_mb(eight)
+        seconds.setdefault(name, []).append(spent)
+        print(f"{name}: {spent:.2f} s", file=sys.stderr, flush=True)
+    with stages(tokenizer, model) as found:
+        eight()
+    parts[f"stages of {name}"] = {part: round(value, 3) for part, value in found.items()}
     quality = {}
-    for name in ("VAR, bf16 autocast", "VAR, int8 weights"):
-        if name not in drawn:
+    for name in drawn:
+        if not name.startswith("VAR") or drawn[name] is reference:
             continue
         other = drawn[name]
         same = torch.cat([(a == b).flatten() for a, b in zip(reference.indices, other.indices, strict=True)])
@@ -241,7 +265,7 @@ def picture(rounds: int, depth: int | None, lower: bool) -> dict[str, Any]:
         }
     return {
         "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.items()},
-        "stages of VAR, float32": {name: round(value, 3) for name, value in parts.items()},
+        **parts,
         "quality": quality,
         "rise of memory, MB": {name: round(value, 1) for name, value in memory.items()},
         "depth": len(model.blocks),
@@ -251,10 +275,12 @@ def picture(rounds: int, depth: int | None, lower: bool) -> dict[str, Any]:
 def others(rounds: int, depth: int | None) -> dict[str, Any]:
     """HMAR and CoDe beside VAR, the same picture."""
     model, tokenizer = networks("var_d16", depth)
+    plain = Plain(model)
     hmar, _ = networks("hmar_d16", depth)
     small = VAR(VARConfig(depth=max(1, len(model.blocks) // 2), embed_dim=512, num_heads=8)).eval()
     pair: Any = lambda: decode_together(model, small, tokenizer, LABELS, draft_scales=8, seed=1)  # noqa: E731
     runs: dict[str, Callable[[], Any]] = {
+        "plain": torch.no_grad()(lambda: plain.draw(tokenizer, 1)),
         "VAR": lambda: generate_next_scale(model, tokenizer, LABELS, cfg_scale=1.5, seed=1),
         "HMAR, one pass a scale": lambda: generate_next_scale(hmar, tokenizer, LABELS, cfg_scale=1.5, seed=1),
         "HMAR, redrawn": lambda: generate_refined(
@@ -265,7 +291,7 @@ def others(rounds: int, depth: int | None) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            spent, _ = once(run)
+            spent, _ = once(run if name == "plain" else auto(run))
             seconds.setdefault(name, []).append(spent)
             print(f"{name}: {spent:.2f} s", file=sys.stderr, flush=True)
     return {
@@ -298,21 +324,16 @@ def training(rounds: int, lengths: list[int], lower: bool) -> dict[str, Any]:
         def step(forward: Callable[[], Tensor], weights: Any = weights, x: Tensor = x) -> None:
             torch.autograd.grad(forward().float().square().mean(), [x, *weights])
 
-        def low(run: Callable[[], None]) -> Callable[[], None]:
-            def inner() -> None:
-                with torch.autocast("cpu", torch.bfloat16):
-                    run()
-
-            return inner
-
         forms: dict[str, Callable[[], None]] = {
             "plain": lambda p=plain, b=bias, c=cond, x=x, s=step: s(lambda: p.hidden(x, c, b)),  # type: ignore[misc]
             "VAR": lambda m=model, k=mask, c=cond, x=x, s=step: s(lambda: m._hidden(x, c, k, None)),  # type: ignore[misc]
             "HMAR": lambda m=model, k=markov, c=cond, x=x, s=step: s(lambda: m._hidden(x, c, k, None)),  # type: ignore[misc]
         }
         runs = {f"{name}, float32": run for name, run in forms.items()}
+        if resolve("auto") == "onednn":
+            runs |= {f"{name}, float32 by oneDNN": by_onednn(run) for name, run in forms.items()}
         if lower:
-            runs |= {f"{name}, bf16 autocast": low(run) for name, run in forms.items()}
+            runs |= {f"{name}, bf16 autocast": in_bfloat16(run) for name, run in forms.items()}
         seconds: dict[str, list[float]] = {}
         for turn in range(rounds + 1):
             for name, run in runs.items():
@@ -372,7 +393,8 @@ def write(record: dict[str, Any]) -> None:
             lines += ["| tokens | pass | seconds | plain over it, same precision |", "|---|---|---|---|"]
             for length, times in found["seconds"].items():
                 for name, value in times.items():
-                    base = times[f"plain, {name.split(', ')[1]}"]
+                    precision = name.split(", ")[1].removesuffix(" by oneDNN")
+                    base = times[f"plain, {precision}"]
                     lines.append(f"| {length} | {name} | {value:.3f} | {base / value:.2f} |")
         else:
             first = next(iter(found["seconds"].values()))
@@ -420,7 +442,9 @@ Random weights at the published sizes. "plain" is VAR's forward pass written out
 where one is needed, and a cache that grows by concatenation; it has the same weights and ran in turns with ours. Made
 by `python bench/models/next_scale_table.py`.
 
-Without units for bfloat16 a processor emulates it, and `--precision auto` stays with float32.
+"by oneDNN" is within `arcore.float32_matmul("onednn")`, which the command line chooses by itself on processors where it
+pays; it serves plain code as well. Without units for bfloat16 a processor emulates it, and `--precision auto` stays
+with float32.
 
 HMAR saves attention alone. By the counts of [cost against resolution](resolution.md) VAR needs 1.11 times HMAR's
 operations for a picture of 512 pixels and 1.39 times for one of 1024, guided or not. So where matrix products run as

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from arcore import _C, _extension
+from arcore import _C, _extension, matmul
 from arcore._gpu_results import SEEN
 from arcore._optional import how_to_install
 from arcore._version import __version__
@@ -59,8 +59,15 @@ def _cpu_lines() -> list[tuple[str, str]]:
         ("CPU kernels", f"{used} in use ({reason}); built: {', '.join(built)}{untested}"),
         ("  bfloat16 units", f"{torch.ops.arcore.cpu_bf16()} in use; this CPU has {_units()}"),
         ("  default is", f"{torch.ops.arcore.cpu_default_isa()} ({platform.machine()})"),
+        ("float32 products", _products()),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
     ]
+
+
+def _products() -> str:
+    if matmul.resolve("auto") == "onednn":
+        return 'oneDNN in commands, as MKL leaves this CPU\'s AVX-512 idle; in Python: arcore.float32_matmul("auto")'
+    return "as torch computes them; arcore.float32_matmul can choose oneDNN"
 
 
 def _units() -> str:

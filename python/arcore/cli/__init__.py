@@ -21,6 +21,8 @@ COMMANDS = {
     "env": "show versions, instruction sets, and what is missing",
     "bench": "run the benchmarks of the source checkout",
 }
+# Those that compute with models; benchmarks choose for themselves.
+_COMPUTING = ("demo", "train", "sample", "run", "check")
 # Their options are read by tyro; the others work with torch alone.
 _EXTRA = {"demo": "train", "train": "train", "sample": "train", "run": "zoo"}
 
@@ -28,7 +30,8 @@ _EXTRA = {"demo": "train", "train": "train", "sample": "train", "run": "zoo"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, or 2 after a one-line error on stderr.
 
-    `ARCORE_TRACEBACK=1` in the environment shows where an error came from.
+    `ARCORE_TRACEBACK=1` in the environment shows where an error came from; `ARCORE_MATMUL` chooses the backend of
+    `arcore.float32_matmul`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -48,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in _EXTRA:
             require("tyro", extra=_EXTRA[name])
-        return int(importlib.import_module(f"arcore.cli.{name}").main(rest))
+        command = importlib.import_module(f"arcore.cli.{name}")
+        if name not in _COMPUTING:
+            return int(command.main(rest))
+        from arcore.matmul import float32_matmul
+
+        with float32_matmul(os.environ.get("ARCORE_MATMUL", "auto")):  # type: ignore[arg-type]
+            return int(command.main(rest))
     except KeyboardInterrupt:
         print(f"arcore {name}: interrupted", file=sys.stderr)
         return 130

@@ -48,6 +48,17 @@ class KVSnapshot:
         self.owner, self.lengths, self.cuts = owner, lengths, cuts
 
 
+def storage_dtype(like: Tensor) -> torch.dtype:
+    """Type in which a cache keeps keys and values: that of autocast on a device that casts, else its own.
+
+    Attention would cast them anyway, all earlier ones at every call.
+    """
+    device = like.device.type
+    if like.dtype is torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return like.dtype
+
+
 class KVCache:
     """Keys and values of all layers, with room for `max_length` tokens from the start.
 

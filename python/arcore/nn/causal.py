@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arcore.masks import IntervalMask, TreeMask
+from arcore.nn.cache import storage_dtype
 from arcore.nn.decoder import DecoderLayer
 from arcore.nn.protocols import Extended, Parents
 from arcore.nn.rotary import Angles
@@ -81,7 +82,7 @@ class CausalDecoder(nn.Module):
             num_heads=attention.num_kv_heads,
             max_length=max_length,
             head_dim=attention.head_dim,
-            dtype=weight.dtype,
+            dtype=storage_dtype(weight),
             device=weight.device,
             absent=absent,
         )

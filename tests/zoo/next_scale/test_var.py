@@ -12,6 +12,8 @@ from torch import Tensor
 
 import arcore
 from arcore import masks
+from arcore.catalog.claims import shaken
+from arcore.decoding import generate_next_scale
 from arcore.models import VAR, VARConfig, load_weights
 
 SMALL = {
@@ -235,6 +237,24 @@ def test_half_precision_weights_give_float32_logits(dtype: torch.dtype):
     assert out.dtype == torch.float32
     assert (out - expected).abs().max() < 0.05 * expected.abs().max() + 1e-3
     assert half.make_cache(1).keys.dtype == dtype
+
+
+def test_under_autocast_the_cache_is_of_its_type_and_nothing_else_changes(monkeypatch):
+    model = shaken(arcore.create_model("var_tiny")).eval()
+    tokenizer = arcore.create_model("msvq_tiny").eval()
+
+    def drawn():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model.make_cache(1).keys.dtype == kept
+            return generate_next_scale(model, tokenizer, torch.tensor([3]), seed=2).indices
+
+    kept = torch.bfloat16
+    ours = drawn()
+    # Kept in float32, keys and values are rounded at each call instead.
+    monkeypatch.setattr("arcore.zoo.next_scale.var.storage_dtype", lambda like: like.dtype)
+    kept = torch.float32
+    assert all(map(torch.equal, ours, drawn()))
+    assert model.make_cache(1).keys.dtype == torch.float32
 
 
 def test_autocast_gives_float32_logits_and_gradients():

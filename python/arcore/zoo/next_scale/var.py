@@ -36,6 +36,7 @@ from arcore.nn import (
     SelfAttention,
     SharedModulation,
 )
+from arcore.nn.cache import storage_dtype
 from arcore.nn.checks import check_floating, check_patch_nums
 from arcore.nn.kinds import check_kinds
 
@@ -197,7 +198,7 @@ class VAR(nn.Module):
             num_heads=self.config.num_heads,
             max_length=self.scale_starts[-1 if scales is None else scales],
             head_dim=self.config.embed_dim // self.config.num_heads,
-            dtype=self.pos_embed.dtype,
+            dtype=storage_dtype(self.pos_embed),
             device=self.pos_embed.device,
         )
 

@@ -15,6 +15,7 @@ from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
 from arcore.masks import IntervalMask, full, prefix_lm
 from arcore.nn import Rope, TokenCache, rope_table
+from arcore.nn.cache import storage_dtype
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.biology.xtrimopglm.blanks import VOCABULARIES
 from arcore.zoo.biology.xtrimopglm.layers import MLP, Attention, DeepNormLayer, GatedMLP, Layer
@@ -197,7 +198,7 @@ class GLM(nn.Module):
             num_heads=self.config.num_heads,
             max_length=max_length,
             head_dim=self.config.dim // self.config.num_heads,
-            dtype=weight.dtype,
+            dtype=storage_dtype(weight),
             device=weight.device,
         )
 

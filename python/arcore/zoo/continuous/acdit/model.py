@@ -24,6 +24,7 @@ from arcore.nn import (
     init_dit,
     rope_table,
 )
+from arcore.nn.cache import storage_dtype
 from arcore.nn.checks import check_floating, check_image_sizes
 from arcore.nn.dit import renamed
 from arcore.nn.kinds import check_kinds
@@ -192,7 +193,7 @@ class ACDiT(nn.Module):
             num_heads=config.num_heads,
             max_length=(self.num_blocks - 1 + copies) * config.block_size,
             head_dim=config.embed_dim // config.num_heads,
-            dtype=self.embed.weight.dtype,
+            dtype=storage_dtype(self.embed.weight),
             device=self.embed.weight.device,
         )
 

@@ -17,6 +17,7 @@ from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import ContextEmbedding, DiTBlock, KVCache, TimestepEmbedding, init_dit, sincos_sequence
 from arcore.nn.adaln import EPS
+from arcore.nn.cache import storage_dtype
 from arcore.nn.checks import check_floating, same_values
 from arcore.nn.dit import renamed
 from arcore.nn.embed import NullContext
@@ -183,7 +184,7 @@ class ARDiffusion(nn.Module):
             num_heads=config.num_heads,
             max_length=config.context_tokens + config.frames * config.tokens,
             head_dim=config.embed_dim // config.num_heads,
-            dtype=self.embed.weight.dtype,
+            dtype=storage_dtype(self.embed.weight),
             device=self.embed.weight.device,
         )
 

@@ -14,6 +14,7 @@ from arcore import masks
 from arcore.masks import IntervalMask
 from arcore.nn import AdaLNHead, KVCache, RMSNorm, SharedModulation
 from arcore.nn.adaln import EPS
+from arcore.nn.cache import storage_dtype
 from arcore.nn.checks import check_floating
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.next_scale.infinity.config import LEVELS, InfinityConfig
@@ -176,7 +177,7 @@ class Infinity(nn.Module):
             num_heads=self.config.num_heads,
             max_length=self.scale_starts[-1] + 1,
             head_dim=self.config.embed_dim // self.config.num_heads,
-            dtype=self.pos_start.dtype,
+            dtype=storage_dtype(self.pos_start),
             device=self.pos_start.device,
         )
 
