@@ -40,18 +40,18 @@ def close(ours: Tensor, exact: Tensor, terms: int) -> None:
 
 
 @onednn
-@pytest.mark.parametrize("layout", ["rows", "columns", "cut"])
-@pytest.mark.parametrize("shape", [(4, 512, 513), (17, 257, 255), (127, 100, 1000), (1000, 65, 63)])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(
+    "shape", [(4, 512, 513), (17, 257, 255), (127, 100, 1000), (1000, 65, 65), (1000, 65, 33)]
+)
 def test_products_agree_with_float64(calls, shape, layout):
     m, k, n = shape
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        x = torch.randn(rows + 3, columns + 5)
-        if layout == "columns":
-            x = torch.randn(columns + 3, rows + 5).t()
-        return x[:rows, :columns] if layout != "rows" else x[:rows, :columns].contiguous()
-
-    a, b, bias = matrix(m, k), matrix(k, n), torch.randn(n)
+    a, b, bias = torch.randn(m, k), torch.randn(n, k).t(), torch.randn(n)
+    if layout == "columns":
+        b = b.contiguous()
+        if min(m, n) >= 64:
+            a = a.t().contiguous().t()
     exact = a.double() @ b.double()
     with arcore.float32_matmul("onednn"):
         assert matmul.current() == "onednn"
@@ -95,6 +95,12 @@ def test_gradients_of_a_linear_layer(calls):
         (torch.randn(1, 512).expand(64, 512), torch.randn(512, 64)),
         (torch.randn(70000).as_strided((64, 512), (2, 1)), torch.randn(512, 64)),
         (torch.randn(64, 1024)[:, ::2], torch.randn(512, 64)),
+        (torch.randn(64, 516)[:, :512], torch.randn(512, 64)),
+        (torch.randn(64, 512), torch.randn(512, 68)[:, :64]),
+        (torch.randn(64, 512), torch.randn(64, 516)[:, 4:].t()),
+        (torch.randn(4096, 64).t(), torch.randn(4096, 32)),
+        (torch.randn(4096, 64), torch.randn(64, 31)),
+        (torch.randn(4096, 15), torch.randn(15, 64)),
         (torch.randn(64, 0), torch.randn(0, 64)),
         (torch.randn(0, 512), torch.randn(512, 64)),
     ],

@@ -20,9 +20,11 @@ from torch import Tensor
 
 Backend = Literal["torch", "onednn", "auto"]
 
-# Below these sizes the call itself costs more than is gained (measured on Zen 5: equal at about 2^20 multiply-adds).
+# Below these sizes nothing is gained (measured on Zen 5: equal at about 2^20 multiply-adds). Rows count once, what is
+# summed over four times and columns eight times less.
 LEAST_ROWS = 4
 LEAST_PRODUCTS = 1 << 20
+LEAST_TURNED = 64
 # AMD's families whose 512-bit operations take one pass through the units.
 WIDE_FAMILY = 26
 
@@ -34,8 +36,8 @@ class float32_matmul(AbstractContextManager[None]):  # noqa: N801: used like tor
     """Chooses what computes float32 matrix products on the CPU: `with arcore.float32_matmul("auto"): ...`.
 
     It holds for the whole process, all threads, `torch.mm` and `torch.addmm` and so what is made of them: linear
-    layers, and products of two matrices by `@`; forward and backward. Small products (fewer than 4 rows or 2^20
-    multiply-adds), those of other types, and layouts that are no plain matrix stay with torch. Rounding differs as it
+    layers, and products of two matrices by `@`; forward and backward. Small products (fewer than 2^20 multiply-adds, 4
+    rows, 32 columns), slices of wider matrices, and products of other types stay with torch. Rounding differs as it
     does between two BLAS libraries; both keep float32 sums. Compiled code (`torch.compile`) calls torch's own products
     and is not changed.
 
@@ -122,23 +124,24 @@ def _by_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     return linear
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether elements lie side by side along one axis and rows do not overlap."""
-    (rows, columns), (down, right) = x.shape, x.stride()
-    return (right == 1 and down >= columns) or (down == 1 and right >= rows)
-
-
 def _suits(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype is torch.float32
-        and b.dtype is torch.float32
-        and a.dim() == b.dim() == 2
-        and a.shape[1] == b.shape[0]
-        and a.shape[0] >= LEAST_ROWS
-        and a.shape[0] * a.shape[1] * b.shape[1] >= LEAST_PRODUCTS
-        and _plain(a)
-        and _plain(b)
-    )
+    """Whether the product of a `[M, K]` and b `[K, N]` gains.
+
+    Slices of wider matrices do not: for some of them oneDNN has plain loops alone, a thousand times slower.
+    """
+    if not (a.dtype is b.dtype is torch.float32 and a.dim() == b.dim() == 2):
+        return False
+    (rows, inner), columns = a.shape, b.shape[1]
+    if (
+        inner != b.shape[0]
+        or rows * inner * columns < LEAST_PRODUCTS
+        or min(rows, inner // 4, columns // 8) < LEAST_ROWS
+    ):
+        return False
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        return False
+    # Turning `a` costs a pass over it.
+    return a.is_contiguous() or (a.t().is_contiguous() and min(rows, columns) >= LEAST_TURNED)
 
 
 def _use(backend: str) -> None:
