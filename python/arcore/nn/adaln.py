@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +43,23 @@ class Modulation(nn.Module):
         """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`, or `[B, G, cond_dim]`, one per group, to `[B, G, 1, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
         return vectors.unsqueeze(-2).chunk(self.parts, dim=-1)
+
+
+def modulate_once(cond: Tensor, cache: KVCache | None, make: Callable[[Tensor], list[Any]]) -> list[Any]:
+    """What blocks make of a condition, once for all calls with one cache: while images are drawn it does not change.
+
+    Args:
+        cond: `[B, cond_dim]`.
+        cache: keeps the result while cond stays the same and no gradients are recorded; None keeps nothing.
+        make: from cond to one entry per block.
+    """
+    if cache is None or torch.is_grad_enabled():
+        return make(cond)
+    kept = cache.notes.get("modulation")
+    if kept is None or not torch.equal(kept[0], cond):
+        kept = cache.notes["modulation"] = (cond, make(cond))
+    vectors: list[Any] = kept[1]
+    return vectors
 
 
 class SharedModulation(nn.Module):
@@ -132,19 +152,26 @@ class AdaLNBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cond: Tensor | tuple[Tensor, ...],
+        mask: IntervalMask,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """Apply the block.
 
         Args:
             x: `[B, N, C]`.
-            cond: `[B, cond_dim]`, or `[B, 1, 6, C]` where the modulation is shared.
+            cond: `[B, cond_dim]`, or `[B, 1, 6, C]` where the modulation is shared; or what `self.modulation`
+                made of it.
             mask, cache, layer: see `SelfAttention.forward`.
 
         Returns:
             `[B, N, C]`.
         """
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(cond)
+        vectors = self.modulation(cond) if isinstance(cond, Tensor) else cond
+        gate1, gate2, scale1, scale2, shift1, shift2 = vectors
         attended = self.attn(modulated_norm(x, scale1, shift1), mask, cache, layer)
         x = x + self.drop_path(gate1 * attended)
         x = x + self.drop_path(gate2 * self.ffn(modulated_norm(x, scale2, shift2)))

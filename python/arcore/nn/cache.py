@@ -86,6 +86,7 @@ class KVCache:
     Attributes:
         keys, values: the storage, each `[A, B, H, max_length, D]`, where A counts the layers that are not absent.
         max_length: as given.
+        notes: what a model wants to keep for these rows beside keys and values; empty after `select`.
 
     Raises:
         ValueError: a size is negative, or `absent` names all layers or one that does not exist.
@@ -119,6 +120,7 @@ class KVCache:
         self.max_length = max_length
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.notes: dict[str, Any] = {}
         self._lengths = [0] * len(present)
         # The lengths that the cache was ever cut to: a snapshot is void once a later cut went below its length.
         self._cuts: list[int] = []
@@ -221,6 +223,7 @@ class KVCache:
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.keys.device)
         self.keys = self.keys.index_select(1, index)
         self.values = self.values.index_select(1, index)
+        self.notes.clear()
         self._cuts.append(-1)
 
     def _cut(self, lengths: list[int]) -> None:

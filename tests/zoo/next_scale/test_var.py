@@ -257,6 +257,30 @@ def test_under_autocast_the_cache_is_of_its_type_and_nothing_else_changes(monkey
     assert model.make_cache(1).keys.dtype == torch.float32
 
 
+def test_the_modulation_is_made_once_for_an_image(monkeypatch):
+    model = shaken(arcore.create_model("var_tiny")).eval()
+    tokenizer = arcore.create_model("msvq_tiny").eval()
+    counted = []
+    for block in model.blocks:
+        block.modulation.register_forward_hook(lambda *_: counted.append(1))
+    labels = torch.tensor([3, 1])
+    ours = generate_next_scale(model, tokenizer, labels, seed=2).indices
+    assert len(counted) == len(model.blocks)
+    with monkeypatch.context() as patched:
+        patched.setattr("arcore.zoo.next_scale.var.modulate_once", lambda cond, cache, make: make(cond))
+        assert all(map(torch.equal, ours, generate_next_scale(model, tokenizer, labels, seed=2).indices))
+    # Other labels, and other rows, are seen.
+    with torch.no_grad():
+        cache = model.make_cache(2)
+        first = model.scale_logits(0, None, labels, cache)
+        cache.truncate(0)
+        assert not torch.equal(first, model.scale_logits(0, None, labels.flip(0), cache))
+        cache.truncate(0)
+        cache.select([1, 0])
+        assert not cache.notes
+        torch.testing.assert_close(model.scale_logits(0, None, labels, cache), first, rtol=0, atol=0)
+
+
 def test_autocast_gives_float32_logits_and_gradients():
     model = VAR(VARConfig(**SMALL))
     with torch.autocast("cpu", dtype=torch.bfloat16):

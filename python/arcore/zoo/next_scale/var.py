@@ -36,6 +36,7 @@ from arcore.nn import (
     SelfAttention,
     SharedModulation,
 )
+from arcore.nn.adaln import modulate_once
 from arcore.nn.cache import storage_dtype
 from arcore.nn.checks import check_floating, check_patch_nums
 from arcore.nn.kinds import check_kinds
@@ -258,10 +259,18 @@ class VAR(nn.Module):
         return out
 
     def _hidden(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None) -> Tensor:
-        vectors = self.modulation(cond)
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, vectors) in enumerate(zip(self.blocks, self._vectors(cond, cache), strict=True)):
             x = block(x, vectors, mask, cache, layer)
         return x
+
+    def _vectors(self, cond: Tensor, cache: KVCache | None) -> list[Any]:
+        """What modulates each block; without a cache the blocks make it themselves."""
+        blocks: list[Any] = list(self.blocks)
+        if cache is None:
+            return [self.modulation(cond)] * len(blocks)
+        return modulate_once(
+            cond, cache, lambda cond: [block.modulation(self.modulation(cond)) for block in blocks]
+        )
 
     def _check_inputs(self, inputs: Tensor, length: int, batch: int) -> None:
         expected = (batch, length, self.config.z_channels)

@@ -18,6 +18,7 @@ from arcore.catalog import Published, preset
 from arcore.decoding import NextScaleOutput
 from arcore.masks import IntervalMask
 from arcore.nn import KVCache
+from arcore.nn.adaln import modulate_once
 from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import ScaleTokenizer
 from arcore.ops import token_logprobs
@@ -112,11 +113,16 @@ class HMAR(VAR):
         else:
             self._check_inputs(inputs, self.patch_nums[k] ** 2, len(labels))
             x = self.word_embed(inputs)
-        return self._transform(x + self._places(k), cond, _whole(x))
+        return self._transform(x + self._places(k), cond, _whole(x), cache)
 
     def _transform(self, x: Tensor, cond: Tensor, mask: IntervalMask, cache: KVCache | None = None) -> Tensor:
-        for block in itertools.chain(self.base_blocks, self.ns_blocks):
-            x = block(x, cond, mask)
+        blocks: list[Any] = [*self.base_blocks, *self.ns_blocks]
+        vectors: list[Any] = [cond] * len(blocks)
+        if cache is not None:
+            # Nothing is read from it or written into it but this.
+            vectors = modulate_once(cond, cache, lambda cond: [block.modulation(cond) for block in blocks])
+        for block, own in zip(blocks, vectors, strict=True):
+            x = block(x, own, mask)
         out: Tensor = self.ns_head(x, cond)
         return out
 
