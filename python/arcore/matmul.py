@@ -37,9 +37,9 @@ class float32_matmul(AbstractContextManager[None]):  # noqa: N801: used like tor
 
     It holds for the whole process, all threads, `torch.mm` and `torch.addmm` and so what is made of them: linear
     layers, and products of two matrices by `@`; forward and backward. Small products (fewer than 2^20 multiply-adds, 4
-    rows, 32 columns), slices of wider matrices, and products of other types stay with torch. Rounding differs as it
-    does between two BLAS libraries; both keep float32 sums. Compiled code (`torch.compile`) calls torch's own products
-    and is not changed.
+    rows, 32 columns), weights that are slices of wider ones, and products of other types stay with torch. Rounding
+    differs as it does between two BLAS libraries; both keep float32 sums. Compiled code (`torch.compile`) calls torch's
+    own products and is not changed.
 
     The command line chooses `"auto"`, or what the environment variable `ARCORE_MATMUL` names.
 
@@ -113,22 +113,21 @@ def _wide_amd() -> bool:
 
 def _by_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """x [M, K] and w [N, K] and a bias [N] -> x w^T + bias, without derivatives."""
-    # The op is registered for tensors of oneDNN's own layouts; its kernel takes plain ones as well.
-    key: Any = torch._C._parse_dispatch_key("MkldnnCPU")
-    place = torch._C.DispatchKeySet(key)
     op: Any = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return op.redispatch(place, x, w, bias, "none", [], "")  # type: ignore[no-any-return]
+        return op(x, w, bias, "none", [], "")  # type: ignore[no-any-return]
 
     return linear
 
 
-def _suits(a: Tensor, b: Tensor) -> bool:
-    """Whether the product of a `[M, K]` and b `[K, N]` gains.
+def fills_its_memory(weight: Tensor) -> bool:
+    """Whether a matrix is no slice of a wider one: for those oneDNN has plain loops alone, a thousand times slower."""
+    return weight.is_contiguous() or weight.t().is_contiguous()
 
-    Slices of wider matrices do not: for some of them oneDNN has plain loops alone, a thousand times slower.
-    """
+
+def _suits(a: Tensor, b: Tensor) -> bool:
+    """Whether the product of a `[M, K]` and b `[K, N]` gains."""
     if not (a.dtype is b.dtype is torch.float32 and a.dim() == b.dim() == 2):
         return False
     (rows, inner), columns = a.shape, b.shape[1]
@@ -138,10 +137,11 @@ def _suits(a: Tensor, b: Tensor) -> bool:
         or min(rows, inner // 4, columns // 8) < LEAST_ROWS
     ):
         return False
-    if not (b.is_contiguous() or b.t().is_contiguous()):
+    if not fills_its_memory(b):
         return False
     # Turning `a` costs a pass over it.
-    return a.is_contiguous() or (a.t().is_contiguous() and min(rows, columns) >= LEAST_TURNED)
+    down, right = a.stride()
+    return (right == 1 and down >= inner) or (a.t().is_contiguous() and min(rows, columns) >= LEAST_TURNED)
 
 
 def _use(backend: str) -> None:

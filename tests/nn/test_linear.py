@@ -41,6 +41,25 @@ def test_same_as_torch(x: str, weight: str, bias: bool):
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+def test_weights_that_are_slices_stay_with_torch(monkeypatch):
+    """oneDNN has plain loops alone for them, a thousand times slower."""
+    seen = []
+    module = sys.modules["arcore.nn.linear"]
+    own = module._onednn
+    monkeypatch.setattr(module, "_onednn", lambda x, weight, *rest: seen.append(1) or own(x, weight, *rest))
+    x = torch.randn(3, K)
+    for weight, dense in (
+        (torch.randn(M, K), 1),
+        (torch.randn(K, M).t(), 1),
+        (torch.randn(2 * M, K)[::2], 0),
+        (torch.randn(M, K + 5)[:, :K], 0),
+    ):
+        seen.clear()
+        linear(x, weight)
+        assert len(seen) == dense * (own is not None)
+
+
 def test_gradients_autocast_and_other_precisions_are_those_of_torch():
     layer, x = Linear(K, M), torch.randn(3, K, requires_grad=True)
     layer(x).square().sum().backward()

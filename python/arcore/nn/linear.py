@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.matmul import fills_its_memory
 from arcore.ops._registration import call_below
 from arcore.ops.decoder_step import MULTIPLE
 
@@ -58,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
         out: Tensor = few.view(*x.shape[:-1], weight.shape[0])
         return out
-    if _onednn is None or x.numel() * weight.shape[0] < MIN_PRODUCTS:
+    if _onednn is None or x.numel() * weight.shape[0] < MIN_PRODUCTS or not fills_its_memory(weight):
         return F.linear(x, weight, bias)
     out = _onednn(x, weight, bias, "none", [], "")
     return out
