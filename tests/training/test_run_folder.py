@@ -8,11 +8,14 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
+import pytorch_lightning.loggers
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from arcore.data import load_digits
-from arcore.training import Task, TrainConfig, fit
+from arcore.training import Task, TrainConfig, engine, fit
 from arcore.training.run_folder import LOCK, RECORD, read_record, run_folder
 
 SETTINGS = {"steps": 20, "batch_size": 8, "checkpoint_every": 10, "accelerator": "cpu"}
@@ -155,14 +158,58 @@ def test_figures_go_to_a_logger_of_lightning(toy_task, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def test_figures_go_to_several_loggers(toy_task, tmp_path, monkeypatch):
+    """With doubles, for neither package is needed to say which loggers a run has."""
+    made = []
+
+    def logger(name: str) -> Any:
+        class Kept(DummyLogger):
+            def __init__(self, **options: Any) -> None:
+                super().__init__()
+                self.figures: dict[str, Any] = {}
+                made.append((name, options, self))
+
+            def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+                self.figures[step] = metrics
+
+        return Kept
+
+    monkeypatch.setattr(engine, "require", lambda module, extra: None)
+    monkeypatch.setattr(pytorch_lightning.loggers, "TensorBoardLogger", logger("tensorboard"))
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", logger("wandb"))
+    config = TrainConfig(**SETTINGS | {"logger": "wandb, csv,tensorboard,wandb"})
+    assert config.logger == "wandb,csv,tensorboard"
+    fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+    assert [name for name, *_ in made] == ["wandb", "tensorboard"]
+    for _, options, kept in made:
+        assert options["save_dir"] == tmp_path / "run"
+        assert kept.figures[config.steps]["train/loss"] > 0
+    assert (tmp_path / "run" / "metrics.csv").read_text().startswith("step,split,loss")
+
+
+def test_no_logger_makes_a_file_where_one_is_missing(toy_task, tmp_path, monkeypatch):
+    def require(module: str, extra: str) -> None:
+        if module == "wandb":
+            raise ImportError(f"this needs the package {module!r}", name=module)
+
+    monkeypatch.setattr(engine, "require", require)
+    config = TrainConfig(**SETTINGS | {"logger": "tensorboard,wandb"})
+    with pytest.raises(ImportError, match="this needs the package 'wandb'"):
+        fit(toy_task(config), load_digits("train"), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.filterwarnings("ignore")  # of wandb itself
-def test_figures_go_to_wandb(toy_task, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard,wandb"])
+def test_figures_go_to_wandb(toy_task, tmp_path, monkeypatch, logger):
+    for name in logger.split(","):
+        pytest.importorskip(name)
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
         monkeypatch.setenv(name, value)
-    config = TrainConfig(**SETTINGS | {"logger": "wandb"})
+    config = TrainConfig(**SETTINGS | {"logger": logger})
     for name in ("one", "two"):  # each run of a process has a log of its own
         fit(toy_task(config), load_digits("train"), tmp_path / name, show_progress=False)
+        assert bool(list(tmp_path.glob(f"{name}/tensorboard/events*"))) == ("tensorboard" in logger)
         (log,) = (tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")
         # wandb's own process writes the file.
         deadline = time.monotonic() + 60

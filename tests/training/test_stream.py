@@ -97,6 +97,7 @@ def test_settings_out_of_range_are_named(field, value):
         ("devices", 2.0, "devices must be 'auto' or a number of devices but got 2.0"),
         ("devices", True, "devices must be 'auto' or a number of devices but got True"),
         ("epochs", "2", "epochs must be a number"),
+        ("logger", ["csv"], "logger must be a text such as"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_named(field, value, words):
@@ -113,6 +114,8 @@ def test_settings_of_the_wrong_kind_are_named(field, value, words):
         ("lr", float("inf"), "lr must be"),
         ("schedule", "linear", "schedule must be one of cosine, constant, wsd"),
         ("logger", "mlflow", "logger must be one of csv, tensorboard, wandb"),
+        ("logger", "csv,mlflow", "or several separated by commas, but got 'csv,mlflow'"),
+        ("logger", "csv,", "logger must be one of"),
         ("epochs", 0, "epochs must be above 0"),
         ("devices", 0, "devices must be 'auto' or a number"),
     ],

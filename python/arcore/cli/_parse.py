@@ -25,6 +25,8 @@ from typing import (
     get_type_hints,
 )
 
+from arcore.cli._repeats import Flag, joined
+
 Options = TypeVar("Options")
 # A line of the frame, with or without a title in it.
 _RULE = re.compile("[─━-]{3}")
@@ -38,7 +40,7 @@ def parse(options: type[Options], command: str, argv: Sequence[str]) -> Options:
         ValueError: the options do not fit; one line.
         SystemExit: `--help` was asked for and printed.
     """
-    return _cli(options, command, argv)
+    return _cli(options, command, joined(argv, _flags([options])))
 
 
 def _cli(options: type[Options], command: str, argv: Sequence[str]) -> Options:
@@ -73,7 +75,8 @@ def parse_groups(
     """Read options that stand in several dataclasses.
 
     The help text of an option is its entry under `Attributes:` in the dataclass's docstring. A field's metadata may
-    hold `flag` (its name on the command line), `aliases`, `metavar`, and `positional`.
+    hold `flag` (its name on the command line), `aliases`, `metavar`, `positional`, and `names` (the value is names
+    separated by commas, so the option may be repeated). Options of any number of values may be repeated too.
 
     Args:
         command: what stands behind `arcore`, for the help text.
@@ -94,7 +97,7 @@ def parse_groups(
         [(name, kind, dataclasses.field(default_factory=kind)) for name, (kind, _) in made.items()],
     )
     whole.__doc__ = text
-    found = _cli(whole, command, argv)
+    found = _cli(whole, command, joined(argv, _flags([group.options for group in groups.values()])))
     chosen: dict[str, dict[str, Any]] = {}
     for title in groups:
         name = title.replace(" ", "_")
@@ -153,6 +156,24 @@ def _made(title: str, group: Group) -> tuple[type, list[str]]:
     return made, [name for name, *_ in rows]
 
 
+def _flags(kinds: Sequence[type]) -> dict[str, Flag]:
+    """The options of dataclasses by how they are written."""
+    flags: dict[str, Flag] = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for found in dataclasses.fields(kind):
+            if found.metadata.get("positional"):
+                continue
+            first = _parts(hints[found.name])[0]
+            count: int | None = 0 if first is bool else 1
+            if get_origin(first) is tuple:
+                count = None if Ellipsis in get_args(first) else len(get_args(first))
+            name = f"--{found.metadata.get('flag', found.name).replace('_', '-')}"
+            flag = Flag(name, count, bool(found.metadata.get("names")))
+            flags |= dict.fromkeys((name, *found.metadata.get("aliases", ())), flag)
+    return flags
+
+
 def _helps(options: type) -> dict[str, str]:
     """The text of each option, from the docstrings of a dataclass and of those that it extends."""
     from docstring_parser import parse as parse_docstring
@@ -198,6 +219,16 @@ class PlainParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags: dict[str, Flag] = {}
+        for action in self._actions:
+            if action.option_strings:
+                name = action.option_strings[-1]
+                several, switch = action.nargs in ("*", "+"), action.nargs == 0 or action.const is not None
+                count = 0 if switch or isinstance(action, argparse._AppendAction) else None if several else 1
+                flags |= dict.fromkeys(action.option_strings, Flag(name, count))
+        return super().parse_known_args(joined(args, flags), namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see `{self.prog} --help`)")

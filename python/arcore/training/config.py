@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from arcore.training.checks import number
 
 Schedule = Literal["cosine", "constant", "wsd"]
-Logger = Literal["csv", "tensorboard", "wandb"]
+LOGGERS = ("csv", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ class TrainConfig:
             `"ddp_find_unused_parameters_true"`.
         oversubscribe: allow more processes on a CPU than it has cores.
         workers: processes that read data; 0 reads them in the training process.
-        logger: where the figures go beside metrics.csv: `"csv"` nowhere, `"tensorboard"` or `"wandb"`.
+        logger: where the figures go: `"csv"` is metrics.csv, which is always written; `"tensorboard"` and `"wandb"`
+            come beside it, several separated by commas (`"tensorboard,wandb"`).
 
     Raises:
         TypeError: a value is of the wrong kind (named).
@@ -78,7 +79,7 @@ class TrainConfig:
     strategy: str = "auto"
     oversubscribe: bool = False
     workers: int = 0
-    logger: Logger = "csv"
+    logger: str = field(default="csv", metadata={"names": True, "metavar": "|".join(LOGGERS)})
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "num_nodes", "keep_last"):
@@ -105,16 +106,17 @@ class TrainConfig:
             if not beta < 1:
                 raise ValueError(f"betas must lie in [0, 1) but got {tuple(self.betas)}")
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, kind in (("schedule", Schedule), ("logger", Logger)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {choices} but got {getattr(self, name)!r}")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"schedule must be one of {', '.join(get_args(Schedule))} but got {self.schedule!r}"
+            )
         for name in ("keep_best", "oversubscribe"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False but got {getattr(self, name)!r}")
         for name in ("precision", "accelerator", "strategy"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a name but got {getattr(self, name)!r}")
+        object.__setattr__(self, "logger", _loggers(self.logger))
         devices: Any = self.devices
         if isinstance(devices, int) and not isinstance(devices, bool):
             devices = str(devices)
@@ -137,6 +139,21 @@ class TrainConfig:
             return 1 - (1 - self.final_lr) * progress
         progress = min(1.0, (step - self.warmup) / max(1, last - self.warmup))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _loggers(given: Any) -> str:
+    """Names of loggers separated by commas, each once."""
+    if not isinstance(given, str):
+        raise TypeError(
+            f"logger must be a text such as 'tensorboard' or 'tensorboard,wandb' but got {given!r}"
+        )
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(
+                f"logger must be one of {', '.join(LOGGERS)}, or several separated by commas, but got {given!r}"
+            )
+    return ",".join(dict.fromkeys(names))
 
 
 # A run may continue with other values of these; all others decide its result.

@@ -239,7 +239,7 @@ def _trainer(
     config = task.config
     precision: Any = config.precision
     # Before the attempt below: that a package is missing is not a setting that the engine refuses.
-    logger = _logger(config, out)
+    logger = _loggers(config, out)
     try:
         return pl.Trainer(
             accelerator=config.accelerator,
@@ -272,15 +272,19 @@ def _strategy(config: TrainConfig) -> Any:
     return Sharded(_devices(config) * config.num_nodes) if config.strategy == "fsdp" else config.strategy
 
 
-def _logger(config: TrainConfig, out: Path) -> Any:
-    if config.logger == "csv":
-        return False
+def _loggers(config: TrainConfig, out: Path) -> Any:
+    """Loggers of Lightning's that take the figures beside metrics.csv; False where there are none."""
     from pytorch_lightning import loggers
 
-    require(config.logger, extra=config.logger)
-    if config.logger == "tensorboard":
-        return loggers.TensorBoardLogger(save_dir=out, name="", version="tensorboard")
-    return loggers.WandbLogger(project="arcore", name=out.name, save_dir=out)
+    # In the order in which they were named; all packages are asked for before any logger makes a file.
+    names = [name for name in config.logger.split(",") if name != "csv"]
+    for name in names:
+        require(name, extra=name)
+    make = {
+        "tensorboard": lambda: loggers.TensorBoardLogger(save_dir=out, name="", version="tensorboard"),
+        "wandb": lambda: loggers.WandbLogger(project="arcore", name=out.name, save_dir=out),
+    }
+    return [make[name]() for name in names] or False
 
 
 def _wandb_run() -> Any:
