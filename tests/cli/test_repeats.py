@@ -17,7 +17,8 @@ FLAGS = {
     "--num": Flag("--num"),
     "-n": Flag("--num"),
     "--betas": Flag("--betas", count=2),
-    "--set": Flag("--set", count=None),
+    "--set": Flag("--set", count=None, adds=True),
+    "--cfg": Flag("--cfg", count=None),
     "--logger": Flag("--logger", names=True),
     "--ema": Flag("--ema", count=0),
 }
@@ -52,6 +53,7 @@ def test_repeated_options_become_one(given, becomes):
         ("--batch-size 3 --batch_size 4", "--batch-size was given as '3' and as '4'"),
         ("--num 3 -n 4", "--num was given as '3' and as '4'"),
         ("--betas 0 .9 --betas 0 .8", "--betas was given as '0 .9' and as '0 .8'"),
+        ("--cfg 1 2 --cfg 3", "--cfg was given as '1 2' and as '3'"),
         ("--out a --out", "--out was given as 'a' and as ''"),
     ],
 )
@@ -71,6 +73,7 @@ def test_options_of_dataclasses_and_of_plain_commands():
             data: a path.
             label: a name.
             columns: names.
+            quantiles: numbers.
             logger: names.
             keep: a switch.
         """
@@ -78,6 +81,7 @@ def test_options_of_dataclasses_and_of_plain_commands():
         data: Path | None = None
         label: str | None = field(default=None, metadata={"flag": "class", "aliases": ("-c",)})
         columns: tuple[str, ...] | None = None
+        quantiles: tuple[float, ...] = ()
         logger: str = field(default="csv", metadata={"names": True})
         keep: bool = False
 
@@ -91,17 +95,21 @@ def test_options_of_dataclasses_and_of_plain_commands():
     }
     with pytest.raises(ValueError, match="--data was given as 'a' and as 'b'"):
         read("--data a --data b")
+    with pytest.raises(ValueError, match=r"--quantiles was given as '\.1 \.9' and as '\.5'"):
+        read("--quantiles .1 .9 --quantiles .5")
     with pytest.raises(ValueError, match="--class was given as '1' and as '2'"):
         read("--class 1 -c 2")
     parser = PlainParser("test", "A test.")
     parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--files", nargs="+")
     parser.add_argument("--row", action="append")
     parser.add_argument("-j", "--json")
     parser.add_argument("--all", action="store_true")
-    found = parser.parse_args(
-        ["--batch", "1", "2", "--row", "a", "--batch", "3", "--row", "b", "--all", "--all"]
-    )
-    assert (found.batch, found.row) == ([1, 2, 3], ["a", "b"])
+    words = "--files a b --row a --batch 3 --files c --row b --all --all"
+    found = parser.parse_args(words.split())
+    assert (found.files, found.row, found.batch) == (["a", "b", "c"], ["a", "b"], [3])
+    with pytest.raises(ValueError, match="--batch was given as '1 2' and as '3'"):
+        parser.parse_args(["--batch", "1", "2", "--batch", "3"])
     with pytest.raises(ValueError, match="--json was given as 'x' and as 'y'"):
         parser.parse_args(["--json", "x", "-j", "y"])
 

@@ -76,7 +76,7 @@ def parse_groups(
 
     The help text of an option is its entry under `Attributes:` in the dataclass's docstring. A field's metadata may
     hold `flag` (its name on the command line), `aliases`, `metavar`, `positional`, and `names` (the value is names
-    separated by commas, so the option may be repeated). Options of any number of values may be repeated too.
+    separated by commas, so the option may be repeated). Options of any number of words may be repeated too.
 
     Args:
         command: what stands behind `arcore`, for the help text.
@@ -165,11 +165,13 @@ def _flags(kinds: Sequence[type]) -> dict[str, Flag]:
             if found.metadata.get("positional"):
                 continue
             first = _parts(hints[found.name])[0]
-            count: int | None = 0 if first is bool else 1
+            count, inner = 0 if first is bool else 1, get_args(first)
+            many = get_origin(first) is tuple and Ellipsis in inner
             if get_origin(first) is tuple:
-                count = None if Ellipsis in get_args(first) else len(get_args(first))
+                count = len(inner)
             name = f"--{found.metadata.get('flag', found.name).replace('_', '-')}"
-            flag = Flag(name, count, bool(found.metadata.get("names")))
+            adds = many and inner[0] in (str, Path)
+            flag = Flag(name, None if many else count, adds, bool(found.metadata.get("names")))
             flags |= dict.fromkeys((name, *found.metadata.get("aliases", ())), flag)
     return flags
 
@@ -227,7 +229,9 @@ class PlainParser(argparse.ArgumentParser):
                 name = action.option_strings[-1]
                 several, switch = action.nargs in ("*", "+"), action.nargs == 0 or action.const is not None
                 count = 0 if switch or isinstance(action, argparse._AppendAction) else None if several else 1
-                flags |= dict.fromkeys(action.option_strings, Flag(name, count))
+                flags |= dict.fromkeys(
+                    action.option_strings, Flag(name, count, several and action.type is None)
+                )
         return super().parse_known_args(joined(args, flags), namespace)
 
     def error(self, message: str) -> NoReturn:

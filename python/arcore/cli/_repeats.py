@@ -12,12 +12,14 @@ class Flag:
 
     Attributes:
         name: what it is called in messages, e.g. `"--num"` for `-n` too.
-        count: values that it takes; None: any number, and repeated options add theirs; 0: a switch.
+        count: values that it takes; None: any number; 0: a switch.
+        adds: repeated options add their values, which are words; numbers such as a point's belong together.
         names: its value is names separated by commas, and repeated options add theirs.
     """
 
     name: str
     count: int | None = 1
+    adds: bool = False
     names: bool = False
 
 
@@ -59,13 +61,13 @@ def joined(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:
             kept += [words, []]
             continue
         words, before = firsts[flag.name]
-        if flag.count is not None and not flag.names and before != values:
+        if flag.adds or flag.names:
+            before += values
+            words[:] = [word, *([",".join(before)] if flag.names else before)]
+        elif before != values:
             raise ValueError(
                 f"{flag.name} was given as {' '.join(before)!r} and as {' '.join(values)!r}: give it once"
             )
-        if flag.count is None or flag.names:
-            before += values
-            words[:] = [word, *([",".join(before)] if flag.names else before)]
     return [word for words in kept for word in words] + list(argv[end:])
 
 

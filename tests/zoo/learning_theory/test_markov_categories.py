@@ -158,7 +158,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     model: Any = small_model(256)
     save_checkpoint(tmp_path / "model", {"model": model}, {"text_tokenizer": "bytes"})
     (tmp_path / "text.txt").write_text("In the beginning God created the heaven and the earth. " * 200)
-    small = ["--pieces", "12", "--length", "20", "--layers", "2", "--rank", "4", "--probe-steps", "5"]
+    small = ["--length", "20", "--layers", "2", "--rank", "4", "--probe-steps", "5"]
     asked = [
         "run",
         "markov_categories",
@@ -168,7 +168,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         str(tmp_path / "text.txt"),
     ]
     where = ["--json", str(tmp_path / "found.json"), "--figure", str(tmp_path / "figure.png")]
-    assert main([*asked, *small, *where]) == 0
+    assert main([*asked, *small, "--pieces", "12", *where]) == 0
     assert "after layer 2" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["depths"] == [0, 2]
