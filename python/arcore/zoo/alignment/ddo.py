@@ -442,7 +442,8 @@ def tuned_digits() -> tuple[float, float]:
             out=Path(folder) / "run",
             data="digits",
             tokenizer_steps=400,
-            settings={"steps": 400, "lr": 3e-3, "batch_size": 64},
+            # Few steps, so that there is something to gain.
+            settings={"steps": 150, "lr": 3e-3, "batch_size": 64},
             show_progress=False,
         )
         networks, _ = load_checkpoint(found.checkpoint)
