@@ -109,6 +109,12 @@ def test_dtypes():
         block_sparse_attention(q.double(), k.double(), v.double(), masks.causal(N))
     with pytest.raises(TypeError, match=r"float32, bfloat16 or float16 but got int64"):
         block_sparse_attention(q.long(), k.long(), v.long(), masks.causal(N))
+    # A device that has no autocast, which may be asked for no state of it.
+    q, k, v, mask = (x.to("meta") for x in (q, k, v, masks.causal(N)))
+    with pytest.raises(TypeError, match=r"one dtype but got float32, bfloat16 and float32"):
+        block_sparse_attention(q, k.bfloat16(), v, mask)
+    with pytest.raises(TypeError, match=r"but got float64; for float64 \(gradcheck\) call reference_"):
+        block_sparse_attention(q.double(), k.double(), v.double(), mask)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import arcore
 from arcore.nn import Cache, KVCache
+from arcore.nn.cache import storage_dtype
 
 SIZES = {"num_layers": 2, "batch": 3, "num_heads": 2, "max_length": 10, "head_dim": 8}
 
@@ -26,6 +27,15 @@ def test_appended_tokens_come_back_as_views():
             assert keys.data_ptr() == cache.keys[layer].data_ptr()
             assert values.data_ptr() == cache.values[layer].data_ptr()
     assert cache.length == cache.max_length == 10
+
+
+def test_a_device_without_autocast_keeps_the_own_type():
+    """On meta, where the memory of a cache is counted without taking it."""
+    assert storage_dtype(torch.empty(1, device="meta")) is torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert storage_dtype(torch.empty(1)) is torch.bfloat16
+        assert storage_dtype(torch.empty(1, dtype=torch.float64)) is torch.float64
+        assert storage_dtype(torch.empty(1, device="meta")) is torch.float32
 
 
 def test_length_counts_what_all_layers_hold():

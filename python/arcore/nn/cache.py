@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from arcore.ops._checks import autocasts
+
 
 @runtime_checkable
 class Cache(Protocol):
@@ -53,9 +55,8 @@ def storage_dtype(like: Tensor) -> torch.dtype:
 
     Attention would cast them anyway, all earlier ones at every call.
     """
-    device = like.device.type
-    if like.dtype is torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if like.dtype is torch.float32 and autocasts(like):
+        return torch.get_autocast_dtype(like.device.type)
     return like.dtype
 
 

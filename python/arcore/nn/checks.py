@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcore.ops._checks import autocasts
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
@@ -31,7 +33,7 @@ def check_floating(name: str, x: Tensor, like: Tensor, hint: str) -> None:
     """
     if not x.is_floating_point():
         raise TypeError(f"expected {name} of a floating dtype but got {dtype_name(x.dtype)}; {hint}")
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != like.dtype and not autocasts(x):
         raise TypeError(
             f"expected {name} of the weights' dtype {dtype_name(like.dtype)} but got {dtype_name(x.dtype)}"
         )

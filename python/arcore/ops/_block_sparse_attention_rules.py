@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arcore import _extension as _extension
-from arcore.ops._checks import same_device
+from arcore.ops._checks import autocasts, same_device
 from arcore.ops._registration import forbid_derivative, register_derivatives
 
 OPS = torch.ops.arcore
@@ -499,7 +499,7 @@ def attention_by_rows(
     again for the backward. Where a row may see a number that is not finite, its own is NaN.
     """
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias))
-    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
+    dtype = torch.get_autocast_dtype(q.device.type) if autocasts(q) else q.dtype
     at_once = max(1, _LOGITS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     parts = []
     with torch.autocast(q.device.type, enabled=False):

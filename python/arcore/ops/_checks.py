@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; some devices, such as meta, have none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def same_device(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Raise unless all `tensors` are tensors and lie where the first one does; None stands for one not given.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from arcore.ops._checks import checked_call, integer, same_device
+from arcore.ops._checks import autocasts, checked_call, integer, same_device
 from arcore.ops._registration import forbid_derivative, register_derivatives
 from arcore.ops.token_logprobs import (
     MASK_BITS,
@@ -111,7 +111,7 @@ def prepare_linear(
     tile: tuple[int, int] | None,
 ) -> LinearArguments:
     """Check the arguments of a public function of a head, and lay them out for its op."""
-    if _autocasts(hidden):
+    if autocasts(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -189,11 +189,6 @@ def check_linear(
                 f"{str(x.dtype).removeprefix('torch.')}; convert one, or run under torch.autocast"
             )
     check_rows(op, "hidden", hidden, weight.shape[0], target, softcap, mask, ignore_index)
-
-
-def _autocasts(hidden: Tensor) -> bool:
-    kind = hidden.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _default_tile(rows: int) -> tuple[int, int]:

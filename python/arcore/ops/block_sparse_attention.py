@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from arcore import _extension as _extension
 from arcore.masks import IntervalMask, TreeMask
 from arcore.ops import _block_sparse_attention_rules as _rules
-from arcore.ops._checks import REFUSALS, checked_call, integer, same_device
+from arcore.ops._checks import REFUSALS, autocasts, checked_call, integer, same_device
 from arcore.ops._constants import OnAnyStream, capturing
 from arcore.ops._registration import call_below, untracked
 
@@ -115,7 +115,7 @@ def block_sparse_attention(
         except REFUSALS:
             pass
     _check(q, k, v, mask, scale, key_bias, sinks)
-    if q.dtype not in SUPPORTED_DTYPES and not torch.is_autocast_enabled(q.device.type):
+    if q.dtype not in SUPPORTED_DTYPES and not autocasts(q):
         raise TypeError(
             f"{_OP}: expected q of dtype float32, bfloat16 or float16 but got "
             f"{_name(q.dtype)}; for float64 (gradcheck) call reference_block_sparse_attention"
@@ -351,7 +351,7 @@ def _check(
             f"{op}: expected a head_dim of at least 1 but got D={dim} and Dv={v.shape[3]}; drop the empty heads"
         )
     # Autocast brings mixed inputs to one dtype.
-    if (q.dtype != k.dtype or q.dtype != v.dtype) and not torch.is_autocast_enabled(q.device.type):
+    if (q.dtype != k.dtype or q.dtype != v.dtype) and not autocasts(q):
         raise TypeError(
             f"{op}: expected q, k and v of one dtype but got {_name(q.dtype)}, {_name(k.dtype)} and {_name(v.dtype)}"
         )
