@@ -170,7 +170,7 @@ def ours(model: str, precision: str) -> Any:
             packaged_weights(model)
         except ImportError as error:
             pytest.skip(str(error))
-        made = arcore.create_model("smollm2_135m", weights="package")
+        made = arcore.create_model("smollm2_135m", weights=packaged_weights(model))
     return made.eval().to(getattr(torch, precision))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from arcore.nn import Linear, linear
-from arcore.nn.linear import MIN_PRODUCTS, STEP_ROWS
+from arcore.nn.linear import MIN_OF_FEW, MIN_OF_ONE, MIN_PRODUCTS, STEP_ROWS
 
 K, M = 1027, 8195
 assert K * M > MIN_PRODUCTS  # a single row is enough for oneDNN
@@ -95,6 +95,25 @@ def test_a_few_rows_in_bfloat16_are_rounded_once(shape: tuple[int, ...], bias: b
     rows = x.view(-1, 48)
     for i in range(len(rows)):  # whatever rows are beside it
         assert torch.equal(linear(rows[i], weight, added), out.view(-1, 37)[i])
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "once"), [(1, 1024, True), (4, 128, True), (1, 128, False), (5, 1024, False)]
+)
+@torch.no_grad()
+def test_a_few_rows_in_float32(rows: int, outputs: int, once: bool, monkeypatch: pytest.MonkeyPatch):
+    module, seen = sys.modules["arcore.nn.linear"], []
+    own = module.call_below
+    monkeypatch.setattr(module, "call_below", lambda *args: seen.append(1) or own(*args))
+    x, weight, bias = torch.randn(rows, 512), torch.randn(outputs, 512), torch.randn(outputs)
+    assert once == (rows <= STEP_ROWS and outputs * 512 >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW))
+    out = linear(x, weight, bias)
+    assert len(seen) == once
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    if rows == 4:
+        for i in range(rows - 1):
+            assert torch.equal(linear(x[i : i + 2], weight, bias)[0], out[i])
 
 
 @torch.no_grad()

@@ -19,13 +19,15 @@ _onednn: Any = (
 )
 # Below this many multiplications, what oneDNN spends on a call counts.
 MIN_PRODUCTS = 2**23
-# Up to so many rows in bfloat16 the bytes of the weight decide, and torch's products, made for many rows, take longer.
+# Up to so many rows the bytes of the weight decide, and torch's products, made for many rows, take longer.
 STEP_ROWS = 4
+# In float32 that holds for weights that no cache keeps from token to token, and for smaller ones from two rows on.
+MIN_OF_ONE, MIN_OF_FEW = 2**19, 2**16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` by what is faster on a CPU without gradients: float32 through oneDNN, a few rows in
-    bfloat16 through an op that reads the weight once.
+    """`torch.nn.functional.linear` by what is faster on a CPU without gradients: float32 through oneDNN, a few rows
+    through an op that reads the weight once.
 
     Args:
         x: `[..., K]`.
@@ -45,24 +47,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return F.linear(x, weight, bias)
     columns = weight.shape[-1]
-    if x.dtype == torch.bfloat16:
-        rows = x.numel() // max(columns, 1)
-        if (
-            not 0 < rows <= STEP_ROWS
-            or columns % MULTIPLE
-            or not weight.is_contiguous()
-            or not _plain(x, weight, bias)
-        ):
-            return F.linear(x, weight, bias)
+    rows = x.numel() // max(columns, 1)
+    if 0 < rows <= STEP_ROWS and _reads_once(x, weight, bias, rows):
         few = call_below(
             torch.ops.arcore.linear_step.default, x.reshape(rows, columns).contiguous(), weight, bias
         )
         out: Tensor = few.view(*x.shape[:-1], weight.shape[0])
         return out
+    if x.dtype == torch.bfloat16:
+        return F.linear(x, weight, bias)
     if _onednn is None or x.numel() * weight.shape[0] < MIN_PRODUCTS or not fills_its_memory(weight):
         return F.linear(x, weight, bias)
     out = _onednn(x, weight, bias, "none", [], "")
     return out
+
+
+def _reads_once(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
+    """Whether the op that reads the weight once takes these tensors and less time than torch."""
+    if weight.shape[-1] % MULTIPLE or not weight.is_contiguous() or not _plain(x, weight, bias):
+        return False
+    return x.dtype == torch.bfloat16 or weight.numel() >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
