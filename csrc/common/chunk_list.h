@@ -135,6 +135,9 @@ inline void check_sequences(const char* op, int64_t batch, int64_t length,
                      cu_seqlens->scalar_type() == torch::headeronly::ScalarType::Long,
                  op, "expected cu_seqlens of dtype int32 or int64 but got ",
                  torch::headeronly::toString(cu_seqlens->scalar_type()));
+    ARCORE_CHECK(cu_seqlens->size(0) > 1 || length == 0, op,
+                 "expected cu_seqlens to run from 0 to the length ", length,
+                 " but it has one entry, which is no sequence");
   }
   if (seq_idx.has_value()) {
     check_shape(op, "seq_idx", *seq_idx, {batch, length});

@@ -69,6 +69,28 @@ inline int multiprocessors() {
 #endif
 }
 
+// Bytes of shared memory of a multiprocessor of the current device, which its blocks share.
+inline int64_t shared_of_multiprocessor() {
+#if defined(ARCORE_CUDA_HOST)
+  return int64_t{164} * 1024;
+#else
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return bytes;
+#endif
+}
+
+// Bytes that a call may take for what it could compute again; little in tests/cuda_host, so that small calls
+// go the way of large ones. Results never depend on it.
+constexpr int64_t workspace_bytes() {
+#if defined(ARCORE_CUDA_HOST)
+  return int64_t{64} << 10;
+#else
+  return int64_t{256} << 20;
+#endif
+}
+
 #if !defined(ARCORE_BUILD_CUDA_ARCHS)
 #define ARCORE_BUILD_CUDA_ARCHS ""
 #endif

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "common/cuda_call.h"
+#include "common/mark_rows.h"
 #include "common/sum_first.h"
 #include "selective_scan/checks.h"
 #include "selective_scan/params.h"
@@ -45,31 +46,12 @@ void make_ends(const Tensor& like, const Problem& p, CudaLayout& layout, std::ve
   layout.passes = floats(2);
 }
 
-// The marks of packed rows, in scan order; `held` keeps what the pointers point at.
 void mark(const char* op, const Tensor& u, const OptionalTensor& cu_seqlens, const OptionalTensor& seq_idx,
           bool reverse, CudaLayout& layout, std::vector<Tensor>& held, void* stream) {
-  if (!cu_seqlens.has_value() && !seq_idx.has_value()) return;
-  MarkArgs args{};
-  args.batch = u.size(0);
-  args.length = u.size(2);
-  args.reverse = reverse;
-  if (seq_idx.has_value()) {
-    args.seq_idx = static_cast<const int32_t*>(seq_idx->data_ptr());
-    args.id_batch = seq_idx->stride(0);
-    args.id_time = seq_idx->stride(1);
-  } else {
-    held.push_back(torch::stable::contiguous(cu_seqlens->scalar_type() == ScalarType::Long
-                                                 ? *cu_seqlens
-                                                 : torch::stable::to(*cu_seqlens, ScalarType::Long)));
-    args.cu_seqlens = static_cast<const int64_t*>(held.back().data_ptr());
-    args.sequences = cu_seqlens->size(0) - 1;
-    layout.packed = true;
-    if (args.sequences == 0) args.length = 0;
-  }
-  held.push_back(torch::stable::new_empty(u, {args.batch, u.size(2)}, ScalarType::Int));
-  args.marks = static_cast<int32_t*>(held.back().data_ptr());
-  check_launch(op, launch_marks_sm80(args, stream));
-  layout.marks = args.marks;
+  const MarkedRows rows =
+      mark_rows(op, u, u.size(2), cu_seqlens, seq_idx, reverse, held, stream, launch_marks_sm80);
+  layout.marks = rows.marks;
+  layout.packed = rows.packed;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& u, const Tensor& delta, const Tensor& A,

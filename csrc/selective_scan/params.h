@@ -5,6 +5,7 @@
 
 #include "common/chunk.h"
 #include "common/dtype.h"
+#include "common/marks.h"
 #include "common/sequence.h"
 
 namespace arcore::selective_scan {
@@ -90,36 +91,12 @@ struct CpuKernels {
 // backward. python/arcore/ops/selective_scan.py has it too (CUDA_CHUNK).
 constexpr int kCudaChunk = 32;
 
-// What a step of a packed row is, in scan order; the row of initial_state and last_state is mark >> 8.
-enum Mark : int32_t {
-  kRestart = 1,  // its sequence starts here: from its initial state (cu_seqlens), or from zero (seq_idx)
-  kPadding = 2,  // the state passes, the output is 0
-  kEnd = 4,      // the state after it is its sequence's last (cu_seqlens)
-};
-
-struct MarkArgs {
-  int64_t batch, length;
-  bool reverse;
-  const int32_t* seq_idx;  // or null
-  int64_t id_batch, id_time;
-  const int64_t* cu_seqlens;  // or null; [sequences + 1]
-  int64_t sequences;
-  int32_t* marks;  // [batch, length] in scan order
-};
-
 // h[t] = a[t] h[t - 1] + b[t] over the rows of contiguous [rows, length], in their own type.
 struct LinearArgs {
   const void *a, *b, *initial;  // initial: [rows], or null for zeros
   void* out;
   int64_t rows, length;
   bool reverse, wide;  // from the last step to the first; float64
-};
-
-// last = first, or zero: what sequences without steps keep. Also the gradients of their initial states.
-struct CarryArgs {
-  const float* first;  // or null
-  float* last;
-  int64_t size;
 };
 
 // A block works on up to `cell` channels that share B and C.

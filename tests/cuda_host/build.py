@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,16 +89,17 @@ def build_library(sources: list[Path], sanitize: bool = False) -> Path:
             return library
         folder = CACHE / library.stem
         folder.mkdir(exist_ok=True)
-        objects, running = [], []
+        objects, commands = [], []
         for i, source in enumerate([HERE / "executor.cpp", *sources]):
             target = folder / f"{i}.o"
             objects.append(str(target))
-            command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
-            running.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        failed = [text for process in running if (text := process.communicate()[0]) and process.returncode]
-        if failed or any(process.returncode for process in running):
+            commands.append(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+        # As many compilers at once as setup.py would start.
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            done = list(pool.map(_run, commands))
+        failed = [process.stdout for process in done if process.returncode]
+        if failed:
             raise RuntimeError("cuda_host: a source does not compile\n" + "\n".join(failed))
         link = ["g++", "-shared", *objects, "-o", f"{library}.part", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
         link += ["-lc10", f"-Wl,-rpath,{torch_root / 'lib'}"]
@@ -106,6 +108,10 @@ def build_library(sources: list[Path], sanitize: bool = False) -> Path:
         os.replace(f"{library}.part", library)
         shutil.rmtree(folder)
     return library
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:

@@ -249,6 +249,9 @@ inline void sync_warp(Where where = Where::current()) {
   cuda_host::meet_warp("sync_warp", nullptr, nullptr, [](const void* const*, void* const*) {}, where);
 }
 inline void fence_device() {}
+inline int hide(int x) {
+  return x;
+}
 
 inline int cluster_size() {
   return cuda_host::index().cluster;
@@ -322,6 +325,9 @@ inline int lowest_bit64(uint64_t word) {
 }
 inline int leading_zeros(uint32_t word) {
   return word == 0 ? 32 : __builtin_clz(word);
+}
+inline int leading_zeros64(uint64_t word) {
+  return word == 0 ? 64 : __builtin_clzll(word);
 }
 
 template <typename T>

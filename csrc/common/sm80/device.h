@@ -164,6 +164,13 @@ ARCORE_DEVICE void fence_device() {
   __threadfence();
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it stands, and
+// not kept in registers from one place to the next.
+ARCORE_DEVICE int hide(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- lanes of a warp; T has 4 or 8 bytes ----
 
 template <typename T>
@@ -208,6 +215,9 @@ ARCORE_DEVICE int lowest_bit64(uint64_t word) {
 }
 ARCORE_DEVICE int leading_zeros(uint32_t word) {
   return __clz(static_cast<int>(word));
+}
+ARCORE_DEVICE int leading_zeros64(uint64_t word) {
+  return __clzll(static_cast<long long>(word));
 }
 
 // ---- memory; addresses are multiples of the size of T ----

@@ -1,3 +1,4 @@
+#include "common/sm80/marks.cuh"
 #include "selective_scan/fwd_sm80.cuh"
 
 // sass scan_forward<Shape<4, 4>, true>: LDGSTS.E.BYPASS.128 >= 4; no LDL
@@ -10,13 +11,11 @@ int64_t blocks_per_row_sm80(int64_t state, int64_t cells, int64_t cell) {
 }
 
 int launch_marks_sm80(const MarkArgs& args, void* stream) {
-  if (args.cu_seqlens == nullptr)
-    return launch(mark_ids, {args.length == 0 ? 0 : args.batch, 1, 1, 32, 0}, stream, args);
-  return launch(mark_packed, {(args.length + 127) / 128, 1, 1, 128, 0}, stream, args);
+  return launch_marks(args, stream);
 }
 
 int launch_carry_sm80(const CarryArgs& args, void* stream) {
-  return launch(carry_states, {(args.size + 127) / 128, 1, 1, 128, 0}, stream, args);
+  return launch_carry(args, stream);
 }
 
 int launch_forward_sm80(const ForwardCuda& cuda, void* stream) {

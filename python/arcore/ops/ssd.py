@@ -14,7 +14,12 @@ from torch import Tensor
 
 from arcore import _extension as _extension
 from arcore.ops._checks import checked_call, same_device
-from arcore.ops._registration import forbid_further_derivatives, register_derivatives, register_vmap
+from arcore.ops._registration import (
+    forbid_further_derivatives,
+    register_derivatives,
+    register_vmap,
+    untracked,
+)
 from arcore.ops._ssd_backward import Inputs, backward
 from arcore.ops.selective_scan import reference_selective_scan, selective_scan
 
@@ -107,8 +112,10 @@ def ssd(
     whatever the storage. Differentiable in all float arguments, and through the last state, in reverse mode.
     Deterministic; results and gradients do not depend on the number of threads or on batch mates. Gradients that are to
     be differentiated again (`create_graph=True`, `torch.func.grad`) are computed by PyTorch, several times slower.
-    On a GPU the kernels of `selective_scan` do the work, with A and dt written out for every channel: the same numbers,
-    but an exponential for each state where one per head would do. Gradients are not differentiated again there.
+    On a GPU the products run on tensor cores, with numbers in two parts of 16 bits (three for float32), to the same
+    bounds. Where gradients are recorded there, the kernels of `selective_scan` do the work, with A and dt written out
+    for every channel, and an exponential for each state where one per head would do; such gradients are not
+    differentiated again.
 
     Args:
         x: ``[B, L, H, P]``, H heads of P channels; as all inputs float32, bfloat16 or float16, any strides.
@@ -149,9 +156,9 @@ def ssd(
                 f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
                 "for float64 (gradcheck) call reference_ssd"
             )
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and not untracked(*v):
         out, last_state = _by_selective_scan(v, dt_softplus, dt_limit, cu_seqlens, seq_idx, reverse)
-    elif x.device.type in ("cpu", "meta"):
+    elif x.device.type in ("cpu", "cuda", "meta"):
         out, last_state = checked_call(
             "ssd", torch.ops.arcore.ssd, *v, cu_seqlens, seq_idx, dt_softplus, *dt_limit, reverse
         )
