@@ -17,7 +17,7 @@ import arcore
 from arcore.data.text_tokenizers import ByteTokenizer
 from arcore.nn import Rollout, TokenStats
 from arcore.zoo.alignment import align
-from arcore.zoo.alignment.align import Options, files, loop
+from arcore.zoo.alignment.align import Options, files, policy
 from arcore.zoo.alignment.align.claim import learn_palindromes
 from arcore.zoo.alignment.align.loop import Aligner
 from arcore.zoo.alignment.align.objectives import OBJECTIVES, Scored, token_rewards
@@ -121,11 +121,11 @@ def options(folder: Path, objective: str = "grpo", source: str = REWARD, **chang
 
 
 def weights(aligner: Aligner) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in aligner.trained.items()}
+    return {name: p.detach().clone() for name, p in aligner.policy.trained.items()}
 
 
 def moved(aligner: Aligner, before: dict[str, Tensor]) -> bool:
-    return any(not torch.equal(p, before[name]) for name, p in aligner.trained.items())
+    return any(not torch.equal(p, before[name]) for name, p in aligner.policy.trained.items())
 
 
 SOURCES = {
@@ -136,7 +136,7 @@ SOURCES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_steps_with_a_ratio_of_exactly_one(name: str, tmp_path: Path) -> None:
     aligner = Aligner(options(tmp_path, name, SOURCES[OBJECTIVES[name].needs]), small())
-    law = aligner.model(torch.arange(5)[None]).detach().clone()
+    law = aligner.policy.model(torch.arange(5)[None]).detach().clone()
     before = weights(aligner)
     for _ in range(2):
         figures = aligner.advance()
@@ -145,9 +145,9 @@ def test_every_objective_steps_with_a_ratio_of_exactly_one(name: str, tmp_path: 
     assert figures["entropy"] > 0
     assert figures["kl"] > 0
     assert moved(aligner, before)
-    with aligner.frozen() as frozen:  # the adapters alone have moved
+    with aligner.policy.frozen() as frozen:  # the adapters alone have moved
         assert torch.equal(frozen(torch.arange(5)[None]), law)
-    assert not torch.equal(aligner.model(torch.arange(5)[None]), law)
+    assert not torch.equal(aligner.policy.model(torch.arange(5)[None]), law)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,12 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(name: str, tmp_path: 
     for _ in range(2):
         second.advance()
     second.evaluate()
-    assert all(torch.equal(p, whole.trained[name]) for name, p in second.trained.items())
-    assert whole.weights is not None
-    assert second.weights is not None
-    assert torch.equal(second.weights, whole.weights)
+    assert all(torch.equal(p, whole.policy.trained[name]) for name, p in second.policy.trained.items())
+    assert whole.scoring.weights is not None
+    assert second.scoring.weights is not None
+    assert torch.equal(second.scoring.weights, whole.scoring.weights)
     assert second.evaluations == whole.evaluations
-    assert second.factor == whole.factor
+    assert second.scoring.factor == whole.scoring.factor
     seconds = [{**row, "seconds": 0} for row in second.rows]
     assert seconds == [{**row, "seconds": 0} for row in whole.rows]
     files.save(second)
@@ -242,7 +242,7 @@ def test_an_evaluation_that_cannot_be_judged_loses_nothing(
 ) -> None:
     """The judge fails in the evaluation behind step 2 alone: 8 calls of the first one and 16 of the steps are fine."""
     source = "n = []\ndef reward(p, r):\n    n.append(1)\n    return float('nan') if len(n) == 25 else len(n) % 2\n"
-    monkeypatch.setattr(loop, "language_model", lambda source: small())
+    monkeypatch.setattr(policy, "language_model", lambda source: small())
     report = align.run(options(tmp_path, source=source, eval_every=2, save_every=9, steps=3))
     assert [found["step"] for found in report.values["evaluations"]] == [0, 3]
     assert "not judged: evaluation at step 2: expected reward() to be finite" in report.text
@@ -317,10 +317,10 @@ def test_empty_responses_are_judged_as_empty_texts(tmp_path: Path) -> None:
 def test_a_reference_of_another_architecture_but_the_same_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "language_model", lambda source: small(1, num_layers=2, dim=48, num_heads=4))
+    monkeypatch.setattr(policy, "language_model", lambda source: small(1, num_layers=2, dim=48, num_heads=4))
     aligner = Aligner(options(tmp_path, reference="other", kl_weight=0.1), small())
     assert aligner.advance()["kl"] > 0
-    monkeypatch.setattr(loop, "language_model", lambda source: small(1, vocab_size=300))
+    monkeypatch.setattr(policy, "language_model", lambda source: small(1, vocab_size=300))
     with pytest.raises(ValueError, match="expected a model with the policy's vocabulary of 256 tokens"):
         Aligner(options(tmp_path, reference="other"), small())
 
@@ -330,7 +330,7 @@ def test_merged_weights_are_the_policy(tmp_path: Path) -> None:
     aligner = Aligner(options(tmp_path), (model, tokenizer))
     aligner.advance()
     plain, _ = small(5)
-    plain.load_state_dict(files.merged(aligner.model))
+    plain.load_state_dict(files.merged(aligner.policy.model))
     ids = torch.arange(12)[None]
     torch.testing.assert_close(plain(ids), model(ids), rtol=1e-5, atol=1e-5)
 
@@ -338,7 +338,7 @@ def test_merged_weights_are_the_policy(tmp_path: Path) -> None:
 def test_the_command_trains_resumes_and_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "language_model", lambda source: small())
+    monkeypatch.setattr(policy, "language_model", lambda source: small())
     report = align.run(options(tmp_path, save_merged=True))
     assert "largest |ratio - 1| before each rollout's first update: 0" in report.text
     assert len(report.values["rows"]) == 2
@@ -480,16 +480,16 @@ def test_shows_a_table_and_draws(tmp_path: Path) -> None:
 
 def test_rewards_count_more_after_the_front_has_grown(tmp_path: Path) -> None:
     aligner = Aligner(options(tmp_path, "drw_hypervolume", SEVERAL), small())
-    aligner._measure_front(torch.tensor([0.5, 0.5]))
-    assert aligner.factor == 1  # there was nothing to compare with
-    aligner._measure_front(torch.tensor([1.0, 0.5]))
-    assert aligner.factor == pytest.approx(0.5 + 1.5 * math.tanh(0.25))
+    aligner.scoring.measure_front(torch.tensor([0.5, 0.5]))
+    assert aligner.scoring.factor == 1  # there was nothing to compare with
+    aligner.scoring.measure_front(torch.tensor([1.0, 0.5]))
+    assert aligner.scoring.factor == pytest.approx(0.5 + 1.5 * math.tanh(0.25))
     plain = Aligner(options(tmp_path, "drw_hypervolume", SEVERAL), small())
     rollout, prompts, responses = plain.draw(0)
-    found = [one._judged(rollout, prompts, responses).rewards for one in (aligner, plain)]
-    torch.testing.assert_close(found[0], aligner.factor * found[1])
-    aligner._measure_front(torch.tensor([0.9, 0.4]))  # dominated
-    assert aligner.factor == 0.5
+    found = [one.scoring.judged(rollout, prompts, responses).rewards for one in (aligner, plain)]
+    torch.testing.assert_close(found[0], aligner.scoring.factor * found[1])
+    aligner.scoring.measure_front(torch.tensor([0.9, 0.4]))  # dominated
+    assert aligner.scoring.factor == 0.5
     assert aligner.advance()["reward"] <= 1  # told without the factor
 
 

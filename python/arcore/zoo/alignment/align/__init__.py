@@ -264,8 +264,9 @@ def run(options: Options) -> Report:
     if options.save_merged:
         from arcore.catalog.checkpoints import save_pretrained
 
-        plain = type(aligner.model)(aligner.model.config)
-        plain.load_state_dict(merged(aligner.model))
+        policy = aligner.policy.model
+        plain = type(policy)(policy.config)
+        plain.load_state_dict(merged(policy))
         save_pretrained(plain, options.out / "merged")
     values = {"rows": aligner.rows, "evaluations": aligner.evaluations, "skipped": aligner.skipped}
     return Report(summary(aligner), values, lambda figure: draw(figure, aligner), (9, 6))

@@ -44,17 +44,19 @@ def save(run: Any) -> None:
         "step": run.step,
         "options": {name: _plain(getattr(run.options, name)) for name in _SAME},
         "guard": run.guard.state(),
-        "weights": None if run.weights is None else run.weights.tolist(),
-        "factor": run.factor,
-        "front": None if run.front is None else run.front.state(),
-        "names": run.judge.names,
+        "weights": None if run.scoring.weights is None else run.scoring.weights.tolist(),
+        "factor": run.scoring.factor,
+        "front": None if run.scoring.front is None else run.scoring.front.state(),
+        "names": run.scoring.judge.names,
         "rows": run.rows,
         "evaluations": run.evaluations,
         "skipped": run.skipped,
         "unjudged": run.unjudged,
     }
     with atomic_folder(out / CHECKPOINT) as folder:
-        torch.save({name: p.detach().clone() for name, p in run.trained.items()}, folder / "trained.pt")
+        torch.save(
+            {name: p.detach().clone() for name, p in run.policy.trained.items()}, folder / "trained.pt"
+        )
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
     names = list(dict.fromkeys(name for row in run.rows for name in row))
@@ -88,18 +90,18 @@ def load(run: Any) -> None:
                 f"{getattr(run.options, name)}; give the same, or another --out"
             )
     with torch.no_grad():
-        for name, p in run.trained.items():
+        for name, p in run.policy.trained.items():
             p.copy_(trained[name])
     run.optimizer.load_state_dict(optimizer)
     for group in run.optimizer.param_groups:
         group["lr"] = run.options.lr
     run.step, run.rows, run.skipped = state["step"], state["rows"], state["skipped"]
     run.evaluations, run.unjudged = state["evaluations"], state.get("unjudged", [])
-    run.judge.names.extend(state["names"])
-    run.weights = None if state["weights"] is None else torch.tensor(state["weights"])
-    run.factor = state.get("factor", 1.0)
+    run.scoring.judge.names.extend(state["names"])
+    run.scoring.weights = None if state["weights"] is None else torch.tensor(state["weights"])
+    run.scoring.factor = state.get("factor", 1.0)
     front = state.get("front")
-    run.front = None if front is None else HypervolumeWeight.of_state(front)
+    run.scoring.front = None if front is None else HypervolumeWeight.of_state(front)
     run.guard.load(state["guard"])
 
 
