@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -29,6 +33,20 @@ def test_digits_are_the_real_ones_scaled_to_minus_one_one():
     assert digits.labels.tolist() == bunch.target.tolist()
     assert float(digits.images.min()) == -1
     assert float(digits.images.max()) == 1
+
+
+def test_digits_are_read_without_importing_scikit_learn_and_by_it_where_its_file_has_moved(
+    monkeypatch, tmp_path
+):
+    code = "import sys; from arcore.data import load_digits; load_digits(); print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+    digits = load_digits("all")
+    elsewhere = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: elsewhere)
+    again = load_digits("all")
+    assert torch.equal(digits.images, again.images)
+    assert torch.equal(digits.labels, again.labels)
 
 
 def test_split_is_fixed_disjoint_and_stratified():

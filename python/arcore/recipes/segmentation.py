@@ -24,7 +24,7 @@ from arcore.recipes._recipe import Recipe, Start, Work, ZooTask
 from arcore.training.augment import Scale
 from arcore.training.checks import number
 from arcore.training.config import TrainConfig
-from arcore.training.task import parameter_groups
+from arcore.training.groups import parameter_groups
 from arcore.training.windows import RandomWindows, Windows
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from arcore.training import state
 from arcore.training.config import TrainConfig
+from arcore.training.groups import parameter_groups
 from arcore.training.shard import Sharded, shard
 from arcore.training.stream import StreamSampler, derive_seed
 
@@ -182,24 +183,3 @@ class Task(pl.LightningModule):
 def _ignore_ctrl_c(worker: int) -> None:
     """A terminal's Ctrl-C reaches the processes that load data too, and the run needs them for the step it finishes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What an optimiser trains, with and without weight decay.
-
-    Vectors are not decayed, nor what a module names in its attribute `no_weight_decay`.
-    """
-    exempt = {
-        id(parameter)
-        for part in module.modules()
-        for name in getattr(part, "no_weight_decay", ())
-        if (parameter := getattr(part, name)) is not None
-    }
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in exempt]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -360,18 +360,18 @@ def claim(*, quick: bool) -> Claim:
     generator = torch.Generator().manual_seed(0)
     conditions = torch.eye(4)
     centres = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.5, 1.5], [-1.5, 1.5]])
-    count, lr, points = (300, 1e-2, 25) if quick else (4000, 2e-3, 50)
+    count, batch, lr, points, depth = (300, 96, 1e-2, 25, 2) if quick else (4000, 128, 2e-3, 50, 3)
 
     def draw(kinds: Tensor) -> Tensor:
         side = torch.randint(2, (len(kinds), 1), generator=generator) * 2 - 1
         return side * centres[kinds] + 0.1 * torch.randn(len(kinds), 2, generator=generator)
 
     schedule = VPSchedule("cosine")
-    head = DiffusionHead(2, 4, 64, 3, schedule=schedule)
+    head = DiffusionHead(2, 4, 64, depth, schedule=schedule)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     for _ in steps(count, "training"):
-        kinds = torch.randint(4, (128,), generator=generator)
+        kinds = torch.randint(4, (batch,), generator=generator)
         loss, _ = diffusion_head_loss(head, draw(kinds), conditions[kinds], repeats=2, generator=generator)
         optimizer.zero_grad()
         loss.backward()

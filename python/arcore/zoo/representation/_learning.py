@@ -11,7 +11,7 @@ from arcore.catalog.claims import steps as counted
 from arcore.data.pixels import CHANGE, InMemoryPixels
 from arcore.recipes._pixels import PixelScores
 from arcore.training.augment import scaled
-from arcore.training.task import parameter_groups
+from arcore.training.groups import parameter_groups
 
 Network = TypeVar("Network", bound=nn.Module)
 AT_ONCE = 50

@@ -290,8 +290,6 @@ def kronos_tokenizer_tiny() -> KronosTokenizerConfig:
 
 def claim(*, quick: bool) -> Claim:
     """Bits survive the way through tokens; with training, errors on held-out prices from s1 and from all bits."""
-    from arcore.zoo.series.kronos_tokenizer.recipe import trained_on_stocks
-
     model = KronosTokenizer(kronos_tokenizer_tiny()).eval()
     values = torch.randn(2, 30, 6)
     s1, s2 = model.encode(values)
@@ -306,6 +304,8 @@ def claim(*, quick: bool) -> Claim:
     ]
     if quick:
         return Claim(tuple(rows))
+    from arcore.zoo.series.kronos_tokenizer.recipe import trained_on_stocks
+
     trained, held_out = trained_on_stocks()
     with torch.no_grad():
         out = trained(held_out)

@@ -16,15 +16,20 @@ from arcore.zoo.state_space.mamba.model import Mamba
 
 
 class _Task(NamedTuple):
-    """Selective copying: how many places, symbols to copy, and different ones."""
+    """Selective copying: how many places, symbols to copy, and different ones; the networks, and their training."""
 
     length: int
     items: int
     symbols: int
+    width: int
+    layers: int
     steps: int
+    batch: int
+    lr: float
 
 
-FULL, QUICK = _Task(24, 3, 16, 300), _Task(8, 3, 8, 140)
+FULL = _Task(24, 3, 16, width=32, layers=2, steps=300, batch=64, lr=1e-2)
+QUICK = _Task(8, 3, 8, width=48, layers=1, steps=140, batch=48, lr=1.5e-2)
 
 
 def claim(*, quick: bool) -> Claim:
@@ -76,12 +81,12 @@ def _selective_copying(batch: int, task: _Task, generator: torch.Generator) -> t
 
 def _accuracy(kind: type[Mamba], seed: int, task: _Task) -> float:
     torch.manual_seed(seed)
-    model = kind(MambaConfig(d_model=32, n_layer=2, d_state=8, vocab_size=task.symbols + 2))
+    model = kind(MambaConfig(d_model=task.width, n_layer=task.layers, d_state=8, vocab_size=task.symbols + 2))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=task.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.lr, total_steps=task.steps, pct_start=0.1)
     for _ in steps(task.steps, f"training {kind.__name__.lstrip('_')}, seed {seed}"):
-        ids, symbols = _selective_copying(64, task, generator)
+        ids, symbols = _selective_copying(task.batch, task, generator)
         loss = F.cross_entropy(model(ids)[:, -task.items :].flatten(0, 1), symbols.flatten())
         optimizer.zero_grad()
         loss.backward()
