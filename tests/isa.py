@@ -20,17 +20,18 @@ def run_on_bf16_unit(unit: str, script: str) -> None:
     """`script` must succeed with the kernels of that bfloat16 unit, and print its name first."""
     if unit not in torch.ops.arcore.cpu_bf16_supported().split():
         pytest.skip(f"this CPU has no bfloat16 {unit}")
-    _run({"ARCORE_BF16": unit}, script, unit)
+    run_with({"ARCORE_BF16": unit}, script, unit)
 
 
 def run_under(isa: str, script: str) -> None:
     """`script` must succeed and print the name of the instruction set in use first."""
     if ISAS.index(isa) > ISAS.index(torch.ops.arcore.cpu_isa_supported()):
         pytest.skip(f"this CPU has no {isa}")
-    _run({"ATEN_CPU_CAPABILITY": isa}, script, isa)
+    run_with({"ATEN_CPU_CAPABILITY": isa}, script, isa)
 
 
-def _run(variables: dict[str, str], script: str, first: str) -> None:
+def run_with(variables: dict[str, str], script: str, first: str) -> None:
+    """`script` must succeed in a process with these environment variables, and print `first` first."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, **variables}
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

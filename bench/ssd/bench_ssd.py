@@ -4,6 +4,9 @@ Mamba-2-130m's sizes: 24 heads of 64 channels, 128 states, one group, fp32, D, b
 CPU time. Peers: transformers' own chunked scan, with the chunk size of the published models, and our step-by-step
 `selective_scan` with everything written out per channel. The floor is the FMA peak, measured in the same run. Every
 implementation is compared with a float64 result before it is timed.
+
+`bench_ssd_bf16`: bfloat16 x, dt, B and C beside the same in float32, in turns, at the sizes of Mamba-2-130m and -2.7b;
+where the processor has units for products of bfloat16 they are to pay (BF16_FLOORS).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from functools import cache
 
 import pytest
 import torch
-from measure import cpu_seconds, peak_extra_bytes
+from measure import cpu_seconds, interleaved_seconds, peak_extra_bytes
 from torch import Tensor
 
 from arcore.ops import reference_ssd, selective_scan, ssd
@@ -20,23 +23,27 @@ from arcore.ops import reference_ssd, selective_scan, ssd
 HEADS, DIM, STATES = 24, 64, 128
 LENGTHS = (128, 1024)
 CHUNK = 64
+# Heads of the published models of those names; their other sizes are the same.
+SIZES = {"130m": HEADS, "2.7b": 80}
+# How many times float32's speed on a bfloat16 unit.
+BF16_FLOORS = {"forward": 1.6, "backward": 1.4}
 
 
 @cache
-def inputs(length: int) -> dict[str, Tensor]:
+def inputs(length: int, heads: int = HEADS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     return {
-        "x": normal(1, length, HEADS, DIM),
-        "dt": normal(1, length, HEADS),
-        "A": -torch.rand(HEADS, generator=generator) * 4,
+        "x": normal(1, length, heads, DIM),
+        "dt": normal(1, length, heads),
+        "A": -torch.rand(heads, generator=generator) * 4,
         "B": normal(1, length, 1, STATES),
         "C": normal(1, length, 1, STATES),
-        "D": normal(HEADS),
-        "dt_bias": normal(HEADS) * 0.1,
+        "D": normal(heads),
+        "dt_bias": normal(heads) * 0.1,
     }
 
 
@@ -75,10 +82,10 @@ def transformers_chunks(v: dict[str, Tensor]) -> Tensor:
 IMPLEMENTATIONS = {"arcore": ours, "transformers": transformers_chunks, "selective_scan": by_steps}
 
 
-def flops(length: int) -> int:
+def flops(length: int, heads: int = HEADS) -> int:
     """Multiply-adds times two: C H and u B per step, M u up to the diagonal, C B once per four heads."""
     per_head = 4 * DIM * STATES + DIM * CHUNK + STATES * CHUNK // 4
-    return length * HEADS * per_head
+    return length * heads * per_head
 
 
 def floors_report(records: list[dict]) -> list[str]:
@@ -93,8 +100,15 @@ def floors_report(records: list[dict]) -> list[str]:
             for peer in IMPLEMENTATIONS
             if peer != "arcore" and (case, direction, peer) in own
         ]
-        peak = f", {r['gflops'] / r['peak_gflops']:.0%} of the FMA peak" if r.get("gflops") else ""
+        peak = f", {r['gflops'] / r['peak_gflops']:.0%} of the FMA peak" if r.get("peak_gflops") else ""
         lines.append(f"{case} {direction}: {r['seconds'] * 1e3:.2f} ms{peak}; {'; '.join(peers)}")
+        if "float32_seconds" in r:
+            ratio = r["float32_seconds"] / r["seconds"]
+            floor = BF16_FLOORS[direction] if r["unit"] != "none" else 0.9
+            verdict = "ok   " if ratio >= floor else "BELOW"
+            lines.append(
+                f"{verdict} {case} {direction}: {ratio:.2f} x float32, floor {floor} (unit: {r['unit']})"
+            )
     return lines
 
 
@@ -137,3 +151,53 @@ def bench_ssd(benchmark, peak_gflops: float, length: int, direction: str, impl: 
     )
     benchmark.group = f"ssd mamba2_130m_{length} {direction}"
     benchmark.pedantic(run, rounds=3)
+
+
+@pytest.mark.parametrize("direction", BF16_FLOORS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.filterwarnings("ignore")
+def bench_ssd_bf16(benchmark, size: str, direction: str):
+    heads, length = SIZES[size], LENGTHS[-1]
+    exact = {key: t.double() for key, t in inputs(length, heads).items()}
+    expected = reference_ssd(
+        *(exact[k] for k in ("x", "dt", "A", "B", "C", "D")), None, exact["dt_bias"], dt_softplus=True
+    )
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        v = {k: t.to(dtype) if k in ("x", "dt", "B", "C") else t for k, t in inputs(length, heads).items()}
+        leaves = [v[k].requires_grad_() for k in ("x", "dt", "B", "C")] if direction == "backward" else []
+        with torch.set_grad_enabled(direction == "backward"):
+            out = ours(v)
+        error = (out.double() - expected).abs().max().item()
+        assert error <= (1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max().item()
+        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        runs[dtype] = (
+            (
+                lambda out=out, leaves=leaves, grad=grad: torch.autograd.grad(
+                    out, leaves, grad, retain_graph=True
+                )
+            )
+            if direction == "backward"
+            else (lambda v=v: ours(v))
+        )
+    with torch.set_grad_enabled(direction == "backward"):
+        seconds = interleaved_seconds({str(k): f for k, f in runs.items()}, rounds=15)
+        extra = peak_extra_bytes(runs[torch.bfloat16])
+    benchmark.extra_info.update(
+        op="ssd",
+        case=f"mamba2_{size}_{length}_bfloat16",
+        direction=direction,
+        impl="arcore",
+        dtype="bfloat16",
+        seconds=seconds["torch.bfloat16"],
+        float32_seconds=seconds["torch.float32"],
+        unit=torch.ops.arcore.cpu_bf16(),
+        peak_extra_mib=round(extra / 2**20, 1),
+        **(
+            {"gflops": flops(length, heads) / seconds["torch.bfloat16"] / 1e9}
+            if direction == "forward"
+            else {}
+        ),
+    )
+    benchmark.group = f"ssd mamba2_{size}_{length} {direction} bfloat16"
+    benchmark.pedantic(lambda: None, rounds=1)

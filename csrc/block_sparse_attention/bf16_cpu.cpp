@@ -21,54 +21,69 @@ Bf16Rows source_rows(const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_
   return {source_row(t, b, h, row), t.row, count, dim};
 }
 
-// Packed operands of one (batch, kv head) pair, in bfloat16 elements: keys transposed, values by key pairs.
+// Packed operands of `rows` keys of one (batch, kv head) pair, in bfloat16 elements: keys transposed, values
+// by key pairs.
 struct ForwardLayout {
   int64_t dim, v_dim, keys, flags, floats;
   TransposedPanels keys_t;
   PairPanels values;
   int64_t values_at;
 
-  explicit ForwardLayout(const Problem& p)
+  ForwardLayout(const Problem& p, int64_t rows)
       : dim(pad_depth(p.dim)),
         v_dim(pad_depth(p.v_dim)),
-        keys(pad_depth(p.nk)),
+        keys(pad_depth(rows)),
         keys_t{dim},
         values{keys, v_dim} {
     values_at = keys * dim;
     flags = (values_at + keys * v_dim) / 2;
-    floats = flags + round_up(divide_up(p.nk, kForwardTileK), 16);
+    floats = flags + round_up(divide_up(rows, kForwardTileK), 16);
   }
 };
 
+// Rows of the layout that a thread has for itself, or 0 where all share one.
+int64_t own_rows(const Problem& p) {
+  return packs_by_tile(p, kTileQ) ? min_of<int64_t>(p.nk, kForwardTileK) : 0;
+}
+
 int64_t forward_workspace(const Problem& p) {
-  return ForwardLayout(p).floats;
+  return own_rows(p) > 0 ? 0 : ForwardLayout(p, p.nk).floats;
 }
 int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
-  return pairs * divide_up(p.nk, kForwardTileK);
+  return own_rows(p) > 0 ? 0 : pairs * divide_up(p.nk, kForwardTileK);
 }
 int64_t forward_tasks(const Problem& p, int64_t pairs) {
   return pairs * (p.heads / p.kv_heads) * divide_up(p.nq, kTileQ);
 }
 int64_t forward_scratch(const Problem& p) {
-  const ForwardLayout layout(p);
+  const ForwardLayout layout(p, own_rows(p));
   return kTileQ * layout.dim / 2 + kGroupRows * (kForwardTileStride + kPadded / 2) +
-         kTileQ * (layout.v_dim + 2) + kForwardTileK + p.v_dim + 8 * 16;
+         kTileQ * (layout.v_dim + 2) + kForwardTileK + p.v_dim + layout.floats + 9 * 16;
+}
+
+// Packs the keys and values [k0, k0 + count) so that they begin at row `at` of the layout. Returns whether
+// the values are finite.
+bool pack_forward_tile(const ForwardArgs& args, const ForwardLayout& layout, int64_t b, int64_t h, int64_t k0,
+                       int64_t count, int64_t at, BFloat16* packed) {
+  const Problem& p = args.problem;
+  pack_transposed(source_rows(args.k, b, h, k0, count, p.dim), layout.keys_t, at, packed);
+  const Bf16Rows values = source_rows(args.v, b, h, k0, count, p.v_dim);
+  pack_pairs(values, layout.values, at, packed + layout.values_at);
+  return all_finite(values);
 }
 
 void forward_pack(const ForwardArgs& args, const Wave& wave, float*, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
-  const ForwardLayout layout(p);
+  const ForwardLayout layout(p, p.nk);
   const int64_t tiles = divide_up(p.nk, kForwardTileK);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = task / tiles, tile = task % tiles, k0 = tile * kForwardTileK;
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
-    BFloat16* packed = reinterpret_cast<BFloat16*>(base);
     const int64_t count = min_of<int64_t>(kForwardTileK, p.nk - k0);
-    pack_transposed(source_rows(args.k, b, h, k0, count, p.dim), layout.keys_t, k0, packed);
-    const Bf16Rows values = source_rows(args.v, b, h, k0, count, p.v_dim);
-    pack_pairs(values, layout.values, k0, packed + layout.values_at);
-    base[layout.flags + tile] = all_finite(values) ? 0.0f : 1.0f;
+    const bool finite =
+        pack_forward_tile(args, layout, b, h, k0, count, k0, reinterpret_cast<BFloat16*>(base));
+    base[layout.flags + tile] = finite ? 0.0f : 1.0f;
   }
 }
 
@@ -143,7 +158,8 @@ void careful_add(float weight, const BFloat16* x, int64_t dim, float* out) {
 
 void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
-  const ForwardLayout layout(p);
+  const bool by_tile = own_rows(p) > 0;
+  const ForwardLayout layout(p, by_tile ? own_rows(p) : p.nk);
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const int64_t stride = layout.v_dim;
   const int blocks = static_cast<int>(divide_up(p.v_dim, 16));
@@ -155,6 +171,7 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
   float* row_max = scratch.take(kTileQ);
   float* row_sum = scratch.take(kTileQ);
   float* bias_buffer = scratch.take(kForwardTileK);
+  float* own = by_tile ? scratch.take(layout.floats) : nullptr;
   Bf16Unit unit;
   TileMask mask;
 
@@ -162,8 +179,8 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
     const int64_t pair = task / (group * tiles);
     const int64_t b = (wave.first + pair) / p.kv_heads, hk = (wave.first + pair) % p.kv_heads;
     const int64_t h = hk * group + task / tiles % group;
-    const float* base = wave.workspace + pair * layout.floats;
-    const BFloat16* packed = reinterpret_cast<const BFloat16*>(base);
+    float* base = by_tile ? own : wave.workspace + pair * layout.floats;
+    BFloat16* packed = reinterpret_cast<BFloat16*>(base);
     mask.enter_query_tile(p, b, h, fold(task % tiles, tiles) * kTileQ);
     copy_rows(source_rows(args.q, b, h, mask.q0, mask.rows, p.dim), layout.dim, q);
     for (int r = 0; r < mask.rows; ++r) {
@@ -178,7 +195,11 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
 
     for (int64_t k0 = 0; k0 < p.nk; k0 += kForwardTileK) {
       if (!mask.enter_key_tile(k0, kForwardTileK)) continue;
-      const bool careful = base[layout.flags + k0 / kForwardTileK] != 0.0f;
+      // Row of the layout at which this tile begins.
+      const int64_t at = by_tile ? 0 : k0;
+      const bool careful = by_tile ? !pack_forward_tile(args, layout, b, hk, k0, mask.keys, 0, packed)
+                                   : base[layout.flags + k0 / kForwardTileK] != 0.0f;
+      const TileAhead ahead(args, b, hk, k0 + kForwardTileK, by_tile ? kForwardTileK : 0);
       const float* bias = step_bias(p.bias, b, h, k0, mask.keys, bias_buffer);
       for (int g = 0; g < mask.groups; ++g) {
         const Span cols = mask.computed(g);
@@ -186,12 +207,13 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
         const int row = mask.group_begin[g], rows = mask.group_rows(g);
         const int steps = static_cast<int>((cols.hi - cols.lo) / 32);
         unit.multiply(rows, layout.dim, q + row * layout.dim, layout.dim,
-                      packed + layout.keys_t.offset(k0 + cols.lo), layout.keys_t.panel(), 2 * steps,
+                      packed + layout.keys_t.offset(at + cols.lo), layout.keys_t.panel(), 2 * steps,
                       s + cols.lo, kForwardTileStride);
         for (int r = 0; r < rows; ++r) {
           float* logits = s + r * kForwardTileStride;
           if (!plain) scale_and_add(logits, cols, p.scale, bias);
           if (!mask.row_is_full(row + r, cols)) mask.fill_forbidden(row + r, cols, logits, -kInfinity);
+          ahead.ask(row + r, mask.rows);
           online_softmax(logits, cols, factor, weights + r * kPadded, row_max + row + r, row_sum + row + r,
                          out + (row + r) * stride, stride);
         }
@@ -204,7 +226,7 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
           continue;
         }
         unit.multiply_add(rows, cols.hi - cols.lo, weights + cols.lo, kPadded,
-                          packed + layout.values_at + layout.values.offset(0, k0 + cols.lo),
+                          packed + layout.values_at + layout.values.offset(0, at + cols.lo),
                           layout.values.panel(), blocks, out + row * stride, stride);
       }
     }

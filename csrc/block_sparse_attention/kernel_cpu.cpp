@@ -39,21 +39,20 @@ void scaled_copy(const float* src, float* dst, int64_t n, float factor) {
 }
 
 // x * 0 summed is 0 for finite values and NaN otherwise.
-float zero_if_finite(const float* x, int64_t n) {
-  Vec sum(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    sum = fma(load(x + i), Vec(0.0f), sum);
-  float rest = reduce_add(sum);
-  for (; i < n; ++i)
-    rest += x[i] * 0.0f;
-  return rest;
-}
-
-// Whether each pair has one query tile only. Then nobody shares its packed keys, and each key tile is packed
-// just before it is used, into scratch that stays in cache, instead of once into the workspace.
-bool packs_by_tile(const Problem& p) {
-  return p.heads == p.kv_heads && p.nq <= kTileQ;
+float zero_if_finite(const FloatRows& rows, int64_t count, int64_t n) {
+  Vec sums[2] = {Vec(0.0f), Vec(0.0f)};
+  float rest = 0.0f;
+  for (int64_t r = 0; r < count; ++r) {
+    const float* x = rows.row(r);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      Vec& sum = sums[i / kLanes % 2];
+      sum = fma(load(x + i), Vec(0.0f), sum);
+    }
+    for (; i < n; ++i)
+      rest += x[i] * 0.0f;
+  }
+  return rest + reduce_add(sums[0] + sums[1]);
 }
 
 // Packed operands of one (batch, kv head) pair.
@@ -71,10 +70,10 @@ struct ForwardLayout {
 };
 
 int64_t forward_workspace(const Problem& p) {
-  return packs_by_tile(p) ? 0 : ForwardLayout(p).floats;
+  return packs_by_tile(p, kTileQ) ? 0 : ForwardLayout(p).floats;
 }
 int64_t forward_pack_tasks(const Problem& p, int64_t pairs) {
-  return packs_by_tile(p) ? 0 : pairs * divide_up(p.nk, kForwardTileK);
+  return packs_by_tile(p, kTileQ) ? 0 : pairs * divide_up(p.nk, kForwardTileK);
 }
 
 // Floats of a panel of rows, in the kernel that reads both keys and values.
@@ -87,27 +86,43 @@ void add_bias(const float* bias, Span cols, float* x) {
     store(x + j, load(x + j) + load(bias + j));
 }
 
-// Packs the keys and values [k0, k0 + keys) so that they begin at row `at` of the layout. Returns NaN if a
-// value is not finite, else 0.
+// Whether values are multiplied where they lie: each is read once, and its vectors are whole.
+bool values_in_place(const Problem& p) {
+  return packs_by_tile(p, kTileQ) && p.dtype == StorageType::kFloat32 && p.v_dim % kLanes == 0;
+}
+
+// Packs the keys and values [k0, k0 + keys) so that they begin at row `at` of the layout; finite values that
+// are multiplied in place are left out. Returns NaN if a value is not finite, else 0. `unasked`: nobody has
+// asked for these rows yet.
 float pack_forward_tile(const ForwardArgs& args, const ForwardLayout& layout, int64_t b, int64_t h,
-                        int64_t k0, int64_t keys, int64_t at, float* base, float* buffer) {
+                        int64_t k0, int64_t keys, int64_t at, bool unasked, float* base, float* buffer) {
   const Problem& p = args.problem;
+  const bool in_place = values_in_place(p);
+  const TileAhead rows_ahead(args, b, h, k0, unasked ? keys : 0);
+  const int64_t parts = divide_up(keys, kPanel);
   float flag = 0.0f;
+  const auto pack_values = [&](const FloatRows& values, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      pack_row(values.row(i), layout.value_panels, at + first + i, base + layout.values);
+  };
   for (int64_t j = 0; j < keys; j += kPanel) {
+    const int64_t part = j / kPanel;
+    for (int64_t next = part == 0 ? 0 : part + 3; next < min_of(parts, part + 4); ++next)
+      rows_ahead.ask(next, parts);
     const int64_t count = min_of<int64_t>(kPanel, keys - j);
     pack_transposed(float_rows(p.dtype, args.k, b, h, k0 + j, count, p.dim, buffer), count, p.dim,
                     base + layout.keys_t + (at + j) * p.dim);
     const FloatRows values = float_rows(p.dtype, args.v, b, h, k0 + j, count, p.v_dim, buffer);
-    for (int64_t i = 0; i < count; ++i) {
-      flag += zero_if_finite(values.row(i), p.v_dim);
-      pack_row(values.row(i), layout.value_panels, at + j + i, base + layout.values);
-    }
+    flag += zero_if_finite(values, count, p.v_dim);
+    if (!in_place) pack_values(values, j, count);
   }
+  if (in_place && flag != 0.0f)
+    pack_values(float_rows(p.dtype, args.v, b, h, k0, keys, p.v_dim, buffer), 0, keys);
   return flag;
 }
 
 int64_t forward_scratch(const Problem& p) {
-  const bool by_tile = packs_by_tile(p);
+  const bool by_tile = packs_by_tile(p, kTileQ);
   const ForwardLayout layout(p, by_tile ? min_of<int64_t>(p.nk, kForwardTileK) : 0);
   return kTileQ * (p.dim + layout.value_panels.padded_dim() + 2) + kMaxRows * kForwardTileStride +
          kForwardTileK + (by_tile ? layout.floats : 0) + row_buffer(p) + 8 * 16;
@@ -122,7 +137,7 @@ void forward_pack(const ForwardArgs& args, const Wave& wave, float* scratch, int
     const int64_t b = (wave.first + pair) / p.kv_heads, h = (wave.first + pair) % p.kv_heads;
     float* base = wave.workspace + pair * layout.floats;
     const int64_t keys = min_of<int64_t>(kForwardTileK, p.nk - k0);
-    base[layout.flags + tile] = pack_forward_tile(args, layout, b, h, k0, keys, k0, base, scratch);
+    base[layout.flags + tile] = pack_forward_tile(args, layout, b, h, k0, keys, k0, true, base, scratch);
   }
 }
 
@@ -189,7 +204,7 @@ void careful_multiply_add(const TileMask& mask, int row, int rows, Span cols, co
 
 void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t begin, int64_t end) {
   const Problem& p = args.problem;
-  const bool by_tile = packs_by_tile(p);
+  const bool by_tile = packs_by_tile(p, kTileQ), in_place = values_in_place(p);
   const ForwardLayout layout(p, by_tile ? min_of<int64_t>(p.nk, kForwardTileK) : p.nk);
   const int64_t group = p.heads / p.kv_heads, tiles = divide_up(p.nq, kTileQ);
   const ColumnPanels& vp = layout.value_panels;
@@ -221,20 +236,26 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
     for (int64_t i = 0; i < mask.rows * out_stride; i += kLanes)
       store(out + i, Vec(0.0f));
 
+    bool unasked = true;
     for (int64_t k0 = 0; k0 < p.nk; k0 += kForwardTileK) {
       if (!mask.enter_key_tile(k0, kForwardTileK)) continue;
       // Row of the layout at which this tile begins.
       const int64_t at = by_tile ? 0 : k0;
-      const float flag = by_tile ? pack_forward_tile(args, layout, b, hk, k0, mask.keys, 0, base, buffer)
-                                 : base[layout.flags + k0 / kForwardTileK];
+      const float flag = by_tile
+                             ? pack_forward_tile(args, layout, b, hk, k0, mask.keys, 0, unasked, base, buffer)
+                             : base[layout.flags + k0 / kForwardTileK];
       const bool careful = flag != 0.0f;
       const float* bias = tile_bias(p.bias, b, h, k0, mask.keys, bias_buffer);
+      const TileAhead ahead(args, b, hk, k0 + kForwardTileK, by_tile ? kForwardTileK : 0);
+      unasked = false;
       for (int g = 0; g < mask.groups; ++g) {
         const Span cols = mask.computed(g), seen = mask.columns[g];
         if (cols.empty()) continue;
         const int row = mask.group_begin[g], rows = mask.group_rows(g);
+        constexpr int64_t kPanels = kForwardTileK / kPanel;
         for (int64_t panel = cols.lo / kPanel * kPanel; panel < cols.hi; panel += kPanel) {
           const Span part = intersect(cols, {panel, panel + kPanel});
+          ahead.ask(g * kPanels + panel / kPanel, mask.groups * kPanels);
           multiply(rows, static_cast<int>((part.hi - part.lo) / kLanes), q + row * p.dim, p.dim,
                    base + layout.keys_t + (at + panel) * p.dim + (part.lo - panel), s + part.lo,
                    kForwardTileStride, p.dim);
@@ -251,10 +272,18 @@ void forward(const ForwardArgs& args, const Wave& wave, float* memory, int64_t b
                                out + row * out_stride, out_stride);
           continue;
         }
-        for (int64_t panel = 0; panel < vp.count(); ++panel)
-          multiply_add(rows, vp.vectors(panel), s + seen.lo, kForwardTileStride,
-                       base + layout.values + vp.offset(panel, at + seen.lo),
-                       out + row * out_stride + panel * kPanel, out_stride, seen.hi - seen.lo);
+        for (int64_t panel = 0; panel < vp.count(); ++panel) {
+          float* to = out + row * out_stride + panel * kPanel;
+          if (in_place)
+            multiply_add_rows(rows, vp.vectors(panel), s + seen.lo, kForwardTileStride,
+                              static_cast<const float*>(args.v.data) +
+                                  row_offset(args.v, b, hk, k0 + seen.lo) + panel * kPanel,
+                              args.v.row, to, out_stride, seen.hi - seen.lo);
+          else
+            multiply_add(rows, vp.vectors(panel), s + seen.lo, kForwardTileStride,
+                         base + layout.values + vp.offset(panel, at + seen.lo), to, out_stride,
+                         seen.hi - seen.lo);
+        }
       }
     }
 
@@ -330,10 +359,9 @@ void pack_key_tile(const BackwardArgs& args, const BackwardLayout& layout, int64
                     base + layout.values_t + k0 * p.v_dim);
     const FloatRows keys = float_rows(p.dtype, args.k, b, h, k0, count, p.dim, buffer);
     pack_transposed(keys, count, p.dim, base + layout.keys_t + k0 * p.dim);
-    for (int64_t i = 0; i < count; ++i) {
-      flag += zero_if_finite(keys.row(i), p.dim);
+    flag += zero_if_finite(keys, count, p.dim);
+    for (int64_t i = 0; i < count; ++i)
       pack_row(keys.row(i), layout.key_panels, k0 + i, base + layout.keys);
-    }
   }
   base[layout.key_flags + tile] = flag;
 }
@@ -356,7 +384,7 @@ void pack_query_tile(const BackwardArgs& args, const BackwardLayout& layout, int
     float delta = reduce_add(sum);
     for (; d < p.v_dim; ++d)
       delta += grad[d] * row[d];
-    flag += zero_if_finite(q, p.dim) + zero_if_finite(grad, p.v_dim);
+    flag += zero_if_finite({q, 0}, 1, p.dim) + zero_if_finite({grad, 0}, 1, p.v_dim);
     const int64_t at = (b * p.heads + h) * p.nq + i;
     head[layout.delta + i] = args.grad_lse == nullptr ? delta : delta - args.grad_lse[at];
     pack_row(q, layout.query_panels, i, head + layout.q);
@@ -682,10 +710,9 @@ void tangent_pack(const TangentArgs& args, const Wave& wave, float* buffer, int6
                           base + keys_t + k0 * p.dim);
         if (values.data == nullptr) continue;
         const FloatRows rows = float_rows(p.dtype, values, b, h, k0, count, p.v_dim, buffer);
-        for (int64_t i = 0; i < count; ++i) {
-          flag += zero_if_finite(rows.row(i), p.v_dim);
+        flag += zero_if_finite(rows, count, p.v_dim);
+        for (int64_t i = 0; i < count; ++i)
           pack_row(rows.row(i), layout.value_panels, k0 + i, base + values_at);
-        }
       }
     };
     pack(args.k, layout.keys_t, args.v, layout.values);

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "block_sparse_attention/params.h"
+#include "common/ask.h"
 #include "common/vec.h"
 
 namespace arcore::block_sparse_attention {
@@ -79,6 +80,33 @@ const float* tile_bias(const KeyBias& bias, int64_t b, int64_t h, int64_t k0, in
     buffer[j] = 0.0f;
   return buffer;
 }
+
+// Whether each pair has one query tile only. Then nobody shares its packed keys, and each key tile is packed
+// just before it is used, into scratch that stays in cache, instead of once into the workspace.
+bool packs_by_tile(const Problem& p, int64_t tile) {
+  return p.heads == p.kv_heads && p.nq <= tile;
+}
+
+// The keys and values of the tile behind one that is worked on, for kernels that read them once, tile by
+// tile.
+struct TileAhead {
+  const ForwardArgs& args;
+  int64_t b, h, k0, keys;
+
+  TileAhead(const ForwardArgs& args, int64_t b, int64_t h, int64_t k0, int64_t tile)
+      : args(args), b(b), h(h), k0(k0), keys(min_of(tile, args.problem.nk - k0)) {}
+
+  // Asks for part `part` of `parts` of its rows.
+  __attribute__((always_inline)) void ask(int64_t part, int64_t parts) const {
+    const Problem& p = args.problem;
+    const int64_t size = p.dtype == StorageType::kFloat32 ? 4 : 2;
+    for (int64_t j = keys * part / parts; j < keys * (part + 1) / parts; ++j) {
+      ask_for(static_cast<const char*>(args.k.data) + row_offset(args.k, b, h, k0 + j) * size, p.dim * size);
+      ask_for(static_cast<const char*>(args.v.data) + row_offset(args.v, b, h, k0 + j) * size,
+              p.v_dim * size);
+    }
+  }
+};
 
 void fill_columns(float* x, int64_t begin, int64_t end, float value) {
   for (int64_t j = begin; j < end; ++j)

@@ -2,7 +2,7 @@
 // by AMX tiles (ARCORE_AMX) or AVX512-BF16 dot products, on the same packed panels.
 //
 // Both units multiply pairs of neighbours in K. B is cut into panels of 32 columns, [K / 2][32][2]; K is a
-// multiple of 32, and what pads it is 0. A is row-major.
+// multiple of 32 (dot products: of 2), and what pads it is 0. A is row-major.
 #pragma once
 
 #include <immintrin.h>
@@ -101,6 +101,22 @@ static inline void pack_transposed(const Bf16Rows& rows, const TransposedPanels&
   }
 }
 
+// Two vectors of floats, rounded, as pairs: element j of both, for each j.
+static inline __m512i rounded_pairs(Vec even, Vec odd) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
+}
+// And back.
+static inline Vec even_of(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+static inline Vec odd_of(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
 // Two rows as pairs: element j of both, for each j.
 static inline __m512i pairs_of(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
@@ -134,6 +150,9 @@ static inline void turn_block(const BFloat16* src, int64_t src_stride, BFloat16*
 // The tiles of this thread for as long as the object lives: 0 to 3 sums, 4 rows of A, 5 to 7 of B.
 class Bf16Unit {
  public:
+  // Rows that one call takes at most, and what K has to be a multiple of.
+  static constexpr int64_t kRows = 16, kDepth = 32;
+
   Bf16Unit() { configure(16); }
   ~Bf16Unit() { _tile_release(); }
   Bf16Unit(const Bf16Unit&) = delete;
@@ -226,6 +245,8 @@ class Bf16Unit {
 
 class Bf16Unit {
  public:
+  static constexpr int64_t kRows = kMaxRows, kDepth = 2;
+
   void multiply(int rows, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t panel,
                 int blocks, float* c, int64_t ldc) {
     run<false>(rows, k, a, lda, b, panel, blocks, c, ldc);

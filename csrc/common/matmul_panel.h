@@ -1,8 +1,8 @@
 // Register-blocked matrix kernels on packed panels: C[R x kPanel] (+)= A[R x K] * B[K x kPanel].
 //
-// B is a panel: K rows of `kPitch` vectors, of which the first V are used. A is read by broadcasts, row-major
-// or transposed. The R x V accumulators live in registers: 6 x 2 for 16 registers (AVX2), 12 x 2 for 32
-// (AVX-512).
+// B is a panel: K rows of `kPitch` vectors, of which the first V are used; or the rows of any matrix. A is
+// read by broadcasts, row-major or transposed. The R x V accumulators live in registers: 6 x 2 for 16
+// registers (AVX2), 12 x 2 for 32 (AVX-512).
 #pragma once
 
 #include "common/vec.h"
@@ -10,12 +10,15 @@
 namespace arcore {
 inline namespace ARCORE_ISA {
 
-// lda is the stride between rows of A (between its columns if A is transposed).
-using MicroKernel = void (*)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k);
+// lda is the stride between rows of A (between its columns if A is transposed); ldb, that between rows of B
+// where kPitch is 0.
+using MicroKernel = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                             int64_t k);
 
 template <int R, int V, int kPitch, bool kTransposedA, bool kAccumulate>
 static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const float* ARCORE_RESTRICT b,
-                         float* ARCORE_RESTRICT c, int64_t ldc, int64_t k) {
+                         int64_t ldb, float* ARCORE_RESTRICT c, int64_t ldc, int64_t k) {
+  if constexpr (kPitch > 0) ldb = kPitch * kLanes;
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -24,7 +27,7 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
       acc[r][v] = Vec(0.0f);
 
   if constexpr (kTransposedA) {
-    for (int64_t i = 0; i < k; ++i, a += lda, b += kPitch * kLanes) {
+    for (int64_t i = 0; i < k; ++i, a += lda, b += ldb) {
       Vec bv[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
@@ -44,7 +47,7 @@ static void micro_kernel(const float* ARCORE_RESTRICT a, int64_t lda, const floa
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g)
       base[g] = a + 3 * g * lda;
-    for (int64_t i = 0; i < k; ++i, b += kPitch * kLanes) {
+    for (int64_t i = 0; i < k; ++i, b += ldb) {
       Vec bv[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
@@ -90,7 +93,7 @@ static inline void multiply(int rows, int vectors, const float* a, int64_t lda, 
                             int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 2, false, false> kHalf;
   static constexpr MicroKernels<2, 2, false, false> kWhole;
-  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
+  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, 0, c, ldc, k);
 }
 
 // C += A * B for the first `vectors` vectors of a wide panel.
@@ -98,7 +101,7 @@ static inline void multiply_more(int rows, int vectors, const float* a, int64_t 
                                  int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 2, false, true> kHalf;
   static constexpr MicroKernels<2, 2, false, true> kWhole;
-  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, c, ldc, k);
+  (vectors == 2 ? kWhole.of_rows[rows] : kHalf.of_rows[rows])(a, lda, b, 0, c, ldc, k);
 }
 
 // C += A * B; `vectors` is the width of the panel, 1 or 2.
@@ -106,7 +109,15 @@ static inline void multiply_add(int rows, int vectors, const float* a, int64_t l
                                 int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 1, false, true> kNarrow;
   static constexpr MicroKernels<2, 2, false, true> kWide;
-  (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, c, ldc, k);
+  (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, 0, c, ldc, k);
+}
+
+// C += A * B, where the rows of B lie ldb apart: a matrix as it is, without panels.
+static inline void multiply_add_rows(int rows, int vectors, const float* a, int64_t lda, const float* b,
+                                     int64_t ldb, float* c, int64_t ldc, int64_t k) {
+  static constexpr MicroKernels<1, 0, false, true> kNarrow;
+  static constexpr MicroKernels<2, 0, false, true> kWide;
+  (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, ldb, c, ldc, k);
 }
 
 // C += A^T * B.
@@ -114,7 +125,7 @@ static inline void multiply_add_transposed(int rows, int vectors, const float* a
                                            float* c, int64_t ldc, int64_t k) {
   static constexpr MicroKernels<1, 1, true, true> kNarrow;
   static constexpr MicroKernels<2, 2, true, true> kWide;
-  (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, c, ldc, k);
+  (vectors == 2 ? kWide.of_rows[rows] : kNarrow.of_rows[rows])(a, lda, b, 0, c, ldc, k);
 }
 
 // A matrix [rows, dim] cut into column panels, each [rows, width] contiguous; width is kPanel, or kLanes for

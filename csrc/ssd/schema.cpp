@@ -14,11 +14,21 @@
 namespace arcore::ssd {
 
 ARCORE_DISPATCH_CPU(CpuKernels, cpu_kernels)
+ARCORE_DISPATCH_BF16(CpuKernels, cpu_kernels)
 
 namespace {
 
 // Floating-point operations below which a second thread costs more than it saves.
 constexpr double kFlopsPerThread = 1e7;
+
+// The version for the processor's bfloat16 units where all factors of the products are bfloat16.
+const CpuKernels& kernels_for(const Args& args, const OptionalTensor& grad_out = {}) {
+  const CpuBf16 unit = cpu_bf16();
+  for (const View* v : {&args.x, &args.B, &args.C})
+    if (v->dtype != StorageType::kBFloat16) return cpu_kernels();
+  if (grad_out.has_value() && grad_out->scalar_type() != ScalarType::BFloat16) return cpu_kernels();
+  return unit == CpuBf16::kNone ? cpu_kernels() : cpu_kernels(unit);
+}
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
                                        const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
@@ -33,7 +43,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& dt, const 
   if (call.empty()) return {out, last_state};
   args.last_state = static_cast<float*>(last_state.data_ptr());
   args.out = view(kOp, "out", out, reverse);
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = kernels_for(args);
   run_with_workspace(
       x, kernels.tasks(args), threads_for(4.0 * call.products(), kFlopsPerThread), kernels.workspace(args),
       [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); });
@@ -62,7 +72,7 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
   Tensor grad_B = make_empty_like(B), grad_C = make_empty_like(C), grad_z = like(z);
   Tensor grad_initial =
       initial_state.has_value() ? floats({call.rows, in.heads, in.dim, in.states}) : floats({0});
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = kernels_for(in, grad_out);
   const int64_t tasks = call.empty() ? 0 : kernels.tasks(in);
   Tensor partial_A = floats({in.batch, in.heads}), partial_bias = floats({in.batch, in.heads});
   Tensor partial_D = floats({in.batch, in.heads, in.dim});

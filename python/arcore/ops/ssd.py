@@ -108,8 +108,9 @@ def ssd(
     """Selective scan whose decay is one number per head: Mamba-2's, as products of matrices over chunks.
 
     Per head, with ``dt = clamp(softplus(dt + dt_bias), *dt_limit)`` (softplus optional):
-    ``state = exp(dt A) state + dt x B^T``, ``y = state C + D x``, ``out = y silu(z)``. fp32 arithmetic and state
-    whatever the storage. Differentiable in all float arguments, and through the last state, in reverse mode.
+    ``state = exp(dt A) state + dt x B^T``, ``y = state C + D x``, ``out = y silu(z)``. fp32 sums and state
+    whatever the storage; factors of products are bfloat16 where x, B and C are and the CPU has units for it, else fp32.
+    Differentiable in all float arguments, and through the last state, in reverse mode.
     Deterministic; results and gradients do not depend on the number of threads or on batch mates. Gradients that are to
     be differentiated again (`create_graph=True`, `torch.func.grad`) are computed by PyTorch, several times slower.
     On a GPU the products run on tensor cores, with numbers in two parts of 16 bits (three for float32), to the same
