@@ -1,10 +1,10 @@
 """Whole models in bfloat16 beside the same in float32: `pytest bench/models/bench_bf16.py`.
 
-Random weights at the published sizes. Mamba-130m reads 1024 tokens and writes single ones, SmolLM2-135M's shapes
-read 512 and write single tokens of one and of eight texts behind 16 others, and ACDiT's training step of bench_acdit.py
-runs under autocast. Each line says where the time goes, by the profiler: products of matrices, the package's scans,
-convolutions and attention, all else. Products alone are what the weights' bytes and torch allow. One thread, process
-CPU time, both types in turns.
+Random weights at the published sizes. Mamba-130m and Mamba-2-130m read 1024 tokens, the first also writes single ones;
+SmolLM2-135M's shapes read 512 and write single tokens of one and of eight texts behind 16 others; ACDiT's training step
+of bench_acdit.py runs under autocast. Each line says where the time goes, by the profiler: products of matrices, the
+package's scans, convolutions and attention, all else. Products alone are what the weights' bytes and torch allow. One
+thread, process CPU time, both types in turns.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import arcore
 CASES = {
     "mamba_130m prefill 1024": 1.8,
     "mamba_130m decode": 1.8,
+    "mamba2_130m prefill 1024": 1.8,
     "smollm2_135m prefill 512": 1.8,
     "smollm2_135m decode": 1.8,
     "smollm2_135m decode of 8": 1.8,
