@@ -32,7 +32,7 @@ _lock = threading.RLock()
 _library: Any = None
 
 
-class float32_matmul(AbstractContextManager[None]):  # noqa: N801  (used like torch.no_grad)
+class float32_matmul(AbstractContextManager[None]):
     """Chooses what computes float32 matrix products on the CPU: `with arcore.float32_matmul("auto"): ...`.
 
     It holds for the whole process, all threads, `torch.mm` and `torch.addmm` and so what is made of them: linear
