@@ -2,6 +2,10 @@
 
 The thirty layers of SmolLM2-135M, one token of 1 and of 8 rows behind 256 others, float32, one thread, process CPU
 time, median of 7 steps. The floor is reading the weights once, at the speed at which torch sums them in the same run.
+
+By tokens: what a call takes that reads 1 to 32 tokens of one text, in both storage types, and the last layer
+(`linear_step`) likewise, as multiples of one token. Two floors stand beside them: the bytes of the weights, and the
+multiply-adds of all tokens at the rate that `run_fma` reaches from registers.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import cpu_seconds
+from measure import cpu_seconds, fma_peak_gflops, interleaved_seconds
 
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RotaryTable, TokenCache
 from arcore.ops import decoder_step
@@ -91,3 +95,60 @@ def bench_decoder_step(batch: int, benchmark: Any) -> None:
     }  # fmt: skip
     benchmark.pedantic(ours, rounds=1)
     assert theirs / mine >= 1.2
+
+
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
+VOCABULARY = 49152
+# Most time of a call by its tokens, in times of a call that reads one.
+MOST = {5: 1.3, 8: 1.6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def bench_by_tokens(dtype: torch.dtype, benchmark: Any) -> None:
+    torch.set_num_threads(1)
+    plans = [
+        {name: value.to(dtype) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+        for given in (layer.step_weights() for layer in layers())
+    ]
+    last = torch.randn(VOCABULARY, DIM).to(dtype)
+    room = CONTEXT + max(COUNTS)
+    keys, values = (torch.randn(LAYERS, 1, KV_HEADS, room, HEAD_DIM).to(dtype) for _ in range(2))
+    lengths = torch.full((1,), CONTEXT)
+
+    def call(count: int) -> Any:
+        x = torch.randn(count, DIM).to(dtype)
+        span = RotaryTable(HEAD_DIM).span(CONTEXT, CONTEXT + count, torch.device("cpu"))
+        cos, sin = (angle.reshape(-1, HEAD_DIM) for angle in span)
+
+        def run() -> None:
+            y = x.clone()
+            for i, weights in enumerate(plans):
+                decoder_step(
+                    y, **weights, keys=keys[i], values=values[i], cos=cos, sin=sin, lengths=lengths, drafts=count
+                )  # fmt: skip
+
+        return run
+
+    def product(count: int) -> Any:
+        x = torch.randn(count, DIM).to(dtype)
+        return lambda: torch.ops.arcore.linear_step(x, last, None)
+
+    layer_times = interleaved_seconds({str(n): call(n) for n in COUNTS}, 7)
+    last_times = interleaved_seconds({str(n): product(n) for n in COUNTS}, 7)
+    matrices = [w for plan in plans for w in plan.values() if isinstance(w, torch.Tensor) and w.dim() == 2]
+    read = cpu_seconds(lambda: [w.view(torch.float32).sum() for w in matrices], 3)
+    numbers = sum(w.numel() for w in matrices)
+    multiply = 2e-9 * numbers / fma_peak_gflops()
+    benchmark.extra_info |= {"dtype": str(dtype), "bytes_ms": read * 1e3, "fma_ms_per_token": multiply * 1e3}
+    for name, times in (("layers", layer_times), ("last", last_times)):
+        one = times["1"]
+        benchmark.extra_info[name] = {n: round(t * 1e3, 2) for n, t in times.items()}
+        row = "  ".join(f"{n}: {t * 1e3:.1f} ({t / one:.2f})" for n, t in times.items())
+        print(f"\n{str(dtype)[6:]} {name}, ms (times one token)  {row}")
+    print(
+        f"floors: {read * 1e3:.1f} ms of bytes by torch's sum, {multiply * 1e3:.2f} ms of multiply-adds per token"
+    )
+    benchmark.pedantic(call(5), rounds=1)
+    for count, most in MOST.items():
+        assert layer_times[str(count)] <= most * layer_times["1"]

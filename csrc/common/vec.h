@@ -53,6 +53,21 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
   return at::vec::fmadd(a, b, c);
 }
 
+// x, in a register from here on: else a compiler may read it from memory at each use.
+static inline Vec in_register(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 held = x;
+  asm("" : "+v"(held));
+  return held;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 held = x;
+  asm("" : "+x"(held));
+  return held;
+#else
+  return x;
+#endif
+}
+
 // exp(x) for x <= 88, about 1 ulp; 0 below -87.33 (where float32 would be denormal); NaN stays NaN.
 // 2^n * p(f) with n = round(x * log2 e) and the degree-6 minimax polynomial of 2^f on |f| <= 1/2 (relative
 // error 2e-9 before rounding, 8e-8 after).
@@ -407,6 +422,50 @@ static inline void store_lanes(T* p, Vec value) {
     p[i] = static_cast<T>(x[i]);
 }
 #endif
+
+// The first n of them, 0 <= n <= kLanes: nothing behind is read, its lanes are 0, or written.
+#if defined(CPU_CAPABILITY_AVX512)
+static inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
+static inline Vec load_lanes(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+static inline void store_lanes(float* p, Vec x, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), x);
+}
+static inline Vec load_lanes(const BFloat16* p, int64_t n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+static inline void store_lanes(BFloat16* p, Vec x, int64_t n) {
+  const __m512i both = narrow(BFloat16{}, x, x);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_castsi512_si256(both));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+static inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline Vec load_lanes(const float* p, int64_t n) {
+  return _mm256_maskload_ps(p, first_lanes(n));
+}
+static inline void store_lanes(float* p, Vec x, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes(n), x);
+}
+#endif
+template <typename T>
+static inline Vec load_lanes(const T* p, int64_t n) {
+  T some[kLanes] = {};
+  std::memcpy(some, p, static_cast<size_t>(n) * sizeof(T));
+  return load_lanes(some);
+}
+template <typename T>
+static inline void store_lanes(T* p, Vec x, int64_t n) {
+  T some[kLanes];
+  store_lanes(some, x);
+  std::memcpy(p, some, static_cast<size_t>(n) * sizeof(T));
+}
 
 // n storage elements -> n floats and back.
 static inline void to_float(const float* ARCORE_RESTRICT src, float* ARCORE_RESTRICT dst, int64_t n) {

@@ -1,5 +1,7 @@
 // CPU kernels of one decoder layer for single tokens; compiled once per instruction set. README.md beside
 // this file describes the passes.
+#include <type_traits>
+
 #include "common/vec.h"
 #include "decoder_step/params.h"
 
@@ -7,12 +9,37 @@ namespace arcore::decoder_step {
 namespace ARCORE_ISA {
 namespace {
 
-// Rows of weights that are read side by side: as many streams as prefetchers follow well.
+// Rows of weights that are read side by side: as many streams as prefetchers follow well, and with a block of
+// tokens about as many sums as there are registers.
 constexpr int64_t kRows = 4;
+// Tokens whose sums are formed in one pass over the rows.
+constexpr int64_t kBlock = 8;
+// Rows that several blocks of tokens pass one after the other, while they lie in the first caches.
+constexpr int64_t kPanelRows = 16;
 
 inline float sum_of(Vec x) {
   return reduce_add(x);
 }
+
+// Lanes of a row that has `left` elements more, 0 behind its end.
+template <typename T>
+inline Vec load_some(const T* p, int64_t left) {
+  return left >= kLanes ? load_lanes(p) : left <= 0 ? Vec(0.0f) : load_lanes(p, left);
+}
+
+// Tokens as products read them: blocks of at most kBlock, in each [cols / kLanes][tokens][kLanes], so that a
+// pass over a row reads one stream of whole lines. Columns are padded with zeros to whole lines.
+template <typename Float>
+struct Packed {
+  Float* data;
+  int64_t batch, cols;
+  Float* block(int64_t first) const { return data + first * padded(cols); }
+  // Lanes [col, col + kLanes) of a token.
+  Float* at(int64_t token, int64_t col) const {
+    const int64_t first = token / kBlock * kBlock;
+    return block(first) + col * min_of(kBlock, batch - first) + (token - first) * kLanes;
+  }
+};
 
 void widen(const Args& args) {
   with_type(args.dtype, [&](auto type) {
@@ -20,26 +47,36 @@ void widen(const Args& args) {
   });
 }
 
-void narrow(const Args& args) {
-  with_type(args.dtype, [&](auto type) {
-    from_float(args.x, static_cast<decltype(type)*>(args.given), args.batch * args.dim);
+void narrow(StorageType dtype, const float* from, void* to, int64_t count) {
+  with_type(dtype, [&](auto type) { from_float(from, static_cast<decltype(type)*>(to), count); });
+}
+
+void pack(StorageType dtype, const void* from, int64_t from_row, int64_t batch, int64_t cols, float* to) {
+  const Packed<float> packed{to, batch, cols};
+  with_type(dtype, [&](auto type) {
+    const auto* rows = static_cast<const decltype(type)*>(from);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < padded(cols); i += kLanes)
+        store(packed.at(b, i), load_some(rows + b * from_row + i, cols - i));
   });
 }
 
 template <typename T>
 void normalise_by(const Args& args, const T* weight) {
+  const Packed<float> out{args.normed, args.batch, args.dim};
   for (int64_t b = 0; b < args.batch; ++b) {
     const float* x = args.x + b * args.dim;
-    float* out = args.normed + b * args.dim;
     Vec sum(0.0f);
     for (int64_t i = 0; i < args.dim; i += kLanes) {
-      const Vec v = load(x + i);
+      const Vec v = load_some(x + i, args.dim - i);
       sum = fma(v, v, sum);
     }
     const float mean = sum_of(sum) / static_cast<float>(args.dim);
     const Vec factor = Vec(1.0f) / Vec(mean + args.eps).sqrt();
-    for (int64_t i = 0; i < args.dim; i += kLanes)
-      store(out + i, load(x + i) * factor * load_lanes(weight + i));
+    for (int64_t i = 0; i < padded(args.dim); i += kLanes) {
+      const int64_t left = args.dim - i;
+      store(out.at(b, i), load_some(x + i, left) * factor * load_some(weight + i, left));
+    }
   }
 }
 
@@ -47,117 +84,178 @@ void normalise(const Args& args, const void* weight) {
   with_type(args.dtype, [&](auto type) { normalise_by(args, static_cast<const decltype(type)*>(weight)); });
 }
 
-// Products of kCount rows of weights with kTokens tokens. Each (row, token) is summed by itself in the same
-// order whatever the counts are, so a token's result does not depend on the others.
+// Products of kRows rows of weights with a block of kTokens packed tokens: sums[token * kRows + row], for
+// whole vectors. Each is summed lane by lane along the row, and the lanes in the order of sum_quad and
+// sum_groups, whatever kTokens is, so a token's result does not depend on the others.
 //
 // Rows are short, so processors that fetch ahead by themselves start anew at each; `ahead` elements on, where
 // the next rows lie, is asked for here. Beyond the last row that is a hint without effect.
-template <int64_t kCount, int64_t kTokens, typename T>
-inline void products(const T* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t ahead,
-                     float (*sums)[kTokens]) {
-  Vec acc[kCount][kTokens];
-  for (int64_t r = 0; r < kCount; ++r)
-    for (int64_t t = 0; t < kTokens; ++t)
-      acc[r][t] = Vec(0.0f);
-  for (int64_t i = 0; i < cols; i += kLanes) {
-    Vec x[kTokens];
-    for (int64_t t = 0; t < kTokens; ++t)
-      x[t] = load(in + t * in_row + i);
-    for (int64_t r = 0; r < kCount; ++r) {
-      if (ahead != 0) __builtin_prefetch(rows[r] + i + ahead, 0, 2);
-      const Vec w = load_lanes(rows[r] + i);
-      for (int64_t t = 0; t < kTokens; ++t)
-        acc[r][t] = fma(w, x[t], acc[r][t]);
+template <int64_t kTokens, typename T>
+inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
+                     float* sums) {
+  Vec acc[kTokens][kRows];
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      acc[t][r] = Vec(0.0f);
+  const auto add = [&](const Vec(&w)[kRows], int64_t i) {
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const Vec x = in_register(load(in + i * kTokens + t * kLanes));
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r)
+        acc[t][r] = fma(w[r], x, acc[t][r]);
     }
+  };
+  const auto step = [&](int64_t i) {
+    Vec w[kRows];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      w[r] = load_lanes(rows[r] + i);
+    add(w, i);
+  };
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + kLine <= cols; i += kLine) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      __builtin_prefetch(rows[r] + i + ahead, 0, 3);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kLine; j += kLanes)
+      step(i + j);
   }
-  for (int64_t r = 0; r < kCount; ++r)
-    for (int64_t t = 0; t < kTokens; ++t)
-      sums[r][t] = sum_of(acc[r][t]);
+  for (; i + kLanes <= cols; i += kLanes)
+    step(i);
+  if (i < cols) {
+    Vec w[kRows];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      w[r] = load_lanes(rows[r] + i, cols - i);
+    add(w, i);
+  }
+  constexpr int64_t kQuads = kLanes / 4;
+  const Vec none(0.0f);
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kTokens; t += kQuads) {
+    Vec quads[kQuads];
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < kQuads; ++q)
+      quads[q] =
+          t + q < kTokens ? sum_quad(acc[t + q][0], acc[t + q][1], acc[t + q][2], acc[t + q][3]) : none;
+    store(sums + t * kRows, sum_groups(quads));
+  }
 }
+// Floats that `products` may write.
+constexpr int64_t kSums = kBlock * kRows;
+static_assert(kSums % kLanes == 0 && kGroup % kLanes == 0 && kLineFloats % kLanes == 0);
 
-template <int64_t kCount, int64_t kTokens, typename T, typename F>
-inline void for_tokens(const T* const* rows, const float* in, int64_t in_row, int64_t cols, int64_t ahead,
-                       int64_t first, const F& use) {
-  float sums[kCount][kTokens];
-  products<kCount, kTokens, T>(rows, in + first * in_row, in_row, cols, first == 0 ? ahead : 0, sums);
-  for (int64_t t = 0; t < kTokens; ++t) {
-    float of_token[kCount];
-    for (int64_t r = 0; r < kCount; ++r)
-      of_token[r] = sums[r][t];
-    use(first + t, of_token);
+template <int64_t kCount>
+using Tokens = std::integral_constant<int64_t, kCount>;
+
+template <typename F>
+inline void with_tokens(int64_t tokens, const F& f) {
+  switch (tokens) {
+    case 1:
+      return f(Tokens<1>{});
+    case 2:
+      return f(Tokens<2>{});
+    case 3:
+      return f(Tokens<3>{});
+    case 4:
+      return f(Tokens<4>{});
+    case 5:
+      return f(Tokens<5>{});
+    case 6:
+      return f(Tokens<6>{});
+    case 7:
+      return f(Tokens<7>{});
+    default:
+      return f(Tokens<8>{});
   }
 }
 
-// Calls use(token, sums[kCount]) for every token.
-template <int64_t kCount, typename T, typename F>
-inline void each_token(const T* const* rows, int64_t batch, const float* in, int64_t in_row, int64_t cols,
-                       int64_t ahead, const F& use) {
-  int64_t t = 0;
-  for (; t + 4 <= batch; t += 4)
-    for_tokens<kCount, 4, T>(rows, in, in_row, cols, ahead, t, use);
-  if (t + 2 <= batch) {
-    for_tokens<kCount, 2, T>(rows, in, in_row, cols, ahead, t, use);
-    t += 2;
-  }
-  if (t < batch) for_tokens<kCount, 1, T>(rows, in, in_row, cols, ahead, t, use);
+// Calls f(Tokens, first token, from, to) so that all blocks of tokens pass all of [begin, end), `panel` of it
+// at a time where there are several blocks.
+template <typename F>
+inline void each_block(int64_t batch, int64_t begin, int64_t end, int64_t panel, const F& f) {
+  if (batch <= kBlock) panel = end - begin;
+  for (int64_t from = begin; from < end; from += panel)
+    for (int64_t first = 0; first < batch; first += kBlock)
+      with_tokens(min_of(kBlock, batch - first),
+                  [&](auto tokens) { f(tokens, first, from, min_of(end, from + panel)); });
 }
 
-template <int64_t kCount, typename T>
-inline void multiply_rows(const Weights& w, int64_t batch, const float* in, int64_t in_row, float* out,
-                          int64_t out_row, bool add, int64_t row) {
-  const T* rows[kCount];
-  for (int64_t r = 0; r < kCount; ++r)
-    rows[r] = static_cast<const T*>(w.weight) + (row + r) * w.cols;
-  each_token<kCount, T>(rows, batch, in, in_row, w.cols, kCount * w.cols,
-                        [&](int64_t token, const float* sums) {
-                          float* dst = out + token * out_row + row;
-                          for (int64_t r = 0; r < kCount; ++r) {
-                            const float value = sums[r] + (w.bias != nullptr ? w.bias[row + r] : 0.0f);
-                            dst[r] = add ? dst[r] + value : value;
-                          }
-                        });
-}
-
-void multiply(const Weights& w, int64_t batch, const float* in, int64_t in_row, float* out, int64_t out_row,
-              bool add, int64_t begin, int64_t end) {
-  with_type(w.dtype, [&](auto type) {
-    using T = decltype(type);
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows)
-      multiply_rows<kRows, T>(w, batch, in, in_row, out, out_row, add, row);
-    for (; row < end; ++row)
-      multiply_rows<1, T>(w, batch, in, in_row, out, out_row, add, row);
+template <typename T>
+void multiply_by(const Weights& w, const Packed<const float>& in, float* out, bool add, int64_t begin,
+                 int64_t end) {
+  const T* weight = static_cast<const T*>(w.weight);
+  each_block(in.batch, begin, end, kPanelRows, [&](auto tokens, int64_t first, int64_t from, int64_t to) {
+    constexpr int64_t kTokens = decltype(tokens)::value;
+    alignas(64) float sums[kSums];
+    for (int64_t row = from; row < to; row += kRows) {
+      const T* rows[kRows];
+      // The last row stands in for rows that are not there.
+      for (int64_t r = 0; r < kRows; ++r)
+        rows[r] = weight + min_of(row + r, to - 1) * w.cols;
+      products<kTokens>(rows, in.block(first), w.cols, kRows * w.cols, sums);
+      const int64_t count = min_of(kRows, to - row);
+      for (int64_t t = 0; t < kTokens; ++t) {
+        float* dst = out + (first + t) * w.rows + row;
+        for (int64_t r = 0; r < count; ++r) {
+          const float value = sums[t * kRows + r] + (w.bias != nullptr ? w.bias[row + r] : 0.0f);
+          dst[r] = add ? dst[r] + value : value;
+        }
+      }
+    }
   });
 }
 
-// Two rows of the gate and the same two of the other half.
+void multiply(const Weights& w, int64_t batch, const float* in, float* out, bool add, int64_t begin,
+              int64_t end) {
+  with_type(w.dtype, [&](auto type) {
+    multiply_by<decltype(type)>(w, Packed<const float>{in, batch, w.cols}, out, add, begin, end);
+  });
+}
+
 template <typename T>
 void gate_by(const Args& args, int64_t begin, int64_t end) {
   const Weights& w = args.gate_up;
+  const T* weight = static_cast<const T*>(w.weight);
+  const Packed<const float> in{args.normed, args.batch, args.dim};
+  const Packed<float> out{args.activated, args.batch, args.hidden};
+  // Two rows of the gate and the same two of the other half.
   constexpr int64_t kPairs = kRows / 2;
-  for (int64_t f = begin; f < end; f += kPairs) {
-    const T* rows[kRows];
-    const T* weight = static_cast<const T*>(w.weight);
-    for (int64_t p = 0; p < kPairs; ++p) {
-      // An odd last pair is computed twice.
-      const int64_t row = min_of<int64_t>(f + p, end - 1);
-      rows[p] = weight + row * w.cols;
-      rows[kPairs + p] = weight + (args.hidden + row) * w.cols;
+  each_block(args.batch, begin, end, 1, [&](auto tokens, int64_t first, int64_t from, int64_t to) {
+    constexpr int64_t kTokens = decltype(tokens)::value;
+    alignas(64) float sums[kSums], gated[kTokens][kGroup], up[kTokens][kGroup];
+    for (int64_t f = from * kGroup; f < to * kGroup; f += kGroup) {
+      const int64_t count = min_of(kGroup, args.hidden - f);
+      for (int64_t p = 0; p < count; p += kPairs) {
+        // The last row stands in for one that is not there.
+        const T* rows[kRows];
+        for (int64_t k = 0; k < kPairs; ++k) {
+          rows[k] = weight + min_of(f + p + k, args.hidden - 1) * w.cols;
+          rows[kPairs + k] = rows[k] + args.hidden * w.cols;
+        }
+        products<kTokens>(rows, in.block(first), w.cols, kPairs * w.cols, sums);
+        for (int64_t t = 0; t < kTokens; ++t)
+          for (int64_t k = 0; k < kPairs; ++k) {
+            gated[t][p + k] = sums[t * kRows + k];
+            up[t][p + k] = sums[t * kRows + kPairs + k];
+          }
+      }
+      for (int64_t i = 0; i < min_of(kGroup, padded(args.hidden) - f); i += kLanes) {
+        const int64_t left = count - i;
+        const bool biased = w.bias != nullptr;
+        const Vec of_gate = biased ? load_some(w.bias + f + i, left) : Vec(0.0f);
+        const Vec of_up = biased ? load_some(w.bias + args.hidden + f + i, left) : Vec(0.0f);
+        for (int64_t t = 0; t < kTokens; ++t)
+          store(out.at(first + t, f + i),
+                silu(load_some(gated[t] + i, left) + of_gate) * (load_some(up[t] + i, left) + of_up));
+      }
     }
-    each_token<kRows, T>(rows, args.batch, args.normed, args.dim, w.cols, kPairs * w.cols,
-                         [&](int64_t token, const float* sums) {
-                           for (int64_t p = 0; p < kPairs && f + p < end; ++p) {
-                             float gated = sums[p], up = sums[kPairs + p];
-                             if (w.bias != nullptr) {
-                               gated += w.bias[f + p];
-                               up += w.bias[args.hidden + f + p];
-                             }
-                             float lanes[kLanes];
-                             store(lanes, silu(Vec(gated)));
-                             args.activated[token * args.hidden + f + p] = lanes[0] * up;
-                           }
-                         });
-  }
+  });
 }
 
 void gate(const Args& args, int64_t begin, int64_t end) {
@@ -174,108 +272,156 @@ void rotate(float* head, const float* cos, const float* sin, int64_t dim, float 
   }
 }
 
-// Logits of one query for the keys [start, stop); returns the largest.
-template <typename T>
-float score_keys(const float* q, const T* keys, int64_t dim, int64_t start, int64_t stop, float* scores) {
-  float largest = -3.4e38f;
-  int64_t t = start;
-  for (; t + kLanes <= stop; t += kLanes) {
-    Vec sums[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const T* key = keys + (t + j) * dim;
-      Vec acc = load(q) * load_lanes(key);
-      for (int64_t i = kLanes; i < dim; i += kLanes)
-        acc = fma(load(q + i), load_lanes(key + i), acc);
-      sums[j] = acc;
-    }
-    Vec quads[kLanes / 4];
-    for (int64_t j = 0; j < kLanes / 4; ++j)
-      quads[j] = sum_quad(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
-    const Vec all = sum_groups(quads);
-    store(scores + t - start, all);
-    largest = max_of(largest, reduce_max(all));
-  }
-  for (; t < stop; ++t) {
-    const T* key = keys + t * dim;
-    Vec acc = load(q) * load_lanes(key);
-    for (int64_t i = kLanes; i < dim; i += kLanes)
-      acc = fma(load(q + i), load_lanes(key + i), acc);
-    scores[t - start] = sum_of(acc);
-    largest = max_of(largest, scores[t - start]);
-  }
-  return largest;
-}
+// Keys and values that all queries of a task pass before the next ones are read: they stay in the first
+// cache.
+constexpr int64_t kChunk = 64;
 
-// One vector-width of channels after the other, each summed over all keys in order.
-template <typename T>
-void weigh_values(const float* weights, const T* values, int64_t dim, int64_t count, float factor,
-                  float* out) {
-  constexpr int64_t kWide = 4;
-  for (int64_t first = 0; first < dim; first += kWide * kLanes) {
-    const int64_t vectors = min_of<int64_t>(kWide, (dim - first) / kLanes);
-    Vec acc[kWide];
-    for (int64_t v = 0; v < vectors; ++v)
-      acc[v] = Vec(0.0f);
-    for (int64_t t = 0; t < count; ++t) {
-      const Vec w(weights[t]);
-      const T* value = values + t * dim + first;
-      for (int64_t v = 0; v < vectors; ++v)
-        acc[v] = fma(w, load_lanes(value + v * kLanes), acc[v]);
-    }
-    for (int64_t v = 0; v < vectors; ++v)
-      store(out + first + v * kLanes, acc[v] * Vec(factor));
+// Lane sums of kQueries queries times a key of `dim` channels, which are kVectors vectors unless that is 0.
+// Heads may end within a vector.
+template <int64_t kQueries, int64_t kVectors, typename T>
+inline void match(float* const (&q)[kQueries], const T* key, int64_t dim, Vec (&sums)[kQueries]) {
+#pragma GCC unroll 2
+  for (int64_t n = 0; n < kQueries; ++n)
+    sums[n] = Vec(0.0f);
+  const int64_t whole = kVectors != 0 ? kVectors * kLanes : dim / kLanes * kLanes;
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec k = load_lanes(key + i);
+#pragma GCC unroll 2
+    for (int64_t n = 0; n < kQueries; ++n)
+      sums[n] = fma(load(q[n] + i), k, sums[n]);
+  }
+  if (kVectors == 0 && whole < dim) {
+    const Vec k = load_lanes(key + whole, dim - whole);
+    for (int64_t n = 0; n < kQueries; ++n)
+      sums[n] = fma(load_lanes(q[n] + whole, dim - whole), k, sums[n]);
   }
 }
 
-// Weights of `count` scores, not yet divided by their sum, which is returned.
-float exponentials(float* scores, int64_t count, float largest) {
-  float total = 0.0f;
-  Vec sums(0.0f);
+// Logits of queries for `count` <= kLanes keys. That of a key depends on nothing else.
+template <int64_t kQueries, int64_t kVectors, bool kAll, typename T>
+inline void score_block(float* const (&q)[kQueries], const T* keys, int64_t dim, int64_t count,
+                        float* const (&scores)[kQueries], int64_t place) {
+  Vec quads[kQueries][kLanes / 4];
+  for (int64_t j = 0; j < kLanes; j += 4) {
+    Vec sums[4][kQueries];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k)
+      if (kAll || j + k < count)
+        match<kQueries, kVectors>(q, keys + (j + k) * dim, dim, sums[k]);
+      else
+        for (int64_t n = 0; n < kQueries; ++n)
+          sums[k][n] = Vec(0.0f);
+    for (int64_t n = 0; n < kQueries; ++n)
+      quads[n][j / 4] = sum_quad(sums[0][n], sums[1][n], sums[2][n], sums[3][n]);
+  }
+  for (int64_t n = 0; n < kQueries; ++n)
+    if (kAll)
+      store(scores[n] + place, sum_groups(quads[n]));
+    else
+      store_lanes(scores[n] + place, sum_groups(quads[n]), count);
+}
+
+template <int64_t kQueries, int64_t kVectors, typename T>
+void score_keys_of(float* const (&q)[kQueries], const T* keys, int64_t dim, int64_t count,
+                   float* const (&scores)[kQueries]) {
   int64_t t = 0;
-  for (; t + kLanes <= count; t += kLanes) {
-    const Vec e = exp2((load(scores + t) - Vec(largest)) * Vec(kLog2e));
+  for (; t + kLanes <= count; t += kLanes)
+    score_block<kQueries, kVectors, true>(q, keys + t * dim, dim, kLanes, scores, t);
+  if (t < count) score_block<kQueries, kVectors, false>(q, keys + t * dim, dim, count - t, scores, t);
+}
+
+template <int64_t kQueries, typename T>
+void score_keys(float* const (&q)[kQueries], const T* keys, int64_t dim, int64_t count,
+                float* const (&scores)[kQueries]) {
+  // The most frequent width.
+  constexpr int64_t kUsual = 64;
+  if (dim == kUsual)
+    score_keys_of<kQueries, kUsual / kLanes>(q, keys, dim, count, scores);
+  else
+    score_keys_of<kQueries, 0>(q, keys, dim, count, scores);
+}
+
+// out += weights times values for each query, kVectors vectors of channels; each channel in the order of the
+// values.
+template <int64_t kQueries, int64_t kVectors, typename T>
+inline void weigh(float* const (&weights)[kQueries], const T* values, int64_t dim, int64_t count,
+                  float* const (&out)[kQueries], int64_t place) {
+  Vec acc[kQueries][kVectors];
+#pragma GCC unroll 2
+  for (int64_t n = 0; n < kQueries; ++n)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v)
+      acc[n][v] = load(out[n] + place + v * kLanes);
+  for (int64_t t = 0; t < count; ++t) {
+    Vec w[kQueries];
+#pragma GCC unroll 2
+    for (int64_t n = 0; n < kQueries; ++n)
+      w[n] = Vec(weights[n][t]);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Vec value = load_lanes(values + t * dim + place + v * kLanes);
+#pragma GCC unroll 2
+      for (int64_t n = 0; n < kQueries; ++n)
+        acc[n][v] = fma(w[n], value, acc[n][v]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int64_t n = 0; n < kQueries; ++n)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v)
+      store(out[n] + place + v * kLanes, acc[n][v]);
+}
+
+template <int64_t kQueries, typename T>
+void weigh_values(float* const (&weights)[kQueries], const T* values, int64_t dim, int64_t count,
+                  float* const (&out)[kQueries]) {
+  constexpr int64_t kWide = 4;
+  int64_t i = 0;
+  for (; i + kWide * kLanes <= dim; i += kWide * kLanes)
+    weigh<kQueries, kWide>(weights, values, dim, count, out, i);
+  for (; i + kLanes <= dim; i += kLanes)
+    weigh<kQueries, 1>(weights, values, dim, count, out, i);
+  if (i == dim) return;
+  const int64_t lanes = dim - i;
+  for (int64_t n = 0; n < kQueries; ++n) {
+    Vec acc = load_lanes(out[n] + i, lanes);
+    for (int64_t t = 0; t < count; ++t)
+      acc = fma(Vec(weights[n][t]), load_lanes(values + t * dim + i, lanes), acc);
+    store_lanes(out[n] + i, acc, lanes);
+  }
+}
+
+// Makes weights of `count` >= 1 scores, not yet divided by their sum, which is returned.
+float exponentials(float* scores, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes, rest = count - whole;
+  float largest = scores[whole == count ? 0 : whole];
+  for (int64_t t = whole; t < count; ++t)
+    largest = max_of(largest, scores[t]);
+  Vec largest_lanes(largest);
+  for (int64_t t = 0; t < whole; t += kLanes)
+    largest_lanes = max(largest_lanes, load(scores + t));
+  const Vec shift(reduce_max(largest_lanes)), log2e(kLog2e);
+  Vec sums(0.0f);
+  for (int64_t t = 0; t < whole; t += kLanes) {
+    const Vec e = exp2((load(scores + t) - shift) * log2e);
     store(scores + t, e);
     sums = sums + e;
   }
-  for (; t < count; ++t) {
-    float lanes[kLanes];
-    store(lanes, exp2(Vec((scores[t] - largest) * kLog2e)));
-    scores[t] = lanes[0];
-    total += lanes[0];
+  if (rest != 0) {
+    const Vec e = exp2((load_lanes(scores + whole, rest) - shift) * log2e);
+    store_lanes(scores + whole, e, rest);
+    sums = sums + keep_lanes(e, 0, rest, Vec(0.0f));
   }
-  return total + sum_of(sums);
+  return sum_of(sums);
 }
 
-// One query on the keys [start, stop).
-template <typename T>
-void attend_range(const float* query, const T* keys, const T* values, int64_t dim, int64_t start,
-                  int64_t stop, float* scores, float* out) {
-  const float largest = score_keys(query, keys, dim, start, stop, scores);
-  const float total = exponentials(scores, stop - start, largest);
-  weigh_values(scores, values + start * dim, dim, stop - start, 1.0f / total, out);
-}
-
-// One query on the keys [0, length) and on those behind them whose bit is set.
-template <typename T>
-void attend_tree(const float* query, const T* keys, const T* values, int64_t dim, int64_t length,
-                 uint64_t bits, float* scores, float* out) {
-  float largest = score_keys(query, keys, dim, 0, length, scores);
-  int64_t count = length;
-  for (uint64_t left = bits; left != 0; left &= left - 1) {
-    const int64_t slot = length + __builtin_ctzll(left);
-    largest = max_of(largest, score_keys(query, keys, dim, slot, slot + 1, scores + count));
-    ++count;
-  }
-  const float factor = 1.0f / exponentials(scores, count, largest);
-  weigh_values(scores, values, dim, length, factor, out);
-  count = length;
-  for (uint64_t left = bits; left != 0; left &= left - 1) {
-    const T* value = values + (length + __builtin_ctzll(left)) * dim;
-    const Vec w(scores[count++] * factor);
-    for (int64_t i = 0; i < dim; i += kLanes)
-      store(out + i, fma(w, load_lanes(value + i), load(out + i)));
-  }
-}
+// A query of a task: what it sees are keys [start, length) of the text, then new tokens by their bits.
+struct Query {
+  float *head, *scores;
+  int64_t start, count;
+  uint64_t bits;
+};
 
 template <typename T>
 void attend_by(const Args& args, int64_t begin, int64_t end) {
@@ -290,28 +436,74 @@ void attend_by(const Args& args, int64_t begin, int64_t end) {
       float* row = args.projected + b * args.qkv.rows;
       float* key = row + (args.heads + head) * dim;
       const float* value = row + (args.heads + args.kv_heads + head) * dim;
-      rotate(key, args.cos + b * args.angle_row, args.sin + b * args.angle_row, dim, 1.0f);
+      const float *cos = args.cos + b * args.angle_row, *sin = args.sin + b * args.angle_row;
+      for (int64_t g = 0; g < group; ++g)
+        rotate(row + (head * group + g) * dim, cos, sin, dim, args.scale);
+      rotate(key, cos, sin, dim, 1.0f);
       for (int64_t i = 0; i < dim; i += kLanes) {
-        store_lanes(keys + (length + t) * dim + i, load(key + i));
-        store_lanes(values + (length + t) * dim + i, load(value + i));
+        const int64_t lanes = min_of<int64_t>(kLanes, dim - i);
+        store_lanes(keys + (length + t) * dim + i, load_lanes(key + i, lanes), lanes);
+        store_lanes(values + (length + t) * dim + i, load_lanes(value + i, lanes), lanes);
       }
     }
-    for (int64_t t = 0; t < args.drafts; ++t) {
-      const int64_t b = text * args.drafts + t, stop = length + t + 1;
+    const int64_t queries = args.drafts * group;
+    const auto query = [&](int64_t i) {
+      const int64_t t = i / group, b = text * args.drafts + t, own = head * group + i % group;
       const uint64_t before = (uint64_t{2} << t) - 1;
       const uint64_t bits = args.seen != nullptr ? static_cast<uint64_t>(args.seen[b]) : before;
-      const int64_t start = args.window > 0 ? max_of<int64_t>(0, stop - args.window) : 0;
-      float* row = args.projected + b * args.qkv.rows;
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t own = b * args.heads + head * group + g;
-        float* query = row + (head * group + g) * dim;
-        rotate(query, args.cos + b * args.angle_row, args.sin + b * args.angle_row, dim, args.scale);
-        float* scores = args.scores + own * args.longest;
-        if (bits == before)
-          attend_range(query, keys, values, dim, start, stop, scores, args.mixed + own * dim);
-        else
-          attend_tree(query, keys, values, dim, length, bits, scores, args.mixed + own * dim);
+      const int64_t start = args.window > 0 ? max_of<int64_t>(0, length + t + 1 - args.window) : 0;
+      // A window may begin behind the text, within the new tokens.
+      const int64_t hidden = max_of<int64_t>(0, start - length);
+      return Query{args.projected + b * args.qkv.rows + own * dim,
+                   args.scores + (b * args.heads + own) * args.longest, min_of(start, length),
+                   length - min_of(start, length), bits >> hidden << hidden};
+    };
+    // Calls f for all queries and the keys that they see before the new ones, two queries at a time where
+    // they see the same ones.
+    const auto each_chunk = [&](const auto& f) {
+      for (int64_t from = 0; from < length; from += kChunk)
+        for (int64_t i = 0; i < queries; ++i) {
+          const Query q = query(i);
+          const int64_t first = max_of(from, q.start), last = min_of(from + kChunk, length);
+          if (first >= last) continue;
+          const int64_t place = first - q.start;
+          if (i + 1 < queries && query(i + 1).start == q.start) {
+            const Query other = query(++i);
+            float* const heads[] = {q.head, other.head};
+            float* const scores[] = {q.scores + place, other.scores + place};
+            f(heads, scores, first, last - first);
+          } else {
+            float* const heads[] = {q.head};
+            float* const scores[] = {q.scores + place};
+            f(heads, scores, first, last - first);
+          }
+        }
+    };
+    each_chunk([&](const auto& heads, const auto& scores, int64_t first, int64_t count) {
+      score_keys(heads, keys + first * dim, dim, count, scores);
+    });
+    for (int64_t i = 0; i < queries; ++i) {
+      const Query q = query(i);
+      int64_t count = q.count;
+      for (uint64_t left = q.bits; left != 0; left &= left - 1)
+        score_keys<1>({q.head}, keys + (length + __builtin_ctzll(left)) * dim, dim, 1, {q.scores + count++});
+      const Vec factor(1.0f / exponentials(q.scores, count));
+      for (int64_t t = 0; t < count; t += kLanes) {
+        const int64_t lanes = min_of<int64_t>(kLanes, count - t);
+        store_lanes(q.scores + t, load_lanes(q.scores + t, lanes) * factor, lanes);
       }
+      // What the query mixes takes its place.
+      std::memset(q.head, 0, static_cast<size_t>(dim) * sizeof(float));
+    }
+    each_chunk([&](const auto& heads, const auto& scores, int64_t first, int64_t count) {
+      weigh_values(scores, values + first * dim, dim, count, heads);
+    });
+    for (int64_t i = 0; i < queries; ++i) {
+      const Query q = query(i);
+      int64_t count = q.count;
+      for (uint64_t left = q.bits; left != 0; left &= left - 1)
+        weigh_values<1>({q.scores + count++}, values + (length + __builtin_ctzll(left)) * dim, dim, 1,
+                        {q.head});
     }
   }
 }
@@ -324,7 +516,7 @@ void attend(const Args& args, int64_t begin, int64_t end) {
 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
-  static constexpr CpuKernels kKernels{widen, narrow, normalise, multiply, gate, attend};
+  static constexpr CpuKernels kKernels{widen, narrow, pack, normalise, multiply, gate, attend};
   return kKernels;
 }
 

@@ -7,10 +7,15 @@
 
 namespace arcore::decoder_step {
 
-// Multiples that sizes must have, so that kernels of every instruction set read whole vectors.
-constexpr int64_t kMultiple = 16;
+// Floats of a cache line: what products read is padded to whole ones.
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t padded(int64_t floats) {
+  return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+}
+// Hidden channels of a task of `gate`.
+constexpr int64_t kGroup = 16;
 // Tokens that share one pass over the weights.
-constexpr int64_t kMaxTokens = 16;
+constexpr int64_t kMaxTokens = 64;
 
 // A linear layer [rows, cols], contiguous; bias is null where there is none.
 struct Weights {
@@ -41,22 +46,27 @@ struct Args {
   // [batch], bit t says that new token t of the text is seen, with the token's own bit and none above it;
   // null when each new token sees those before it.
   const int64_t* seen;
-  // Scratch, and x where the caller's is 16 bits: normed [batch, dim], projected [batch, qkv.rows], mixed
-  // [batch, heads * head_dim], activated [batch, hidden], scores [batch, heads, longest].
+  // Scratch, and x where the caller's is 16 bits: projected [batch, qkv.rows], where what a head mixed takes
+  // the place of its query; scores [batch, heads, longest]; and packed, as products read tokens, with padded
+  // columns, normed [batch, dim], mixed [batch, heads * head_dim], activated [batch, hidden]. Packed scratch
+  // begins at whole lines.
   float *normed, *projected, *mixed, *activated, *scores;
   int64_t longest;
 };
 
 struct CpuKernels {
-  // x from `given`, and back; for 16-bit storage.
+  // x from `given`, for 16-bit storage.
   void (*widen)(const Args&);
-  void (*narrow)(const Args&);
+  // `count` floats to storage.
+  void (*narrow)(StorageType, const float* from, void* to, int64_t count);
+  // Tokens [batch, cols], rows `from_row` apart, packed.
+  void (*pack)(StorageType, const void* from, int64_t from_row, int64_t batch, int64_t cols, float* to);
   // normed = rms_norm(x) * weight, for all rows.
   void (*normalise)(const Args&, const void* weight);
-  // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end).
-  void (*multiply)(const Weights&, int64_t batch, const float* in, int64_t in_row, float* out,
-                   int64_t out_row, bool add, int64_t begin, int64_t end);
-  // activated[b, f] = silu(gate) * up for f in [begin, end).
+  // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end); `in` is packed.
+  void (*multiply)(const Weights&, int64_t batch, const float* in, float* out, bool add, int64_t begin,
+                   int64_t end);
+  // activated[b, f] = silu(gate) * up for f in kGroup * [begin, end).
   void (*gate)(const Args&, int64_t begin, int64_t end);
   // Rotates, writes the cache and attends, for (text, key head) in [begin, end).
   void (*attend)(const Args&, int64_t begin, int64_t end);

@@ -128,13 +128,13 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   ARCORE_CHECK(gate_up.dim() == 2 && gate_up.size(0) % 2 == 0, kOp,
                "expected gate_up of shape (2 * hidden, dim) but got ", shape_of(gate_up));
   args.hidden = gate_up.size(0) / 2;
-  for (const auto& [name, size] :
-       {std::pair{"dim", args.dim}, {"head_dim", args.head_dim}, {"hidden", args.hidden}})
-    ARCORE_CHECK(size > 0 && size % kMultiple == 0, kOp, "expected ", name, " to be a multiple of ",
-                 kMultiple, " but got ", size);
+  const int64_t width = heads * args.head_dim;
+  ARCORE_CHECK(args.head_dim > 0 && args.head_dim % 2 == 0, kOp, "expected head_dim to be even but got ",
+               args.head_dim);
+  for (const auto& [name, size] : {std::pair{"dim", args.dim}, {"hidden", args.hidden}})
+    ARCORE_CHECK(size > 0, kOp, "expected ", name, " of at least 1 but got ", size);
   ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
   ARCORE_CHECK(std::isfinite(eps) && eps >= 0, kOp, "expected eps to be finite and at least 0 but got ", eps);
-  const int64_t width = heads * args.head_dim;
   const ScalarType type = x.scalar_type();
   ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kOp,
                "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
@@ -193,9 +193,9 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
     args.seen = static_cast<const int64_t*>(seen->data_ptr());
     for (int64_t b = 0; b < args.batch; ++b) {
       // The own bit is the highest one.
-      const int64_t own = int64_t{1} << (b % drafts);
-      ARCORE_CHECK(args.seen[b] >= own && args.seen[b] < 2 * own, kOp, "expected seen[", b,
-                   "] to have the bit ", b % drafts, " of the token itself and none above it but got ",
+      const int64_t own = b % drafts;
+      ARCORE_CHECK(static_cast<uint64_t>(args.seen[b]) >> own == 1, kOp, "expected seen[", b,
+                   "] to have the bit ", own, " of the token itself and none above it but got ",
                    args.seen[b]);
     }
   }
@@ -213,16 +213,16 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                 {"cos", &cos},
                 {"sin", &sin}});
   if (args.batch == 0) return;
-  const int64_t per_row = args.dim + args.qkv.rows + width + args.hidden + heads * args.longest;
   const bool wide = args.dtype == StorageType::kFloat32;
-  const int64_t copied = wide ? 0 : args.batch * args.dim;
-  const Tensor scratch = make_empty(x, {args.batch * per_row + copied + 64}, ScalarType::Float);
-  args.x = wide ? floats(x) : floats(scratch);
-  args.normed = floats(scratch) + copied;
-  args.projected = args.normed + args.batch * args.dim;
-  args.mixed = args.projected + args.batch * args.qkv.rows;
-  args.activated = args.mixed + args.batch * width;
-  args.scores = args.activated + args.batch * args.hidden;
+  const int64_t packed = padded(args.dim) + padded(width) + padded(args.hidden);
+  const int64_t per_row = packed + args.qkv.rows + heads * args.longest + (wide ? 0 : args.dim);
+  const Tensor scratch = make_empty(x, {args.batch * per_row}, ScalarType::Float);
+  args.normed = floats(scratch);
+  args.mixed = args.normed + args.batch * padded(args.dim);
+  args.activated = args.mixed + args.batch * padded(width);
+  args.projected = args.activated + args.batch * padded(args.hidden);
+  args.scores = args.projected + args.batch * args.qkv.rows;
+  args.x = wide ? floats(x) : args.scores + args.batch * heads * args.longest;
 
   const CpuKernels& kernels = cpu_kernels();
   const auto threads = [&](const Weights& w) {
@@ -232,7 +232,7 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   };
   const auto multiply = [&](const Weights& w, const float* in, float* result, bool add) {
     run_tasks(w.rows, threads(w), [&](int64_t begin, int64_t end) {
-      kernels.multiply(w, args.batch, in, w.cols, result, w.rows, add, begin, end);
+      kernels.multiply(w, args.batch, in, result, add, begin, end);
     });
   };
   if (!wide) kernels.widen(args);
@@ -242,12 +242,13 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
                        static_cast<double>(2 * args.head_dim);
   run_tasks(texts * args.kv_heads, threads_for(pairs, kWorkPerThread),
             [&](int64_t begin, int64_t end) { kernels.attend(args, begin, end); });
+  kernels.pack(StorageType::kFloat32, args.projected, args.qkv.rows, args.batch, width, args.mixed);
   multiply(args.out, args.mixed, args.x, true);
   kernels.normalise(args, args.norm2);
-  run_tasks(args.hidden, threads(args.gate_up),
+  run_tasks((args.hidden + kGroup - 1) / kGroup, threads(args.gate_up),
             [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); });
   multiply(args.down, args.activated, args.x, true);
-  if (!wide) kernels.narrow(args);
+  if (!wide) kernels.narrow(args.dtype, args.x, args.given, args.batch * args.dim);
 }
 
 // weight x + bias for a few rows: the products of a step alone, for layers that are not of Llama's kind.
@@ -256,41 +257,28 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   ARCORE_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), kName,
                "expected x of shape (rows, columns of weight) but got ", shape_of(x), " for a weight of ",
                shape_of(weight));
-  Args args{};
-  args.batch = x.size(0);
-  args.dim = x.size(1);
-  ARCORE_CHECK(args.batch <= kMaxTokens, kName, "expected at most ", kMaxTokens, " rows but got ",
-               args.batch);
-  ARCORE_CHECK(args.dim > 0 && args.dim % kMultiple == 0, kName, "expected columns that are a multiple of ",
-               kMultiple, " but got ", args.dim);
+  const int64_t batch = x.size(0), cols = x.size(1), rows = weight.size(0);
+  ARCORE_CHECK(batch <= kMaxTokens, kName, "expected at most ", kMaxTokens, " rows but got ", batch);
+  ARCORE_CHECK(cols > 0, kName, "expected at least 1 column but got ", cols);
   const ScalarType type = x.scalar_type();
   ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kName,
                "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
   ARCORE_CHECK(x.is_contiguous(), kName, "expected x to be contiguous");
   std::vector<Tensor> held;
-  const int64_t rows = weight.size(0);
-  const Weights w = weights("weight", weight, bias, type, rows, args.dim, held);
-  Tensor out = make_empty(x, {args.batch, rows});
-  if (args.batch == 0 || rows == 0) return out;
+  const Weights w = weights("weight", weight, bias, type, rows, cols, held);
+  Tensor out = make_empty(x, {batch, rows});
+  if (batch == 0 || rows == 0) return out;
   const CpuKernels& kernels = cpu_kernels();
   const bool wide = type == ScalarType::Float;
-  const Tensor scratch = make_empty(x, {wide ? 0 : args.batch * (args.dim + rows)}, ScalarType::Float);
-  args.dtype = w.dtype;
-  args.given = x.data_ptr();
-  args.x = wide ? floats(x) : floats(scratch);
-  float* result = wide ? floats(out) : args.x + args.batch * args.dim;
-  if (!wide) kernels.widen(args);
-  const double work =
-      static_cast<double>(args.batch) * static_cast<double>(rows) * static_cast<double>(args.dim);
+  const Tensor scratch = make_empty(x, {batch * (padded(cols) + (wide ? 0 : rows))}, ScalarType::Float);
+  float* packed = floats(scratch);
+  float* result = wide ? floats(out) : packed + batch * padded(cols);
+  kernels.pack(w.dtype, x.data_ptr(), cols, batch, cols, packed);
+  const double work = static_cast<double>(batch) * static_cast<double>(rows) * static_cast<double>(cols);
   run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
-    kernels.multiply(w, args.batch, args.x, args.dim, result, rows, false, begin, end);
+    kernels.multiply(w, batch, packed, result, false, begin, end);
   });
-  if (!wide) {
-    args.given = out.data_ptr();
-    args.x = result;
-    args.dim = rows;
-    kernels.narrow(args);
-  }
+  if (!wide) kernels.narrow(w.dtype, result, out.data_ptr(), batch * rows);
   return out;
 }
 

@@ -16,6 +16,7 @@ assert K * M > MIN_PRODUCTS  # a single row is enough for oneDNN
 INPUTS = {
     "vector": lambda: torch.randn(K),
     "rows": lambda: torch.randn(3, 5, K),
+    "many rows": lambda: torch.randn(5, 9, K),
     "columns": lambda: torch.randn(2, K, 7).transpose(1, 2),
     "slice": lambda: torch.randn(4, K + 9)[:, 3 : 3 + K],
     "one row several times": lambda: torch.randn(1, K).expand(6, K),
@@ -48,7 +49,7 @@ def test_weights_that_are_slices_stay_with_torch(monkeypatch):
     module = sys.modules["arcore.nn.linear"]
     own = module._onednn
     monkeypatch.setattr(module, "_onednn", lambda x, weight, *rest: seen.append(1) or own(x, weight, *rest))
-    x = torch.randn(3, K)
+    x = torch.randn(STEP_ROWS[torch.float32] + 1, K)
     for weight, dense in (
         (torch.randn(M, K), 1),
         (torch.randn(K, M).t(), 1),
@@ -70,35 +71,37 @@ def test_gradients_autocast_and_other_precisions_are_those_of_torch():
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-        low = layer.bfloat16()
-        assert torch.equal(low(x.bfloat16()), F.linear(x.bfloat16(), low.weight, low.bias))
+        low, many = layer.bfloat16(), torch.randn(STEP_ROWS[torch.bfloat16] + 1, K).bfloat16()
+        assert torch.equal(low(many), F.linear(many, low.weight, low.bias))
 
 
 @torch.no_grad()
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch):
-    x, weight = torch.randn(3, K), torch.randn(M, K)
+    x, weight = torch.randn(STEP_ROWS[torch.float32] + 1, K), torch.randn(M, K)
     monkeypatch.setattr(sys.modules["arcore.nn.linear"], "_onednn", None)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 2, 48), (3, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 2, 48), (3, 48), (8, 48), (5, 6, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_a_few_rows_in_bfloat16_are_rounded_once(shape: tuple[int, ...], bias: bool):
-    x, weight = torch.randn(shape).bfloat16(), torch.randn(37, 48).bfloat16()
-    added = torch.randn(37).bfloat16() if bias else None
-    out = linear(x, weight, added)
+def test_few_rows_are_rounded_once_and_alike(shape: tuple[int, ...], bias: bool, dtype: torch.dtype):
+    x, weight = torch.randn(shape).to(dtype), torch.randn(2**11 + 5, 48).to(dtype)
+    added = torch.randn(len(weight)).to(dtype) if bias else None
+    out = linear(x, weight, added, rows=32)
     expected = F.linear(x.double(), weight.double(), None if added is None else added.double())
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     assert out.shape == expected.shape
-    assert (out.double() - expected).abs().max() <= 2.0**-8 * expected.abs().max()
+    allowed = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert (out.double() - expected).abs().max() <= allowed * expected.abs().max()
     rows = x.view(-1, 48)
     for i in range(len(rows)):  # whatever rows are beside it
-        assert torch.equal(linear(rows[i], weight, added), out.view(-1, 37)[i])
+        assert torch.equal(linear(rows[i], weight, added, rows=32), out.view(-1, len(weight))[i])
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "once"), [(1, 1024, True), (4, 128, True), (1, 128, False), (5, 1024, False)]
+    ("rows", "outputs", "once"), [(1, 1024, True), (4, 128, True), (1, 128, False), (33, 1024, False)]
 )
 @torch.no_grad()
 def test_a_few_rows_in_float32(rows: int, outputs: int, once: bool, monkeypatch: pytest.MonkeyPatch):
@@ -106,7 +109,9 @@ def test_a_few_rows_in_float32(rows: int, outputs: int, once: bool, monkeypatch:
     own = module.call_below
     monkeypatch.setattr(module, "call_below", lambda *args: seen.append(1) or own(*args))
     x, weight, bias = torch.randn(rows, 512), torch.randn(outputs, 512), torch.randn(outputs)
-    assert once == (rows <= STEP_ROWS and outputs * 512 >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW))
+    assert once == (
+        rows <= STEP_ROWS[torch.float32] and outputs * 512 >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
+    )
     out = linear(x, weight, bias)
     assert len(seen) == once
     expected = F.linear(x.double(), weight.double(), bias.double())
@@ -121,8 +126,7 @@ def test_what_few_rows_do_not_fit_goes_to_torch():
     weight = torch.randn(37, 48).bfloat16()
     for x, w in (
         (torch.randn(0, 48), weight),
-        (torch.randn(STEP_ROWS + 1, 48), weight),
-        (torch.randn(2, 40), weight[:, :40].contiguous()),
+        (torch.randn(STEP_ROWS[torch.bfloat16] + 1, 48), weight),
         (torch.randn(2, 48), torch.randn(48, 37).bfloat16().t()),
     ):
         assert torch.equal(linear(x.bfloat16(), w), F.linear(x.bfloat16(), w))
@@ -132,7 +136,7 @@ def test_what_few_rows_do_not_fit_goes_to_torch():
     torch.library.opcheck(torch.ops.arcore.linear_step.default, (x, weight, None))
     for wrong, complaint in (
         (x[0], "expected x of shape"),
-        (torch.zeros(17, 48).bfloat16(), "at most 16 rows but got 17"),
+        (torch.zeros(65, 48).bfloat16(), "at most 64 rows but got 65"),
         (x.float(), "expected weight of dtype float32"),
         (x.double(), "expected x of dtype float32 or bfloat16"),
     ):

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from arcore.masks import IntervalMask, TreeMask
 from arcore.nn.cache import storage_dtype
 from arcore.nn.decoder import DecoderLayer
+from arcore.nn.linear import linear
 from arcore.nn.protocols import Extended, Parents
 from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
 from arcore.ops import decoder_step
-from arcore.ops.decoder_step import MAX_ROWS as STEP_ROWS
+
+# Tokens of a call, over all rows, that one op per layer reads; torch's products of more of them take less time.
+STEP_ROWS = {torch.float32: 64, torch.bfloat16: 32}
 
 
 class Rotary(Protocol):
@@ -62,6 +65,11 @@ class CausalDecoder(nn.Module):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of what comes from behind the last norm: `[..., C]` to float32 `[..., V]`."""
+
+    def last_layer(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`[..., C]` by a weight `[V, C]` to float32 `[..., V]`; those of a token do not depend on how many are read in
+        the same call, as long as one op per layer reads them all."""
+        return linear(hidden, weight, rows=STEP_ROWS.get(weight.dtype)).float()
 
     def make_cache(self, batch: int, max_length: int, absent: Sequence[int] = ()) -> TokenCache:
         """An empty cache for `batch` rows of up to `max_length` tokens, drafts included.
@@ -129,14 +137,15 @@ class CausalDecoder(nn.Module):
         """Whether one op per layer can read `new` tokens, which spares a CPU most of what is not the product itself."""
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
+        most = STEP_ROWS.get(cache.keys.dtype, 0)
         if not cache.derived:
             fits = (
-                0 < cache.batch <= STEP_ROWS
+                0 < cache.batch <= most
                 and all(isinstance(layer, DecoderLayer) and layer.fits_step() for layer in self.layers)
                 and all(p.dtype == cache.keys.dtype for p in self.layers.parameters())
             )
             cache.derived = {i: layer.step_weights() if fits else None for i, layer in enumerate(self.layers)}
-        return cache.derived[0] is not None and 0 < cache.batch * new <= STEP_ROWS
+        return cache.derived[0] is not None and 0 < cache.batch * new <= most
 
     def _step(self, ids: Tensor, cache: TokenCache, tree: TreeMask | None = None) -> Tensor:
         """What comes from behind the last norm for a few tokens per row, by one op per layer.

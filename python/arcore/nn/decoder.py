@@ -14,7 +14,6 @@ from arcore.nn.rotary import Angles
 from arcore.nn.token_cache import TokenCache
 from arcore.ops import block_sparse_attention
 from arcore.ops.decoder_step import DTYPES as STEP_DTYPES
-from arcore.ops.decoder_step import MULTIPLE as STEP_MULTIPLE
 
 Mask = IntervalMask | TreeMask
 
@@ -147,8 +146,7 @@ class DecoderLayer(nn.Module):
         return out
 
     def fits_step(self) -> bool:
-        """Whether `arcore.ops.decoder_step` can take this layer: float32 or bfloat16 on a CPU, plain parts, fitting
-        sizes."""
+        """Whether `arcore.ops.decoder_step` can take this layer: float32 or bfloat16 on a CPU, plain parts."""
         attention: Any = self.attention
         mlp: Any = self.mlp
         if (
@@ -162,12 +160,10 @@ class DecoderLayer(nn.Module):
         ):
             return False
         weight: Tensor = attention.qkv.weight
-        sizes = (weight.shape[1], attention.head_dim, mlp.down.weight.shape[1])
         return (
             weight.is_cpu
             and weight.dtype in STEP_DTYPES
             and all(p.dtype == weight.dtype for p in self.parameters())
-            and not any(size % STEP_MULTIPLE for size in sizes)
         )
 
     def step_weights(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from arcore.matmul import fills_its_memory
 from arcore.ops._registration import call_below
-from arcore.ops.decoder_step import MULTIPLE
 
 # oneDNN's product with a weight as it lies in memory. On processors that MKL does not favour it takes less time than
 # MKL, which torch uses for float32: about half for some rows and a vocabulary, a fifth less for many rows.
@@ -19,20 +18,22 @@ _onednn: Any = (
 )
 # Below this many multiplications, what oneDNN spends on a call counts.
 MIN_PRODUCTS = 2**23
-# Up to so many rows the bytes of the weight decide, and torch's products, made for many rows, take longer.
-STEP_ROWS = 4
+# Up to so many rows the bytes of the weight decide, and products made for many rows take longer than one pass over it.
+STEP_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 # In float32 that holds for weights that no cache keeps from token to token, and for smaller ones from two rows on.
 MIN_OF_ONE, MIN_OF_FEW = 2**19, 2**16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` by what is faster on a CPU without gradients: float32 through oneDNN, a few rows
-    through an op that reads the weight once.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows: int | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by what is faster on a CPU without gradients: few rows through an op that reads the
+    weight once, many rows in float32 through oneDNN.
 
     Args:
         x: `[..., K]`.
         weight: `[M, K]`.
         bias: `[M]`.
+        rows: up to so many rows, at most 64, each gets the same bits however many there are, even where that is slower;
+            where the weight is contiguous. None: speed decides.
 
     Returns:
         `[..., M]`.
@@ -47,10 +48,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return F.linear(x, weight, bias)
     columns = weight.shape[-1]
-    rows = x.numel() // max(columns, 1)
-    if 0 < rows <= STEP_ROWS and _reads_once(x, weight, bias, rows):
+    count = x.numel() // max(columns, 1)
+    wanted = count <= rows if rows is not None else _reads_once(weight, count)
+    if count and wanted and x.shape[-1] == columns and weight.is_contiguous() and _plain(x, weight, bias):
         few = call_below(
-            torch.ops.arcore.linear_step.default, x.reshape(rows, columns).contiguous(), weight, bias
+            torch.ops.arcore.linear_step.default, x.reshape(count, columns).contiguous(), weight, bias
         )
         out: Tensor = few.view(*x.shape[:-1], weight.shape[0])
         return out
@@ -62,11 +64,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def _reads_once(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
-    """Whether the op that reads the weight once takes these tensors and less time than torch."""
-    if weight.shape[-1] % MULTIPLE or not weight.is_contiguous() or not _plain(x, weight, bias):
+def _reads_once(weight: Tensor, rows: int) -> bool:
+    """Whether the op that reads the weight once takes less time than torch."""
+    if rows > STEP_ROWS[weight.dtype]:
         return False
-    return x.dtype == torch.bfloat16 or weight.numel() >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
+    return weight.dtype == torch.bfloat16 or weight.numel() >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

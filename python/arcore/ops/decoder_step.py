@@ -21,9 +21,8 @@ from arcore.ops._registration import (
 )
 
 OP = "arcore.decoder_step"
-# Multiples that sizes must have, and most rows: kMultiple and kMaxTokens of csrc/decoder_step/params.h.
-MULTIPLE = 16
-MAX_ROWS = 16
+# Most rows: kMaxTokens of csrc/decoder_step/params.h.
+MAX_ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16)
 _LOOP = "it writes in place; call it once for all rows, or in a loop"
 
@@ -67,14 +66,14 @@ def decoder_step(
 
     Args:
         x: hidden states ``[B, C]``, float32 or bfloat16 like all tensors but `lengths`, `cos` and `sin`, contiguous;
-            written in place. B is at most 16; C, head_dim D and F are multiples of 16.
+            written in place. B is at most 64.
         norm1: weight of the norm before the attention, ``[C]``.
         qkv: projections of H query heads, Hkv key heads and Hkv value heads, ``[(H + 2 Hkv) D, C]``.
         out: projection behind the attention, ``[C, H D]``.
         norm2: weight of the norm before the feed-forward network, ``[C]``.
         gate_up: ``[2 F, C]``, gate first.
         down: ``[C, F]``.
-        keys: cache ``[B / drafts, Hkv, L, D]``, the tokens of a head side by side; written in place.
+        keys: cache ``[B / drafts, Hkv, L, D]``, D even, the tokens of a head side by side; written in place.
         values: likewise.
         cos: cosines of the new tokens' positions, float32 ``[1 or B, D]``.
         sin: sines, likewise, negative in the first half of the channels.

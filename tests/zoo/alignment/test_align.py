@@ -136,7 +136,8 @@ SOURCES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_steps_with_a_ratio_of_exactly_one(name: str, tmp_path: Path) -> None:
     aligner = Aligner(options(tmp_path, name, SOURCES[OBJECTIVES[name].needs]), small())
-    law = aligner.policy.model(torch.arange(5)[None]).detach().clone()
+    with torch.no_grad():
+        law = aligner.policy.model(torch.arange(5)[None])
     before = weights(aligner)
     for _ in range(2):
         figures = aligner.advance()
@@ -145,9 +146,9 @@ def test_every_objective_steps_with_a_ratio_of_exactly_one(name: str, tmp_path: 
     assert figures["entropy"] > 0
     assert figures["kl"] > 0
     assert moved(aligner, before)
-    with aligner.policy.frozen() as frozen:  # the adapters alone have moved
+    with torch.no_grad(), aligner.policy.frozen() as frozen:  # the adapters alone have moved
         assert torch.equal(frozen(torch.arange(5)[None]), law)
-    assert not torch.equal(aligner.policy.model(torch.arange(5)[None]), law)
+    assert not torch.allclose(aligner.policy.model(torch.arange(5)[None]), law, atol=1e-6)
 
 
 @pytest.mark.parametrize(

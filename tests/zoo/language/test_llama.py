@@ -125,6 +125,21 @@ def test_a_tree_of_drafts_is_read_as_its_paths_and_an_accepted_path_stays() -> N
         torch.testing.assert_close(out.logits[row], model(full.unsqueeze(0))[0, -3:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rope linear", "wide heads", "biases"])
+@torch.no_grad()
+def test_tokens_read_together_have_the_bits_of_one_after_the_other(name: str, dtype: torch.dtype) -> None:
+    model = pair(name)[1].to(dtype)
+    ids, drafts = torch.randint(0, 97, (3, 10)), torch.randint(0, 97, (3, len(PARENTS)))
+    for parents, path in ((PARENTS, [0, 2, 5, 6]), (PARENTS, [0, 1, 4]), (None, range(len(PARENTS)))):
+        cache, other = model.make_cache(3, 40), model.make_cache(3, 40)
+        model.prefill(ids, cache)
+        together = model.extend(drafts, cache, parents).logits
+        model.prefill(ids, other)
+        for node in path:
+            assert torch.equal(model.step(drafts[:, node], other), together[:, node])
+
+
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other() -> None:
     _, model = pair("qwen2")

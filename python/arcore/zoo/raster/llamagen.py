@@ -29,7 +29,6 @@ from arcore.nn import (
     GatedMLP,
     GroupedAttention,
     RMSNorm,
-    linear,
     pairs_to_halves,
     signed_angles,
 )
@@ -237,7 +236,7 @@ class LlamaGen(CausalDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., C]` to float32 `[..., V]`."""
-        return linear(hidden, self.lm_head.weight).float()
+        return self.last_layer(hidden, self.lm_head.weight)
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of the released files under our names, rotary pairs put into our order."""

@@ -15,7 +15,6 @@ from arcore.nn import (
     GroupedAttention,
     RMSNorm,
     RotaryTable,
-    linear,
 )
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
@@ -208,7 +207,7 @@ class Llama(CausalDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of what `hidden` returned: `[..., C]` to float32 `[..., V]`."""
-        return linear(hidden, self.head_weight).float()
+        return self.last_layer(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from arcore.catalog import preset
 from arcore.data.svg import Icon
 from arcore.decoding import generate
-from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm, linear
+from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RMSNorm
 from arcore.nn.causal import CausalDecoder
 from arcore.nn.checks import check_ids
 from arcore.nn.kinds import check_kinds
@@ -130,7 +130,7 @@ class IconShop(CausalDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., C]` to float32 `[..., V + 2 + W]`."""
-        return linear(hidden, self.lm_head.weight).float()
+        return self.last_layer(hidden, self.lm_head.weight)
 
     def prompt(self, words: Sequence[str]) -> list[int]:
         """Tokens in front of a drawing.
