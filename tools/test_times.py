@@ -4,7 +4,8 @@
 
 Runs tests/zoo (or what the pytest options name) in this process on one thread. Counted is the process's CPU time of
 set-up, test and tear-down with that of finished child processes, without imports: what a package costs to load falls
-on whichever test needs it first. A test belongs to the system whose name its file carries; tests of the contracts and
+on whichever test needs it first. Processes beside it lengthen CPU time too, by a third where every core has three. A
+test belongs to the system whose name its file carries; tests of the contracts and
 of the claims belong to the system that they are called with. Exits with code 1 where a system is above the budget; its
 claim, which `arcore check --quick` runs too, is shown beside it and does not count.
 """

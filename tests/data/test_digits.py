@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,18 +34,20 @@ def test_digits_are_the_real_ones_scaled_to_minus_one_one():
     assert float(digits.images.max()) == 1
 
 
-def test_digits_are_read_without_importing_scikit_learn_and_by_it_where_its_file_has_moved(
-    monkeypatch, tmp_path
-):
-    code = "import sys; from arcore.data import load_digits; load_digits(); print('sklearn' in sys.modules)"
+@pytest.mark.parametrize("load", ["load_digits", "load_photos"])
+def test_pictures_of_scikit_learn_are_read_without_importing_it(load):
+    code = f"import sys; from arcore.data import {load}; {load}(); print('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"
-    digits = load_digits("all")
-    elsewhere = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: elsewhere)
-    again = load_digits("all")
-    assert torch.equal(digits.images, again.images)
-    assert torch.equal(digits.labels, again.labels)
+
+
+def test_photos_are_those_of_scikit_learn():
+    from sklearn.datasets import load_sample_image
+
+    (first, *_), labels = load_photos("train", image_size=32).images, load_photos("all").labels
+    expected = torch.tensor(load_sample_image("china.jpg")[:32, :32]).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(first, expected)
+    assert set(labels.tolist()) == {0, 1}
 
 
 def test_split_is_fixed_disjoint_and_stratified():

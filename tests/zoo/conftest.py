@@ -6,6 +6,7 @@ its recipe is its own. Systems of other kinds bring a class `Contract` in their 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from torch import nn
 
 import arcore
-from arcore.catalog import catalog, find
+from arcore.catalog import catalog, find, get_config
 from arcore.catalog.claims import shaken as shaken
 
 
@@ -65,6 +66,22 @@ def preset(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def adapter(preset: str) -> Any:
     return protocol(preset)
+
+
+@pytest.fixture
+def shallow(preset: str, adapter: Any) -> nn.Module:
+    """The preset with two layers, or as few as it takes: tracing takes as long as there are layers, all alike.
+
+    A protocol may say `fewer`, settings that make the preset small where its config counts layers in another way.
+    """
+    if hasattr(adapter, "fewer"):
+        return shaken(arcore.create_model(preset, **adapter.fewer))
+    config = get_config(preset)
+    for name in ("depth", "num_layers", "n_layer"):
+        if getattr(config, name, 0) > 2:
+            with contextlib.suppress(ValueError):  # of a system that counts in sixes, or names its layers
+                return shaken(arcore.create_model(preset, **{name: 2}))
+    return shaken(arcore.create_model(preset))
 
 
 @pytest.fixture

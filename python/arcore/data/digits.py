@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arcore._optional import require
 from arcore.data.images import InMemoryImages, check_split, held_out_mask
+from arcore.data.real.files import package_file
 from arcore.nn.checks import check_whole
 
 
@@ -54,11 +52,7 @@ def _levels_and_classes() -> tuple[Tensor, Tensor]:
 
     scikit-learn's file is read without scikit-learn, which takes a second of processor time to import.
     """
-    found = importlib.util.find_spec("sklearn")
-    path = Path(found.origin).parent / "datasets/data/digits.csv.gz" if found and found.origin else None
-    if path is None or not path.is_file():
-        bunch = require("sklearn.datasets", extra="train").load_digits()
-        return torch.from_numpy(bunch.data).long(), torch.from_numpy(bunch.target).long()
+    path = package_file("sklearn", "datasets/data/digits.csv.gz", extra="train", distribution="scikit-learn")
     with gzip.open(path, "rt", encoding="ascii") as file:
         rows = torch.tensor([[int(float(word)) for word in line.split(",")] for line in file])
     return rows[:, :64], rows[:, 64].contiguous()

