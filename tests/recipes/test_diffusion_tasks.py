@@ -14,7 +14,7 @@ from arcore.recipes.frame_diffusion import FrameDiffusionTask
 from arcore.recipes.masked_autoregressive import MaskedAutoregressiveTask
 from arcore.training import TrainConfig, train
 
-SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
+SETTINGS = {"steps": 4, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu"}
 
 
 def run(preset, out, **options):

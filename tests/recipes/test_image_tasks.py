@@ -15,7 +15,7 @@ from arcore.recipes.classifier import ClassifierTask
 from arcore.recipes.next_cluster import NextClusterTask
 from arcore.training import TrainConfig, train
 
-SETTINGS = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu"}
+SETTINGS = {"steps": 4, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu"}
 
 
 def run(preset, out, **options):

@@ -15,7 +15,7 @@ from arcore.recipes._sampling import sample
 from arcore.recipes.raster import RECIPE, RasterSampling
 from arcore.training.checkpoint import find
 
-QUICK = ("--steps", "2", "--batch-size", "4", "--data", "digits")
+QUICK = ("--steps", "2", "--batch-size", "32", "--data", "digits")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from arcore.recipes._rejection import Judge, open_judge
 from arcore.recipes._sampling import has_bf16_units
 from arcore.training import train
 
-SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
+SETTINGS = {"steps": 2, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
 
 
 @pytest.fixture(scope="module")

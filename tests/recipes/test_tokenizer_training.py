@@ -13,7 +13,7 @@ from arcore.training import TrainConfig, train
 SIZES = {"image_size": 16, "data": "digits"}
 SETTINGS = {
     "steps": 4,
-    "batch_size": 4,
+    "batch_size": 32,
     "checkpoint_every": 2,
     "accelerator": "cpu",
     "warmup": 0,

@@ -162,7 +162,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     facts = {"preset": "llamagen_tiny", "data": "digits", "class_names": names}
     save_checkpoint(tmp_path / "base", {"model": model, "tokenizer": tokenizer}, facts)
     asked = ["train", "lantern", "--base", str(tmp_path / "base"), "--steps", "2"]
-    assert main([*asked, "--batch-size", "4", "--out", str(tmp_path / "run")]) == 0
+    assert main([*asked, "--batch-size", "32", "--out", str(tmp_path / "run")]) == 0
     assert "--decoder lantern --drafter" in capsys.readouterr().out
     draw = [
         "sample",

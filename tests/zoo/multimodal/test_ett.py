@@ -16,7 +16,7 @@ from arcore.catalog.claims import shaken
 from arcore.training import train
 from arcore.zoo.multimodal.ett.model import BEGIN, END, caption_loss, read_codes
 
-SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
+SETTINGS = {"steps": 2, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
 
 
 class Protocol:

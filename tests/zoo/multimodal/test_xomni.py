@@ -18,7 +18,7 @@ from arcore.zoo.multimodal.xomni.decoder import FlowDecoder
 from arcore.zoo.multimodal.xomni.model import BEGIN, END, EOM, IGNORED, IMAGE, SOM, TEXT, XOmni
 from arcore.zoo.multimodal.xomni.rewarding import reward_updates
 
-SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
+SETTINGS = {"steps": 2, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
 
 
 class Protocol:

@@ -268,7 +268,7 @@ def test_both_stages_and_editing_from_the_command_line(tmp_path: Path, capsys: A
     from arcore.catalog import load_checkpoint
     from arcore.cli import main
 
-    short = ["--steps", "2", "--batch-size", "4", "--checkpoint-every", "2", "--accelerator", "cpu"]
+    short = ["--steps", "2", "--batch-size", "32", "--checkpoint-every", "2", "--accelerator", "cpu"]
     var, first, second = (tmp_path / name for name in ("var", "first", "second"))
     assert main(["train", "var_tiny", *short, "--tokenizer-steps", "1", "--out", str(var)]) == 0
     # A run of VAR becomes the first stage.

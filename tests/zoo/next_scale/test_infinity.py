@@ -22,7 +22,7 @@ from arcore.zoo.next_scale.infinity.draw import draw_bits
 from arcore.zoo.next_scale.infinity.model import Infinity, bit_loss
 from arcore.zoo.next_scale.infinity.text import Text, t5_vectors, word_vectors
 
-SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
+SETTINGS = {"steps": 2, "batch_size": 32, "checkpoint_every": 2, "accelerator": "cpu", "warmup": 0}
 SMALL: dict[str, Any] = {
     "depth": 4,
     "embed_dim": 32,

@@ -17,7 +17,7 @@ from tests.zoo.protocol_raster import Protocol as RasterProtocol
 
 SETTINGS = {
     "steps": 4,
-    "batch_size": 4,
+    "batch_size": 32,
     "checkpoint_every": 2,
     "accelerator": "cpu",
     "warmup": 0,

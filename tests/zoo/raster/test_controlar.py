@@ -146,7 +146,7 @@ def test_canny_finds_the_border_of_a_square() -> None:
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_module = pytest.importorskip("PIL.Image")
-    quick = ("--steps", "2", "--batch-size", "4", "--data", "digits")
+    quick = ("--steps", "2", "--batch-size", "32", "--data", "digits")
     base, run = str(tmp_path / "base"), str(tmp_path / "run")
     assert main(["train", "llamagen_tiny", "--out", base, *quick, "--tokenizer-steps", "2"]) == 0
     words = ["train", "controlar_tiny", "--out", run, *quick, "--control", "canny", "--base", base]

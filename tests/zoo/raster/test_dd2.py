@@ -131,7 +131,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ("--steps", "2", "--batch-size", "4")
+    quick = ("--steps", "2", "--batch-size", "32")
     base, run = str(tmp_path / "base"), str(tmp_path / "run")
     words = ["train", "llamagen_tiny", "--out", base, *quick, "--data", "digits", "--tokenizer-steps", "2"]
     assert main(words) == 0

@@ -305,7 +305,7 @@ def test_own_images_in_colour_and_of_another_size(tmp_path: Path, capsys: pytest
             Image.new("RGB", (21, 21), tuple(value + number for value in colour)).save(
                 tmp_path / "data" / name / f"{number}.png"
             )
-    run, short = str(tmp_path / "run"), ["--steps", "2", "--batch-size", "4", "--accelerator", "cpu"]
+    run, short = str(tmp_path / "run"), ["--steps", "2", "--batch-size", "32", "--accelerator", "cpu"]
     assert main(["train", "kl_tiny", "--data", str(tmp_path / "data"), *short, "--out", run]) == 0
     assert "kl_tiny is built for 20 x 20 pixels, colour" in capsys.readouterr().err
     [model] = load_checkpoint(next((tmp_path / "run").glob("step-*")))[0].values()
