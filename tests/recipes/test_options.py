@@ -16,7 +16,7 @@ from arcore.training.augment import Augmented
 
 Image = pytest.importorskip("PIL.Image")
 
-SETTINGS = {"steps": 2, "batch_size": 32, "checkpoint_every": 0, "accelerator": "cpu"}
+SETTINGS = {"steps": 2, "batch_size": 4, "checkpoint_every": 0, "accelerator": "cpu"}
 
 
 def photos(

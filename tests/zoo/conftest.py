@@ -69,13 +69,8 @@ def adapter(preset: str) -> Any:
 
 
 @pytest.fixture
-def shallow(preset: str, adapter: Any) -> nn.Module:
-    """The preset with two layers, or as few as it takes: tracing takes as long as there are layers, all alike.
-
-    A protocol may say `fewer`, settings that make the preset small where its config counts layers in another way.
-    """
-    if hasattr(adapter, "fewer"):
-        return shaken(arcore.create_model(preset, **adapter.fewer))
+def shallow(preset: str) -> nn.Module:
+    """The preset with two layers where its config counts them: tracing takes as long as there are layers, all alike."""
     config = get_config(preset)
     for name in ("depth", "num_layers", "n_layer"):
         if getattr(config, name, 0) > 2:

@@ -105,10 +105,19 @@ def test_checkpoint_round_trip(adapter, preset, model, tmp_path: Path):
 
 def test_training_step_compiles_as_one_graph(adapter, shallow):
     """Loss, gradients and what the step leaves in buffers are those of eager mode, random draws included."""
+    check_compiled(adapter, shallow, "eager")
+
+
+@pytest.mark.slow
+def test_training_step_compiles_ahead_of_time(adapter, model):
+    """All layers, and the backward traced too, which takes several times as long; ops are held to that one by one."""
+    check_compiled(adapter, model, "aot_eager")
+
+
+def check_compiled(adapter, eager, backend):
     torch._dynamo.reset()
-    eager, traced = shallow.train(), copy.deepcopy(shallow)
-    # Without a search for what the backward could compute anew, which takes as long as tracing it.
-    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager_default_partitioner")
+    traced = copy.deepcopy(eager.train())
+    compiled = torch.compile(traced, fullgraph=True, backend=backend)
     losses = []
     for module in (eager, compiled):
         torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,6 @@ import arcore
 
 class Protocol:
     """Images to classes. Nothing is generated step by step: `stepwise` classifies from features."""
-
-    fewer: ClassVar[dict[str, Any]] = {"depth": 1}
 
     def __init__(self, preset: str) -> None:
         self.config = arcore.models.get_config(preset)

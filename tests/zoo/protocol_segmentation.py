@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ import arcore
 
 class Protocol:
     """Pictures, or pairs, to the classes of their pixels. Nothing goes step by step: rows alone equal a batch."""
-
-    fewer: ClassVar[dict[str, Any]] = {"depth": 1}
 
     def __init__(self, preset: str) -> None:
         self.config = arcore.models.get_config(preset)

@@ -16,8 +16,6 @@ class Protocol:
     def __init__(self, preset: str) -> None:
         self.config = arcore.models.get_config(preset)
         size = self.config.image_size
-        if hasattr(self.config, "patch_nums"):
-            self.fewer = {"patch_nums": (1, self.config.patch_nums[-1])}
         self.images = torch.rand(3, self.config.in_channels, size, size) * 2 - 1
 
     def forward(self, model: Any) -> Tensor:

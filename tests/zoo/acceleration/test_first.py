@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,22 @@ from arcore.zoo.acceleration.first.routing import (
     routed_loss,
     routed_skipping_loss,
 )
+
+
+class Protocol:
+    """What both phases train, on a random model. Routers and adapters have no pass of their own to hold to more."""
+
+    def __init__(self, preset: str) -> None:
+        base = shaken(arcore.create_model("llama_tiny")).eval().requires_grad_(False)
+        self.base = base
+        self.ids = torch.randint(256, (4, 17))
+
+    def loss(self, patch: Any) -> Tensor:
+        base = copy.deepcopy(self.base)
+        patch.attach(base)
+        soft, _ = routed_loss(base, patch.routers, self.ids, price=0.1)
+        skipping, _ = routed_skipping_loss(base, patch.routers, self.ids, prompt=8)
+        return soft + skipping
 
 
 class Contract:

@@ -21,6 +21,17 @@ from arcore.zoo.acceleration.lantern.drafter import FeatureDrafter, config_for, 
 from arcore.zoo.acceleration.lantern.relax import decode_image, relaxed_target
 
 
+class Protocol:
+    """A drafter in training on a random image model."""
+
+    def __init__(self, preset: str) -> None:
+        self.base = shaken(arcore.create_model("llamagen_tiny")).eval().requires_grad_(False)
+        self.ids = torch.cat([self.base.prompt(torch.tensor([0, 5, 10])), torch.randint(4, (3, 63))], dim=1)
+
+    def loss(self, drafter: Any) -> Tensor:
+        return feature_loss(drafter, self.base, self.ids)
+
+
 class Contract:
     """The next token when one token is proposed."""
 

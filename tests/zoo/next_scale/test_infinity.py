@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +39,6 @@ SMALL: dict[str, Any] = {
 
 class Protocol:
     """How the model contract drives it."""
-
-    fewer: ClassVar[dict[str, Any]] = {"depth": 1}
 
     def __init__(self, preset: str) -> None:
         self.tokenizer: Any = shaken(create_model("msbsq_tiny")).eval()
@@ -351,12 +349,12 @@ def test_guidance_on_logits_and_between_blocks(parts: tuple[Any, Any, Text]):
 @torch.no_grad()
 def test_top_p_drops_the_less_likely_value(parts: tuple[Any, Any, Text]):
     model, tokenizer, text = parts
-    rows = Text(text.vectors[:1].expand(400, -1, -1), text.lengths[:1].expand(400))
+    rows = Text(text.vectors[:1].expand(200, -1, -1), text.lengths[:1].expand(200))
     told = model.tell(rows)
-    chance = model.scale_logits(0, None, told, model.make_cache(400))[0, 0].softmax(-1)  # [d, 2]
+    chance = model.scale_logits(0, None, told, model.make_cache(200))[0, 0].softmax(-1)  # [d, 2]
     free = draw_bits(model, tokenizer, told, seed=1).bits[0][:, 0].float().mean(0)
     kept = draw_bits(model, tokenizer, told, seed=1, top_p=0.6).bits[0][:, 0].float().mean(0)
-    assert (free - chance[:, 1]).abs().max() < 0.1
+    assert (free - chance[:, 1]).abs().max() < 0.14
     sure = chance.max(1).values >= 0.6
     assert sure.any()
     assert torch.equal(kept[sure], (chance[sure, 1] > 0.5).float())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +20,6 @@ from tests.zoo.protocol_raster import Protocol as RasterProtocol
 
 class Protocol(RasterProtocol):
     """Codes in raster order, given a class and edges."""
-
-    fewer: ClassVar[dict[str, Any]] = {"num_layers": 2, "control_layers": (0,)}
 
     def __init__(self, preset: str) -> None:
         super().__init__(preset)

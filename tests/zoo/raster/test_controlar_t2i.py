@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +29,6 @@ CONFIG = ControlARTextConfig(
 
 class Protocol(TextProtocol):
     """Codes in raster order behind captions, with control images."""
-
-    fewer: ClassVar[dict[str, Any]] = {"num_layers": 2, "control_layers": (0,)}
 
     def __init__(self, preset: str) -> None:
         super().__init__(preset)

@@ -119,7 +119,7 @@ def test_restart_goes_on_from_a_state_dict():
 
 
 def test_training_step_compiles():
-    tokenizer = make(restart_below=0.1)
+    tokenizer = make(restart_below=0.1, patch_nums=(1, 6))
     copy = MultiScaleVQ(tokenizer.config)
     copy.load_state_dict(tokenizer.state_dict())
     torch.manual_seed(3)
@@ -164,26 +164,26 @@ def test_bad_beta():
         dataclasses.replace(SMALL, beta=-0.1)
 
 
+@pytest.mark.slow
 def test_tiny_learns_digits():
-    """The whole tokenizer, trained for seconds, on held-out digits.
+    """The whole tokenizer, trained for seconds, on held-out digits; the quick claim trains its quantiser alone.
 
-    All scales together leave at most a quarter of the latent that the first leaves; that alone a collapsed latent could
+    All scales together leave at most a fifth of the latent that the first leaves; that alone a collapsed latent could
     also show, so images must come back and the codes be in use.
     """
     pytest.importorskip("sklearn")
     from arcore.data import load_digits
 
-    steps, lr = 110, 8e-3
+    steps, lr = 240, 4e-3
     train, held_out = load_digits("train").images, load_digits("test").images
     torch.manual_seed(0)
-    tokenizer = MultiScaleVQ(dataclasses.replace(msvq_tiny(), channels=8, z_channels=8))
-    optimizer = torch.optim.AdamW(
-        tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
-    )
+    tokenizer = MultiScaleVQ(msvq_tiny())
+    assert sum(p.numel() for p in tokenizer.parameters()) < 600_000
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-        images = train[torch.randint(len(train), (16,))]
+        images = train[torch.randint(len(train), (32,))]
         out = tokenizer(images)
         optimizer.zero_grad()
         (F.mse_loss(out.reconstruction, images) + out.vq_loss).backward()
@@ -195,6 +195,6 @@ def test_tiny_learns_digits():
         left = [F.mse_loss(f_hat, f).item() for _, _, f_hat in tokenizer.quantize.scales(f)]
         indices = tokenizer.encode(held_out)
         error = F.mse_loss(tokenizer.decode(indices), held_out).item()
-    assert left[-1] <= 0.25 * left[0], left
-    assert error <= 0.3 * held_out.var().item(), error
+    assert left[-1] <= 0.2 * left[0], left
+    assert error <= 0.1 * held_out.var().item(), error
     assert len(torch.cat(indices, dim=1).unique()) >= 100
