@@ -1,11 +1,13 @@
 """selective_scan, its single step, ssd and causal_conv1d beside peers on a GPU, with the floor of each.
 
-A floor is the larger of two times: the bytes that must move over the copy bandwidth of the same run, and the
-exponentials over what the multiprocessors' special-function units give at their present clock.
+A floor is the largest of: the bytes that must move over the copy bandwidth of the same run, the exponentials over what
+the multiprocessors' special-function units give at their present clock, and the products of matrices, where there are
+any, over the rate of a large one in the same run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +29,13 @@ from arcore.ops import (
 )
 
 STATE = 16
-# Seconds that selective_scan aims at on an H100 for the case scan_2048, forward and backward.
-GOALS = {"forward": 0.30e-3, "backward": 1.0e-3}
+# Seconds that ops aim at on an H100, by op, case and direction.
+GOALS = {
+    ("selective_scan", "scan_2048", "forward"): 0.30e-3,
+    ("selective_scan", "scan_2048", "backward"): 1.0e-3,
+    ("ssd", "ssd_2048", "forward"): 0.20e-3,
+    ("ssd", "ssd_2048", "backward"): 0.60e-3,
+}
 EXPONENTIALS_PER_CLOCK = 16  # of one multiprocessor
 
 
@@ -41,9 +48,11 @@ def exponential_rate(device: str) -> float:
     return float(properties.multi_processor_count * EXPONENTIALS_PER_CLOCK * clock)
 
 
-def _floor(report: Report, moved: int, exponentials: int = 0) -> float:
+def _floor(report: Report, moved: int, exponentials: int = 0, products: int = 0) -> float:
+    """Seconds; `products` are multiply-adds of bfloat16 matrices."""
     rate = exponential_rate(report.device)
     times = [moved / (report.ceilings.copy_gb_per_s * 1e9)]
+    times.append(2 * products / (report.ceilings.matmul_tflops * 1e12))
     if exponentials and rate:
         times.append(exponentials / rate)
     return max(times)
@@ -179,7 +188,7 @@ def run_selective_scan(report: Report) -> None:
                 report.measure(
                     runs, op="selective_scan", case=name, impl=impl, direction=direction, dtype="bfloat16",
                     floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
-                    goal_seconds=GOALS[direction] if name == "scan_2048" else None,
+                    goal_seconds=GOALS.get(("selective_scan", name, direction)),
                 )  # fmt: skip
 
 
@@ -278,70 +287,87 @@ def _ssd_of_mamba_ssm(x: dict[str, Tensor]) -> Tensor:
     )
 
 
+def _ssd_inputs(
+    batch: int, length: int, heads: int, width: int, state: int, device: str
+) -> dict[str, Tensor]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    return {
+        "x": normal(batch, length, heads, width).bfloat16(),
+        "dt": (0.5 * normal(batch, length, heads)).bfloat16(),
+        "A": -torch.rand(heads, device=device) - 0.5,
+        "B": normal(batch, length, 1, state).bfloat16(),
+        "C": normal(batch, length, 1, state).bfloat16(),
+        "D": torch.ones(heads, device=device),
+        "dt_bias": 0.1 * normal(heads),
+    }
+
+
+def _two_heads(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One batch entry and its first heads, in float64 on the CPU."""
+    cut = {n: t[:2] if t.dim() == 1 else t[:1] if n in ("B", "C") else t[:1, :, :2] for n, t in x.items()}
+    return {n: t.detach().double().cpu() for n, t in cut.items()}
+
+
 def run_ssd(report: Report) -> None:
-    """Mamba-2's scan, which runs the kernels of selective_scan on a GPU: heads of 64 channels, states of 128."""
-    batch, length, heads, width, state = (8, 2048, 32, 64, 128) if report.gpu else (2, 70, 2, 8, 16)
-
-    def inputs() -> dict[str, Tensor]:
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, device=report.device)
-
-        return {
-            "x": normal(batch, length, heads, width).bfloat16(),
-            "dt": (0.5 * normal(batch, length, heads)).bfloat16(),
-            "A": -torch.rand(heads, device=report.device) - 0.5,
-            "B": normal(batch, length, 1, state).bfloat16(),
-            "C": normal(batch, length, 1, state).bfloat16(),
-            "D": torch.ones(heads, device=report.device),
-            "dt_bias": 0.1 * normal(heads),
-        }
+    """Mamba-2's scan at the sizes of its 130M model: many rows, and one long row."""
+    shapes = (
+        {"ssd_2048": (8, 2048, 24, 64, 128), "ssd_long": (1, 16384, 24, 64, 128)}
+        if report.gpu
+        else {"tiny": (2, 70, 2, 8, 16)}
+    )
 
     def ours(x: dict[str, Tensor]) -> Tensor:
         return ssd(**x, dt_softplus=True)
 
-    first = inputs()
-    sets = [first, *(inputs() for _ in range(copies_for(_size(first.values()), report.device) - 1))]
-    grad = torch.randn(first["x"].shape, device=report.device).bfloat16()
-    once = _size(first.values()) + _size([grad])
-    for impl, function in (("arcore", ours), ("mamba_ssm", _ssd_of_mamba_ssm)):
-        for direction, moved in (("forward", once), ("backward", 2 * once)):
+    for name, shape in shapes.items():
+        first = _ssd_inputs(*shape, report.device)
+        copies = copies_for(_size(first.values()), report.device)
+        sets = [first, *(_ssd_inputs(*shape, report.device) for _ in range(copies - 1))]
+        grad = torch.randn(first["x"].shape, device=report.device).bfloat16()
+        once = _size(first.values()) + _size([grad])
+        # What any scan in products needs of each state and step: in and out, and three times that on the way back.
+        products = 2 * math.prod(shape)
+        for impl, function in (("arcore", ours), ("mamba_ssm", _ssd_of_mamba_ssm)):
+            for direction, times in (("forward", 1), ("backward", 2)):
 
-            def runs(f: Any = function, direction: str = direction) -> list[Run]:
-                one = {n: t if t.dim() == 1 else t[:1] for n, t in first.items()}
-                with torch.no_grad():
-                    expected = reference_ssd(
-                        **{n: t.double().cpu() for n, t in one.items()}, dt_softplus=True
-                    )
-                    _close(f(first)[:1].cpu(), expected, "out")
-                if direction == "forward":
+                def runs(
+                    f: Any = function, direction: str = direction, sets: Any = sets, grad: Tensor = grad
+                ) -> list[Run]:
+                    with torch.no_grad():
+                        expected = reference_ssd(**_two_heads(sets[0]), dt_softplus=True)
+                        _close(f(sets[0])[:1, :, :2].cpu(), expected, "out")
+                    if direction == "forward":
 
-                    def forward(x: dict[str, Tensor]) -> object:
-                        with torch.no_grad():
-                            return f(x)
+                        def forward(x: dict[str, Tensor]) -> object:
+                            with torch.no_grad():
+                                return f(x)
 
-                    return [lambda x=x: forward(x) for x in sets]
-                leaves = [{n: t.detach().requires_grad_() for n, t in x.items()} for x in sets]
-                outs = [f(x) for x in leaves]
-                return [
-                    lambda o=o, x=x: torch.autograd.grad(o, list(x.values()), grad, retain_graph=True)
-                    for o, x in zip(outs, leaves, strict=True)
-                ]
+                        return [lambda x=x: forward(x) for x in sets]
+                    leaves = [{n: t.detach().requires_grad_() for n, t in x.items()} for x in sets]
+                    outs = [f(x) for x in leaves]
+                    return [
+                        lambda o=o, x=x: torch.autograd.grad(o, list(x.values()), grad, retain_graph=True)
+                        for o, x in zip(outs, leaves, strict=True)
+                    ]
 
-            floor = _floor(report, moved)
-            report.measure(
-                runs, op="ssd", case=f"ssd_{length}", impl=impl, direction=direction, dtype="bfloat16",
-                floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
-            )  # fmt: skip
+                floor = _floor(report, times * once, 0, products * (1 if direction == "forward" else 3))
+                report.measure(
+                    runs, op="ssd", case=name, impl=impl, direction=direction, dtype="bfloat16",
+                    floor_seconds=floor, times_floor=lambda s, floor=floor: s / floor,
+                    goal_seconds=GOALS.get(("ssd", name, direction)),
+                )  # fmt: skip
 
 
 def verdicts(report: Report) -> list[str]:
     lines = []
-    for direction, goal in GOALS.items():
-        mine = report.find(op="selective_scan", case="scan_2048", impl="arcore", direction=direction)
+    for (op, case, direction), goal in GOALS.items():
+        mine = report.find(op=op, case=case, impl="arcore", direction=direction)
         if mine is not None:
             reached = "ok   " if mine["seconds"] <= goal else "BELOW"
             lines.append(
-                f"{reached} scan_2048 {direction}: {mine['seconds'] * 1e3:.3f} ms = {mine['times_floor']:.2f} x floor, "
+                f"{reached} {case} {direction}: {mine['seconds'] * 1e3:.3f} ms = {mine['times_floor']:.2f} x floor, "
                 f"goal {goal * 1e3:.2f} ms"
             )
     return lines

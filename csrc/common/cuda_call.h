@@ -87,7 +87,7 @@ constexpr int64_t workspace_bytes() {
 #if defined(ARCORE_CUDA_HOST)
   return int64_t{64} << 10;
 #else
-  return int64_t{256} << 20;
+  return int64_t{512} << 20;
 #endif
 }
 

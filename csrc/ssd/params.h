@@ -129,11 +129,40 @@ struct FoldCuda {
   const float* passes;
 };
 
+// The gradient of y, and that of z, where there is a gate.
+struct GateCuda {
+  Args in;
+  CudaLayout layout;
+  View grad_out, grad_z;
+  View y;  // float32; becomes its gradient
+};
+
+// Gradients of what goes into the cells [begin, end), from the states before them and the gradients of those
+// after them. A block has a cell and `heads` heads of a group, one of `slices` blocks.
+struct GradientCuda {
+  Args in;
+  CudaLayout layout;
+  int parts, left_parts;  // of x, B and C; of the gradient of y
+  int64_t begin, end, slices, heads;
+  const float *states, *grad_states;  // [batch, cells, heads, dim, states]
+  const float* grad_last_state;       // packed rows: [sequences, heads, dim, states], or null: zeros
+  View grad_y, grad_x, grad_dt;
+  float *partial_A, *partial_bias;  // [batch, cells of the row, heads]
+  float* partial_D;                 // [batch, cells of the row, heads, dim], or null
+  float *partial_B, *partial_C;     // [batch, groups, slices, cells * steps, states]
+  View grad_B, grad_C;
+};
+
+// Shared memory forbids more states where the inputs have three parts.
+constexpr int64_t kMostStatesOfThreeParts = 128;
+
 // 0 or a cudaError_t.
 int launch_marks_sm80(const MarkArgs&, void* stream);
 int launch_carry_sm80(const CarryArgs&, void* stream);
 int launch_steps_sm80(const StepCuda&, void* stream);
 int launch_scan_sm80(const ScanCuda&, void* stream);
 int launch_fold_sm80(const FoldCuda&, void* stream);
+int launch_gate_sm80(const GateCuda&, void* stream);
+int launch_gradients_sm80(const GradientCuda&, void* stream);
 
 }  // namespace arcore::ssd

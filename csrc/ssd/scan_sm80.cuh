@@ -179,7 +179,7 @@ ARCORE_DEVICE void make_triangle(bfloat16* triangle, const bfloat16* C, const bf
   constexpr int kWarps = ScanShape<S>::kWarps;
   using Blocks = Triangle<S::kSteps, kWarps>;
   float c[Blocks::kMine][2][4] = {};
-  multiply_triangle<S::kInputs, S::kSteps, S::kStates, kWarps>(c, C, B, warp);
+  multiply_triangle<S::kInputs, S::kInputs, S::kSteps, S::kStates, kWarps>(c, C, B, warp);
   ARCORE_UNROLL
   for (int m = 0; m < Blocks::kMine; ++m) {
     int number, i, j;
@@ -201,41 +201,16 @@ ARCORE_DEVICE void make_triangle(bfloat16* triangle, const bfloat16* C, const bf
   }
 }
 
-// Two neighbours of a row, or one.
-ARCORE_DEVICE void store_two(const View& v, int64_t at, float first, float second, bool both, bool paired) {
-  if (both && paired) {
-    switch (v.dtype) {
-      case StorageType::kBFloat16:
-        store_global(reinterpret_cast<uint32_t*>(static_cast<bfloat16*>(v.data) + at),
-                     pack2<bfloat16>(first, second));
-        return;
-      case StorageType::kFloat16:
-        store_global(reinterpret_cast<uint32_t*>(static_cast<float16*>(v.data) + at),
-                     pack2<float16>(first, second));
-        return;
-      default:
-        store_global(reinterpret_cast<Vector8*>(static_cast<float*>(v.data) + at),
-                     Vector8{{float_bits(first), float_bits(second)}});
-        return;
-    }
-  }
-  store_any(v.data, v.dtype, at, first);
-  if (both) store_any(v.data, v.dtype, at + v.last, second);
-}
-// Whether pairs that begin at even channels lie on their size.
-ARCORE_DEVICE bool rows_paired(const View& v) {
-  const uintptr_t bytes = v.dtype == StorageType::kFloat32 ? 8 : 4;
-  return v.last == 1 && ((v.batch | v.time | v.head) & 1) == 0 &&
-         reinterpret_cast<uintptr_t>(v.data) % bytes == 0;
-}
-
-// out = (y + D x) silu(z) of the warp's channels.
+// out = (y + D x) silu(z) of the warp's channels, at the steps of `run`.
 template <typename S>
 ARCORE_DEVICE void store_outputs(const Args& p, const float (&y)[S::kRows][2][4], const bfloat16* x,
                                  int64_t batch, int64_t head, int64_t begin, int64_t channel, int channels,
-                                 uint64_t skipped) {
+                                 uint64_t skipped, const Run& run) {
   const bool paired = rows_paired(p.out);
-  const int lane = lane_index();
+  const int lane = hide(lane_index());
+  const int64_t to = batch * p.out.batch + begin * p.out.time + head * p.out.head + channel * p.out.last,
+                of_z = batch * p.z.batch + begin * p.z.time + head * p.z.head + channel * p.z.last;
+  const int left = p.length - begin < S::kSteps ? static_cast<int>(p.length - begin) : S::kSteps;
   ARCORE_UNROLL
   for (int j = 0; j < 2; ++j) {
     const int c = 8 * j + 2 * (lane % 4);
@@ -251,31 +226,24 @@ ARCORE_DEVICE void store_outputs(const Args& p, const float (&y)[S::kRows][2][4]
       ARCORE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = 16 * m + 8 * half + lane / 4;
-        const int64_t t = begin + row;
-        if (t >= p.length) continue;
+        if (row >= left || !run.holds(row)) continue;
         const bool off = (skipped >> row & 1) != 0;
         float value[2] = {y[m][j][2 * half], y[m][j][2 * half + 1]};
         if (p.D != nullptr) {
-          uint32_t words[S::kLeft];
-          ARCORE_UNROLL
-          for (int part = 0; part < S::kLeft; ++part)
-            words[part] =
-                load_shared(reinterpret_cast<const uint32_t*>(x + part * S::kTileP + row * S::kPitchP + c));
           float input[2];
-          join(words, input[0], input[1]);
+          load_two<S::kLeft>(x, row * S::kPitchP + c, S::kTileP, input[0], input[1]);
           value[0] = fused_multiply_add(skip[0], input[0], value[0]);
           value[1] = fused_multiply_add(skip[1], input[1], value[1]);
         }
         if (p.z.data != nullptr) {
-          const int64_t at = batch * p.z.batch + t * p.z.time + head * p.z.head + (channel + c) * p.z.last;
+          const int64_t at = of_z + row * p.z.time + c * p.z.last;
           const float first = load_any(p.z.data, p.z.dtype, at);
           const float second = both ? load_any(p.z.data, p.z.dtype, at + p.z.last) : 0.0f;
           value[0] *= first * sigmoid(first);
           value[1] *= second * sigmoid(second);
         }
-        const int64_t at =
-            batch * p.out.batch + t * p.out.time + head * p.out.head + (channel + c) * p.out.last;
-        store_two(p.out, at, off ? 0.0f : value[0], off ? 0.0f : value[1], both, paired);
+        store_two(p.out, to + row * p.out.time + c * p.out.last, off ? 0.0f : value[0], off ? 0.0f : value[1],
+                  both, paired);
       }
     }
   }
@@ -295,27 +263,30 @@ ARCORE_KERNEL scan_cells(ARCORE_KERNEL_ARGS ScanKernel<S, kOutputs> kernel) {
   const ScanCuda& a = kernel.call;
   const Args& p = a.in;
   const CudaLayout& layout = a.layout;
-  int64_t block = block_x();
-  const int64_t tile = block % layout.tiles;
-  block /= layout.tiles;
-  const int64_t head = block % p.heads;
-  block /= p.heads;
-  const int64_t segment = block % a.segments, batch = block / a.segments;
-  const int64_t group = head / (p.heads / p.groups), cells = a.end - a.begin;
-  const int64_t first = segment * a.segment_cells,
-                last = first + a.segment_cells < cells ? first + a.segment_cells : cells;
-  const auto cell_at = [&](int64_t i) { return a.backwards ? a.end - 1 - i : a.begin + i; };
+  // 32 bits: registers are short, and a grid has no more blocks.
+  const auto narrow = [](int64_t x) { return static_cast<int>(x); };
+  const int block = narrow(block_x()), tiles_of_head = narrow(layout.tiles), heads = narrow(p.heads),
+            segments = narrow(a.segments), cells = narrow(a.end - a.begin);
+  const int tile = block % tiles_of_head, head = block / tiles_of_head % heads,
+            place = block / tiles_of_head / heads, segment = place % segments, batch = place / segments;
+  const int group = head / (heads / narrow(p.groups)), first = segment * narrow(a.segment_cells),
+            next = first + narrow(a.segment_cells), last = next < cells ? next : cells;
+  const auto cell_at = [&](int i) {
+    return narrow(a.backwards ? a.end - 1 : a.begin) + (a.backwards ? -i : i);
+  };
 
   // The warp's channels and states.
   const int warp = warp_index(), upper = warp / 4, first_state = upper * ScanShape<S>::kStates;
-  const int64_t column = tile * kTileChannels, channel = column + 16 * (warp % 4);
-  const int columns = static_cast<int>(p.dim - column < kTileChannels ? p.dim - column : kTileChannels);
-  const int channels = columns - 16 * (warp % 4), states = static_cast<int>(p.states);
+  const int column = tile * kTileChannels, channel = column + 16 * (warp % 4);
+  const int columns = narrow(p.dim) - column < kTileChannels ? narrow(p.dim) - column : kTileChannels;
+  const int channels = columns - 16 * (warp % 4), states = narrow(p.states);
   const bool mine = channels > 0;
   const auto state_at = [&](int64_t row) {
     return ((row * p.heads + head) * p.dim + channel) * p.states + first_state;
   };
-  const auto kept_at = [&](int64_t cell) { return state_at(batch * cells + cell - a.begin); };
+  const auto kept_at = [&](int cell) {
+    return state_at(static_cast<int64_t>(batch) * cells + cell - a.begin);
+  };
 
   unsigned char* memory = shared_memory();
   const auto tiles_of = [&](int stage) {
@@ -327,19 +298,22 @@ ARCORE_KERNEL scan_cells(ARCORE_KERNEL_ARGS ScanKernel<S, kOutputs> kernel) {
   float* weights = sums + Layout::kSumBytes / 4;
   const bool left_aligned = rows_aligned(a.left), right_aligned = rows_aligned(a.right);
   const bool C_aligned = kOutputs && rows_aligned(p.C);
-  const auto load = [&](int64_t i, int stage) {
-    const int64_t cell = cell_at(i), begin = cell * kSteps;
-    const uint64_t skipped = layout.cell_marks[batch * layout.cells + cell].skipped;
+  const auto load = [&](int i, int stage) {
+    const int cell = cell_at(i);
+    const int64_t begin = static_cast<int64_t>(cell) * kSteps;
+    const int batch_row = hide(batch);
+    const uint64_t skipped = layout.cell_marks[batch_row * layout.cells + cell].skipped;
     bfloat16* to = tiles_of(stage);
-    load_tile<S::kInputs, kSteps, S::kStates, kThreads>(to + Layout::kRight, a.right, batch, group, begin, 0,
-                                                        states, skipped, right_aligned);
+    load_tile<S::kInputs, kSteps, S::kStates, kThreads>(to + Layout::kRight, a.right, batch_row, group, begin,
+                                                        0, states, skipped, right_aligned);
     if constexpr (kOutputs)
-      load_tile<S::kInputs, kSteps, S::kStates, kThreads>(to + Layout::kC, p.C, batch, group, begin, 0,
+      load_tile<S::kInputs, kSteps, S::kStates, kThreads>(to + Layout::kC, p.C, batch_row, group, begin, 0,
                                                           states, skipped, C_aligned);
-    load_tile<S::kLeft, kSteps, kTileChannels, kThreads>(to + Layout::kLeft, a.left, batch, head, begin,
+    load_tile<S::kLeft, kSteps, kTileChannels, kThreads>(to + Layout::kLeft, a.left, batch_row, head, begin,
                                                          column, columns, skipped, left_aligned);
     load_vectors<kSteps, 3, kThreads>(reinterpret_cast<float*>(to + Layout::kNumbers), layout.dt,
-                                      layout.sizes, (batch * p.heads + head) * layout.cells * kSteps + begin);
+                                      layout.sizes,
+                                      (batch_row * p.heads + head) * layout.cells * kSteps + begin);
     copy_async_commit();
   };
 
@@ -356,20 +330,20 @@ ARCORE_KERNEL scan_cells(ARCORE_KERNEL_ARGS ScanKernel<S, kOutputs> kernel) {
   bool before = from != nullptr;
 
   load(first, 0);
-  for (int64_t i = first; i < last; ++i) {
-    const int stage = static_cast<int>((i - first) % kernel.stages);
+  for (int i = first; i < last; ++i) {
+    const int stage = kernel.stages == 2 ? (i - first) % 2 : 0;
     copy_async_wait<0>();
     sync_threads();
     // Everyone is through with the cell before, which was in the other stage.
     if (kernel.stages == 2 && i + 1 < last) load(i + 1, 1 - stage);
-    const int64_t cell = cell_at(i), begin = cell * kSteps;
-    const CellMarks marks = layout.cell_marks[batch * layout.cells + cell];
+    const int cell = cell_at(i), batch_row = hide(batch);
+    const int64_t begin = static_cast<int64_t>(cell) * kSteps;
+    const CellMarks marks = layout.cell_marks[batch_row * layout.cells + cell];
     const bfloat16* tiles = tiles_of(stage);
     const bfloat16 *right = tiles + Layout::kRight, *left = tiles + Layout::kLeft + 16 * (warp % 4);
     const float* dt = reinterpret_cast<const float*>(tiles + Layout::kNumbers);
     const float *high = dt + kSteps, *low = high + kSteps;
 
-    float y[S::kRows][2][4] = {};
     if constexpr (kOutputs)
       make_triangle<S>(triangle, tiles + Layout::kC, right, dt, high, low, marks.starts, warp);
 
@@ -416,39 +390,47 @@ ARCORE_KERNEL scan_cells(ARCORE_KERNEL_ARGS ScanKernel<S, kOutputs> kernel) {
         }
         weights[s] = weight;
       }
+      float y[S::kRows][2][4] = {};
       const bool reading = kOutputs && mine && before && reads.begin < reads.end;
-      float read[S::kRows][2][4] = {};
       float* lane_sums = sums + thread_index() % 128;
       if constexpr (kOutputs) {
-        if (reading) read_states<S>(read, state, tiles + Layout::kC + first_state);
+        if (reading) read_states<S>(y, state, tiles + Layout::kC + first_state);
         if (reading && upper == 1) {
           ARCORE_UNROLL
           for (int k = 0; k < ScanShape<S>::kSums; ++k)
-            lane_sums[128 * k] = read[k / 8][k / 4 % 2][k % 4];
+            lane_sums[128 * k] = y[k / 8][k / 4 % 2][k % 4];
         }
       }
       sync_threads();
-      if (reading && upper == 0) {
-        ARCORE_UNROLL
-        for (int m = 0; m < S::kRows; ++m) {
+      if constexpr (kOutputs) {
+        if (mine && upper == 0 && (!empty || !layout.packed)) {
+          // Steps of another sequence do not read the state, whatever is in it.
           ARCORE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int t = 16 * m + row_in_block(2 * half);
-            if (!reads.holds(t)) continue;
-            const float factor = exp2_approx(high[t]);
+          for (int m = 0; m < S::kRows; ++m) {
             ARCORE_UNROLL
-            for (int j = 0; j < 2; ++j) {
+            for (int half = 0; half < 2; ++half) {
+              const int t = 16 * m + row_in_block(2 * half);
+              const bool read = reading && reads.holds(t);
+              const float factor = read ? exp2_approx(high[t]) : 0.0f;
               ARCORE_UNROLL
-              for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                if constexpr (kHalves == 2) read[m][j][e] += lane_sums[128 * (8 * m + 4 * j + e)];
-                y[m][j][e] = factor * read[m][j][e];
+              for (int j = 0; j < 2; ++j) {
+                ARCORE_UNROLL
+                for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                  float value = y[m][j][e];
+                  if constexpr (kHalves == 2) value += reading ? lane_sums[128 * (8 * m + 4 * j + e)] : 0.0f;
+                  y[m][j][e] = read ? factor * value : 0.0f;
+                }
               }
             }
           }
+          multiply_by_triangle<S::kSplit, S::kLeft, kSteps>(y, triangle, left, S::kPitchP, marks.starts);
+          store_outputs<S>(p, y, left, batch_row, head, begin, channel, channels, marks.skipped,
+                           layout.packed ? run : Run{0, kSteps});
         }
       }
-      if (mine && !empty) {
-        decay = exp2_approx(high[run.end - 1]);
+      // Ids that change between two cells leave no step that what comes from behind could pass: zeros remain.
+      if (mine && (!empty || !layout.packed)) {
+        decay = exp2_approx(high[empty ? 0 : run.end - 1]);
         advance_states<S>(state, before && (layout.packed || passes), decay, left, right + first_state,
                           weights, run);
         before = true;
@@ -462,13 +444,8 @@ ARCORE_KERNEL scan_cells(ARCORE_KERNEL_ARGS ScanKernel<S, kOutputs> kernel) {
       // Of an empty run too: the next cell does not ask for the state.
       state.store(a.states + kept_at(cell), channels, states - first_state, states);
       if (thread_index() == 0 && tile == 0)
-        store_global(a.passes + (batch * cells + cell - a.begin) * p.heads + head, passes ? decay : -1.0f);
-    }
-    if constexpr (kOutputs) {
-      if (mine && upper == 0) {
-        multiply_by_triangle<S::kSplit, S::kLeft, kSteps>(y, triangle, left, S::kPitchP, marks.starts);
-        store_outputs<S>(p, y, left, batch, head, begin, channel, channels, marks.skipped);
-      }
+        store_global(a.passes + (static_cast<int64_t>(batch) * cells + cell - a.begin) * p.heads + head,
+                     passes ? decay : -1.0f);
     }
     if (kernel.stages == 1 && i + 1 < last) {
       sync_threads();

@@ -6,10 +6,6 @@
 
 namespace arcore::ssd {
 
-// Beyond this the decay of one step is 0 (or infinite) in any case; sums of such steps stay finite, so that
-// A = -inf forgets instead of giving -inf - -inf.
-constexpr double kLargestLog = 1e5;
-
 constexpr int kStepThreads = 128, kStepWarps = kStepThreads / 32;
 
 // A warp per cell and head.
@@ -130,6 +126,53 @@ ARCORE_KERNEL fold_states(ARCORE_KERNEL_ARGS FoldCuda a) {
     }
   }
   if (a.leave != nullptr) a.leave[batch * row + at] = state;
+}
+
+// ---- gate ----
+
+// A thread per element.
+ARCORE_LAUNCH_BOUNDS(kFoldThreads, 8)
+ARCORE_KERNEL through_gate(ARCORE_KERNEL_ARGS GateCuda a) {
+  const Args& p = a.in;
+  const int64_t i = block_x() * kFoldThreads + thread_index();
+  const int64_t channel = i % p.dim, head = i / p.dim % p.heads, t = i / p.dim / p.heads % p.length,
+                batch = i / p.dim / p.heads / p.length;
+  if (batch >= p.batch) return;
+  const auto at = [&](const View& v) {
+    return batch * v.batch + t * v.time + head * v.head + channel * v.last;
+  };
+  const int64_t cell = t / a.layout.steps;
+  const uint64_t skipped = a.layout.cell_marks[batch * a.layout.cells + cell].skipped;
+  float* y = static_cast<float*>(a.y.data) + at(a.y);
+  float grad_y = 0.0f, grad_z = 0.0f;
+  if ((skipped >> (t - cell * a.layout.steps) & 1) == 0 && a.grad_out.data != nullptr) {
+    const float grad = load_any(a.grad_out.data, a.grad_out.dtype, at(a.grad_out)),
+                z = load_any(p.z.data, p.z.dtype, at(p.z)), s = sigmoid(z), scaled = grad * s;
+    grad_z = scaled * *y * fused_multiply_add(z, 1.0f - s, 1.0f);
+    grad_y = scaled * z;
+  }
+  *y = grad_y;
+  store_any(a.grad_z.data, a.grad_z.dtype, at(a.grad_z), grad_z);
+}
+
+// ---- sums over blocks ----
+
+// dB and dC of the cells of one launch: the slices of a group in their order. A thread per (batch row, group,
+// step, state).
+ARCORE_LAUNCH_BOUNDS(kFoldThreads, 8)
+ARCORE_KERNEL sum_slices(ARCORE_KERNEL_ARGS GradientCuda a) {
+  const Args& p = a.in;
+  const View& to = block_y() == 0 ? a.grad_B : a.grad_C;
+  const float* partial = block_y() == 0 ? a.partial_B : a.partial_C;
+  const int64_t steps = (a.end - a.begin) * a.layout.steps, i = block_x() * kFoldThreads + thread_index();
+  const int64_t n = i % p.states, step = i / p.states % steps, group = i / p.states / steps % p.groups,
+                batch = i / p.states / steps / p.groups, t = a.begin * a.layout.steps + step;
+  if (batch >= p.batch || t >= p.length) return;
+  const float* from = partial + ((batch * p.groups + group) * a.slices * steps + step) * p.states + n;
+  float sum = 0.0f;
+  for (int64_t s = 0; s < a.slices; ++s)
+    sum += load_readonly(from + s * steps * p.states);
+  store_any(to.data, to.dtype, batch * to.batch + t * to.time + group * to.head + n * to.last, sum);
 }
 
 }  // namespace arcore::ssd

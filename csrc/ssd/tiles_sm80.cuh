@@ -14,6 +14,10 @@
 
 namespace arcore::ssd {
 
+// Beyond this the decay of one step is 0 (or infinite) in any case; sums of such steps stay finite, so that
+// A = -inf forgets instead of giving -inf - -inf.
+constexpr double kLargestLog = 1e5;
+
 // kInputParts: of x, B and C. kLeftParts: of what the states are made of, with B or C: x or the gradient of
 // y. Eight numbers of padding per row of a tile shift each row by 16 bytes modulo the 128 bytes of the banks,
 // so that the eight rows of an ldmatrix never meet in a bank.
@@ -70,6 +74,16 @@ ARCORE_DEVICE void join(const uint32_t (&words)[kParts], float& low, float& high
     low += x;
     high += y;
   }
+}
+
+// Elements `at` and `at` + 1 of a tile whose parts lie `part` numbers apart.
+template <int kParts>
+ARCORE_DEVICE void load_two(const bfloat16* tile, int at, int part, float& first, float& second) {
+  uint32_t words[kParts];
+  ARCORE_UNROLL
+  for (int i = 0; i < kParts; ++i)
+    words[i] = load_shared(reinterpret_cast<const uint32_t*>(tile + at + i * part));
+  join(words, first, second);
 }
 
 // c += a b, the small products first. `at`: 0 or 2, which of the two column tiles of b.
@@ -129,7 +143,7 @@ ARCORE_DEVICE void load_columns_transposed(uint32_t (&b)[kParts][4], const bfloa
 // Do all rows lie on 16 bytes?
 ARCORE_DEVICE bool rows_aligned(const View& v) {
   const int64_t numbers = v.dtype == StorageType::kFloat32 ? 3 : 7;
-  return v.last == 1 && ((v.batch | v.time | v.head) & numbers) == 0 &&
+  return v.data != nullptr && v.last == 1 && ((v.batch | v.time | v.head) & numbers) == 0 &&
          (reinterpret_cast<uintptr_t>(v.data) & 15) == 0;
 }
 
@@ -157,14 +171,15 @@ ARCORE_DEVICE void load_eight(const T* from, int64_t stride, int count, bool ali
 }
 
 // Columns [column, column + columns) of the steps from `begin` on; steps in `skipped` and the columns behind
-// become 0. Asynchronous where it can be: the caller commits and waits.
+// become 0, and all of an absent tensor. Asynchronous where it can be: the caller commits and waits.
 template <int kParts, int kSteps, int kWidth, int kThreads>
 ARCORE_DEVICE void load_tile(bfloat16* to, const View& v, int64_t batch, int64_t head, int64_t begin,
                              int64_t column, int columns, uint64_t skipped, bool aligned) {
   constexpr int kPitch = kWidth + 8, kPart = kSteps * kPitch, kEights = kWidth / 8;
+  if (v.data == nullptr) columns = 0;
   const int64_t first = batch * v.batch + head * v.head + begin * v.time + column * v.last;
   ARCORE_NO_UNROLL
-  for (int i = thread_index(); i < kSteps * kEights; i += kThreads) {
+  for (int i = hide(thread_index()); i < kSteps * kEights; i += kThreads) {
     const int row = i / kEights, c = i % kEights * 8;
     const int left = (skipped >> row & 1) != 0 ? 0 : columns - c, count = left < 0 ? 0 : left > 8 ? 8 : left;
     const int64_t at = first + row * v.time + c * v.last;
@@ -218,10 +233,38 @@ ARCORE_DEVICE void load_tile(bfloat16* to, const View& v, int64_t batch, int64_t
 template <int kSteps, int kCount, int kThreads>
 ARCORE_DEVICE void load_vectors(float* to, const float* from, int64_t stride, int64_t at) {
   constexpr int kQuads = kSteps / 4;
-  for (int i = thread_index(); i < kCount * kQuads; i += kThreads) {
+  for (int i = hide(thread_index()); i < kCount * kQuads; i += kThreads) {
     const int which = i / kQuads, quad = i % kQuads * 4;
     copy_async<16>(to + which * kSteps + quad, from + which * stride + at + quad);
   }
+}
+
+// Two neighbours of a row, or one.
+ARCORE_DEVICE void store_two(const View& v, int64_t at, float first, float second, bool both, bool paired) {
+  if (both && paired) {
+    switch (v.dtype) {
+      case StorageType::kBFloat16:
+        store_global(reinterpret_cast<uint32_t*>(static_cast<bfloat16*>(v.data) + at),
+                     pack2<bfloat16>(first, second));
+        return;
+      case StorageType::kFloat16:
+        store_global(reinterpret_cast<uint32_t*>(static_cast<float16*>(v.data) + at),
+                     pack2<float16>(first, second));
+        return;
+      default:
+        store_global(reinterpret_cast<Vector8*>(static_cast<float*>(v.data) + at),
+                     Vector8{{float_bits(first), float_bits(second)}});
+        return;
+    }
+  }
+  store_any(v.data, v.dtype, at, first);
+  if (both) store_any(v.data, v.dtype, at + v.last, second);
+}
+// Whether pairs that begin at even channels lie on their size.
+ARCORE_DEVICE bool rows_paired(const View& v) {
+  const uintptr_t bytes = v.dtype == StorageType::kFloat32 ? 8 : 4;
+  return v.last == 1 && ((v.batch | v.time | v.head) & 1) == 0 &&
+         reinterpret_cast<uintptr_t>(v.data) % bytes == 0;
 }
 
 // ---- which steps see each other ----
@@ -278,7 +321,7 @@ struct Triangle {
 };
 
 // Blocks of rows columns^T over kWidth numbers: element (t, s) is row t of `rows` times row s of `columns`.
-template <int kParts, int kSteps, int kWidth, int kWarps>
+template <int kA, int kB, int kSteps, int kWidth, int kWarps>
 ARCORE_DEVICE void multiply_triangle(float (&c)[Triangle<kSteps, kWarps>::kMine][2][4], const bfloat16* rows,
                                      const bfloat16* columns, int warp) {
   using Blocks = Triangle<kSteps, kWarps>;
@@ -289,9 +332,9 @@ ARCORE_DEVICE void multiply_triangle(float (&c)[Triangle<kSteps, kWarps>::kMine]
     for (int m = 0; m < Blocks::kMine; ++m) {
       int number, i, j;
       if (!Blocks::block(warp, m, number, i, j)) continue;
-      uint32_t a[kParts][4], b[kParts][4];
-      load_rows<kParts>(a, rows + i * 16 * kPitch + k * 16, kPitch, kPart);
-      load_columns_transposed<kParts>(b, columns + j * 16 * kPitch + k * 16, kPitch, kPart);
+      uint32_t a[kA][4], b[kB][4];
+      load_rows<kA>(a, rows + i * 16 * kPitch + k * 16, kPitch, kPart);
+      load_columns_transposed<kB>(b, columns + j * 16 * kPitch + k * 16, kPitch, kPart);
       multiply(c[m][0], a, b, 0);
       multiply(c[m][1], a, b, 2);
     }

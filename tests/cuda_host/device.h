@@ -361,6 +361,8 @@ void store_shared(T* p, T value, Where where = Where::current()) {
   *p = value;
 }
 
+inline void prefetch(const void*) {}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool valid = true, Where where = Where::current()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

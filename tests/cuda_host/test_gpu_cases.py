@@ -17,15 +17,8 @@ reason = unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 OPS = sorted(path.parent.name for path in ROOT.glob("tests/*/gpu_cases.py"))
-# Ops whose GPU kernels are those of another one.
-KERNELS_OF = {"ssd": "selective_scan"}
-
-
-# PyTorch's softplus on a CPU rounds by where a number lies in memory, so a row alone is not what it is in a batch.
-NOT_ON_A_CPU = (("ssd", "check_batch_mates"),)
-
-# What a GPU does in PyTorch, and a CPU by kernels that have no counterpart among those run here.
-NO_KERNELS = ("check_trees_and_biases", "check_cross_entropy")
+# What a GPU does in PyTorch or by another op, and a CPU by kernels that have no counterpart among those run here.
+NO_KERNELS = ("check_trees_and_biases", "check_cross_entropy", "check_many_gradients")
 
 
 @pytest.fixture
@@ -33,8 +26,6 @@ def cuda_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules that look at the device to know a result's shape are told that of the kernels that run."""
     scan = importlib.import_module("arcore.ops.selective_scan")
     monkeypatch.setattr(scan, "CHUNK", scan.CUDA_CHUNK)
-    ssd_cases = importlib.import_module("tests.ssd.cases")
-    monkeypatch.setattr(importlib.import_module("tests.ssd.gpu_cases"), "ssd", ssd_cases.as_on_a_gpu)
 
 
 def checks() -> list[Any]:
@@ -42,13 +33,13 @@ def checks() -> list[Any]:
         pytest.param(op, check, id=f"{op}-{check.__name__.removeprefix('check_')}")
         for op in OPS
         for check in importlib.import_module(f"tests.{op}.gpu_cases").CHECKS
-        if check.__name__ not in NO_KERNELS and (op, check.__name__) not in NOT_ON_A_CPU
+        if check.__name__ not in NO_KERNELS
     ]
 
 
 @pytest.mark.parametrize(("op", "check"), checks())
 def test_check(op: str, check: Any, cuda_shapes: None) -> None:
-    with installed(KERNELS_OF.get(op, op)) as host:
+    with installed(op) as host:
         torch.manual_seed(0)
         check("cpu", True)
         assert host.statistics()["blocks"] > 0 or check.__name__ == "check_constants"

@@ -115,12 +115,12 @@ def call(f: Callable[..., tuple[Tensor, Tensor]], case: Case) -> tuple[Tensor, T
     )
 
 
-def as_on_a_gpu(
+def by_selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, bias: Any, softplus: bool, last: bool,
     *, dt_limit: tuple[float, float], initial_state: Tensor | None, cu_seqlens: Tensor | None,
     seq_idx: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`ssd` the way that a GPU's tensors take: by selective_scan."""
+    """`ssd` by selective_scan, the way of what a GPU's own kernels do not have."""
     module = importlib.import_module("arcore.ops.ssd")  # whose name is also that of its function
     v = module._check(x, dt, A, B, C, D, z, bias, initial_state, cu_seqlens, seq_idx, dt_limit)
     return module._by_selective_scan(v, softplus, dt_limit, cu_seqlens, seq_idx, reverse)

@@ -1,4 +1,4 @@
-"""ssd on a GPU: the checks of gpu_cases.py there and on the CPU, and the way that a GPU's tensors take, on the CPU."""
+"""ssd on a GPU: the checks of gpu_cases.py there and on the CPU, and what its kernels leave to selective_scan's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from arcore.ops import reference_ssd, ssd
 from tests import device_checks
 from tests.cuda_host.build import installed, unavailable
 from tests.ssd import gpu_cases
-from tests.ssd.cases import as_on_a_gpu, call, check_against_reference, make_case
+from tests.ssd.cases import Case, by_selective_scan, call, check_against_reference, make_case
 
 # The name of the module is also that of its function.
 module = importlib.import_module("arcore.ops.ssd")
@@ -28,7 +28,9 @@ def test_check(check: device_checks.Check, device: str) -> None:
     device_checks.run_check(check, device)
 
 
-@pytest.mark.parametrize("check", gpu_cases.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check", [c for c in gpu_cases.CHECKS if c not in gpu_cases.NOT_DISTURBED], ids=lambda c: c.__name__
+)
 def test_check_notices_wrong_results(check: device_checks.Check, monkeypatch: pytest.MonkeyPatch) -> None:
     device_checks.assert_notices(check, gpu_cases, gpu_cases.FUNCTIONS, monkeypatch)
 
@@ -47,23 +49,23 @@ CASES: list[Callable[[], Any]] = [
 
 @pytest.mark.parametrize("kernels", ["cpu", "sm_80"])
 @pytest.mark.parametrize("i", range(len(CASES)))
-def test_the_way_of_a_gpu(i: int, kernels: str) -> None:
+def test_by_selective_scan(i: int, kernels: str) -> None:
     """Against the reference, by selective_scan's CPU kernels and by its sm_80 kernels run on the CPU."""
     if kernels == "cpu":
-        check_against_reference(CASES[i](), as_on_a_gpu)
+        check_against_reference(CASES[i](), by_selective_scan)
         return
     if reason := unavailable():
         pytest.skip(reason)
     with installed("selective_scan"):
-        check_against_reference(CASES[i](), as_on_a_gpu)
+        check_against_reference(CASES[i](), by_selective_scan)
 
 
-def test_forward_mode_on_the_way_of_a_gpu() -> None:
+def test_forward_mode_by_selective_scan() -> None:
     """A GPU has it, because selective_scan has."""
     case = make_case(2, 40, 4, 8, 5, initial=True)
     way = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
     found = []
-    for c, function in ((case, as_on_a_gpu), (case.to(torch.float64), reference_ssd)):
+    for c, function in ((case, by_selective_scan), (case.to(torch.float64), reference_ssd)):
 
         def run(x: Tensor, c: Any = c, function: Any = function) -> Any:
             return call(function, replace(c, x=x))
@@ -73,13 +75,67 @@ def test_forward_mode_on_the_way_of_a_gpu() -> None:
         torch.testing.assert_close(ours.double(), known, rtol=1e-4, atol=1e-4)
 
 
+def _asks_for_others(case: Case) -> bool:
+    answers: list[bool] = []
+
+    def ask(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Any,
+        z: Any,
+        bias: Any,
+        *_: Any,
+        **named: Any,
+    ) -> Any:
+        limits = (named["cu_seqlens"], named["seq_idx"], named["dt_limit"])
+        v = module._check(x, dt, A, B, C, D, z, bias, named["initial_state"], *limits)
+        answers.append(module._beyond_the_kernels(v))
+        return x.sum()
+
+    call(ask, case)
+    return answers[0]
+
+
+def test_what_the_kernels_of_a_gpu_leave_to_others() -> None:
+    small, wide = make_case(state=128), make_case(state=129)
+    tracked = [replace(c, x=c.x.clone().requires_grad_()) for c in (small, wide)]
+    assert [_asks_for_others(c) for c in (small, wide, *tracked)] == [False, False, False, True]
+    sixteen = wide.map(lambda n, t: t.bfloat16() if n in ("x", "B", "C") else t)
+    assert not _asks_for_others(replace(sixteen, x=sixteen.x.requires_grad_()))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(small.dt, small.dt)
+        assert _asks_for_others(replace(small, dt=dual)) and not _asks_for_others(small)
+    answers: list[bool] = []
+
+    def asked(x: Tensor, case: Case = small) -> Tensor:
+        answers.append(_asks_for_others(replace(case, x=x)))
+        return x.sum()
+
+    torch.func.jvp(asked, (small.x,), (small.x,))
+    torch.vmap(lambda x: torch.func.jvp(asked, (x,), (x,))[0])(small.x[None])
+    torch.func.grad(asked)(small.x)
+    assert answers == [True, True, False]
+
+
 def test_tensors_that_claim_to_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Needs no GPU: fake tensors have a device but no memory; they take the way that is tested above."""
+    """Needs no GPU: fake tensors have a device but no memory; the op itself would ask for the device."""
     taken: list[Any] = []
     monkeypatch.setattr(module, "_by_selective_scan", lambda *v: (taken.append(v), ("out", "state"))[1])
+    monkeypatch.setattr(module, "checked_call", lambda *v: ("own out", "own state"))
+    cases = (
+        (16, torch.float32, "own out"),
+        (200, torch.bfloat16, "own out"),
+        (200, torch.float32, "out"),
+    )
     with FakeTensorMode():
-        case = make_case().map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cuda:0"))
-        assert call(ssd, case) == ("out", "state")
+        for state, dtype, expected in cases:
+            case = make_case(state=state).map(
+                lambda _, t, d=dtype: torch.empty(t.shape, dtype=d, device="cuda:0")
+            )
+            assert call(ssd, replace(case, x=case.x.requires_grad_()))[0] == expected
     assert taken[0][0].x.device.type == "cuda" and taken[0][1:3] == (True, (0.0, math.inf))
 
 

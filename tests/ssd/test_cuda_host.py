@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcore.ops import ssd
+from arcore.ops import reference_ssd, ssd
 from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 from tests.ssd.cases import ALONG_TIME, Case, call, check_against_reference, everything, make_case
 
@@ -39,15 +39,27 @@ def test_odd_lengths(host: CudaHost, length: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 15, 16, 33, 64, 100])
-@pytest.mark.parametrize("state", [1, 5, 40, 64, 65, 128, 256])
+@pytest.mark.parametrize("state", [1, 5, 40, 64, 65, 128])
 def test_sizes(host: CudaHost, dim: int, state: int) -> None:
     check_against_reference(make_case(1, 70, 2, dim, state, 1, initial=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "state"), [(64, 128), (64, 64), (64, 16), (24, 200)])
-def test_storage(host: CudaHost, dtype: torch.dtype, dim: int, state: int) -> None:
-    check_against_reference(make_case(1, 130, 2, dim, state, 1, initial=True).to(dtype))
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(("dim", "state"), [(64, 128), (64, 64), (64, 16), (24, 200), (8, 256)])
+def test_storage(host: CudaHost, dtype: torch.dtype, gate: bool, dim: int, state: int) -> None:
+    case = make_case(1, 130, 2, dim, state, 1, initial=True, gate=gate)
+    if dtype != torch.float32 or state <= 128:
+        check_against_reference(case.to(dtype))
+        return
+    # On a GPU another way is taken before anybody asks; the forward has the kernel.
+    with pytest.raises(
+        RuntimeError, match=f"expected d_state of at most 128 with float32 .* but got {state}"
+    ):
+        everything(case)
+    with torch.no_grad():
+        for ours, known in zip(call(ssd, case), call(reference_ssd, case.to(torch.float64)), strict=True):
+            torch.testing.assert_close(ours.double(), known, rtol=0, atol=1e-6 * known.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -107,10 +119,10 @@ def test_every_step_a_sequence_of_its_own(host: CudaHost) -> None:
 # ---- rows whose cells are worked on side by side: few heads, more than four cells ----
 
 LONG: list[Callable[[], Case]] = [
-    lambda: make_case(1, 900, 1, 20, 16, 1, initial=True),
-    lambda: make_case(1, 330, 2, 20, 16, 1, reverse=True),
-    lambda: make_case(1, 700, 1, 64, 64, 1, initial=True).to(torch.bfloat16),
-    lambda: make_case(1, 450, 1, 20, 200, 1, initial=True),
+    lambda: make_case(1, 500, 1, 20, 16, 1, initial=True),
+    lambda: make_case(1, 330, 2, 20, 16, 2, reverse=True),
+    lambda: make_case(1, 600, 1, 64, 64, 1, initial=True).to(torch.bfloat16),
+    lambda: make_case(1, 450, 1, 20, 200, 1, initial=True).to(torch.bfloat16),
     lambda: make_case(1, heads=1, groups=1, lengths=[300, 0, 5, 2, 100, 1], initial=True),
     lambda: make_case(1, heads=1, groups=1, lengths=[64, 64, 64, 100, 200], reverse=True),
     lambda: make_case(
@@ -143,6 +155,11 @@ def test_cells_side_by_side_give_the_bits_of_cells_in_order(host: CudaHost, i: i
         assert host.statistics()["blocks"] == 8 * heads * tiles
     assert torch.equal(together[0][:, :, ::8], alone[0])
     assert torch.equal(together[1][:, ::8], alone[1])
+    alone, together = everything(case), everything(many)
+    for name in ("x", "dt", "B", "C", "z", "initial_state"):
+        if name in alone:
+            head = 1 if name == "initial_state" else 2
+            assert torch.equal(together[name].select(head, 0), alone[name].select(head, 0)), name
 
 
 # ---- equal bits ----
@@ -176,7 +193,7 @@ def test_copies_are_asynchronous_where_rows_lie_on_16_bytes(host: CudaHost) -> N
 
 
 def test_results_do_not_depend_on_order_or_batch_mates(host: CudaHost) -> None:
-    case = make_case(3, 300, 2, 20, 16, 1, initial=True)
+    case = make_case(3, 170, 2, 20, 16, 1, initial=True)
     first = everything(case)
     for seed in range(1, 4):
         host.set_seed(seed)
@@ -312,4 +329,6 @@ def test_random_cases(host: CudaHost) -> None:
             reverse=chosen.random() < 0.5,
             seed=seed,
         )
-        check_against_reference(case.to(chosen.choice(DTYPES)))
+        dtype = chosen.choice(DTYPES)
+        # float32 with more states has gradients of other kernels.
+        check_against_reference(case.to(torch.bfloat16 if case.B.shape[3] > 128 else dtype))

@@ -265,6 +265,11 @@ ARCORE_DEVICE void store_shared(T* p, T value) {
   *p = value;
 }
 
+// Asks for the 128 bytes around `p`, which will be read, to come near.
+ARCORE_DEVICE void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // ---- asynchronous copies from global to shared memory: 4, 8 or 16 bytes; zeros where !valid ----
 
 template <int kBytes>

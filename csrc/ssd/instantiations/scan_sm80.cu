@@ -1,4 +1,5 @@
 #include "common/sm80/marks.cuh"
+#include "ssd/bwd_sm80.cuh"
 #include "ssd/scan_sm80.cuh"
 #include "ssd/steps_sm80.cuh"
 
@@ -29,6 +30,23 @@ int launch_scan_sm80(const ScanCuda& call, void* stream) {
 int launch_fold_sm80(const FoldCuda& call, void* stream) {
   const int64_t blocks = (call.heads * call.size + kFoldThreads - 1) / kFoldThreads;
   return launch(fold_states, {call.batch * blocks, 1, 1, kFoldThreads, 0}, stream, call);
+}
+
+int launch_gate_sm80(const GateCuda& call, void* stream) {
+  const Args& p = call.in;
+  const int64_t blocks = (p.batch * p.length * p.heads * p.dim + kFoldThreads - 1) / kFoldThreads;
+  return launch(through_gate, {blocks, 1, 1, kFoldThreads, 0}, stream, call);
+}
+
+int launch_gradients_sm80(const GradientCuda& call, void* stream) {
+  const auto run = call.parts == 3   ? launch_gradients_of_three_parts_sm80
+                   : call.parts == 2 ? launch_gradients_of_two_parts_sm80
+                                     : launch_gradients_of_one_part_sm80;
+  const int error = run(call, stream);
+  if (error != 0) return error;
+  const Args& p = call.in;
+  const int64_t sums = p.batch * p.groups * (call.end - call.begin) * call.layout.steps * p.states;
+  return launch(sum_slices, {(sums + kFoldThreads - 1) / kFoldThreads, 2, 1, kFoldThreads, 0}, stream, call);
 }
 
 }  // namespace arcore::ssd

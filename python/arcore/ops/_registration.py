@@ -237,6 +237,25 @@ def refuse_zero_derivative(op: str, *tensors: Any) -> None:
             )
 
 
+def has_tangents(*tensors: Any) -> bool:
+    """Whether forward mode (`torch.func.jvp`, dual numbers) follows one of them; not asked where a graph is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    if forward_ad._current_level < 0 and functorch.peek_interpreter_stack() is None:
+        return False
+    for t in tensors:
+        while isinstance(t, Tensor):
+            wrapped = functorch.is_functorch_wrapped_tensor(t)
+            # Of a batched tensor torch cannot tell whether it has a tangent; what it wraps tells.
+            if not functorch.is_batchedtensor(t) and _tangent(t) is not None:
+                return True
+            if not wrapped:
+                break
+            t = functorch.get_unwrapped(t)
+    return False
+
+
 def mark_written(*tensors: Tensor | None) -> None:
     """Tell autograd that a kernel has written into `tensors`, so that it refuses to use older saved values of them."""
     if torch.compiler.is_compiling():  # functionalised: what is written is a new value there

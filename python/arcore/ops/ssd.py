@@ -16,6 +16,7 @@ from arcore import _extension as _extension
 from arcore.ops._checks import checked_call, same_device
 from arcore.ops._registration import (
     forbid_further_derivatives,
+    has_tangents,
     register_derivatives,
     register_vmap,
     untracked,
@@ -26,6 +27,8 @@ from arcore.ops.selective_scan import reference_selective_scan, selective_scan
 OP = "arcore.ssd"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATES = 256
+# What shared memory of a GPU holds of a float32 gradient; csrc/ssd/params.h has it too (kMostStatesOfThreeParts).
+CUDA_STATES = 128
 
 
 @overload
@@ -114,8 +117,8 @@ def ssd(
     Deterministic; results and gradients do not depend on the number of threads or on batch mates. Gradients that are to
     be differentiated again (`create_graph=True`, `torch.func.grad`) are computed by PyTorch, several times slower.
     On a GPU the products run on tensor cores, with numbers in two parts of 16 bits (three for float32), to the same
-    bounds. Where gradients are recorded there, the kernels of `selective_scan` do the work, with A and dt written out
-    for every channel, and an exponential for each state where one per head would do; such gradients are not
+    bounds. Two things go through the kernels of `selective_scan` there, with A and dt written out for every channel:
+    forward mode, which a CPU does not have, and gradients of float32 with more than 128 states; such gradients are not
     differentiated again.
 
     Args:
@@ -157,7 +160,7 @@ def ssd(
                 f"{OP}: expected {name} of dtype float32, bfloat16 or float16 but got {_name(tensor.dtype)}; "
                 "for float64 (gradcheck) call reference_ssd"
             )
-    if x.device.type == "cuda" and not untracked(*v):
+    if x.device.type == "cuda" and _beyond_the_kernels(v):
         out, last_state = _by_selective_scan(v, dt_softplus, dt_limit, cu_seqlens, seq_idx, reverse)
     elif x.device.type in ("cpu", "cuda", "meta"):
         out, last_state = checked_call(
@@ -169,6 +172,12 @@ def ssd(
             "reference_ssd, which runs on any device one step at a time"
         )
     return (out, last_state) if return_last_state else out
+
+
+def _beyond_the_kernels(v: Inputs) -> bool:
+    """Whether a GPU needs other kernels: for forward mode, and for float32 gradients with many states."""
+    wide = v.B.shape[3] > CUDA_STATES and torch.float32 in (v.x.dtype, v.B.dtype, v.C.dtype)
+    return (wide and not untracked(*v)) or has_tangents(*v)
 
 
 def _channels(t: Tensor) -> Tensor:
