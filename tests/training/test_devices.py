@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import subprocess
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from arcore.training.shard import shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -122,6 +129,26 @@ def test_two_machines_equal_one_with_twice_the_batch(tmp_path):
     assert len(names) > 20
     far = sum(int(((left[name] - right[name]).abs() > 1e-3).sum()) for name in names)
     assert far < 0.01 * sum(left[name].numel() for name in names)
+
+
+def test_a_sharded_network_is_moved_as_lightning_moves_it_and_trained(tmp_path):
+    """On one process: torch's own methods, such as the `reshard` that `to` calls, gather nothing."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        whole = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        network = copy.deepcopy(whole)
+        shard(network, init_device_mesh("cpu", (1,)))
+        network.to("cpu")
+        assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+        inputs = torch.randn(2, 2, 2)
+        whole(inputs).square().sum().backward()
+        network(inputs).square().sum().backward()
+        network.to("cpu")
+        for one, other in zip(whole.parameters(), network.parameters(), strict=True):
+            assert isinstance(other, DTensor)
+            torch.testing.assert_close(other.grad.full_tensor(), one.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 SHARDED = """

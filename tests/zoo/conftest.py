@@ -1,7 +1,8 @@
 """Finds what drives each system through the contract of its kind. Nothing here lists systems.
 
 A network is driven by the class `Protocol` of `tests/zoo/protocol_<recipe>.py`, or of the system's own test file where
-its recipe is its own. Systems of other kinds bring a class `Contract` in their test file.
+its recipe is its own. Systems of other kinds bring a class `Contract` in their test file; where they train a network
+too, a class `Protocol` with its `loss` (`tests/training/test_devices.py` shards it).
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def shard(network: nn.Module, mesh: Any) -> None:
         raise ValueError(
             f"the weights of a {type(network).__name__} cannot be sharded (fsdp): use the strategy 'ddp'"
         )
+    # Taken now: sharding gives the network a class that has torch's own methods too, such as `reshard`.
+    methods = _methods(type(network))
     units: Any = getattr(network, "shard_units", None)
     for block in units() if units is not None else _blocks(network):
         if any(True for _ in block.parameters()):
@@ -52,7 +54,7 @@ def shard(network: nn.Module, mesh: Any) -> None:
     calls = _Calls()
     network.register_forward_pre_hook(calls.enter)
     network.register_forward_hook(calls.leave, always_call=True)
-    for name in _methods(type(network)):
+    for name in methods:
         _gather_at(network, name, calls)
 
 
