@@ -7,9 +7,7 @@ somewhere inside.
 
 from __future__ import annotations
 
-import ast
 import functools
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +19,11 @@ from torch import nn
 import arcore
 from arcore import data, decoding, models
 from arcore.training import TrainConfig
+from tests.kinds import is_ours
 
 pytest.importorskip("pytorch_lightning")
 pytest.importorskip("sklearn")
 
-ROOT = Path(arcore.__file__).parent
 # What an argument is not.
 WRONG: dict[str, tuple[Any, ...]] = {
     "whole": ("x", 2.5, [1], True),
@@ -395,18 +393,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 NAMES = list(calls(Path("nowhere"), lambda _: None))
-
-
-def is_ours(error: Exception) -> bool:
-    """Whether a `raise` of arcore stands at the end of the traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if ROOT not in Path(last.filename).parents:
-        return False
-    tree = ast.parse(Path(last.filename).read_text())
-    return any(
-        isinstance(node, ast.Raise) and node.lineno <= last.lineno <= node.end_lineno
-        for node in ast.walk(tree)
-    )
 
 
 def wrong_values(kind: str) -> list[Any]:

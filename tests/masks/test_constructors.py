@@ -225,7 +225,7 @@ def _seconds(build: Callable[[], object]) -> float:
         (
             lambda: masks.skip_causal(2, 2, order="mixed"),
             ValueError,
-            "'clean_first' or 'noisy_first' but got 'mixed'",
+            "one of 'clean_first', 'noisy_first' but got 'mixed'",
         ),
         (
             lambda: masks.skip_causal_step(-1, 4),

@@ -94,7 +94,7 @@ def test_bound_of_the_last_step_as_released():
         variance_bound(*(later[i] for i in (2, 3, 0, 5, 4)), SCHEDULE, cdf=cdf) for cdf in ("exact", "tanh")
     ]
     assert torch.equal(*both)
-    with pytest.raises(ValueError, match="cdf to be exact or tanh"):
+    with pytest.raises(ValueError, match="cdf to be one of 'exact', 'tanh'"):
         variance_bound(output, variance, clean, noisy, times, SCHEDULE, cdf="fast")
 
 

@@ -141,10 +141,10 @@ def test_empty_responses_count_nothing():
             lambda n, o, a, m: objectives.reduce(n, m, how="constant"),
             "expected length, at least 1, with how='constant'",
         ),
-        (lambda n, o, a, m: objectives.reduce(n, m, how="mean"), "expected how to be 'sequence_mean'"),
+        (lambda n, o, a, m: objectives.reduce(n, m, how="mean"), "expected how to be one of 'sequence_mean'"),
         (
             lambda n, o, a, m: objectives.log_ratio(n, o, m, ratio="row"),
-            "expected ratio to be 'token' or 'sequence'",
+            "expected ratio to be one of 'token', 'sequence'",
         ),
         (
             lambda n, o, a, m: objectives.group_advantages(a / 0, torch.zeros(6)),
@@ -160,7 +160,7 @@ def test_empty_responses_count_nothing():
         ),
         (
             lambda n, o, a, m: objectives.group_advantages(a, torch.zeros(6), deviation="robust"),
-            "expected deviation to be 'population' or 'sample' but got 'robust'",
+            "expected deviation to be one of 'population', 'sample', 'none' but got 'robust'",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_refuses() -> None:
         preference_loss(policy, reference, preference + 1)
     with pytest.raises(ValueError, match="expected beta > 0 but got 0"):
         preference_loss(policy, reference, preference, beta=0)
-    with pytest.raises(ValueError, match="'dpo', 'ipo' or 'hinge' but got 'orpo'"):
+    with pytest.raises(ValueError, match="one of 'dpo', 'ipo', 'hinge' but got 'orpo'"):
         preference_loss(policy, reference, preference, kind="orpo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bool desirable but got"):
         kto_loss(policy[:, 0], reference[:, 0], preference)

@@ -154,7 +154,7 @@ def test_both_are_noise_schedules():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: VPSchedule("quadratic"), "kind to be linear"),
+        (lambda: VPSchedule("quadratic"), "kind to be one of 'linear', 'scaled_linear'"),
         (lambda: VPSchedule(num_steps=0), "num_steps >= 1"),
         (lambda: VPSchedule(beta_start=0.1, beta_end=0.01), "beta_start <= beta_end"),
         (lambda: VPSchedule().grid(1001), "1 to 1000 sampling steps"),
@@ -178,7 +178,7 @@ def test_both_are_noise_schedules():
         ),
         (
             lambda: to_x0("noise", torch.ones(1), torch.ones(1), torch.ones(1).long(), VPSchedule()),
-            "prediction to be",
+            "kind to be one of 'eps'",
         ),
     ],
 )

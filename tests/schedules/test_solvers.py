@@ -221,7 +221,7 @@ def test_bad_steps():
         DDPM(VP, variance="learned").step(x, x, t, s, noise=x)
     with pytest.raises(ValueError, match="no learned variance"):
         DDPM(VP).step(x, x, t, s, noise=x, variance=x)
-    with pytest.raises(TypeError, match="needs a VPSchedule"):
+    with pytest.raises(TypeError, match="expected schedule to be a VPSchedule"):
         DDPM(FlowSchedule())
     with pytest.raises(ValueError, match="eta from 0 to 1"):
         DDIM(VP, eta=2.0)

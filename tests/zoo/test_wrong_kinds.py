@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import arcore
 from arcore.decoding import LookupDrafter, Sampling
-from arcore.nn.kinds import ARRAY, OPTIONAL_ARRAY, argument_kinds
-from tests.test_wrong_kinds import is_ours
+from tests.kinds import faults
 
 Made = tuple[Callable[..., Any], dict[str, Any]]
 CALLS: dict[str, Callable[[], Made]] = {}
@@ -619,63 +617,10 @@ for name in ("kl_tiny", "titok_kl_tiny", "vq16_tiny", "msvq_tiny"):
         CALLS[f"{method} of {name}"] = functools.partial(pictures, name, method)
 
 
-def wrong_values(kind: Any) -> list[Any]:
-    """Values that an annotation does not allow."""
-    union = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    parts = [part for part in union if part is not type(None)]
-    of = {
-        Tensor: "tensor",
-        int: "whole",
-        float: "number",
-        bool: "bool",
-        str: "text",
-        ARRAY: "array",
-        OPTIONAL_ARRAY: "array",
-    }
-    kinds = {
-        "choice" if get_origin(part) is Literal else of.get(get_origin(part) or part, "other")
-        for part in parts
-    }
-    wrong: list[Any] = ["nope", {}, object()]
-    if "tensor" not in kinds and "array" not in kinds:
-        wrong.append(torch.zeros(2, 2))
-    if not kinds & {"whole", "number", "array"}:
-        wrong.append(3)
-    if not kinds & {"number", "array"}:
-        wrong.append(2.5)
-    if "bool" not in kinds and "array" not in kinds:
-        wrong.append(True)
-    if "text" in kinds:
-        wrong.remove("nope")
-    if "other" in kinds:
-        # Sequences, tables, classes: their values are the business of each.
-        wrong = (
-            ["nope", 3] if not any(isinstance(p, type) and issubclass(p, int | str) for p in parts) else []
-        )
-        if any((get_origin(p) or p) in (dict, Mapping) for p in parts):
-            wrong.append([1])
-        if any(isinstance(p, type) and issubclass(p, nn.Module) for p in parts):
-            wrong.append(nn.Linear(1, 1))
-    return wrong if type(None) in union or kind == OPTIONAL_ARRAY else [*wrong, None]
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_kinds_are_refused_in_our_words(name: str):
     function, right = CALLS[name]()
-    kinds = argument_kinds(function.__init__ if isinstance(function, type) else function)
-    faults = []
-    for argument in right:
-        for value in (
-            wrong_values(kinds[argument]) if argument in kinds else ("nope", 3, None, nn.Linear(1, 1))
-        ):
-            try:
-                function(**{**right, argument: value})
-            except Exception as error:
-                if not isinstance(error, TypeError | ValueError | OSError) or not is_ours(error):
-                    faults.append(f"{argument}={value!r}: {type(error).__name__}: {str(error)[:120]}")
-            else:
-                faults.append(f"{argument}={value!r}: accepted")
-    assert faults == []
+    assert faults(function, right) == []
 
 
 @pytest.mark.parametrize("name", CALLS)

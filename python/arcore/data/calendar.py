@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.nn.kinds import check_kinds
 
 if TYPE_CHECKING:
     from arcore.data.series import Series
@@ -24,6 +25,7 @@ DAY = 24 * 3600 * 10**9
 _SEASONS = ((3600 * 10**9, DAY), (DAY, 7 * DAY), (366 * DAY, 365 * DAY))
 
 
+@check_kinds
 def calendar(times: Tensor) -> Tensor:
     """Minute, hour, weekday (Monday 0), day of the month and month of dates.
 
@@ -37,11 +39,13 @@ def calendar(times: Tensor) -> Tensor:
     return torch.stack([torch.tensor(getattr(dates, name).to_numpy("int64")) for name in _FIELDS], dim=1)
 
 
+@check_kinds
 def shown_time(series: Series, time: int) -> str:
     """A time of a series for people."""
     return str(_dates(torch.tensor([time]))[0]) if series.dates else str(time)
 
 
+@check_kinds
 def usual_step(series: Series) -> int:
     """The median time between rows, in the units of `times`; 1 where a series has no times or one row."""
     if series.times is None or len(series.times) < 2:
@@ -49,6 +53,7 @@ def usual_step(series: Series) -> int:
     return int(series.times.diff().median())
 
 
+@check_kinds
 def is_business_daily(series: Series) -> bool:
     """Whether rows are days and none is a Saturday or Sunday, as of a stock exchange."""
     if not series.dates or series.times is None or len(series.times) < 8 or usual_step(series) != DAY:
@@ -56,6 +61,7 @@ def is_business_daily(series: Series) -> bool:
     return bool((calendar(series.times)[:, 2] < 5).all())
 
 
+@check_kinds
 def find_gaps(series: Series) -> Tensor:
     """Rows after which times are missing: int64 `[G]`. Weekends are no gaps in a series that has none."""
     if series.times is None or len(series.times) < 2:
@@ -69,6 +75,7 @@ def find_gaps(series: Series) -> Tensor:
     return late.nonzero().flatten()
 
 
+@check_kinds
 def mend_gaps(series: Series, how: Gaps) -> Series:
     """Deal with missing rows.
 
@@ -108,6 +115,7 @@ def mend_gaps(series: Series, how: Gaps) -> Series:
     return replace(series, values=torch.cat(values), times=torch.cat(times), lines=None)
 
 
+@check_kinds
 def times_to_come(series: Series, count: int) -> Tensor:
     """Times of the rows that follow a series.
 
@@ -137,6 +145,7 @@ def times_to_come(series: Series, count: int) -> Tensor:
     return last + usual_step(series) * torch.arange(1, count + 1)
 
 
+@check_kinds
 def season(series: Series) -> int:
     """Rows of the season that series of this kind usually have: a day of hours, a week of days, a year of months.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 
 # Prompts and a seed for each to images `[N, C, H, W]`.
 Draw = Callable[[list[str], list[int]], Tensor]
@@ -18,6 +19,7 @@ Judge = Callable[[Tensor], Tensor]
 _AT_ONCE = 32
 
 
+@check_kinds
 @dataclass(frozen=True)
 class ConceptPair:
     """A prompt with the concept and the same prompt with what takes its place.
@@ -35,6 +37,7 @@ class ConceptPair:
     seen: tuple[float, float]
 
 
+@check_kinds
 @dataclass(frozen=True)
 class ConceptPairs:
     """What `concept_pairs` found.
@@ -53,6 +56,7 @@ class ConceptPairs:
         return len(self.pairs) / max(self.tried, 1)
 
 
+@check_kinds
 def concept_pairs(
     templates: Sequence[str],
     concept: str,

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.nn.kinds import check_kinds
 
 
+@check_kinds
 def canny(images: Tensor, *, sigma: float = 1.0, low: float = 0.1, high: float = 0.2) -> Tensor:
     """Edges one pixel wide by Canny's method (doi:10.1109/TPAMI.1986.4767851).
 
@@ -66,6 +68,7 @@ def _edges(image: Any, sigma: float, low: float, high: float, numpy: Any, ndimag
     return hit[parts]
 
 
+@check_kinds
 def edge_overlap(one: Tensor, other: Tensor) -> Tensor:
     """Intersection over union of edge maps `[N, 1, H, W]`, pixel by pixel: `[N]`; 1 where both have no edge."""
     if one.shape != other.shape:

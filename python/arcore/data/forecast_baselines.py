@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arcore._optional import require
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 
 SIMPLE = ("last value", "seasonal naive", "drift")
 ETS = "ETS"
@@ -18,11 +19,13 @@ ETS_ROWS = 400
 ETS_SEASON = 60
 
 
+@check_kinds
 def last_value(history: Tensor, horizon: int) -> Tensor:
     """The last row, again and again: `[T, C]` to `[H, C]`."""
     return history[-1:].expand(horizon, -1).clone()
 
 
+@check_kinds
 def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
     """The last season, again and again.
 
@@ -42,12 +45,14 @@ def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
     return history[len(history) - season + torch.arange(horizon) % season]
 
 
+@check_kinds
 def drift(history: Tensor, horizon: int) -> Tensor:
     """The line through the first and the last row, continued: `[T, C]` to `[H, C]`."""
     slope = (history[-1] - history[0]) / max(len(history) - 1, 1)
     return history[-1] + slope * torch.arange(1, horizon + 1).unsqueeze(1)
 
 
+@check_kinds
 def ets(history: Tensor, horizon: int, season: int = 1) -> Tensor:
     """Exponential smoothing with a damped trend and, where a season is given, an additive season (statsmodels).
 
@@ -87,6 +92,7 @@ def ets(history: Tensor, horizon: int, season: int = 1) -> Tensor:
     return torch.stack(columns, dim=1).to(history.dtype)
 
 
+@check_kinds
 def baselines(
     history: Tensor, horizon: int, season: int = 1, which: Sequence[str] = SIMPLE
 ) -> dict[str, Tensor]:

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.nn.kinds import check_kinds
 
 SCORES = ("mse", "mae", "mase", "crps")
 
 
+@check_kinds
 def mase(predicted: Tensor, actual: Tensor, history: Tensor, season: int = 1) -> Tensor:
     """Mean absolute error over that of the seasonal naive forecast within the history (Hyndman and Koehler 2006).
 
@@ -36,6 +38,7 @@ def mase(predicted: Tensor, actual: Tensor, history: Tensor, season: int = 1) ->
     return torch.where(scale > 0, error / scale, math.nan)
 
 
+@check_kinds
 def crps(paths: Tensor, actual: Tensor) -> Tensor:
     """Continuous ranked probability score of an ensemble (torchmetrics); of a single path the absolute error.
 
@@ -58,6 +61,7 @@ def crps(paths: Tensor, actual: Tensor) -> Tensor:
     return score
 
 
+@check_kinds
 def rank_ic(predicted: Tensor, actual: Tensor) -> Tensor:
     """Spearman's rank correlation of predicted and actual values `[N]` (torchmetrics), as of returns of N assets.
 
@@ -75,6 +79,7 @@ def rank_ic(predicted: Tensor, actual: Tensor) -> Tensor:
     return found
 
 
+@check_kinds
 def scores(
     paths: Tensor, actual: Tensor, history: Tensor, season: int = 1, scale: Tensor | None = None
 ) -> dict[str, float]:

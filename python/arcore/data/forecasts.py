@@ -16,12 +16,14 @@ from arcore._optional import require
 from arcore.data.calendar import shown_time
 from arcore.data.forecast_scores import rank_ic
 from arcore.data.series import Series
+from arcore.nn.kinds import check_kinds
 
 # Panels of a picture, and rows of the past that each shows per row of the forecast.
 MOST_PANELS = 8
 PAST = 3
 
 
+@check_kinds
 @dataclass(frozen=True, eq=False)
 class Forecast:
     """A forecast of one series.
@@ -50,6 +52,7 @@ class Forecast:
         """Float64 `[H, C]`."""
         return self.paths.mean(0)
 
+    @check_kinds
     def quantile(self, share: float) -> Tensor | None:
         """The value that a share of the outcomes lies below, `[H, C]`, of the paths or of earlier errors; or None."""
         if len(self.paths) > 1:
@@ -59,6 +62,7 @@ class Forecast:
         return self.mean + self.errors.quantile(share, dim=0)
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Forecasts:
     """Forecasts of one or several series.
@@ -145,6 +149,7 @@ class Forecasts:
             if bool((last[:, c] != 0).all())
         }
 
+    @check_kinds
     def draw(self, figure: Any) -> None:
         """Draw the first panels on a `matplotlib.figure.Figure`: past, forecast with its band, baselines, what came."""
         panels = [(one, c) for one in self.forecasts for c in range(len(one.history.columns))][:MOST_PANELS]
@@ -161,6 +166,7 @@ class Forecasts:
         if self.title:
             figure.suptitle(self.title, fontsize=10)
 
+    @check_kinds
     def save(self, path: Path | None) -> list[str]:
         """Write `PATH.csv`, `PATH.png` and, of forecasts with several paths, `PATH_paths.csv`; any suffix is dropped.
 
@@ -185,6 +191,7 @@ class Forecasts:
         return said
 
 
+@check_kinds
 def save_figure(draw: Any, path: Path, size: tuple[float, float] = (6.0, 4.0)) -> None:
     """Write what `draw` draws on a `matplotlib.figure.Figure` as a picture.
 

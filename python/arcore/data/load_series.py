@@ -7,8 +7,10 @@ from pathlib import Path
 
 from arcore.data.calendar import Gaps, mend_gaps
 from arcore.data.series import Missing, Series, Unsorted, fill_missing, open_series
+from arcore.nn.kinds import check_kinds
 
 
+@check_kinds
 def load_series(
     source: str | Path,
     *,

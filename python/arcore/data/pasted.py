@@ -11,6 +11,7 @@ from arcore.data.mnist import load_mnist
 from arcore.data.photos import load_photos
 from arcore.data.pixels import CHANGE, InMemoryPixels
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 
 # Pictures of a split.
 COUNTS = {"train": 4000, "test": 500}
@@ -24,6 +25,7 @@ SHADE = 0.3
 BACKGROUND = "background"
 
 
+@check_kinds
 def load_mnist_masks(
     split: str = "train", *, image_size: int = 48, channels: int = 1, count: int | None = None
 ) -> InMemoryPixels:
@@ -52,6 +54,7 @@ def load_mnist_masks(
     return InMemoryPixels(images, masks, names)
 
 
+@check_kinds
 def load_mnist_changes(
     split: str = "train", *, image_size: int = 48, channels: int = 1, count: int | None = None
 ) -> InMemoryPixels:

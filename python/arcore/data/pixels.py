@@ -21,6 +21,7 @@ from arcore.data._walk import counted, digest, is_name, some, walk
 from arcore.data.image_folder import HELD_OUT_FOLDERS, IMAGE_SUFFIXES, SMALL_FOLDER, TRAIN_FOLDER
 from arcore.data.images import check_split, held_out_mask
 from arcore.nn.checks import check_path, check_tensor, check_whole
+from arcore.nn.kinds import check_kinds
 
 # What a mask says of pixels whose class is not known.
 UNLABELLED = 255
@@ -60,6 +61,7 @@ class PixelData(Dataset[tuple[Tensor, Tensor]]):
         return None
 
 
+@check_kinds
 class InMemoryPixels(PixelData):
     """Pictures of one size that fit in memory.
 
@@ -109,6 +111,7 @@ class InMemoryPixels(PixelData):
         return state.hexdigest()
 
 
+@check_kinds
 class PixelFolder(PixelData):
     """Pictures and masks in folders beside each other, in files of the same names.
 
@@ -303,6 +306,7 @@ class PixelFolder(PixelData):
         return tuple(names)
 
 
+@check_kinds
 class MaskFile:
     """Reads pictures whose values are the numbers of classes.
 
@@ -348,6 +352,7 @@ def as_tensor(picture: Any) -> Tensor:
     return values.view(picture.height, picture.width, -1).permute(2, 0, 1)
 
 
+@check_kinds
 def open_pixels(
     source: str | os.PathLike[str],
     *,

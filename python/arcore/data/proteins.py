@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arcore._files import atomic_path, check_file, read_lines
+from arcore.nn.kinds import check_kinds
 
 BACKBONE = ("N", "CA", "C", "O")
 RESIDUES = {
@@ -22,6 +23,7 @@ RESIDUES = {
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Chain:
     """A chain of a structure; residues that the file leaves out between others have no coordinates.
@@ -39,6 +41,7 @@ class Chain:
     numbers: tuple[str, ...]
 
 
+@check_kinds
 def read_pdb(path: str | Path) -> list[Chain]:
     """The chains of the first model in a PDB file, in the order of their names.
 
@@ -94,6 +97,7 @@ def _chain(name: str, residues: dict[tuple[int, str], tuple[str, dict[str, list[
     return Chain(name, "".join(letters), torch.tensor(rows, dtype=torch.float64), tuple(numbers))
 
 
+@check_kinds
 def read_fasta(path: str | Path, letters: str = AMINO_ACIDS) -> list[tuple[str, str]]:
     """Names and sequences of a FASTA file, also packed by gzip.
 
@@ -141,6 +145,7 @@ def read_fasta(path: str | Path, letters: str = AMINO_ACIDS) -> list[tuple[str, 
     return [(name, "".join(parts)) for name, parts, _ in found]
 
 
+@check_kinds
 def write_fasta(path: str | Path, entries: Iterable[tuple[str, str]], width: int = 80) -> None:
     """Write names and sequences, `width` letters a line."""
     lines = []
@@ -150,6 +155,7 @@ def write_fasta(path: str | Path, entries: Iterable[tuple[str, str]], width: int
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+@check_kinds
 def ideal_backbone(angles: Sequence[tuple[float, float]]) -> Tensor:
     """A backbone with ideal bonds and planar peptides from its torsion angles.
 

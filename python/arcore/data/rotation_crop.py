@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore.nn.checks import check_number, check_tensor, check_whole
+from arcore.nn.kinds import check_kinds
 
 # The ring around a pixel, clockwise from the upper left; neighbour k sets bit k of the code.
 _RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
@@ -33,6 +34,7 @@ class RotatedImages(NamedTuple):
     windows: Tensor
 
 
+@check_kinds
 def local_binary_patterns(grey: Tensor) -> Tensor:
     """Codes of 8 neighbours at distance 1.
 
@@ -53,6 +55,7 @@ def local_binary_patterns(grey: Tensor) -> Tensor:
     return codes.reshape(grey.shape)
 
 
+@check_kinds
 def pattern_scores(images: Tensor, patch_size: int) -> Tensor:
     """Euclidean norm of the histogram of local binary patterns of each patch.
 
@@ -73,6 +76,7 @@ def pattern_scores(images: Tensor, patch_size: int) -> Tensor:
     return (counts.norm(dim=1) / patch_size**2).view(batch, rows, columns)
 
 
+@check_kinds
 def best_windows(scores: Tensor, sizes: Sequence[int]) -> Tensor:
     """The window to rotate in each image.
 
@@ -109,6 +113,7 @@ def best_windows(scores: Tensor, sizes: Sequence[int]) -> Tensor:
     return chosen
 
 
+@check_kinds
 def rotate_windows(images: Tensor, windows: Tensor, angles: Tensor, patch_size: int) -> Tensor:
     """Rotate a square window of each image about its centre, in place of the old content.
 
@@ -141,6 +146,7 @@ def rotate_windows(images: Tensor, windows: Tensor, angles: Tensor, patch_size: 
     return torch.where(inside.unsqueeze(1), turned, images)
 
 
+@check_kinds
 def adaptive_rotation(
     images: Tensor,
     patch_size: int,

@@ -9,6 +9,7 @@ from torch import Tensor
 from arcore.data.images import InMemoryImages
 from arcore.data.mnist import load_mnist
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 
 # Scenes that each digit is the left one of; of held-out digits there is one each.
 EACH = 3
@@ -19,6 +20,7 @@ def scenes_each(split: str) -> int:
     return 1 if split == "test" else EACH
 
 
+@check_kinds
 class Scenes(InMemoryImages):
     """Pictures of two digits beside each other; the caption is the class.
 
@@ -34,6 +36,7 @@ class Scenes(InMemoryImages):
         self.subjects, self.digits, self.distinct = subjects, digits, distinct
 
 
+@check_kinds
 def compose(left: Tensor, right: Tensor, heights: Tensor) -> Tensor:
     """Scenes `[N, C, S, S]` of pictures `[N, C, S, S]`, each halved in size, at given heights of their upper edges.
 
@@ -52,6 +55,7 @@ def compose(left: Tensor, right: Tensor, heights: Tensor) -> Tensor:
     return scenes
 
 
+@check_kinds
 def load_scenes(split: str = "train", *, image_size: int = 24) -> Scenes:
     """Scenes of two digits of MNIST (see `load_mnist`); the digits of a split are those of MNIST's.
 

@@ -26,6 +26,7 @@ from arcore._optional import require
 from arcore.data._walk import counted, some, walk
 from arcore.data.calendar import CALENDAR, calendar
 from arcore.nn.checks import check_instance, check_number, check_path, check_sequence, check_text, check_whole
+from arcore.nn.kinds import check_kinds
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 # What a column of times is called where its values do not tell.
@@ -41,6 +42,7 @@ Split = Literal["train", "validation", "test", "all"]
 Unsorted = Literal["sort", "refuse"]
 
 
+@check_kinds
 @dataclass(frozen=True, eq=False)
 class Series:
     """One series.
@@ -64,11 +66,13 @@ class Series:
     file: str = ""
     lines: Tensor | None = None
 
+    @check_kinds
     def place(self, row: int) -> str:
         """Where a row comes from, for messages: `"table.csv, line 7"`, or `"row 6"` (from 1) without a file."""
         where = f"row {row + 1}" if self.lines is None else f"line {int(self.lines[row])}"
         return f"{self.file}, {where}" if self.file else where
 
+    @check_kinds
     def rows(self, index: slice | Tensor) -> Series:
         """The same series with some of its rows."""
         return replace(
@@ -100,6 +104,7 @@ class Window(NamedTuple):
     start: int
 
 
+@check_kinds
 def read_tables(
     source: str | Path,
     *,
@@ -175,6 +180,7 @@ def read_tables(
     return sorted(series, key=lambda one: one.name)
 
 
+@check_kinds
 def series_of_table(
     table: Any,
     *,
@@ -282,6 +288,7 @@ class Opened(NamedTuple):
     inferred_time: str | None
 
 
+@check_kinds
 def open_series(
     source: str | Path,
     *,
@@ -363,6 +370,7 @@ def _holds_dates(pandas: Any, column: Any) -> bool:
         return bool(pandas.to_datetime(column.head(100), errors="coerce", utc=True).notna().all())
 
 
+@check_kinds
 def fill_missing(series: Series, how: Missing) -> Series:
     """Deal with missing values.
 
@@ -420,6 +428,7 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
     return filled, keep
 
 
+@check_kinds
 class SeriesWindows(Dataset[Window]):
     """Windows of series, split in time.
 

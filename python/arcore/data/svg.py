@@ -12,6 +12,7 @@ from typing import Any
 from arcore._optional import require
 from arcore.data._walk import is_name, some, walk
 from arcore.data.real.files import package_file
+from arcore.nn.kinds import check_kinds
 
 Point = tuple[float, float]
 # One command: M, L or C, and its points: one, one or three.
@@ -32,6 +33,7 @@ LARGEST = 1e6
 POINTS = {"M": 1, "L": 1, "C": 3}
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Icon:
     """A filled drawing.
@@ -61,6 +63,7 @@ class Icon:
         return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}"><path d="{self.path()}"/></svg>\n'
 
 
+@check_kinds
 def parse_path(text: str) -> tuple[Command, ...]:
     """The `d` of a path element as absolute lines and cubic curves; arcs and quadratic curves become cubic ones.
 
@@ -108,6 +111,7 @@ def parse_path(text: str) -> tuple[Command, ...]:
     return tuple(found)
 
 
+@check_kinds
 def read_icon(path: str | Path) -> Icon:
     """An icon of an SVG file: its path elements, as they are filled.
 
@@ -175,6 +179,7 @@ def _paths(file: Path, root: ElementTree.Element) -> list[str]:
     return texts
 
 
+@check_kinds
 def load_icons(source: str | Path = "icons", *, skip_bad: bool = False) -> list[Icon]:
     """Icons in the order of their names.
 
@@ -213,6 +218,7 @@ def load_icons(source: str | Path = "icons", *, skip_bad: bool = False) -> list[
     return icons
 
 
+@check_kinds
 def draw_icons(icons: list[Icon], path: Path, columns: int = 8) -> None:
     """A sheet of filled icons as a picture file (PNG).
 

@@ -21,6 +21,7 @@ from arcore._optional import how_to_install
 from arcore.data._walk import counted, is_name, some, walk
 from arcore.data.text_tokenizers import TextTokenizer
 from arcore.nn.checks import check_path, check_tensor, check_text, check_whole
+from arcore.nn.kinds import check_kinds
 
 # The end of the text is held out: a tenth, but no more than takes a moment to evaluate.
 HELD_OUT = 0.1
@@ -71,6 +72,7 @@ class TokenCrops(Dataset[tuple[Tensor, Tensor]]):
         return piece[:-1], piece[1:]
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Text:
     """A text in two parts.
@@ -89,6 +91,7 @@ class Text:
     notes: tuple[str, ...] = field(default=(), compare=False)
     skipped: tuple[tuple[Path, str], ...] = field(default=(), compare=False)
 
+    @check_kinds
     def tokens(self, split: str, tokenizer: TextTokenizer) -> Tensor:
         """One part as tokens `[N]`, in the smallest integer dtype that holds them all.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arcore._optional import require
 from arcore.nn.checks import check_text, check_whole
+from arcore.nn.kinds import check_kinds
 
 DEFAULT_BPE_SIZE = 2048
 FILE = "tokenizer.json"
@@ -37,13 +38,16 @@ class TextTokenizer(ABC):
     vocab_size: int
 
     @abstractmethod
+    @check_kinds
     def encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
+    @check_kinds
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
 
     @abstractmethod
+    @check_kinds
     def tensor(self, text: str) -> Tensor:
         """The ids of `encode` for a text of any length, as `[N]`, in the smallest dtype that holds them all."""
 
@@ -61,20 +65,24 @@ class ByteTokenizer(TextTokenizer):
 
     vocab_size = 256
 
+    @check_kinds
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    @check_kinds
     def decode(self, ids: Sequence[int]) -> str:
         try:
             return bytes(ids).decode(errors="replace")
         except ValueError:
             raise ValueError(f"expected ids of bytes, 0 to 255, but got {min(ids)} to {max(ids)}") from None
 
+    @check_kinds
     def tensor(self, text: str) -> Tensor:
         data = bytearray(text.encode())
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
+@check_kinds
 class BPETokenizer(TextTokenizer):
     """A tokenizer of the `tokenizers` library.
 
@@ -99,6 +107,7 @@ class BPETokenizer(TextTokenizer):
         self._byte_tokens = frozenset(id for token, id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
 
     @classmethod
+    @check_kinds
     def train(cls, text: str, vocab_size: int = DEFAULT_BPE_SIZE) -> BPETokenizer:
         """Byte-level byte-pair encoding, made for a text; any other text can be encoded too.
 
@@ -128,6 +137,7 @@ class BPETokenizer(TextTokenizer):
         return cls(inner)
 
     @classmethod
+    @check_kinds
     def load(cls, path: str | Path) -> BPETokenizer:
         """Read a tokenizer.json, ours or of published weights.
 
@@ -145,6 +155,7 @@ class BPETokenizer(TextTokenizer):
         except Exception as error:
             raise ValueError(f"the tokenizer file {path} is damaged ({error})") from error
 
+    @check_kinds
     def encode(self, text: str) -> list[int]:
         """Ids of a text.
 
@@ -159,9 +170,11 @@ class BPETokenizer(TextTokenizer):
         except Exception as error:
             raise _unreadable(error) from error
 
+    @check_kinds
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
+    @check_kinds
     def tensor(self, text: str) -> Tensor:
         dtype = _smallest_dtype(self.vocab_size)
         parts = []
@@ -212,6 +225,7 @@ def _unreadable(error: Exception) -> ValueError:
     )
 
 
+@check_kinds
 class TextStream:
     """Decodes one token after the other without ever showing half a character.
 
@@ -229,6 +243,7 @@ class TextStream:
         self._settled = 0  # tokens that are shown and will not change any more
         self._shown = 0  # characters of the text of `_tokens` that are shown
 
+    @check_kinds
     def add(self, token: int) -> str:
         """The characters that this token completes, possibly none."""
         self._tokens.append(int(token))

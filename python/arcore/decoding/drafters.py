@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arcore.decoding.sampling import Sampling
 from arcore.nn.checks import check_whole
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 
 # Drafts draw from streams of their own: with the numbers of the text itself they would give away what is drawn.
@@ -174,6 +175,7 @@ class LookupDrafter:
         return _chain(found, context)
 
 
+@check_kinds
 @dataclass
 class NGramDrafter:
     """Proposes what most often followed the last tokens in other texts.
@@ -189,6 +191,7 @@ class NGramDrafter:
     count: int = 8
 
     @classmethod
+    @check_kinds
     def fit(cls, texts: Sequence[Sequence[int]], *, order: int = 3, count: int = 8) -> NGramDrafter:
         """Count the n-grams of texts."""
         if order < 1 or count < 1:
@@ -228,6 +231,7 @@ class NGramDrafter:
         return None
 
 
+@check_kinds
 @dataclass(frozen=True)
 class TreeShape:
     """A static tree of ranks: node i is the `ranks[i]`-th likeliest token after node `parents[i]`.
@@ -241,6 +245,7 @@ class TreeShape:
     ranks: tuple[int, ...]
 
     @classmethod
+    @check_kinds
     def from_paths(cls, paths: Sequence[Sequence[int]]) -> TreeShape:
         """The tree that holds these paths of ranks, as Medusa and Hydra write their trees.
 
@@ -279,6 +284,7 @@ class TreeShape:
         return [[i for i, d in enumerate(depth) if d == level] for level in range(max(depth, default=-1) + 1)]
 
 
+@check_kinds
 @dataclass
 class ModelDrafter:
     """Another, smaller model of the same vocabulary.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arcore.nn.checks import check_number, check_sequence, check_tensor
+from arcore.nn.kinds import check_kinds, explain_kinds
 from arcore.nn.protocols import Extended
 
 
@@ -49,14 +50,17 @@ class Caches:
             for part in self.parts
         ]
 
+    @explain_kinds
     def commit(self, counts: Any) -> None:
         for part in self.parts:
             part.commit(counts)
 
+    @explain_kinds
     def keep(self, path: Any) -> None:
         for part in self.parts:
             part.keep(path)
 
+    @explain_kinds
     def truncate(self, length: Any) -> None:
         self._check_plain()
         numbers = [length] * self.batch if isinstance(length, int) else list(length)
@@ -68,10 +72,12 @@ class Caches:
         self._check_plain()
         return [part.snapshot() for part in self.parts]
 
+    @explain_kinds
     def restore(self, snapshot: list[Any]) -> None:
         for part, one in zip(self.parts, snapshot, strict=True):
             part.restore(one)
 
+    @explain_kinds
     def select(self, rows: Any) -> None:
         index = torch.as_tensor(rows).tolist()
         for part in self.parts:
@@ -81,6 +87,7 @@ class Caches:
         if self._more is not None:
             self._more = [[offsets[row] for row in index] for offsets in self._more]
 
+    @explain_kinds
     def fork(self, rows: Any = None) -> Caches:
         other = Caches([part.fork(rows) for part in self.parts])
         if self._more is not None:
@@ -90,6 +97,7 @@ class Caches:
             other.read = self.read if rows is None else self.read[torch.as_tensor(rows).tolist()]
         return other
 
+    @explain_kinds
     def note(self, ids: Tensor) -> Tensor:
         """Add tokens `[B, L]` to those that were read; returns all."""
         self.read = ids if self.read is None else torch.cat([self.read, ids], dim=1)
@@ -125,6 +133,7 @@ def _check_model(name: str, model: object) -> None:
         )
 
 
+@check_kinds
 def mix_logits(logits: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
     """`weights[0] * logits[0] + weights[1] * logits[1] + ...`.
 
@@ -170,22 +179,26 @@ class MixedModel:
     def vocab_size(self) -> int:
         return int(self.models[0].vocab_size)
 
+    @explain_kinds
     def make_cache(self, batch: int, max_length: int) -> Caches:
         """An empty cache of each model."""
         return Caches([model.make_cache(batch, max_length) for model in self.models])
 
+    @explain_kinds
     def prefill(self, ids: Tensor, cache: Caches, mask: Tensor | None = None) -> Tensor:
         """See `TokenModel`."""
         return self._mix(
             [model.prefill(ids, part, mask) for model, part in zip(self.models, cache.parts, strict=True)]
         )
 
+    @explain_kinds
     def step(self, ids: Tensor, cache: Caches) -> Tensor:
         """See `TokenModel`."""
         return self._mix(
             [model.step(ids, part) for model, part in zip(self.models, cache.parts, strict=True)]
         )
 
+    @explain_kinds
     def extend(self, ids: Tensor, cache: Caches, parents: Any = None) -> Extended:
         """See `DraftableModel`."""
         out = [model.extend(ids, part, parents) for model, part in zip(self.models, cache.parts, strict=True)]
@@ -244,6 +257,7 @@ class GuidedModel:
     def vocab_size(self) -> int:
         return int(self.model.vocab_size)
 
+    @explain_kinds
     def make_cache(self, batch: int, max_length: int) -> Caches:
         """Empty caches of the conditional and the unconditional text."""
         if len(self.uncond) not in (1, batch):
@@ -255,6 +269,7 @@ class GuidedModel:
             ]
         )
 
+    @explain_kinds
     def prefill(self, ids: Tensor, cache: Caches, mask: Tensor | None = None) -> Tensor:
         """See `TokenModel`; the first tokens are the prompt, in whose place the other text has `uncond`."""
         cond, other = cache.parts
@@ -268,6 +283,7 @@ class GuidedModel:
         cond, uncond = self._penalised(read, cache, logits, uncond)
         return self._guide(cond, uncond, self._place(cache, ids.device))
 
+    @explain_kinds
     def step(self, ids: Tensor, cache: Caches) -> Tensor:
         """See `TokenModel`."""
         cond, uncond = (self.model.step(ids, part) for part in cache.parts)
@@ -281,6 +297,7 @@ class GuidedModel:
         read = cache.note(ids)
         return tuple(penalised(one[:, : self.vocab_size].float(), read, self.penalty) for one in logits)
 
+    @explain_kinds
     def extend(self, ids: Tensor, cache: Caches, parents: Any = None) -> Extended:
         """See `DraftableModel`.
 

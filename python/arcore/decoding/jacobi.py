@@ -19,6 +19,7 @@ from arcore.decoding.next_token import left_padded
 from arcore.decoding.sampling import Sampling
 from arcore.decoding.speculative import SpeculativeOutput, draw_first, forget
 from arcore.nn.checks import check_choice, check_whole
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 from arcore.ops import verify_jacobi
 
@@ -37,6 +38,7 @@ def random_tokens(vocab_size: int, seed: int = 0) -> Initialiser:
     return guess
 
 
+@check_kinds
 def repeat_last(prompt: int, text: list[int], count: int) -> list[int]:
     """Guesses repeat the last token; right behind the prompt, which may have tokens of other kinds, the token 0."""
     return [text[-1] if len(text) > prompt else 0] * count

@@ -11,8 +11,10 @@ from torch import Tensor
 from arcore.catalog import create_model
 from arcore.catalog.claims import shaken
 from arcore.decoding.sampling import Sampling
+from arcore.nn.kinds import check_kinds
 
 
+@check_kinds
 def small_model(vocab_size: int, seed: int = 1, layers: int = 2, scale: float = 0.3) -> Any:
     """A random Llama of few tokens that says something."""
     torch.manual_seed(seed)
@@ -29,6 +31,7 @@ def small_model(vocab_size: int, seed: int = 1, layers: int = 2, scale: float = 
 
 
 @torch.no_grad()
+@check_kinds
 def text_law(model: Any, prompt: list[int], length: int, sampling: Sampling) -> Tensor:
     """Float64 `[V ** length]`: the probability of every continuation, in the order of `itertools.product`."""
     every = torch.tensor(list(itertools.product(range(model.vocab_size), repeat=length)))
@@ -37,11 +40,13 @@ def text_law(model: Any, prompt: list[int], length: int, sampling: Sampling) -> 
     return probs.gather(2, every.unsqueeze(2)).squeeze(2).double().prod(1)
 
 
+@check_kinds
 def outcomes(ids: Tensor, vocab_size: int) -> Tensor:
     """Texts `[B, length]` as numbers of outcomes, in the order of `text_law`."""
     return (ids * vocab_size ** torch.arange(ids.shape[1] - 1, -1, -1)).sum(1)
 
 
+@check_kinds
 def g_test(found: Tensor, law: Tensor) -> float:
     """p-value of outcomes under a law; 0 if one of them is impossible.
 

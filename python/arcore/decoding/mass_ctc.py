@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arcore.nn.checks import check_number
+from arcore.nn.kinds import check_kinds
 
 # How many end points are traced back in search of one whose exact mass fits.
 _TRIED = 200
@@ -28,6 +29,7 @@ class MassPath(NamedTuple):
     mass: float
 
 
+@check_kinds
 def mass_ctc(
     logprobs: Tensor, masses: Sequence[float], target: float, *, tolerance: float = 0.1, grid: float = 0.01
 ) -> MassPath | None:

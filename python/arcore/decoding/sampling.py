@@ -13,6 +13,7 @@ from torch import Tensor
 from arcore.decoding.bans import allow_without_repeats, allow_without_words
 from arcore.decoding.draws import check_settings
 from arcore.nn.checks import check_choice, check_instance, check_number, check_whole
+from arcore.nn.kinds import check_kinds, explain_kinds
 from arcore.ops import filter_probs, sample
 from arcore.ops.sample import Guidance, Order, Sampled, TopPTies
 
@@ -89,6 +90,7 @@ class Sampling:
         """Whether the text so far decides what may come next."""
         return bool(self.without_words) or self.without_repeats is not None
 
+    @check_kinds
     def allowed(self, ids: Tensor, vocab_size: int) -> Tensor | None:
         """What the bans leave after the texts `ids` `[B, L]`, bool `[B, V]`; None where there are none.
 
@@ -102,6 +104,7 @@ class Sampling:
             mask = others if mask is None else mask & others
         return mask
 
+    @explain_kinds
     def draw(self, logits: Tensor, seeds: Tensor, offsets: Tensor, **more: Any) -> Tensor | Sampled:
         """Tokens of rows of logits `[..., V]`; raises ValueError for a row without a distribution.
 
@@ -113,6 +116,7 @@ class Sampling:
         """
         return sample(logits, **self._fields("mask" in more), seed=seeds, offset=offsets, check=True, **more)
 
+    @explain_kinds
     def probs(self, logits: Tensor) -> Tensor:
         """What `draw` draws from, float32 `[..., V]`; raises ValueError for a row without a distribution."""
         probs = filter_probs(logits, **self._fields(), check=True)

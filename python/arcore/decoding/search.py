@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arcore.decoding.sampling import Sampling
 from arcore.nn.checks import check_sequence, check_whole
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import DraftableModel
 
 
@@ -55,6 +56,7 @@ class Session:
         self.logits = torch.empty(0, device=device)
         self.feed(prompt)
 
+    @check_kinds
     def fork(self, rows: Sequence[int]) -> Session:
         """A session of its own with copies of these rows, any of them several times; this one stays as it is."""
         other = object.__new__(Session)
@@ -65,6 +67,7 @@ class Session:
         return other
 
     @torch.no_grad()
+    @check_kinds
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Continue each row by these tokens, of which a row may have none."""
         if len(tokens) != len(self.texts):
@@ -72,6 +75,7 @@ class Session:
         self._read([list(row) for row in tokens])
 
     @torch.no_grad()
+    @check_kinds
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first tokens of each row, of which at least one is left."""
         if len(lengths) != len(self.texts) or any(
@@ -89,6 +93,7 @@ class Session:
         self._read(last)
 
     @torch.no_grad()
+    @check_kinds
     def draw(self, count: int, sampling: Sampling, seeds: Tensor) -> list[list[int]]:
         """Continue each row by `count` drawn tokens, and return them.
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from arcore._kinds import check_kinds
 from arcore.masks import _arguments as check
 from arcore.masks.interval_mask import IntervalMask
 from arcore.masks.labels import Labels, Segment, consecutive
@@ -79,6 +80,7 @@ def next_scale_markov(scales: Sequence[int]) -> IntervalMask:
     return _documents(sizes, labels, causal=False)
 
 
+@check_kinds
 def skip_causal(
     num_blocks: int,
     block_size: int,
@@ -103,10 +105,6 @@ def skip_causal(
     """
     num_blocks = check.length("skip_causal", "num_blocks", num_blocks, 1)
     block_size = check.length("skip_causal", "block_size", block_size, 1)
-    if order not in ("clean_first", "noisy_first"):
-        raise ValueError(
-            f"arcore.masks.skip_causal: expected order to be 'clean_first' or 'noisy_first' but got {order!r}"
-        )
     num_clean = num_blocks - 1 if drop_last_clean else num_blocks
     n = check.length("skip_causal", "the number of tokens", (num_clean + num_blocks) * block_size)
     clean_first = order == "clean_first"
@@ -180,6 +178,7 @@ def prefix_lm(n: int, prefix: int | Sequence[int] | Tensor) -> IntervalMask:
     return IntervalMask(torch.stack([torch.zeros_like(stop), stop], -1), n, labels=labels)
 
 
+@check_kinds
 def documents(lengths: Sequence[int] | Tensor, causal: bool = True) -> IntervalMask:
     """Documents packed into one sequence; no token sees another document (variable-length attention).
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from arcore._kinds import Size, check_kinds
 from arcore.masks import _spans
 from arcore.masks._arguments import MAX_LENGTH, integers, length, numbers
 from arcore.masks._value import Value
@@ -192,7 +193,8 @@ class IntervalMask(Value):
         _spans.check_fits(count.view(host.shape[:3]), where)
         return cls(bounds.view(*host.shape[:3], 4).to(mask.device), nk, labels=labels)
 
-    def to_cudnn(self, batch: int | None = None) -> Tensor:
+    @check_kinds
+    def to_cudnn(self, batch: Size | None = None) -> Tensor:
         """The mask as ``mask_func`` of ``cudnn.flex_attention.create_mask_plan`` (nvidia-cudnn-frontend 1.32).
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from arcore.masks import IntervalMask
 from arcore.nn.cache import KVCache
+from arcore.nn.kinds import Axes, Features, Size, Tokens, check_kinds, explain_kinds
 
 EPS = 1e-6
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+@explain_kinds
+def modulated_norm(x: Features, scale: Tensor, shift: Tensor) -> Tensor:
     """Layer norm without learned weights, then `x * (1 + scale) + shift`.
 
     Args:
@@ -25,6 +27,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
+@check_kinds
 class Modulation(nn.Module):
     """Linear map from a condition to the vectors that modulate a block.
 
@@ -34,17 +37,18 @@ class Modulation(nn.Module):
         parts: number of vectors.
     """
 
-    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+    def __init__(self, cond_dim: Size, dim: Size, parts: Size) -> None:
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(cond_dim, parts * dim)
 
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, cond: Features) -> tuple[Tensor, ...]:
         """`[B, cond_dim]` to `parts` tensors `[B, 1, C]`, or `[B, G, cond_dim]`, one per group, to `[B, G, 1, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
         return vectors.unsqueeze(-2).chunk(self.parts, dim=-1)
 
 
+@explain_kinds
 def modulate_once(cond: Tensor, cache: KVCache | None, make: Callable[[Tensor], list[Any]]) -> list[Any]:
     """What blocks make of a condition, once for all calls with one cache: while images are drawn it does not change.
 
@@ -62,6 +66,7 @@ def modulate_once(cond: Tensor, cache: KVCache | None, make: Callable[[Tensor], 
     return vectors
 
 
+@check_kinds
 class SharedModulation(nn.Module):
     """One linear map from the condition for all blocks; what a block adds of its own is a `ModulationTable`.
 
@@ -71,17 +76,18 @@ class SharedModulation(nn.Module):
         parts: number of vectors.
     """
 
-    def __init__(self, cond_dim: int, dim: int, parts: int) -> None:
+    def __init__(self, cond_dim: Size, dim: Size, parts: Size) -> None:
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(cond_dim, parts * dim)
 
-    def forward(self, cond: Tensor) -> Tensor:
+    def forward(self, cond: Features) -> Tensor:
         """`[B, cond_dim]` to `[B, 1, parts, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
-        return vectors.view(*vectors.shape[:-1], 1, self.parts, -1)
+        return vectors.unflatten(-1, (self.parts, -1)).unsqueeze(-3)
 
 
+@check_kinds
 class ModulationTable(nn.Module):
     """The vectors of a block under a `SharedModulation`: a learned table added to the shared ones.
 
@@ -90,7 +96,7 @@ class ModulationTable(nn.Module):
         parts: number of vectors.
     """
 
-    def __init__(self, dim: int, parts: int) -> None:
+    def __init__(self, dim: Size, parts: Size) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(1, 1, parts, dim) / dim**0.5)
 
@@ -99,6 +105,7 @@ class ModulationTable(nn.Module):
         return (self.table + shared).unbind(-2)
 
 
+@check_kinds
 class DropPath(nn.Module):
     """Leaves a residual branch out for a random part of the batch while training (stochastic depth).
 
@@ -112,7 +119,7 @@ class DropPath(nn.Module):
             raise ValueError(f"arcore.nn.DropPath: expected 0 <= rate < 1 but got {rate}")
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Annotated[Tensor, Axes("B ...")]) -> Tensor:
         """`[B, ...]` to the same shape."""
         if self.rate == 0.0 or not self.training:
             return x
@@ -120,6 +127,7 @@ class DropPath(nn.Module):
         return x * keep.to(x.dtype) / (1.0 - self.rate)
 
 
+@check_kinds
 class AdaLNBlock(nn.Module):
     """Pre-norm transformer block: attention and feed-forward, each modulated and gated by the condition.
 
@@ -137,8 +145,8 @@ class AdaLNBlock(nn.Module):
 
     def __init__(
         self,
-        dim: int,
-        cond_dim: int,
+        dim: Size,
+        cond_dim: Size,
         *,
         attn: nn.Module,
         ffn: nn.Module,
@@ -153,8 +161,8 @@ class AdaLNBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        cond: Tensor | tuple[Tensor, ...],
+        x: Tokens,
+        cond: Annotated[Tensor, Axes("B D", floating=True)] | tuple[Tensor, ...],
         mask: IntervalMask,
         cache: KVCache | None = None,
         layer: int = 0,
@@ -178,6 +186,7 @@ class AdaLNBlock(nn.Module):
         return x
 
 
+@check_kinds
 class AdaLNHead(nn.Module):
     """Modulated norm and the last linear layer.
 
@@ -187,12 +196,12 @@ class AdaLNHead(nn.Module):
         out_dim: outputs per token.
     """
 
-    def __init__(self, dim: int, cond_dim: int, out_dim: int) -> None:
+    def __init__(self, dim: Size, cond_dim: Size, out_dim: Size) -> None:
         super().__init__()
         self.modulation = Modulation(cond_dim, dim, parts=2)
         self.linear = nn.Linear(dim, out_dim)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Features, cond: Features) -> Tensor:
         """`[B, N, C]` and `[B, cond_dim]` to float32 `[B, N, out_dim]`."""
         # Logits need float32 also under autocast.
         with torch.autocast(x.device.type, enabled=False):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from arcore.masks import IntervalMask, TreeMask
 from arcore.nn.cache import KVCache
+from arcore.nn.kinds import Tokens, check_kinds
 from arcore.ops import block_sparse_attention
 
 
+@check_kinds
 class SelfAttention(nn.Module):
     """Self-attention under a mask, with an optional cache.
 
@@ -47,7 +49,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, mask: IntervalMask | TreeMask, cache: KVCache | None = None, layer: int = 0
+        self, x: Tokens, mask: IntervalMask | TreeMask, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         """Attend.
 
@@ -80,6 +82,7 @@ class SelfAttention(nn.Module):
         return mixed
 
 
+@check_kinds
 class CrossAttention(nn.Module):
     """Attention of queries to a context under an `IntervalMask`; all projections have a bias.
 
@@ -99,7 +102,7 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: IntervalMask) -> Tensor:
+    def forward(self, x: Tokens, context: Tokens, mask: IntervalMask) -> Tensor:
         """Attend.
 
         Args:
@@ -120,6 +123,7 @@ class CrossAttention(nn.Module):
         return mixed
 
 
+@check_kinds
 def check_heads(module: str, dim: int, num_heads: int) -> None:
     """Raise ValueError unless `dim` splits into heads."""
     if num_heads < 1 or dim < 1 or dim % num_heads:

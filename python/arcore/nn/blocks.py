@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from arcore.nn.adaln import DropPath
+from arcore.nn.kinds import Features, Size, check_kinds
 from arcore.nn.patches import PatchEmbed
 
 
+@check_kinds
 class PreNormBlock(nn.Module):
     """`x += mixer(norm1(x)); x += mlp(norm2(x))`.
 
@@ -22,7 +24,7 @@ class PreNormBlock(nn.Module):
         drop_path: rate of stochastic depth.
     """
 
-    def __init__(self, dim: int, *, mixer: nn.Module, mlp: nn.Module, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: Size, *, mixer: nn.Module, mlp: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
@@ -30,13 +32,14 @@ class PreNormBlock(nn.Module):
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Features, **kwargs: Any) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`."""
         x = x + self.drop_path(self.mixer(self.norm1(x), **kwargs))
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
 
 
+@check_kinds
 class PostNormBlock(nn.Module):
     """`x = norm1(x + mixer(x)); x = norm2(x + mlp(x))`, the first transformer's order (arXiv:1706.03762).
 
@@ -46,14 +49,14 @@ class PostNormBlock(nn.Module):
         mlp: acts on each token.
     """
 
-    def __init__(self, dim: int, *, mixer: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, dim: Size, *, mixer: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = mlp
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Features, **kwargs: Any) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`."""
         x = self.norm1(x + self.mixer(x, **kwargs))
         out: Tensor = self.norm2(x + self.mlp(x))
@@ -61,6 +64,7 @@ class PostNormBlock(nn.Module):
 
 
 @torch.no_grad()
+@check_kinds
 def init_mamba_encoder(patch_embed: PatchEmbed, layers: Iterable[Any]) -> None:
     """Initial weights of an image encoder (ARM, arXiv:2406.07537): projections out of mixers shrink with the depth.
 

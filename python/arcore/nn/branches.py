@@ -8,13 +8,14 @@ Legend: B rows, T tokens of a row, N packed tokens, G branches of a prompt.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arcore.masks import IntervalMask
 from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import Axes, check_kinds
 
 
 class PackedBranches(NamedTuple):
@@ -33,7 +34,18 @@ class PackedBranches(NamedTuple):
     place: Tensor
 
 
-def pack_branches(tokens: Tensor, lengths: Tensor, prompts: Tensor, groups: Tensor) -> PackedBranches:
+# One whole number per row, and rows of tokens.
+Whole = Annotated[Tensor, Axes("B", whole=True)]
+Ids = Annotated[Tensor, Axes("B T", whole=True)]
+
+
+# One whole number per row, and rows of tokens.
+Whole = Annotated[Tensor, Axes("B", whole=True)]
+Ids = Annotated[Tensor, Axes("B T", whole=True)]
+
+
+@check_kinds
+def pack_branches(tokens: Ids, lengths: Whole, prompts: Whole, groups: Whole) -> PackedBranches:
     """Pack right-padded rows whose groups share their first tokens.
 
     Args:
@@ -99,6 +111,7 @@ def pack_branches(tokens: Tensor, lengths: Tensor, prompts: Tensor, groups: Tens
     return PackedBranches(torch.cat(ids)[None], torch.cat(positions)[None].to(device), mask, place.to(device))
 
 
+@check_kinds
 def branch_hidden(model: Any, packed: PackedBranches) -> Tensor:
     """What the model's head reads of packed rows, `[1, N, C]`.
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.kinds import check_kinds, explain_kinds
+
 
 class Quantised(NamedTuple):
     """What `BinarySphericalQuantizer` returns.
@@ -22,6 +24,7 @@ class Quantised(NamedTuple):
     loss: Tensor
 
 
+@check_kinds
 class BinarySphericalQuantizer(nn.Module):
     """Signs of the channels of a normalised vector, with the losses that keep them certain and all codes in use.
 
@@ -61,6 +64,7 @@ class BinarySphericalQuantizer(nn.Module):
         self.beta, self.gamma0, self.gamma, self.zeta = beta, gamma0, gamma, zeta
         self.sharpness = sharpness
 
+    @explain_kinds
     def codes(self, z: Tensor) -> Tensor:
         """Codes `[..., n]` of vectors `[..., n]`, without gradient; 0 counts as negative."""
         signs: Tensor = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
@@ -81,11 +85,13 @@ class BinarySphericalQuantizer(nn.Module):
         return Quantised(z + (codes - z).detach(), loss)
 
 
+@check_kinds
 def bits_of(index: Tensor, bits: int) -> Tensor:
     """Bits of whole numbers, the lowest first: int64 `[...]` to bool `[..., bits]`."""
     return (index.unsqueeze(-1) >> torch.arange(bits, device=index.device)) % 2 == 1
 
 
+@check_kinds
 def index_of(bits: Tensor) -> Tensor:
     """Whole numbers of bits, the lowest first: bool `[..., n]` to int64 `[...]`."""
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)

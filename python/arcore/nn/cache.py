@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds, explain_kinds
 from arcore.ops._checks import autocasts
 
 
@@ -38,6 +39,7 @@ class Cache(Protocol):
         ...
 
 
+@check_kinds
 class KVSnapshot:
     """A point in the life of a `KVCache`: lengths only, for what lies before the end is never written again.
 
@@ -50,6 +52,7 @@ class KVSnapshot:
         self.owner, self.lengths, self.cuts = owner, lengths, cuts
 
 
+@check_kinds
 def storage_dtype(like: Tensor) -> torch.dtype:
     """Type in which a cache keeps keys and values: that of autocast on a device that casts, else its own.
 
@@ -60,6 +63,7 @@ def storage_dtype(like: Tensor) -> torch.dtype:
     return like.dtype
 
 
+@check_kinds
 class KVCache:
     """Keys and values of all layers, with room for `max_length` tokens from the start.
 
@@ -140,6 +144,7 @@ class KVCache:
         """Memory of the storage."""
         return self.keys.nbytes + self.values.nbytes
 
+    @explain_kinds
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens to one layer.
 
@@ -157,6 +162,7 @@ class KVCache:
         self._lengths[self._slots[layer]] += keys.shape[2]
         return views
 
+    @explain_kinds
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Like `append`, but the next `append` or `stage` of the layer writes over the tokens."""
         _, batch, heads, _, dim = self.keys.shape
@@ -182,6 +188,7 @@ class KVCache:
         self.values[slot, :, :, start:stop].copy_(values)
         return self.keys[slot, :, :, :stop], self.values[slot, :, :, :stop]
 
+    @explain_kinds
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens of every layer.
 
@@ -198,6 +205,7 @@ class KVCache:
         """The present lengths, to come back to; nothing is copied."""
         return KVSnapshot(self, tuple(self._lengths), len(self._cuts))
 
+    @explain_kinds
     def restore(self, snapshot: KVSnapshot) -> None:
         """Forget what was appended since the snapshot.
 
@@ -213,6 +221,7 @@ class KVCache:
             )
         self._cut(list(snapshot.lengths))
 
+    @explain_kinds
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).
 

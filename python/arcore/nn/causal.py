@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from arcore.masks import IntervalMask, TreeMask
 from arcore.nn.cache import storage_dtype
 from arcore.nn.decoder import DecoderLayer
+from arcore.nn.kinds import explain_kinds
 from arcore.nn.linear import linear
 from arcore.nn.protocols import Extended, Parents
 from arcore.nn.rotary import Angles
@@ -59,18 +60,22 @@ class CausalDecoder(nn.Module):
     skipped: frozenset[int] = frozenset()
 
     @abstractmethod
+    @explain_kinds
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of tokens, int64 `[B, L]` to `[B, L, C]`."""
 
     @abstractmethod
+    @explain_kinds
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of what comes from behind the last norm: `[..., C]` to float32 `[..., V]`."""
 
+    @explain_kinds
     def last_layer(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """`[..., C]` by a weight `[V, C]` to float32 `[..., V]`; those of a token do not depend on how many are read in
         the same call, as long as one op per layer reads them all."""
         return linear(hidden, weight, rows=STEP_ROWS.get(weight.dtype)).float()
 
+    @explain_kinds
     def make_cache(self, batch: int, max_length: int, absent: Sequence[int] = ()) -> TokenCache:
         """An empty cache for `batch` rows of up to `max_length` tokens, drafts included.
 
@@ -96,11 +101,13 @@ class CausalDecoder(nn.Module):
         )
 
     @torch.no_grad()
+    @explain_kinds
     def prefill(self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None) -> Tensor:
         """Read several tokens per row; arguments and result are those of `TokenModel`."""
         return self.read_prompt(ids, cache, mask)[0]
 
     @torch.no_grad()
+    @explain_kinds
     def read_prompt(
         self, ids: Tensor, cache: TokenCache, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[int]]:
@@ -119,6 +126,7 @@ class CausalDecoder(nn.Module):
         return self.logits(hidden[torch.arange(len(ids), device=ids.device), last]), hidden, counts
 
     @torch.no_grad()
+    @explain_kinds
     def step(self, ids: Tensor, cache: TokenCache) -> Tensor:
         """Read one token per row; arguments and result are those of `TokenModel`."""
         if ids.dim() != 1:
@@ -128,6 +136,7 @@ class CausalDecoder(nn.Module):
         return self.logits(hidden)
 
     @torch.no_grad()
+    @explain_kinds
     def extend(self, ids: Tensor, cache: TokenCache, parents: Parents | None = None) -> Extended:
         """Read drafted tokens without counting them in; arguments and result are those of `DraftableModel`."""
         hidden = self._stage(ids, cache, parents)
@@ -218,6 +227,7 @@ class CausalDecoder(nn.Module):
         positions = tree.prefix.long().unsqueeze(1) + tree.depth
         return self.run(self.embed(ids), self.rotary.at(positions), tree, cache)
 
+    @explain_kinds
     def behind(self, lengths: Sequence[int], new: int, device: torch.device) -> tuple[IntervalMask, Angles]:
         """The mask and the angles of `new` tokens that follow each row's tokens.
 
@@ -243,6 +253,7 @@ class CausalDecoder(nn.Module):
         bounds = torch.stack([start, stop], -1).unsqueeze(1).to(device, torch.int32)
         return IntervalMask.trusted(bounds, max(lengths) + new), angles
 
+    @explain_kinds
     def run(self, x: Tensor, angles: Angles, mask: Any, cache: TokenCache | None = None) -> Tensor:
         """All layers and the last norm: `[B, N, C]` to `[B, N, C]`; keys and values are staged in the cache."""
         for i, layer in enumerate(self.layers):
@@ -252,6 +263,7 @@ class CausalDecoder(nn.Module):
         return out
 
 
+@explain_kinds
 def left_aligned(ids: Tensor, cache: TokenCache, mask: Tensor | None) -> tuple[Tensor, int | list[int]]:
     """Rows with the padding before their tokens moved behind them, and how many tokens each has.
 

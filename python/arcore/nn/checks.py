@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -14,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcore._kinds import came as came
+from arcore._kinds import check_choice as check_choice
+from arcore._kinds import check_whole as check_whole
+from arcore._kinds import dtype_name as dtype_name
 from arcore.ops._checks import autocasts
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_floating(name: str, x: Tensor, like: Tensor, hint: str) -> None:
@@ -99,17 +96,6 @@ def check_path(name: str, value: object) -> Path:
     return Path(path)
 
 
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Raise ValueError unless `value` is one of `choices`; the message suggests a close one."""
-    known = list(choices)
-    if not any(type(value) is type(one) and value == one for one in known):
-        close = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"expected {name} to be one of {', '.join(map(repr, known))} but got {value!r}{hint}"
-        )
-
-
 def check_tensor(name: str, value: object, hint: str = "") -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
@@ -130,43 +116,6 @@ def check_instance(name: str, value: object, kind: Any, hint: str = "") -> None:
     """Raise TypeError unless `value` is of a class or protocol."""
     if not isinstance(value, kind):
         raise TypeError(f"expected {name} to be a {kind.__name__} but got {came(value)}{hint}")
-
-
-def came(value: object) -> str:
-    """A value and its kind, for a message."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {dtype_name(value.dtype)}"
-    shown = repr(value)
-    return f"{shown if len(shown) <= 40 else shown[:40] + '...'} ({type(value).__name__})"
-
-
-def check_whole(name: str, value: object, least: int, unit: str = "") -> int:
-    """`value` as an int.
-
-    Args:
-        name: of the argument.
-        value: what came.
-        least: the smallest that is allowed.
-        unit: of the number, for the message.
-
-    Raises:
-        TypeError: it is no whole number; True and False are none.
-        ValueError: it is below `least`.
-    """
-    one = unit.removesuffix("s")
-    many = f" {one}s" if unit else ""
-    unit = "" if not unit else f" {one}" if least == 1 else many
-    number: int | None = None
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
-        try:
-            number = operator.index(value)
-        except TypeError:  # a tensor of another kind
-            number = None
-    if number is None:
-        raise TypeError(f"{name} must be a whole number{' of' + many if many else ''} but got {value!r}")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}{unit} but got {number}")
-    return number
 
 
 def check_number(name: str, value: object) -> float:

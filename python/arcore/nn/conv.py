@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.kinds import Planes, Size, check_kinds
+
 EPS = 1e-6
 
 
+@check_kinds
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, each after a group norm and SiLU, and a residual connection.
 
@@ -21,7 +24,7 @@ class ResnetBlock(nn.Module):
         norm_groups: groups of the norms.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+    def __init__(self, in_channels: Size, out_channels: int, norm_groups: Size) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -31,23 +34,24 @@ class ResnetBlock(nn.Module):
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         out: Tensor = self.nin_shortcut(x) + h
         return out
 
 
+@check_kinds
 class AttnBlock(nn.Module):
     """Single-head attention over all positions, with a residual connection."""
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
+    def __init__(self, channels: Size, norm_groups: Size) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups, channels, eps=EPS)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, 3C]
         h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
@@ -55,44 +59,48 @@ class AttnBlock(nn.Module):
         return out
 
 
+@check_kinds
 class Downsample(nn.Module):
     """Halves the map; pads right and bottom only, as the published weights expect."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Size) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return out
 
 
+@check_kinds
 class Upsample(nn.Module):
     """Doubles the map by repetition, then a 3x3 convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Size) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         return out
 
 
+@check_kinds
 class MidBlock(nn.Module):
     """Residual block, attention unless it is left out, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, norm_groups: int, *, attention: bool = True) -> None:
+    def __init__(self, channels: Size, norm_groups: Size, *, attention: bool = True) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, norm_groups)
         self.attn_1 = AttnBlock(channels, norm_groups) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, norm_groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
         return out
 
 
+@check_kinds
 class Level(nn.Module):
     """Blocks of one resolution, and the change of resolution after them.
 
@@ -106,10 +114,10 @@ class Level(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: Size,
         out_channels: int,
         num_blocks: int,
-        norm_groups: int,
+        norm_groups: Size,
         *,
         attention: bool,
         resample: tuple[str, nn.Module] | None,
@@ -126,7 +134,7 @@ class Level(nn.Module):
         if resample is not None:
             self.add_module(*resample)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         for j, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -134,6 +142,7 @@ class Level(nn.Module):
         return x if self._resample is None else getattr(self, self._resample)(x)
 
 
+@check_kinds
 class ConvEncoder(nn.Module):
     """Image to latent map. Each level but the last halves the resolution.
 
@@ -150,12 +159,12 @@ class ConvEncoder(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        channels: int,
+        in_channels: Size,
+        channels: Size,
         channel_mult: Sequence[int],
         num_res_blocks: int,
-        z_channels: int,
-        norm_groups: int = 32,
+        z_channels: Size,
+        norm_groups: Size = 32,
         *,
         attention: bool = True,
         mid_attention: bool = True,
@@ -179,7 +188,7 @@ class ConvEncoder(nn.Module):
         self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Planes) -> Tensor:
         """`[B, in_channels, H, W]` to `[B, z_channels, H / 2**(levels - 1), W / 2**(levels - 1)]`."""
         h = self.conv_in(x)
         for level in self.down:
@@ -188,6 +197,7 @@ class ConvEncoder(nn.Module):
         return out
 
 
+@check_kinds
 class ConvDecoder(nn.Module):
     """Latent map to image; the mirror of `ConvEncoder` with one more residual block per level.
 
@@ -196,12 +206,12 @@ class ConvDecoder(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        channels: int,
+        in_channels: Size,
+        channels: Size,
         channel_mult: Sequence[int],
         num_res_blocks: int,
-        z_channels: int,
-        norm_groups: int = 32,
+        z_channels: Size,
+        norm_groups: Size = 32,
         *,
         attention: bool = True,
         mid_attention: bool = True,
@@ -226,7 +236,7 @@ class ConvDecoder(nn.Module):
         self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(widths[0], in_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Planes) -> Tensor:
         """`[B, z_channels, h, w]` to `[B, in_channels, h * 2**(levels - 1), w * 2**(levels - 1)]`."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.kinds import check_kinds
+
 # Convolutions of VGG-16 (arXiv:1409.1556, table 1, D) by stage; a stage ends before a pooling by 2.
 _STAGES: tuple[tuple[int, ...], ...] = (
     (64, 64),
@@ -23,6 +25,7 @@ _STAGES: tuple[tuple[int, ...], ...] = (
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@check_kinds
 class PerceptualLoss(nn.Module):
     """Distance of two images in the features of VGG-16 (LPIPS, arXiv:1801.03924, section 3, equation 1).
 
@@ -67,6 +70,7 @@ class PerceptualLoss(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
+    @check_kinds
     def from_file(cls, path: Path) -> PerceptualLoss:
         """From a file of torch.save or safetensors with those names.
 
@@ -110,6 +114,7 @@ class PerceptualLoss(nn.Module):
         return total
 
 
+@check_kinds
 class PatchDiscriminator(nn.Module):
     """Says of each patch of an image whether it is real (pix2pix, arXiv:1611.07004, section 3.2.2).
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.masks import IntervalMask, TreeMask
+from arcore.nn.kinds import Axes, Features, Size, Tokens, check_kinds, explain_kinds
 from arcore.nn.linear import Linear
 from arcore.nn.norm import RMSNorm
 from arcore.nn.rotary import Angles
@@ -18,6 +19,7 @@ from arcore.ops.decoder_step import DTYPES as STEP_DTYPES
 Mask = IntervalMask | TreeMask
 
 
+@explain_kinds
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention under either kind of mask; shapes are those of `arcore.ops.block_sparse_attention`.
 
@@ -29,6 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return block_sparse_attention(q, k, v, mask)
 
 
+@check_kinds
 class GroupedAttention(nn.Module):
     """Causal self-attention in which several query heads share a key head (GQA, arXiv:2305.13245).
 
@@ -48,7 +51,7 @@ class GroupedAttention(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -69,7 +72,7 @@ class GroupedAttention(nn.Module):
         self.out = Linear(num_heads * head_dim, dim, bias=out_bias)
 
     def forward(
-        self, x: Tensor, angles: Angles, mask: Mask, cache: TokenCache | None = None, layer: int = 0
+        self, x: Tokens, angles: Angles, mask: Mask, cache: TokenCache | None = None, layer: int = 0
     ) -> Tensor:
         """Attend.
 
@@ -98,6 +101,7 @@ class GroupedAttention(nn.Module):
         return mixed
 
 
+@check_kinds
 class GatedMLP(nn.Module):
     """`down(silu(gate x) * up x)` (SwiGLU, arXiv:2002.05202), gate and up from one product.
 
@@ -107,18 +111,19 @@ class GatedMLP(nn.Module):
         bias: biases of all three.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
+    def __init__(self, dim: Size, hidden_dim: Size, *, bias: bool = False) -> None:
         super().__init__()
         self.gate_up = Linear(dim, 2 * hidden_dim, bias=bias)
         self.down = Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Features) -> Tensor:
         """`[..., C]` to `[..., C]`."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         out: Tensor = self.down(F.silu(gate) * up)
         return out
 
 
+@check_kinds
 class DecoderLayer(nn.Module):
     """`x += attention(norm1(x)); x += mlp(norm2(x))` with RMS norms.
 
@@ -131,7 +136,7 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, attention: nn.Module, mlp: nn.Module, norm_eps: float = 1e-5, norm1: bool = True
+        self, dim: Size, *, attention: nn.Module, mlp: nn.Module, norm_eps: float = 1e-5, norm1: bool = True
     ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim, eps=norm_eps) if norm1 else nn.Identity()
@@ -139,7 +144,7 @@ class DecoderLayer(nn.Module):
         self.norm2 = RMSNorm(dim, eps=norm_eps)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, x: Features, *args: Any) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`; the other arguments go to the attention."""
         x = x + self.attention(self.norm1(x), *args)
         out: Tensor = x + self.mlp(self.norm2(x))
@@ -187,7 +192,8 @@ class DecoderLayer(nn.Module):
         }
 
 
-def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:
+@check_kinds
+def pairs_to_halves(weight: Annotated[Tensor, Axes("O C")], num_heads: Size) -> Tensor:
     """Rows of a query or key projection, from rotary pairs (2i, 2i + 1) to pairs (i, i + D / 2).
 
     Files of llama.cpp and Llama's own code store them the first way. Scores do not change when queries and keys are

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from arcore.nn.adaln import EPS
 from arcore.nn.checks import dtype_name
 from arcore.nn.dit import TimestepEmbedding
+from arcore.nn.kinds import Features, check_kinds
 from arcore.nn.linear import Linear, linear
 from arcore.schedules import History, NoiseSchedule, Prediction, Solver, to_x0
 from arcore.schedules.prediction import check_prediction
 
 
+@check_kinds
 class HeadBlock(nn.Module):
     """`h += gate * MLP(norm(h) (1 + scale) + shift)`, the three vectors from the condition of each row.
 
@@ -40,6 +42,7 @@ class HeadBlock(nn.Module):
         return torch.addcmul(h, gate, self.fc2(F.silu(self.fc1(inner))))
 
 
+@check_kinds
 def modulation_parts(layer: nn.Linear, active: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Shift, 1 + scale and, of three parts, gate: each like `active`, the condition after its activation."""
     one = torch.zeros(parts, 1, dtype=active.dtype, device=active.device)
@@ -48,6 +51,7 @@ def modulation_parts(layer: nn.Linear, active: Tensor, parts: int) -> tuple[Tens
     return linear(active, layer.weight, bias).chunk(parts, dim=-1)
 
 
+@check_kinds
 class DiffusionHead(nn.Module):
     """Predicts the noise in tokens, or what else `arcore.schedules.PREDICTIONS` has, from a vector for each.
 
@@ -116,7 +120,7 @@ class DiffusionHead(nn.Module):
         self.modulation.weight.zero_()
         self.out.weight.zero_()
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Features, t: Tensor, z: Features) -> tuple[Tensor, Tensor | None]:
         """Predict.
 
         Args:
@@ -152,6 +156,7 @@ class DiffusionHead(nn.Module):
         return prediction, variance
 
     @torch.no_grad()
+    @check_kinds
     def sample(
         self,
         z: Tensor,

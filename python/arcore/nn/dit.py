@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,14 @@ from arcore.masks import IntervalMask
 from arcore.nn.adaln import EPS, Modulation
 from arcore.nn.attention import check_heads
 from arcore.nn.cache import KVCache
+from arcore.nn.kinds import Axes, Features, Size, Tokens, check_kinds, explain_kinds
 from arcore.nn.mlp import MLP
 from arcore.nn.norm import RMSNorm
 from arcore.nn.rope import Rope
 from arcore.ops import block_sparse_attention
 
 
+@check_kinds
 class TimestepEmbedding(nn.Module):
     """Times as sines and cosines, then two linear layers.
 
@@ -33,7 +35,7 @@ class TimestepEmbedding(nn.Module):
         max_period: longest wavelength over 2 pi.
     """
 
-    def __init__(self, dim: int, *, frequencies: int = 256, max_period: float = 10000.0) -> None:
+    def __init__(self, dim: Size, *, frequencies: Size = 256, max_period: float = 10000.0) -> None:
         super().__init__()
         self.frequencies, self.max_period = frequencies, max_period
         self.fc1 = nn.Linear(frequencies, dim)
@@ -51,7 +53,8 @@ class TimestepEmbedding(nn.Module):
         return out
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, skip: int = 0) -> Tensor:
+@explain_kinds
+def modulate(x: Tokens, shift: Tokens, scale: Tokens, skip: int = 0) -> Tensor:
     """`x * (1 + scale) + shift`, group by group.
 
     Args:
@@ -65,7 +68,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, skip: int = 0) -> Tensor:
     return torch.addcmul(shift.to(x.dtype), groups, 1 + scale.to(x.dtype)).flatten(1, 2)
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor, skip: int = 0) -> Tensor:
+@explain_kinds
+def gated(x: Tokens, gate: Tokens, branch: Tokens, skip: int = 0) -> Tensor:
     """`x + gate * branch`, group by group, with gate 1 for leading tokens; shapes as for `modulate`."""
     if skip:
         first = x[:, :skip] + branch[:, :skip]
@@ -74,6 +78,7 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor, skip: int = 0) -> Tensor:
     return torch.addcmul(x.unflatten(1, shape), gate.to(x.dtype), branch.unflatten(1, shape)).flatten(1, 2)
 
 
+@check_kinds
 class DiTAttention(nn.Module):
     """Self-attention with biases, optional norms of queries and keys, rotary positions and a cache.
 
@@ -86,7 +91,7 @@ class DiTAttention(nn.Module):
         ValueError: `dim` does not split into such heads.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(self, dim: Size, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         check_heads("DiTAttention", dim, num_heads)
         self.num_heads = num_heads
@@ -97,7 +102,7 @@ class DiTAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         mask: IntervalMask,
         rope: Rope | None = None,
         cache: KVCache | None = None,
@@ -130,6 +135,7 @@ class DiTAttention(nn.Module):
         return mixed
 
 
+@check_kinds
 class DiTBlock(nn.Module):
     """Pre-norm transformer block, modulated and gated by a condition per group (adaLN-Zero).
 
@@ -149,9 +155,9 @@ class DiTBlock(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         num_heads: int,
-        hidden_dim: int,
+        hidden_dim: Size,
         *,
         norm: Literal["layer", "rms"] = "layer",
         qk_norm: bool = False,
@@ -166,8 +172,8 @@ class DiTBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        cond: Tensor | None,
+        x: Tokens,
+        cond: Annotated[Tensor, Axes("B G C", floating=True)] | None,
         mask: IntervalMask,
         *,
         passive: int = 0,
@@ -213,6 +219,7 @@ class DiTBlock(nn.Module):
         return gated(normed if self.residual_from_normed else x, gate2, fed, skip)
 
 
+@check_kinds
 class DiTHead(nn.Module):
     """Modulated norm and the last linear layer, in float32 also under autocast.
 
@@ -222,13 +229,13 @@ class DiTHead(nn.Module):
         norm: see `DiTBlock`.
     """
 
-    def __init__(self, dim: int, out_dim: int, *, norm: Literal["layer", "rms"] = "layer") -> None:
+    def __init__(self, dim: Size, out_dim: Size, *, norm: Literal["layer", "rms"] = "layer") -> None:
         super().__init__()
         self.norm = _norm(norm, dim)
         self.modulation = Modulation(dim, dim, parts=2)
         self.linear = nn.Linear(dim, out_dim)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Features, cond: Features) -> Tensor:
         """`[B, G * n, C]` and `[B, G, C]` to float32 `[B, G * n, out_dim]`."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.linear.weight.dtype
@@ -238,6 +245,7 @@ class DiTHead(nn.Module):
 
 
 @torch.no_grad()
+@check_kinds
 def init_dit(module: nn.Module) -> None:
     """Initial weights of a diffusion transformer: every block is the identity and the output is zero.
 
@@ -257,7 +265,7 @@ def init_dit(module: nn.Module) -> None:
             part.linear.weight.zero_()
 
 
-def _norm(kind: Literal["layer", "rms"], dim: int) -> nn.Module:
+def _norm(kind: Literal["layer", "rms"], dim: Size) -> nn.Module:
     if kind == "rms":
         return RMSNorm(dim, eps=EPS)
     return nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
@@ -274,6 +282,7 @@ OFFICIAL_NAMES = (
 )
 
 
+@check_kinds
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published names of DiT and of models that follow it, in ours."""
     ours = {}

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from arcore.nn.checks import check_ids
+from arcore.nn.kinds import Size, check_kinds
 
 
+@check_kinds
 class ClassEmbedding(nn.Module):
     """Class embedding with one more row, the null class of classifier-free guidance (arXiv:2207.12598).
 
@@ -20,7 +22,7 @@ class ClassEmbedding(nn.Module):
         drop: probability that a label becomes the null class while training.
     """
 
-    def __init__(self, num_classes: int, dim: int, *, drop: float = 0.0) -> None:
+    def __init__(self, num_classes: int, dim: Size, *, drop: float = 0.0) -> None:
         super().__init__()
         if num_classes < 1 or not 0.0 <= drop <= 1.0:
             raise ValueError(
@@ -51,6 +53,7 @@ class ClassEmbedding(nn.Module):
 NullContext = Literal["learned", "zero", "first"]
 
 
+@check_kinds
 class ContextEmbedding(nn.Module):
     """Each class as several learned tokens, for models that read their condition as context.
 
@@ -71,7 +74,7 @@ class ContextEmbedding(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, tokens: int, dim: int, *, null: NullContext = "learned", drop: float = 0.0
+        self, num_classes: int, tokens: int, dim: Size, *, null: NullContext = "learned", drop: float = 0.0
     ) -> None:
         super().__init__()
         if min(num_classes, tokens, dim) < 1 or not 0.0 <= drop <= 1.0:
@@ -99,6 +102,7 @@ class ContextEmbedding(nn.Module):
         return table[labels]
 
 
+@check_kinds
 class LevelEmbedding(nn.Module):
     """One learned vector per segment of the sequence, e.g. per scale.
 
@@ -107,7 +111,7 @@ class LevelEmbedding(nn.Module):
         dim: width C.
     """
 
-    def __init__(self, sizes: Sequence[int], dim: int) -> None:
+    def __init__(self, sizes: Sequence[int], dim: Size) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.weight = nn.Parameter(torch.empty(len(self.sizes), dim))
@@ -119,7 +123,8 @@ class LevelEmbedding(nn.Module):
         return torch.cat(rows).unsqueeze(0)
 
 
-def sincos_sequence(length: int, dim: int, base: float = 10000.0) -> Tensor:
+@check_kinds
+def sincos_sequence(length: Size, dim: Size, base: float = 10000.0) -> Tensor:
     """Fixed sine-cosine positions of a sequence, the sines first; computed in float64 on the CPU.
 
     Args:
@@ -140,7 +145,8 @@ def sincos_sequence(length: int, dim: int, base: float = 10000.0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1).float().unsqueeze(0)
 
 
-def sincos_positions(side: int, dim: int, base: float = 10000.0) -> Tensor:
+@check_kinds
+def sincos_positions(side: Size, dim: Size, base: float = 10000.0) -> Tensor:
     """Fixed sine-cosine positions of side x side patches in raster order (as in arXiv:2111.06377).
 
     The first half of the channels encodes the column, the second half the row; each half has its sines first.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.matmul import fills_its_memory
+from arcore.nn.kinds import Axes, Features, explain_kinds
 from arcore.ops._registration import call_below
 
 # oneDNN's product with a weight as it lies in memory. On processors that MKL does not favour it takes less time than
@@ -24,7 +25,14 @@ STEP_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 MIN_OF_ONE, MIN_OF_FEW = 2**19, 2**16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows: int | None = None) -> Tensor:
+@explain_kinds
+def linear(
+    x: Features,
+    weight: Annotated[Tensor, Axes("O C", floating=True)],
+    bias: Annotated[Tensor, Axes("O", floating=True)] | None = None,
+    *,
+    rows: int | None = None,
+) -> Tensor:
     """`torch.nn.functional.linear` by what is faster on a CPU without gradients: few rows through an op that reads the
     weight once, many rows in float32 through oneDNN.
 

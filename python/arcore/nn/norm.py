@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.kinds import Features, Size, check_kinds
 
+
+@check_kinds
 class RMSNorm(nn.Module):
     """Divides by the root mean square of the last axis and scales (arXiv:1910.07467).
 
@@ -18,18 +21,19 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: Size, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Features) -> Tensor:
         """`[..., C]` to `[..., C]`."""
         if x.dtype == self.weight.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(self.weight.dtype) * self.weight
 
 
+@check_kinds
 class GatedRMSNorm(RMSNorm):
     """`RMSNorm` of `x * silu(gate)`, separately in groups of channels (Mamba-2, arXiv:2405.21060, section 7.1).
 
@@ -43,7 +47,7 @@ class GatedRMSNorm(RMSNorm):
         ValueError: `groups` does not divide `dim`.
     """
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, before_gate: bool = False) -> None:
+    def __init__(self, dim: Size, *, groups: int = 1, eps: float = 1e-5, before_gate: bool = False) -> None:
         super().__init__(dim, eps=eps)
         self.before_gate = before_gate
         if groups < 1 or dim % groups:
@@ -52,7 +56,7 @@ class GatedRMSNorm(RMSNorm):
             )
         self.groups = groups
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def forward(self, x: Features, gate: Tensor | None = None) -> Tensor:
         """`x` and `gate` `[..., C]` to `[..., C]`."""
         x = x.float()
         if gate is not None and not self.before_gate:

@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from arcore.nn.kinds import Planes, Size, check_kinds
 
+
+@check_kinds
 class PatchEmbed(nn.Module):
     """One linear map of each patch.
 
@@ -21,16 +24,17 @@ class PatchEmbed(nn.Module):
         patch_size: side length of a patch in pixels.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+    def __init__(self, in_channels: Size, dim: Size, patch_size: Size) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Planes) -> Tensor:
         """`[B, in_channels, H, W]` to `[B, N, C]`, N patches in raster order."""
         out: Tensor = self.proj(images)
         return out.flatten(2).transpose(1, 2)
 
 
+@check_kinds
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Pixels of each patch, patches in raster order.
 
@@ -49,10 +53,12 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
             f"expected images [B, C, H, W] with sides in multiples of {patch_size} but got {tuple(images.shape)}"
         )
     batch, channels, height, width = images.shape
-    x = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * channels)
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
+@check_kinds
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     """The square images `[B, C, H, H]` whose `patchify` is `[B, N, p * p * C]`."""
     batch, count, pixels = patches.shape
@@ -61,6 +67,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch_size, side * patch_size)
 
 
+@check_kinds
 def standardized(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Patches with mean 0 and variance 1, the targets of masked and autoregressive image models (arXiv:2111.06377).
 
@@ -70,12 +77,18 @@ def standardized(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Te
 
     Returns:
         The standardized patches, and the mean and the standard deviation `[..., 1]` that were taken out.
+
+    Raises:
+        ValueError: there are none.
     """
+    if not patches.numel():
+        raise ValueError(f"expected at least one patch of one pixel but got {tuple(patches.shape)}")
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     std = (variance + eps).sqrt()
     return (patches - mean) / std, mean, std
 
 
+@check_kinds
 def cluster_order(side: int, cluster: int, device: torch.device | None = None) -> Tensor:
     """Raster positions in cluster order: `x[:, cluster_order(G, s)]` puts G * G patches into cluster order.
 
@@ -97,6 +110,7 @@ def cluster_order(side: int, cluster: int, device: torch.device | None = None) -
     return blocks.transpose(1, 2).reshape(-1)
 
 
+@check_kinds
 def inverse_order(order: Tensor) -> Tensor:
     """The permutation that undoes `order`."""
     inverse = torch.empty_like(order)

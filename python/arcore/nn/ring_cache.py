@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from arcore.masks import IntervalMask
+from arcore.nn.kinds import check_kinds, explain_kinds
 
 Within = Literal["causal", "full"]
 
 
+@check_kinds
 class RingCache:
     """Keys and values of the last `window` tokens, and of the first `sinks`, however long the stream is.
 
@@ -78,10 +80,12 @@ class RingCache:
         """Memory of the storage."""
         return self.keys.nbytes + self.values.nbytes
 
+    @explain_kinds
     def slots(self, new: int = 0) -> int:
         """Slots that are in use once `new` more tokens are staged: the Nk of `mask` and of what `stage` returns."""
         return min(self._length + new, self.sinks + self._ring)
 
+    @explain_kinds
     def mask(self, new: int, within: Within = "causal") -> IntervalMask:
         """What `new` tokens behind the end may see, for all layers.
 
@@ -123,6 +127,7 @@ class RingCache:
             return 0, head, sinks + low, sinks + low + count
         return 0, sinks + low + count - ring, sinks + low, sinks + ring
 
+    @explain_kinds
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens of one layer over those that nobody will see again, without counting them in.
 
@@ -159,6 +164,7 @@ class RingCache:
         slots = self.slots(new)
         return self.keys[layer, :, :, :slots], self.values[layer, :, :, :slots]
 
+    @explain_kinds
     def commit(self, count: int) -> None:
         """Count the first `count` staged tokens in; the others are forgotten.
 
@@ -172,6 +178,7 @@ class RingCache:
         self._length += count
         self._staged = 0
 
+    @explain_kinds
     def truncate(self, length: int) -> None:
         """Go back to the first `length` tokens of the stream, as decoders do that take drafts back.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore.nn.checks import dtype_name
+from arcore.nn.kinds import check_kinds
 
 
 class TokenStats(NamedTuple):
@@ -31,6 +32,7 @@ class TokenStats(NamedTuple):
     logsumexp: Tensor | None = None
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """Responses to prompts, as they were drawn. Rows are right-padded; those of one prompt stand together.
@@ -94,6 +96,7 @@ class Rollout:
         return self.mask.sum(1)
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
     """Pairs of responses: rows 2 i and 2 i + 1 are the first and the second of pair i.

@@ -13,10 +13,12 @@ released weights of ACDiT need it; nothing else should use it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from arcore.nn.kinds import Axes, check_kinds, explain_kinds
 
 RopeLayout = Literal["blockdiag", "cosmos", "acdit_v0"]
 
@@ -33,15 +35,18 @@ class Rope(NamedTuple):
     sin: Tensor
     runs: tuple[int, ...]
 
+    @explain_kinds
     def rows(self, index: Tensor | slice) -> Rope:
         """The angles of some tokens."""
         return Rope(self.cos[index], self.sin[index], self.runs)
 
+    @explain_kinds
     def to(self, device: torch.device) -> Rope:
         """The same on another device."""
         return Rope(self.cos.to(device), self.sin.to(device), self.runs)
 
-    def apply(self, x: Tensor) -> Tensor:
+    @explain_kinds
+    def apply(self, x: Annotated[Tensor, Axes("... N D")]) -> Tensor:
         """Turn queries or keys `[..., N, D]`; computed in float32, returned in the dtype of x."""
         turned = []
         for part in x.split(self.runs, dim=-1):
@@ -50,11 +55,13 @@ class Rope(NamedTuple):
         return (x * self.cos + torch.cat(turned, dim=-1) * self.sin).to(x.dtype)
 
 
+@check_kinds
 def axis_base(length: int) -> float:
     """The rotary base that ACDiT takes for an axis of that many positions: about 8 / pi of it, in whole hundreds."""
     return float((int(8 * length / torch.pi) // 100 + 1) * 100)
 
 
+@check_kinds
 def rope_table(
     positions: Tensor,
     head_dim: int,

@@ -7,10 +7,12 @@ the models were trained with these angles, which differ from exact ones far from
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from arcore.nn.kinds import Axes, check_kinds, explain_kinds
 
 RopeType = Literal["default", "linear", "llama3"]
 
@@ -26,19 +28,22 @@ class Angles(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def turn(self, x: Tensor) -> Tensor:
+    @explain_kinds
+    def turn(self, x: Annotated[Tensor, Axes("B N H D")]) -> Tensor:
         """Turn queries or keys `[B, N, H, D]`; computed in float32, returned in the dtype of x."""
         first, second = x.chunk(2, dim=-1)
         return torch.addcmul(x * self.cos, torch.cat([second, first], -1), self.sin).to(x.dtype)
 
 
-def signed_angles(angles: Tensor) -> Angles:
+@explain_kinds
+def signed_angles(angles: Annotated[Tensor, Axes("... N D/2", floating=True)]) -> Angles:
     """`Angles` from those of each channel pair, `[..., N, D / 2]` with zero or one dimension in front."""
     cos, sin = angles.cos(), angles.sin()
     cos, sin = torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
     return Angles(cos, sin) if cos.dim() == 4 else Angles(cos.unsqueeze(0), sin.unsqueeze(0))
 
 
+@check_kinds
 class RotaryTable:
     """Angles by position, computed once up to the largest position asked for.
 
@@ -91,10 +96,12 @@ class RotaryTable:
         self.rates = rates
         self._table = signed_angles(torch.zeros(0, head_dim // 2, device="cpu"))
 
+    @explain_kinds
     def at(self, positions: Tensor) -> Angles:
         """Angles of tokens at positions, int64 `[N]` or `[B, N]`, at any place of a text."""
         return signed_angles(positions.unsqueeze(-1).float() * self.rates.to(positions.device))
 
+    @explain_kinds
     def span(self, start: int, stop: int, device: torch.device) -> Angles:
         """Angles of the positions from `start` to `stop`, from a table that grows when needed."""
         if self._table.cos.shape[1] < stop or self._table.cos.device != device:

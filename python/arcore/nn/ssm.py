@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.kinds import Positive, Size, Tokens, check_kinds, explain_kinds
 from arcore.nn.linear import Linear, linear
 from arcore.nn.norm import GatedRMSNorm
 from arcore.nn.state import StateCache
 from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
 
 
+@check_kinds
 class CausalConv1d(nn.Module):
     """Depthwise causal convolution, and SiLU or nothing.
 
@@ -33,7 +35,7 @@ class CausalConv1d(nn.Module):
     """
 
     def __init__(
-        self, channels: int, taps: int, *, bias: bool = True, activation: Literal["silu"] | None = "silu"
+        self, channels: Size, taps: Size, *, bias: bool = True, activation: Literal["silu"] | None = "silu"
     ) -> None:
         super().__init__()
         self.activation: Any = activation
@@ -75,6 +77,7 @@ class CausalConv1d(nn.Module):
         )
         return out
 
+    @explain_kinds
     def step(self, x: Tensor, state: Tensor, trail: Tensor | None = None) -> Tensor:
         """One token or a few; `state` `[B, W - 1, D]` moves on in place.
 
@@ -98,6 +101,7 @@ class CausalConv1d(nn.Module):
         return y.transpose(1, 2) if several else y
 
 
+@check_kinds
 class SelectiveSSM(nn.Module):
     """Convolution and selective scan of D channels (arXiv:2312.00752, section 3.2), without projections in and out.
 
@@ -129,9 +133,9 @@ class SelectiveSSM(nn.Module):
         d_state: int = 16,
         d_conv: int = 4,
         conv_bias: bool = True,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-        dt_floor: float = 1e-4,
+        dt_min: Positive = 1e-3,
+        dt_max: Positive = 0.1,
+        dt_floor: Positive = 1e-4,
     ) -> None:
         super().__init__()
         self.dt_rank = dt_rank
@@ -159,6 +163,7 @@ class SelectiveSSM(nn.Module):
         """The matrix A of the continuous system, float32 `[D, N]`, negative."""
         return -self.A_log.float().exp()
 
+    @explain_kinds
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the scan does with each token; the selection of the paper's section 3.2.
 
@@ -171,6 +176,7 @@ class SelectiveSSM(nn.Module):
         low_rank, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return linear(low_rank, self.dt_proj.weight), b, c
 
+    @explain_kinds
     def scan(
         self,
         u: Tensor,
@@ -215,6 +221,7 @@ class SelectiveSSM(nn.Module):
         return y.transpose(1, 2)
 
 
+@check_kinds
 class MambaMixer(SelectiveSSM):
     """The mixer of Mamba (arXiv:2312.00752, section 3.4).
 
@@ -241,7 +248,7 @@ class MambaMixer(SelectiveSSM):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         *,
         seq_idx: Tensor | None = None,
         reverse: bool = False,
@@ -267,6 +274,7 @@ class MambaMixer(SelectiveSSM):
         out: Tensor = self.out_proj(self.scan(u, z, seq_idx=seq_idx, reverse=reverse, states=states))
         return out
 
+    @explain_kinds
     def branches(self, prompt: Tensor, continuations: Tensor) -> tuple[Tensor, Tensor]:
         """Mix a prompt once and several continuations of it, each as if it stood behind the prompt alone.
 
@@ -300,6 +308,7 @@ class MambaMixer(SelectiveSSM):
         )
         return out.transpose(1, 2), last
 
+    @explain_kinds
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
         """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)
@@ -318,6 +327,7 @@ class MambaMixer(SelectiveSSM):
         return out
 
 
+@check_kinds
 class Mamba2Mixer(nn.Module):
     """The mixer of Mamba-2 (arXiv:2405.21060, section 7).
 
@@ -367,9 +377,9 @@ class Mamba2Mixer(nn.Module):
         d_per_channel: bool = False,
         gated_norm: bool = True,
         norm_before_gate: bool = False,
-        dt_min: float = 1e-3,
-        dt_max: float = 0.1,
-        dt_floor: float = 1e-4,
+        dt_min: Positive = 1e-3,
+        dt_max: Positive = 0.1,
+        dt_floor: Positive = 1e-4,
     ) -> None:
         super().__init__()
         whole = expand * dim
@@ -442,7 +452,7 @@ class Mamba2Mixer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         *,
         seq_idx: Tensor | None = None,
         cache: StateCache | None = None,
@@ -471,6 +481,7 @@ class Mamba2Mixer(nn.Module):
             state.copy_(last_state)
         return self._mixed(y.flatten(2), gate, passed)
 
+    @explain_kinds
     def step(self, x: Tensor, cache: StateCache, layer: int = 0) -> Tensor:
         """Mix one token per row, `[B, C]` to `[B, C]`, or S, `[B, S, C]`; the layer's state moves on in place."""
         conv_state, state = cache.layer(layer)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import Count, check_kinds, explain_kinds
 
+
+@check_kinds
 @dataclass(frozen=True)
 class StateSnapshot:
     """A copy of what a `StateCache` held.
@@ -22,6 +25,7 @@ class StateSnapshot:
     lengths: tuple[int, ...]
 
 
+@check_kinds
 class StateCache:
     """What state-space layers remember of the tokens so far: the last inputs of their convolution and their state.
 
@@ -83,12 +87,14 @@ class StateCache:
         """Tokens of the longest row."""
         return max(self._lengths, default=0)
 
+    @explain_kinds
     def advance(self, counts: int | Tensor | Sequence[int]) -> None:
         """Say that layers have read so many tokens, one number or one per row; what was staged then stands."""
         self._trail = None
         self._lengths = [have + n for have, n in zip(self._lengths, self._per_row(counts), strict=True)]
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+    @explain_kinds
+    def layer(self, layer: Count) -> tuple[Tensor, Tensor]:
         """Views of one layer's entries: the convolution's inputs and the state, to be written in place."""
         return self._layers[layer]
 
@@ -96,6 +102,7 @@ class StateCache:
         """A copy of everything, to come back to."""
         return StateSnapshot(self.conv.clone(), self.ssm.clone(), self.lengths)
 
+    @explain_kinds
     def restore(self, snapshot: StateSnapshot) -> None:
         """Make the cache what it was at the time of the snapshot.
 
@@ -111,6 +118,7 @@ class StateCache:
         self.ssm.copy_(snapshot.ssm)
         self._lengths, self._trail = list(snapshot.lengths), None
 
+    @explain_kinds
     def stage(self, tokens: int) -> None:
         """Make room for the states before and after each of `tokens` tokens that layers read next; see `trail`."""
         self._base = self._lengths
@@ -119,7 +127,8 @@ class StateCache:
             self.ssm.new_empty(*self.ssm.shape[:2], tokens + 1, *self.ssm.shape[2:]),
         )
 
-    def trail(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    @explain_kinds
+    def trail(self, layer: Count) -> tuple[Tensor | None, Tensor | None]:
         """A layer's room for what `stage` announced: `[B, tokens + 1, ...]` for each of its entries.
 
         (None, None) where nothing is staged.
@@ -130,6 +139,7 @@ class StateCache:
         """Go back to the states before the staged tokens, which stay staged."""
         self._take([0] * self.batch)
 
+    @explain_kinds
     def commit(self, counts: int | Tensor | Sequence[int]) -> None:
         """Count staged tokens in: each row's state becomes that after the first `counts` of them, bit for bit.
 
@@ -147,6 +157,7 @@ class StateCache:
             )
         self._take(numbers)
 
+    @explain_kinds
     def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
         """Go back to fewer tokens, as far as those staged last reach.
 
@@ -167,6 +178,7 @@ class StateCache:
             )
         self._take(back)
 
+    @explain_kinds
     def keep(self, path: Tensor | Sequence[Sequence[int]]) -> None:
         """`commit` by the places of accepted tokens: 0, 1, ... of each row, then -1. A state has no branches.
 
@@ -201,6 +213,7 @@ class StateCache:
         for entries, kept in zip((self.conv, self.ssm), self._trail, strict=True):
             entries.copy_(kept[:, rows.to(kept.device), at.to(kept.device)])
 
+    @explain_kinds
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).
 

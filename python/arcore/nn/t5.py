@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.masks import IntervalMask
+from arcore.nn.kinds import check_kinds
 from arcore.nn.norm import RMSNorm
 
 
+@check_kinds
 def relative_buckets(
     distance: Tensor, *, buckets: int = 32, farthest: int = 128, both: bool = True
 ) -> Tensor:
@@ -40,6 +42,7 @@ def relative_buckets(
     return found + torch.where(distance < exact, distance, far)
 
 
+@check_kinds
 class RelativeBias(nn.Module):
     """A learned number per head and bucket of distance, added to attention logits.
 
@@ -61,6 +64,7 @@ class RelativeBias(nn.Module):
         return self.weight[number].permute(2, 0, 1).unsqueeze(0)
 
 
+@check_kinds
 class T5Attention(nn.Module):
     """Attention without biases, whose logits are not scaled.
 
@@ -99,6 +103,7 @@ class T5Attention(nn.Module):
         return mixed
 
 
+@check_kinds
 class T5Layer(nn.Module):
     """Self-attention, attention to an encoder where there is one, and a network gated by GELU.
 
@@ -135,6 +140,7 @@ class T5Layer(nn.Module):
         return out
 
 
+@check_kinds
 class T5Stack(nn.Module):
     """Layers with one table of relative biases, and a norm behind them.
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds, explain_kinds
+
 Counts = int | Sequence[int] | Tensor
 
 
+@check_kinds
 class TokenSnapshot:
     """A point in the life of a `TokenCache`: lengths only, for what lies before the end is never written again.
 
@@ -24,6 +27,7 @@ class TokenSnapshot:
         self.owner, self.lengths, self.cuts = owner, lengths, cuts
 
 
+@check_kinds
 class TokenCache:
     """Keys and values of all layers, each row with its own number of tokens, with room from the start.
 
@@ -110,6 +114,7 @@ class TokenCache:
         """Memory of the storage."""
         return self.keys.nbytes + self.values.nbytes
 
+    @explain_kinds
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new tokens of one layer behind each row's end, without counting them in.
 
@@ -148,6 +153,7 @@ class TokenCache:
                 self.values[slot, row, :, start + new : stop].zero_()
         return self.keys[slot, :, :, :stop], self.values[slot, :, :, :stop]
 
+    @explain_kinds
     def open(self, new: int) -> None:
         """Make `new` tokens count as staged, for ops that write them into the views of `layer` themselves.
 
@@ -157,6 +163,7 @@ class TokenCache:
         self._check_room(new)
         self._staged = new
 
+    @explain_kinds
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer with all their room, `[B, H, max_length, D]`, as views of the storage.
 
@@ -166,6 +173,7 @@ class TokenCache:
         slot = self._slot(layer)
         return self.keys[slot], self.values[slot]
 
+    @explain_kinds
     def commit(self, counts: Counts) -> None:
         """Count staged tokens in: the first `counts` of each row.
 
@@ -184,6 +192,7 @@ class TokenCache:
         self._lengths = tuple(have + n for have, n in zip(self._lengths, numbers, strict=True))
         self._staged = 0
 
+    @explain_kinds
     def keep(self, path: Tensor | Sequence[Sequence[int]]) -> None:
         """Count in the staged tokens on a path, moved together; the others are forgotten.
 
@@ -217,6 +226,7 @@ class TokenCache:
         self._lengths = tuple(have + len(p) for have, p in zip(self._lengths, rows, strict=True))
         self._staged = 0
 
+    @explain_kinds
     def truncate(self, length: Counts) -> None:
         """Keep the first `length` tokens of each row.
 
@@ -238,6 +248,7 @@ class TokenCache:
         """The present lengths, to come back to; nothing is copied."""
         return TokenSnapshot(self, self._lengths, len(self._cuts))
 
+    @explain_kinds
     def restore(self, snapshot: TokenSnapshot) -> None:
         """Forget what was counted in since the snapshot.
 
@@ -256,6 +267,7 @@ class TokenCache:
             )
         self._cut(snapshot.lengths)
 
+    @explain_kinds
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep these rows in this order; a row may be taken more than once (beams) or not at all (finished rows).
 
@@ -271,6 +283,7 @@ class TokenCache:
         self._cuts.append(())
         self._staged = 0
 
+    @explain_kinds
     def fork(self, rows: Tensor | Sequence[int] | None = None) -> TokenCache:
         """A cache of its own with copies of these rows, all by default; this one stays as it is.
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from arcore.nn.kinds import check_kinds
 from arcore.schedules import NoiseSchedule, Prediction, VPSchedule, broadcast_time, target, to_x0
 
 
+@check_kinds
 def diffusion_loss(
     output: Tensor,
     clean: Tensor,
@@ -49,6 +51,7 @@ def diffusion_loss(
     return (broadcast_time(weight, output) * (output.float() - wanted).square()).mean()
 
 
+@check_kinds
 def variance_bound(
     output: Tensor,
     variance: Tensor,
@@ -78,10 +81,13 @@ def variance_bound(
         float32 like output, in bits.
 
     Raises:
-        ValueError: an unknown `cdf`.
+        ValueError: an unknown `cdf`, or shapes do not fit.
     """
-    if cdf not in ("exact", "tanh"):
-        raise ValueError(f"expected cdf to be exact or tanh but got {cdf!r}")
+    for name, value in (("variance", variance), ("clean", clean), ("noisy", noisy)):
+        if value.shape != output.shape:
+            raise ValueError(
+                f"expected {name} of output's shape {tuple(output.shape)} but got {tuple(value.shape)}"
+            )
     x0 = to_x0("eps", output.detach().float(), noisy.float(), t, schedule)
     bar, before = (schedule.alpha_bar(step) for step in (t, t - 1))
     beta = 1 - bar / before

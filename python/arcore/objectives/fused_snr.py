@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
 from arcore.schedules import Prediction, VPSchedule
 
 
+@check_kinds
 def min_snr_weights(
     t: Tensor, schedule: VPSchedule, *, prediction: Prediction, snr_clip: float = 5.0
 ) -> Tensor:
@@ -31,6 +33,7 @@ def min_snr_weights(
     return _of_prediction(snr, snr.clamp(max=snr_clip), prediction).float()
 
 
+@check_kinds
 def fused_snr_weights(
     t: Tensor, schedule: VPSchedule, *, prediction: Prediction, snr_clip: float = 5.0, decay: float = 0.96
 ) -> Tensor:

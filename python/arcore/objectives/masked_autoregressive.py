@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from arcore.nn import DiffusionHead
+from arcore.nn.kinds import Axes, Bounds, Count, Positive, Size, check_kinds
 from arcore.objectives.diffusion import diffusion_loss, variance_bound
 from arcore.schedules import VPSchedule, add_noise
 
 
+@check_kinds
 def draw_visible(
-    batch: int,
-    tokens: int,
+    batch: Count,
+    tokens: Size,
     *,
     least: float = 0.7,
-    mean: float = 1.0,
-    std: float = 0.25,
+    mean: Annotated[float, Bounds(finite=True)] = 1.0,
+    std: Positive = 0.25,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -53,12 +56,13 @@ def draw_visible(
     return order[:, masked:].sort(dim=1).values, order[:, :masked].sort(dim=1).values
 
 
+@check_kinds
 def diffusion_head_loss(
     head: DiffusionHead,
-    tokens: Tensor,
-    z: Tensor,
+    tokens: Annotated[Tensor, Axes("M C")],
+    z: Annotated[Tensor, Axes("M D")],
     *,
-    repeats: int = 4,
+    repeats: Size = 4,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean squared error of the head at random times.

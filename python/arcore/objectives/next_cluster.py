@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
 from arcore.nn.patches import cluster_order, inverse_order, patchify, standardized
 
 
@@ -25,6 +26,7 @@ class NextClusterLoss(NamedTuple):
     blocks: Tensor
 
 
+@check_kinds
 def next_cluster_targets(images: Tensor, *, patch_size: int, cluster: int = 4) -> Tensor:
     """Standardized patches of all clusters but the first, in cluster order.
 
@@ -41,6 +43,7 @@ def next_cluster_targets(images: Tensor, *, patch_size: int, cluster: int = 4) -
     return patches[:, order[cluster * cluster :]]
 
 
+@check_kinds
 def next_cluster_loss(
     predictions: Tensor,
     images: Tensor,

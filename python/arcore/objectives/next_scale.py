@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
 from arcore.ops import token_logprobs
 
 
+@check_kinds
 def next_scale_loss(
     logits: Tensor,
     indices: Sequence[Tensor],

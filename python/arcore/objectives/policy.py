@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
+
 Reduction = Literal["sequence_mean", "token_mean", "constant"]
 Deviation = Literal["population", "sample", "none"]
 Ratio = Literal["token", "sequence"]
@@ -33,6 +35,7 @@ class GroupStatistics(NamedTuple):
     equal: Tensor
 
 
+@check_kinds
 def group_statistics(
     rewards: Tensor, groups: Tensor, *, deviation: Literal["population", "sample"] = "population"
 ) -> GroupStatistics:
@@ -61,11 +64,6 @@ def group_statistics(
             f"arcore.group_statistics: expected finite rewards but got {rewards[row].item()} in row {row}; "
             "drop that response or repair the reward"
         )
-    if deviation not in ("population", "sample"):
-        raise ValueError(
-            "arcore.group_statistics: expected deviation to be 'population' or 'sample' but got "
-            f"{deviation!r}; choose by what the rewards are divided by"
-        )
     _, place = torch.unique(groups, return_inverse=True)
     count = int(place.max()) + 1 if len(place) else 0
     zeros = rewards.new_zeros(count)
@@ -79,6 +77,7 @@ def group_statistics(
     return GroupStatistics(mean[place], spread[place], size[place], (other == 0)[place])
 
 
+@check_kinds
 def group_advantages(
     rewards: Tensor, groups: Tensor, *, deviation: Deviation = "population", epsilon: float = 0.0
 ) -> Tensor:
@@ -110,6 +109,7 @@ def group_advantages(
     return torch.where(found.equal, 0.0, advantages)
 
 
+@check_kinds
 def log_ratio(logprobs: Tensor, old: Tensor, mask: Tensor, *, ratio: Ratio = "token") -> Tensor:
     """Log of how much likelier the policy makes each token than the one that drew it.
 
@@ -138,6 +138,7 @@ def log_ratio(logprobs: Tensor, old: Tensor, mask: Tensor, *, ratio: Ratio = "to
     return torch.where(mask, mean, 0.0)
 
 
+@check_kinds
 def sequence_logprob(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log-probability of each response: the sum over its tokens, at least in float32.
 
@@ -156,6 +157,7 @@ def sequence_logprob(logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, wide, 0.0).sum(-1)
 
 
+@check_kinds
 def reduce(
     values: Tensor, mask: Tensor, *, how: Reduction = "token_mean", length: int | None = None
 ) -> Tensor:
@@ -195,6 +197,7 @@ def reduce(
     return kept.sum() / (length * max(tokens.numel(), 1))
 
 
+@check_kinds
 def grpo_loss(
     logprobs: Tensor,
     old: Tensor,

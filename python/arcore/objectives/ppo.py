@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import Axes, check_kinds
 from arcore.objectives.policy import Reduction, check_advantages, log_ratio, reduce
 
 
+@check_kinds
 def ppo_loss(
     logprobs: Tensor,
     old: Tensor,
@@ -40,6 +44,11 @@ def ppo_loss(
             f"arcore.ppo_loss: expected advantages of logprobs's shape {tuple(logprobs.shape)} but got "
             f"{tuple(advantages.shape)}; give one per step (GRPO's one per response go to grpo_loss)"
         )
+    if mask.shape != logprobs.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"arcore.ppo_loss: expected a bool mask of logprobs's shape {tuple(logprobs.shape)} but got "
+            f"{tuple(mask.shape)} of {mask.dtype}"
+        )
     check_advantages("ppo_loss", advantages.detach(), mask)
     if not 0 <= clip <= 1:
         raise ValueError(f"arcore.ppo_loss: expected clip from 0 to 1 but got {clip}; 0.2 is common")
@@ -49,6 +58,7 @@ def ppo_loss(
     return reduce(-worth, mask, how=how, length=length)
 
 
+@check_kinds
 def value_loss(
     values: Tensor, returns: Tensor, mask: Tensor, *, old: Tensor | None = None, clip: float | None = None
 ) -> Tensor:
@@ -81,7 +91,10 @@ def value_loss(
     return 0.5 * reduce(error, mask)
 
 
-def turn_logprobs(logprobs: Tensor, turns: Tensor, count: int) -> Tensor:
+@check_kinds
+def turn_logprobs(
+    logprobs: Annotated[Tensor, Axes("B T", floating=True)], turns: Tensor, count: int
+) -> Tensor:
     """Log-probability of each environment step: the sum over its tokens.
 
     Args:

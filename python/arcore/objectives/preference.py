@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from arcore.nn.kinds import check_kinds
+
 PreferenceKind = Literal["dpo", "ipo", "hinge"]
 
 
+@check_kinds
 def preference_loss(
     policy: Tensor,
     reference: Tensor,
@@ -70,6 +73,7 @@ def preference_loss(
     return losses.mean() if len(losses) else losses.sum()
 
 
+@check_kinds
 def kto_loss(
     policy: Tensor,
     reference: Tensor,

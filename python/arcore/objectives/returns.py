@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arcore.nn.kinds import check_kinds
 from arcore.ops import linear_scan
 
 
@@ -22,6 +23,7 @@ class Advantages(NamedTuple):
     returns: Tensor
 
 
+@check_kinds
 def discounted_returns(
     rewards: Tensor,
     *,
@@ -60,6 +62,7 @@ def discounted_returns(
     return torch.where(mask, found, 0.0)
 
 
+@check_kinds
 def gae(
     rewards: Tensor,
     values: Tensor,

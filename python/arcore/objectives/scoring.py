@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from arcore.nn.branches import branch_hidden, pack_branches
 from arcore.nn.causal import CausalDecoder
+from arcore.nn.kinds import check_kinds
 from arcore.nn.rollout import Rollout, TokenStats, check_rows
 from arcore.ops import (
     TokenLogprobs,
@@ -19,8 +21,9 @@ from arcore.ops import (
 )
 
 
+@check_kinds
 def score(
-    model: Any,
+    model: Callable[..., Any],
     tokens: Tensor,
     mask: Tensor,
     *,
@@ -107,8 +110,9 @@ def score(
     return TokenStats(logp, spread(found.entropy), spread(found.logsumexp))
 
 
+@check_kinds
 def score_rollout(
-    model: Any, rollout: Rollout, *, entropy: bool = False, packed: bool | None = None
+    model: Callable[..., Any], rollout: Rollout, *, entropy: bool = False, packed: bool | None = None
 ) -> TokenStats:
     """`score` of a rollout at its own temperature and on its own kept sets.
 

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arcore._kinds import Axes, check_kinds
 
+Levels = Annotated[Tensor, Axes("S F", whole=True)]
+
+
+@check_kinds
 def fopp_times(
     batch: int,
     frames: int,
@@ -75,6 +80,7 @@ def _log_ways(frames: int, num_steps: int) -> Tensor:
     return torch.lgamma(step + frame + 1) - torch.lgamma(step + 1) - torch.lgamma(frame + 1)
 
 
+@check_kinds
 def fopp_marginals(frames: int, num_steps: int) -> Tensor:
     """The exact probability that `fopp_times` gives frame f the time t, float64 `[F, T]`; takes F^2 T^2 operations."""
     _check_counts(frames=frames, num_steps=num_steps)
@@ -95,6 +101,7 @@ def fopp_marginals(frames: int, num_steps: int) -> Tensor:
     return total / frames
 
 
+@check_kinds
 def adaptive_levels(frames: int, steps: int, lag: int) -> Tensor:
     """AR-Diffusion's sampling table: each frame starts `lag` iterations after the one before (section 3.4).
 
@@ -116,6 +123,7 @@ def adaptive_levels(frames: int, steps: int, lag: int) -> Tensor:
     return steps - (iteration - lag * torch.arange(frames)).clamp(0, steps)
 
 
+@check_kinds
 def pyramid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     """Diffusion Forcing's pyramid: frame i is floor(i * uncertainty) levels behind the first.
 
@@ -138,6 +146,7 @@ def pyramid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     return (steps + behind - torch.arange(height)[:, None]).clamp(0, steps)
 
 
+@check_kinds
 def trapezoid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     """Diffusion Forcing's trapezoid: from both ends inwards, for sequences whose first and last frames are likeliest.
 
@@ -160,7 +169,8 @@ def trapezoid_levels(frames: int, steps: int, uncertainty: float) -> Tensor:
     return torch.cat([half, half[:, : frames // 2].flip(1)], dim=1)
 
 
-def grouped_levels(levels: Tensor, frames: int) -> Tensor:
+@check_kinds
+def grouped_levels(levels: Levels, frames: int) -> Tensor:
     """The table of more frames than another has: groups of its F frames go through it one after the other.
 
     Args:
@@ -171,9 +181,11 @@ def grouped_levels(levels: Tensor, frames: int) -> Tensor:
         int64 `[M', frames]`.
 
     Raises:
-        ValueError: `frames` is below 1.
+        ValueError: `frames` is below 1, or there are no levels.
     """
     _check_counts(frames=frames)
+    if not levels.numel():
+        raise ValueError(f"expected levels of at least one step and frame but got {tuple(levels.shape)}")
     steps, size, rows = int(levels[0, 0]), levels.shape[1], []
     for start in range(0, frames, size):
         group = levels[:, : frames - start]
@@ -191,7 +203,8 @@ class Windows(NamedTuple):
     high: Tensor
 
 
-def sliding_windows(levels: Tensor, size: int) -> Windows:
+@check_kinds
+def sliding_windows(levels: Levels, size: int) -> Windows:
     """Where a window of `size` frames lies so that it holds all frames that move.
 
     It ends with the last frame that has begun by the iteration, but never before `size`.
@@ -223,7 +236,10 @@ def sliding_windows(levels: Tensor, size: int) -> Windows:
     return Windows(low, high)
 
 
-def table_times(levels: Tensor, grid: Tensor) -> Tensor:
+@check_kinds
+def table_times(
+    levels: Annotated[Tensor, Axes("...", whole=True)], grid: Annotated[Tensor, Axes("S")]
+) -> Tensor:
     """Times of a table of levels.
 
     Args:

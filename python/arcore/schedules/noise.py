@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from arcore._kinds import Axes, check_kinds, explain_kinds
 
 Spacing = Literal[
     "every", "leading", "leading_inner", "linspace", "linspace_inner", "trailing", "trailing_floor"
@@ -46,6 +48,7 @@ class NoiseSchedule(Protocol):
         ...
 
 
+@explain_kinds
 def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
     """Give `t` trailing axes of size 1, so that it meets the leading axes of `x`.
 
@@ -60,6 +63,7 @@ def broadcast_time(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(*t.shape, *[1] * (x.dim() - t.dim()))
 
 
+@check_kinds
 def add_noise(schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """`alpha(t) * x + sigma(t) * eps` in the dtype of x.
 
@@ -77,6 +81,7 @@ def add_noise(schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: Tensor) -> Ten
     return alpha * x + sigma * eps
 
 
+@check_kinds
 class VPSchedule:
     """Variance-preserving diffusion in T discrete steps (DDPM, arXiv:2006.11239): alpha^2 + sigma^2 = 1.
 
@@ -138,27 +143,32 @@ class VPSchedule:
         one = torch.ones(1, dtype=torch.float64, device="cpu")
         self._bars = torch.cat([one, self.alphas_cumprod])  # entry t + 1
 
-    def alpha_bar(self, t: Tensor) -> Tensor:
+    @explain_kinds
+    def alpha_bar(self, t: Annotated[Tensor, Axes("...", whole=True)]) -> Tensor:
         """alpha(t)^2, float64, of int64 times from -1 to T - 1 and any shape."""
         return self._bars.to(t.device)[t + 1]
 
+    @explain_kinds
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `NoiseSchedule`."""
         bar = self.alpha_bar(t)
         return bar.sqrt(), (1 - bar).sqrt()
 
+    @check_kinds
     def sample_times(
         self, *shape: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Uniform over 0..T - 1, int64."""
         return torch.randint(self.num_steps, shape, device=device, generator=generator)
 
+    @check_kinds
     def check_times(self, name: str, t: Tensor) -> None:
         """See `NoiseSchedule`. The range is looked at on the CPU only: on a GPU that would wait for the device."""
         if t.dtype != torch.int64:
             raise TypeError(f"expected {name} of dtype int64, steps of the schedule, but got {t.dtype}")
         _check_range(name, t, -1, self.num_steps - 1, "-1 means clean")
 
+    @check_kinds
     def grid(self, steps: int, spacing: Spacing = "leading") -> Tensor:
         """Times that a sampler visits, from noise to clean.
 
@@ -221,6 +231,7 @@ class VPSchedule:
         return torch.cat([times, torch.tensor([-1])])
 
 
+@check_kinds
 class FlowSchedule:
     """Straight lines between data and noise (flow matching, arXiv:2210.02747): alpha = 1 - t, sigma = t.
 
@@ -257,11 +268,13 @@ class FlowSchedule:
     def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
+    @explain_kinds
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """See `NoiseSchedule`."""
         sigma = t.double()
         return 1 - sigma, sigma
 
+    @check_kinds
     def sample_times(
         self, *shape: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -272,12 +285,14 @@ class FlowSchedule:
             t = torch.sigmoid(self.mean + self.std * torch.randn(shape, device=device, generator=generator))
         return self._shifted(t)
 
+    @check_kinds
     def check_times(self, name: str, t: Tensor) -> None:
         """See `NoiseSchedule`. The range is looked at on the CPU only."""
         if not t.is_floating_point():
             raise TypeError(f"expected {name} of a floating dtype, 0 to 1, but got {t.dtype}")
         _check_range(name, t, 0, 1, "0 means clean")
 
+    @check_kinds
     def grid(self, steps: int) -> Tensor:
         """S + 1 evenly spaced times from 1 to 0, shifted; float64.
 

@@ -10,12 +10,14 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from arcore._kinds import check_kinds
 from arcore.schedules.noise import NoiseSchedule, broadcast_time
 
 Prediction = Literal["eps", "x0", "v", "velocity", "score"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 
+@check_kinds
 def target(kind: Prediction, x0: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """What a network of that kind should predict.
 
@@ -25,6 +27,7 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, t: Tensor, schedule: Noise
         t: one time per entry of leading axes. A score needs sigma > 0.
         schedule: gives alpha and sigma.
     """
+    _check_alike("eps", eps, "x0", x0)
     alpha, sigma = _alpha_sigma(kind, schedule, t, x0)
     if kind == "eps":
         return eps
@@ -37,6 +40,7 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, t: Tensor, schedule: Noise
     return alpha * eps - sigma * x0
 
 
+@check_kinds
 def to_x0(kind: Prediction, output: Tensor, x: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The clean data that a prediction implies.
 
@@ -50,6 +54,7 @@ def to_x0(kind: Prediction, output: Tensor, x: Tensor, t: Tensor, schedule: Nois
         t: one time per entry of leading axes.
         schedule: gives alpha and sigma.
     """
+    _check_alike("output", output, "x", x)
     alpha, sigma = _alpha_sigma(kind, schedule, t, x)
     if kind == "x0":
         return output
@@ -62,8 +67,10 @@ def to_x0(kind: Prediction, output: Tensor, x: Tensor, t: Tensor, schedule: Nois
     return (alpha * x - sigma * output) / (alpha.square() + sigma.square())
 
 
+@check_kinds
 def to_eps(kind: Prediction, output: Tensor, x: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The noise that a prediction implies; arguments as for `to_x0`. "x0" needs sigma > 0."""
+    _check_alike("output", output, "x", x)
     alpha, sigma = _alpha_sigma(kind, schedule, t, x)
     if kind == "eps":
         return output
@@ -80,6 +87,13 @@ def check_prediction(kind: str) -> None:
     """Raise ValueError for an unknown kind."""
     if kind not in PREDICTIONS:
         raise ValueError(f"expected prediction to be one of {', '.join(PREDICTIONS)} but got {kind!r}")
+
+
+def _check_alike(name: str, value: Tensor, like: str, other: Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(
+            f"expected {name} of {like}'s shape {tuple(other.shape)} but got {tuple(value.shape)}"
+        )
 
 
 def _alpha_sigma(kind: str, schedule: NoiseSchedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

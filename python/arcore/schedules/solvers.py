@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from arcore._kinds import check_kinds
 from arcore.schedules.noise import NoiseSchedule, VPSchedule, broadcast_time
 from arcore.schedules.prediction import Prediction, check_prediction, to_x0
 
@@ -40,6 +41,7 @@ class Factors(NamedTuple):
     noise: Tensor | None = None
 
 
+@check_kinds
 class Solver:
     """What all solvers do; `factors` tells them apart.
 
@@ -69,6 +71,7 @@ class Solver:
         raise NotImplementedError
 
     @torch.no_grad()
+    @check_kinds
     def step(
         self,
         output: Tensor,
@@ -97,7 +100,7 @@ class Solver:
             TypeError: x is in half precision, or times have a wrong dtype.
             ValueError: shapes do not fit, times lie outside the schedule or go backwards, or noise is missing.
         """
-        self._check(output, x, t_from, t_to)
+        self._check(output, x, t_from, t_to, noise)
         t_from, t_to = torch.broadcast_tensors(t_from, t_to)
         moving = t_to != t_from
         x0 = to_x0(self.prediction, output.to(x.dtype), x, t_from, self.schedule)
@@ -134,19 +137,25 @@ class Solver:
             raise ValueError(f"{type(self).__name__} has no learned variance")
         return default
 
-    def _check(self, output: Tensor, x: Tensor, t_from: Tensor, t_to: Tensor) -> None:
+    def _check(self, output: Tensor, x: Tensor, t_from: Tensor, t_to: Tensor, noise: Tensor | None) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"expected values of dtype float32 or float64 but got {x.dtype}; use x.float()")
         if output.shape != x.shape:
             raise ValueError(
                 f"expected an output of the values' shape {tuple(x.shape)} but got {tuple(output.shape)}"
             )
-        self.schedule.check_times("t_from", t_from)
-        self.schedule.check_times("t_to", t_to)
+        for name, times in (("t_from", t_from), ("t_to", t_to)):
+            broadcast_time(times, x)
+            self.schedule.check_times(name, times)
+        if noise is not None and noise.shape != x.shape:
+            raise ValueError(
+                f"expected noise of the values' shape {tuple(x.shape)} but got {tuple(noise.shape)}"
+            )
         if t_from.is_cpu and bool((t_to > t_from).any()):
             raise ValueError("expected t_to <= t_from, towards clean data, but some times go the other way")
 
 
+@check_kinds
 class DDIM(Solver):
     """Deterministic or partly stochastic steps (arXiv:2010.02502); with `FlowSchedule` and eta 0, Euler's method.
 
@@ -185,6 +194,7 @@ class DDIM(Solver):
         return Factors(kept / sigma, alpha_to - alpha * kept / sigma, noise=drawn)
 
 
+@check_kinds
 class DDPM(Solver):
     """Ancestral steps (arXiv:2006.11239) between any two times of a `VPSchedule`.
 
@@ -211,10 +221,6 @@ class DDPM(Solver):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(schedule, prediction, clip=clip)
-        if not isinstance(schedule, VPSchedule):
-            raise TypeError(f"DDPM needs a VPSchedule but got {type(schedule).__name__}; use DDIM")
-        if variance not in ("posterior", "beta", "learned"):
-            raise ValueError(f"expected variance to be posterior, beta or learned but got {variance!r}")
         if not temperature >= 0:
             raise ValueError(f"expected temperature >= 0 but got {temperature}")
         self.vp, self.variance, self.temperature = schedule, variance, temperature

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
+from arcore.nn.kinds import check_kinds
 from arcore.training.stream import derive_seed
 
 # How the bytes of a picture become numbers: [-1, 1], or mean 0 and deviation 1 in each colour of a set of pictures.
@@ -20,6 +21,7 @@ _COLOURS = {
 }
 
 
+@check_kinds
 def scaled(images: Tensor, scale: Scale) -> Tensor:
     """Pictures `[..., C, H, W]` of bytes, uint8 or float, as float32 on a scale of values.
 
@@ -38,6 +40,7 @@ def scaled(images: Tensor, scale: Scale) -> Tensor:
     return (values - mean) / deviation
 
 
+@check_kinds
 class Augmented(Dataset[tuple[Tensor, int]]):
     """Images of a dataset, mirrored and shifted at random.
 
@@ -82,6 +85,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         return image, label
 
 
+@check_kinds
 class Normalized(Dataset[tuple[Tensor, int]]):
     """Colour images with ImageNet's mean 0 and deviation 1 instead of values in [-1, 1], as many encoders want them.
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from arcore.nn.kinds import check_kinds
 
+
+@check_kinds
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """What an optimiser trains, with and without weight decay.
 

@@ -21,9 +21,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from arcore.nn.kinds import check_kinds
+
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
+@check_kinds
 def shard(network: nn.Module, mesh: Any) -> None:
     """Shard the weights of a network in place, block by block.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
+from arcore.nn.kinds import check_kinds
 from arcore.training import state
 from arcore.training.config import TrainConfig
 from arcore.training.groups import parameter_groups
@@ -22,6 +23,7 @@ from arcore.training.shard import Sharded, shard
 from arcore.training.stream import StreamSampler, derive_seed
 
 
+@check_kinds
 class Task(pl.LightningModule):
     """Base of all training tasks.
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arcore.data.pixels import UNLABELLED, PixelData
+from arcore.nn.kinds import check_kinds
 from arcore.training.augment import Scale, scaled
 from arcore.training.stream import derive_seed
 
 
+@check_kinds
 def enlarged(images: Tensor, masks: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Float pictures `[P, C, H, W]` bilinearly, masks `[H, W]` by the nearest pixel, at `factor` times their size."""
     if factor == 1:
@@ -22,6 +24,7 @@ def enlarged(images: Tensor, masks: Tensor, factor: float) -> tuple[Tensor, Tens
     return images, F.interpolate(grid, size=(height, width), mode="nearest")[0, 0].to(masks.dtype)
 
 
+@check_kinds
 def padded(images: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Pictures and masks with a margin below and on the right, so that both sides are at least `size`."""
     height, width = images.shape[-2:]
@@ -29,6 +32,7 @@ def padded(images: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return F.pad(images, margin), F.pad(masks, margin, value=UNLABELLED)
 
 
+@check_kinds
 def starts(side: int, size: int, stride: int) -> list[int]:
     """Where windows of `size` begin that cover `side`: every `stride`, the last one at the end."""
     if side <= size:
@@ -36,6 +40,7 @@ def starts(side: int, size: int, stride: int) -> list[int]:
     return [*range(0, side - size, stride), side - size]
 
 
+@check_kinds
 class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Windows that cover all pictures, for evaluation: each pixel is labelled in one of them.
 
@@ -72,6 +77,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return _one(images[..., top : top + self.side, left : left + self.side]), window
 
 
+@check_kinds
 class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
     """A random window of each picture, changed at random, for training.
 

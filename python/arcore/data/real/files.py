@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from arcore._optional import how_to_install
+from arcore.nn.kinds import check_kinds
 
 
+@check_kinds
 def package_file(package: str, name: str, *, extra: str, distribution: str | None = None) -> Path:
     """The path of a file of a package, without importing the package.
 

