@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import linecache
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import (
@@ -133,7 +136,7 @@ def check_kinds(function: Any) -> Any:
     function.__init__ = _checked(function.__init__, settings=dataclasses.is_dataclass(function))  # type: ignore[misc]
     forward = vars(function).get("forward")
     if issubclass(function, nn.Module) and forward is not None and not hasattr(forward, "__wrapped__"):
-        function.forward = explain_kinds(forward)  # type: ignore[method-assign]
+        function.forward = explain_kinds(forward)
     return function
 
 
@@ -260,8 +263,8 @@ def _kinds(function: Any) -> dict[str, Any]:
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError:
-        # Names that only a type checker imports.
-        hints = {name: _evaluated(function, text) for name, text in written.items()}
+        known = function.__globals__ | _for_type_checkers(function.__module__)
+        hints = {name: _evaluated(text, known) for name, text in written.items()}
     numpy_names = ("ArrayLike", "NDArray", "Vector", "Array")
     arrays = {
         name: OPTIONAL_ARRAY if "None" in str(text) else ARRAY
@@ -277,9 +280,25 @@ def _kinds(function: Any) -> dict[str, Any]:
     return {name: kind for name, kind in kinds.items() if name not in variadic}
 
 
-def _evaluated(function: Any, text: Any) -> Any:
+@functools.cache
+def _for_type_checkers(module: str) -> dict[str, Any]:
+    """What a module imports of arcore for type checkers only; when its functions are called, that can be imported."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    guarded = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    return {
+        alias.asname or alias.name: getattr(importlib.import_module(home), alias.name)
+        for node in guarded
+        for line in node.body
+        if isinstance(line, ast.ImportFrom) and (home := line.module or "").startswith("arcore.")
+        for alias in line.names
+    }
+
+
+def _evaluated(text: Any, known: dict[str, Any]) -> Any:
     try:
-        return eval(text, function.__globals__) if isinstance(text, str) else text
+        return eval(text, known) if isinstance(text, str) else text
     except NameError:
         return Any
 
@@ -327,8 +346,9 @@ def _check_items(where: str, name: str, value: object, kind: Any) -> None:
 
 
 def _check_axes(function: Any, name: str, value: object, kind: Any) -> None:
-    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for part in parts if isinstance(value, Tensor) else ():
+    if not isinstance(value, Tensor):
+        return
+    for part in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
         for axes in get_args(part)[1:] if get_origin(part) is Annotated else ():
             complaint = axes.complaint(name, value) if isinstance(axes, Axes) else None
             if complaint is not None:
@@ -349,7 +369,9 @@ def _check_weights(function: Any, names: tuple[str, ...], given: Mapping[str, An
     """A method of a module whose weights have another dtype than what it is given."""
     module = given.get(names[0]) if names else None
     weights = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    for name, value in given.items() if weights is not None and weights.is_floating_point() else ():
+    if weights is None or not weights.is_floating_point():
+        return
+    for name, value in given.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != weights.dtype:
             raise TypeError(
                 f"{_where(function)}: expected {name} of the weights' dtype {dtype_name(weights.dtype)} but got "
@@ -363,7 +385,9 @@ def _where(function: Any) -> str:
 
 
 def _fits(kind: Any, value: object) -> bool:
-    if kind is Any or isinstance(kind, TypeVar):
+    if isinstance(kind, TypeVar):
+        kind = kind.__bound__ or Any
+    if kind is Any:
         return True
     if kind is None or kind is type(None):
         return value is None
@@ -434,6 +458,8 @@ def _words(kind: Any) -> str:
         ARRAY: "an array of numbers",
         OPTIONAL_ARRAY: "an array of numbers or None",
     }
+    if isinstance(kind, TypeVar):
+        return _words(kind.__bound__)
     if kind is None or kind is type(None):
         return "None"
     if kind in known:

@@ -34,7 +34,7 @@ def test_simple_baselines():
         baselines(rows(1, math.nan), 2)
     with pytest.raises(ValueError, match="got 'mean'"):
         baselines(history, 2, which=["mean"])
-    with pytest.raises(ValueError, match="horizon must be at least 1"):
+    with pytest.raises(ValueError, match="horizon to be at least 1"):
         baselines(history, 0)
 
 

@@ -145,7 +145,7 @@ def test_masks_with_a_palette_and_of_one_bit(tmp_path: Path):
 def test_windows_label_each_pixel_once(height: int, width: int, enlarge: float):
     torch.manual_seed(0)
     masks = torch.randint(0, 5, (2, height, width), dtype=torch.uint8)
-    data = InMemoryPixels(masks[:, None, None].clone(), masks, "abcde")
+    data = InMemoryPixels(masks[:, None, None].clone(), masks, tuple("abcde"))
     windows = Windows(data, 8, "half", enlarge)
     seen = torch.zeros(5, dtype=torch.int64)
     for index in range(len(windows)):

@@ -24,6 +24,7 @@ from torch import nn
 
 from arcore.catalog.discovery import ZOO
 from arcore.catalog.lookup import find, load
+from arcore.nn.kinds import check_kinds
 
 Module = TypeVar("Module", bound=nn.Module)
 # Called with what is being done, how far it is, and how far it goes.
@@ -137,6 +138,7 @@ def steps(count: int, what: str) -> Iterator[int]:
         yield step
 
 
+@check_kinds
 def shaken(module: Module, seed: int = 1, scale: float = 0.1) -> Module:
     """Move the weights away from initialisation, where gates and logits are almost zero and hide mistakes."""
     generator = torch.Generator().manual_seed(seed)

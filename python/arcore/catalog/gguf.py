@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from arcore.nn.decoder import pairs_to_halves
+from arcore.nn.kinds import check_kinds
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -69,6 +70,7 @@ class TensorInfo:
         return math.prod(self.shape) // self.storage.values * self.storage.size
 
 
+@check_kinds
 class GGUF:
     """A GGUF file.
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from arcore.catalog.discovery import Entry, Place, catalog
 from arcore.catalog.system import KINDS, PresetFacts
 from arcore.nn.checks import check_number, check_text, check_whole
+from arcore.nn.kinds import check_kinds
 
 NAMES_SHOWN = 20
 
@@ -302,6 +303,7 @@ def find(name: str) -> Found:
     raise ValueError(f"there is no model {name!r}{hint(name, known)}")
 
 
+@check_kinds
 def search(words: str = "") -> list[Entry]:
     """Systems by name, preset, title, arXiv number, topic, kind, or words about them.
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
+from arcore.nn.kinds import check_kinds
+
 ConfigFunction = TypeVar("ConfigFunction", bound=Callable[[], Any])
 
 # What a system is decides which contract it is held to (tests/zoo/contract_<kind>.py).
@@ -115,6 +117,7 @@ class System:
 NOT_PUBLIC = "not public"
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Published:
     """Where weights are on the model hub.

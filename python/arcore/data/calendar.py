@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Axes, Count, check_kinds
 
 if TYPE_CHECKING:
     from arcore.data.series import Series
@@ -26,7 +26,7 @@ _SEASONS = ((3600 * 10**9, DAY), (DAY, 7 * DAY), (366 * DAY, 365 * DAY))
 
 
 @check_kinds
-def calendar(times: Tensor) -> Tensor:
+def calendar(times: Annotated[Tensor, Axes("T", whole=True)]) -> Tensor:
     """Minute, hour, weekday (Monday 0), day of the month and month of dates.
 
     Args:
@@ -116,7 +116,7 @@ def mend_gaps(series: Series, how: Gaps) -> Series:
 
 
 @check_kinds
-def times_to_come(series: Series, count: int) -> Tensor:
+def times_to_come(series: Series, count: Count) -> Tensor:
     """Times of the rows that follow a series.
 
     Args:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Bounds, check_kinds
 
 
 @check_kinds
-def canny(images: Tensor, *, sigma: float = 1.0, low: float = 0.1, high: float = 0.2) -> Tensor:
+def canny(
+    images: Tensor,
+    *,
+    sigma: Annotated[float, Bounds(least=0, finite=True)] = 1.0,
+    low: float = 0.1,
+    high: float = 0.2,
+) -> Tensor:
     """Edges one pixel wide by Canny's method (doi:10.1109/TPAMI.1986.4767851).
 
     Gaussian smoothing, Sobel gradients, suppression of what is no maximum across the edge, and hysteresis: strong

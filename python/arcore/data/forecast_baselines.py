@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.nn.checks import check_whole
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Axes, Size, check_kinds
 
 SIMPLE = ("last value", "seasonal naive", "drift")
 ETS = "ETS"
 # Rows that exponential smoothing is fitted to, and seasons longer than that it leaves out.
 ETS_ROWS = 400
 ETS_SEASON = 60
+History = Annotated[Tensor, Axes("T C", floating=True)]
 
 
 @check_kinds
-def last_value(history: Tensor, horizon: int) -> Tensor:
+def last_value(history: History, horizon: Size) -> Tensor:
     """The last row, again and again: `[T, C]` to `[H, C]`."""
+    _check_rows(history)
     return history[-1:].expand(horizon, -1).clone()
 
 
 @check_kinds
-def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
+def seasonal_naive(history: History, horizon: Size, season: Size) -> Tensor:
     """The last season, again and again.
 
     Args:
@@ -46,14 +48,15 @@ def seasonal_naive(history: Tensor, horizon: int, season: int) -> Tensor:
 
 
 @check_kinds
-def drift(history: Tensor, horizon: int) -> Tensor:
+def drift(history: History, horizon: Size) -> Tensor:
     """The line through the first and the last row, continued: `[T, C]` to `[H, C]`."""
+    _check_rows(history)
     slope = (history[-1] - history[0]) / max(len(history) - 1, 1)
     return history[-1] + slope * torch.arange(1, horizon + 1).unsqueeze(1)
 
 
 @check_kinds
-def ets(history: Tensor, horizon: int, season: int = 1) -> Tensor:
+def ets(history: History, horizon: Size, season: Size = 1) -> Tensor:
     """Exponential smoothing with a damped trend and, where a season is given, an additive season (statsmodels).
 
     Each channel by itself, fitted to the last `ETS_ROWS` rows. The season is left out where it is longer than
@@ -94,7 +97,7 @@ def ets(history: Tensor, horizon: int, season: int = 1) -> Tensor:
 
 @check_kinds
 def baselines(
-    history: Tensor, horizon: int, season: int = 1, which: Sequence[str] = SIMPLE
+    history: History, horizon: Size, season: Size = 1, which: Sequence[str] = SIMPLE
 ) -> dict[str, Tensor]:
     """Forecasts of several baselines.
 
@@ -111,7 +114,6 @@ def baselines(
         TypeError, ValueError: the horizon is no positive whole number, the history is empty or has missing values, or
             a name is unknown.
     """
-    horizon = check_whole("horizon", horizon, 1, "rows")
     if not len(history) or bool(history.isnan().any()):
         raise ValueError("baselines need a history of at least one row, without missing values")
     unknown = [name for name in which if name not in (*SIMPLE, ETS)]
@@ -128,3 +130,8 @@ def baselines(
         elif 1 < season <= len(history):
             made[name] = seasonal_naive(history, horizon, season)
     return made
+
+
+def _check_rows(history: Tensor) -> None:
+    if not len(history):
+        raise ValueError(f"expected a history of at least one row but got {tuple(history.shape)}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from arcore._optional import require
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Axes, Size, check_kinds
 
 SCORES = ("mse", "mae", "mase", "crps")
+Rows = Annotated[Tensor, Axes("T C", floating=True)]
 
 
 @check_kinds
-def mase(predicted: Tensor, actual: Tensor, history: Tensor, season: int = 1) -> Tensor:
+def mase(predicted: Rows, actual: Rows, history: Rows, season: Size = 1) -> Tensor:
     """Mean absolute error over that of the seasonal naive forecast within the history (Hyndman and Koehler 2006).
 
     Args:
@@ -27,8 +29,12 @@ def mase(predicted: Tensor, actual: Tensor, history: Tensor, season: int = 1) ->
         `[C]`; NaN in channels in which the history repeats exactly.
 
     Raises:
-        ValueError: the history is no longer than a season.
+        ValueError: the history is no longer than a season, or shapes do not fit.
     """
+    if predicted.shape != actual.shape:
+        raise ValueError(
+            f"expected predicted of actual's shape {tuple(actual.shape)} but got {tuple(predicted.shape)}"
+        )
     if len(history) <= season:
         raise ValueError(
             f"MASE at a season of {season} rows needs more rows of history but got {len(history)}"
@@ -51,7 +57,12 @@ def crps(paths: Tensor, actual: Tensor) -> Tensor:
 
     Raises:
         ImportError: torchmetrics is missing.
+        ValueError: shapes do not fit.
     """
+    if not paths.dim() or not len(paths) or paths.shape[1:] != actual.shape:
+        raise ValueError(
+            f"expected paths [P, {', '.join(map(str, actual.shape))}], P at least 1, but got {tuple(paths.shape)}"
+        )
     if len(paths) == 1:
         return (paths[0] - actual).abs().mean()
     functional = require("torchmetrics.functional.regression", extra="train")

@@ -11,10 +11,8 @@ from arcore._optional import require
 from arcore.data.images import InMemoryImages, check_split, held_out_mask
 from arcore.data.real.files import package_file
 from arcore.nn.checks import check_whole
-from arcore.nn.kinds import check_kinds
 
 
-@check_kinds
 def load_mnist(split: str = "train", *, image_size: int = 28) -> InMemoryImages:
     """Load 500 images of each digit.
 

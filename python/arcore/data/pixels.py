@@ -383,6 +383,8 @@ def open_pixels(
     source = os.fspath(source)
     if is_name(source, named):
         own, load = named[source]
+        if pictures not in (1, 2):
+            raise ValueError(f"expected pictures to be 1 or 2 but got {pictures}")
         if own != pictures:
             other = next(name for name, (count, _) in named.items() if count == pictures)
             raise ValueError(

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from arcore.nn.checks import check_number, check_tensor, check_whole
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Axes, Planes, Size, check_kinds
 
 # The ring around a pixel, clockwise from the upper left; neighbour k sets bit k of the code.
 _RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
@@ -114,7 +114,12 @@ def best_windows(scores: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 @check_kinds
-def rotate_windows(images: Tensor, windows: Tensor, angles: Tensor, patch_size: int) -> Tensor:
+def rotate_windows(
+    images: Planes,
+    windows: Annotated[Tensor, Axes("B 3", whole=True)],
+    angles: Annotated[Tensor, Axes("B", floating=True)],
+    patch_size: Size,
+) -> Tensor:
     """Rotate a square window of each image about its centre, in place of the old content.
 
     Args:
@@ -127,6 +132,11 @@ def rotate_windows(images: Tensor, windows: Tensor, angles: Tensor, patch_size: 
         `[B, C, H, W]`. Pixels outside the window are those of `images`; inside, values are interpolated linearly, and
         corners that the turned content does not reach are 0.
     """
+    if windows.shape != (len(images), 3) or len(angles) != len(images):
+        raise ValueError(
+            f"expected windows and angles of {len(images)} images but got {tuple(windows.shape)} and "
+            f"{tuple(angles.shape)}"
+        )
     _, _, height, width = images.shape
     top, left, size = (windows * patch_size).to(torch.float32)[:, :, None, None].unbind(1)  # [B, 1, 1]
     y = torch.arange(height, dtype=torch.float32, device=images.device)[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from arcore.data.images import InMemoryImages
 from arcore.data.mnist import load_mnist
 from arcore.nn.checks import check_whole
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Axes, Planes, check_kinds
 
 # Scenes that each digit is the left one of; of held-out digits there is one each.
 EACH = 3
@@ -30,20 +32,31 @@ class Scenes(InMemoryImages):
         distinct: how many of the first scenes have left digits that differ.
     """
 
-    def __init__(self, images: Tensor, subjects: Tensor, digits: Tensor, distinct: int) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        subjects: Tensor,
+        digits: Annotated[Tensor, Axes("N 2", whole=True)],
+        distinct: int,
+    ) -> None:
         names = tuple(f"a {one} and a {two}" for one in range(10) for two in range(10))
         super().__init__(images, digits[:, 0] * 10 + digits[:, 1], names)
         self.subjects, self.digits, self.distinct = subjects, digits, distinct
 
 
 @check_kinds
-def compose(left: Tensor, right: Tensor, heights: Tensor) -> Tensor:
+def compose(left: Planes, right: Planes, heights: Annotated[Tensor, Axes("N 2", whole=True)]) -> Tensor:
     """Scenes `[N, C, S, S]` of pictures `[N, C, S, S]`, each halved in size, at given heights of their upper edges.
 
     Args:
         left, right: pictures in [-1, 1], -1 is background; S even.
         heights: int64 `[N, 2]` from 0 to S / 2.
     """
+    if right.shape != left.shape or heights.shape != (len(left), 2):
+        raise ValueError(
+            f"expected right and heights for left {tuple(left.shape)} but got {tuple(right.shape)} and "
+            f"{tuple(heights.shape)}"
+        )
     half = left.shape[-1] // 2
     scenes = left.new_full(left.shape, -1.0)
     rows = torch.arange(half)

@@ -25,7 +25,15 @@ from torch.utils.data import Dataset
 from arcore._optional import require
 from arcore.data._walk import counted, some, walk
 from arcore.data.calendar import CALENDAR, calendar
-from arcore.nn.checks import check_instance, check_number, check_path, check_sequence, check_text, check_whole
+from arcore.nn.checks import (
+    came,
+    check_instance,
+    check_number,
+    check_path,
+    check_sequence,
+    check_text,
+    check_whole,
+)
 from arcore.nn.kinds import check_kinds
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
@@ -104,7 +112,6 @@ class Window(NamedTuple):
     start: int
 
 
-@check_kinds
 def read_tables(
     source: str | Path,
     *,
@@ -199,6 +206,8 @@ def series_of_table(
         name: of the series, or put before the names that `group` gives.
         lines: the line of a file that each row stands on, for messages; None counts rows from 1.
     """
+    if not hasattr(table, "columns") or not hasattr(table, "iloc"):
+        raise TypeError(f"expected table to be a pandas.DataFrame but got {came(table)}")
     if unsorted not in ("sort", "refuse"):
         raise ValueError(f"unsorted must be 'sort' or 'refuse' but got {unsorted!r}")
     pandas = require("pandas", extra="series")
@@ -288,7 +297,6 @@ class Opened(NamedTuple):
     inferred_time: str | None
 
 
-@check_kinds
 def open_series(
     source: str | Path,
     *,
@@ -370,7 +378,6 @@ def _holds_dates(pandas: Any, column: Any) -> bool:
         return bool(pandas.to_datetime(column.head(100), errors="coerce", utc=True).notna().all())
 
 
-@check_kinds
 def fill_missing(series: Series, how: Missing) -> Series:
     """Deal with missing values.
 
@@ -428,7 +435,6 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
     return filled, keep
 
 
-@check_kinds
 class SeriesWindows(Dataset[Window]):
     """Windows of series, split in time.
 

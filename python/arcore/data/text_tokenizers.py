@@ -107,7 +107,6 @@ class BPETokenizer(TextTokenizer):
         self._byte_tokens = frozenset(id for token, id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
 
     @classmethod
-    @check_kinds
     def train(cls, text: str, vocab_size: int = DEFAULT_BPE_SIZE) -> BPETokenizer:
         """Byte-level byte-pair encoding, made for a text; any other text can be encoded too.
 
@@ -119,6 +118,7 @@ class BPETokenizer(TextTokenizer):
             ImportError: the library is missing.
             ValueError: `vocab_size` leaves no room for pairs.
         """
+        check_text("text", text)
         vocab_size = check_whole("vocab_size", vocab_size, 0)
         if not 257 <= vocab_size <= 2**31:
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from arcore.decoding._arguments import check_drawn, check_guidance, check_kind, check_labels, dtype_of
 from arcore.decoding._evaluating import evaluating
 from arcore.decoding.draws import RowNormals, check_settings, row_seeds
+from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import ScaleModel, ScaleTokenizer, VectorTokenizer
 from arcore.ops import filter_probs, sample
 
@@ -32,6 +33,7 @@ class NextScaleOutput:
     previews: list[Tensor]
 
 
+@check_kinds
 @dataclass(frozen=True)
 class Kept:
     """What of a given picture stays while the rest is drawn anew.

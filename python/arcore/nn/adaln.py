@@ -84,7 +84,8 @@ class SharedModulation(nn.Module):
     def forward(self, cond: Features) -> Tensor:
         """`[B, cond_dim]` to `[B, 1, parts, C]`."""
         vectors: Tensor = self.linear(F.silu(cond))
-        return vectors.unflatten(-1, (self.parts, -1)).unsqueeze(-3)
+        out: Tensor = vectors.unflatten(-1, (self.parts, -1)).unsqueeze(-3)
+        return out
 
 
 @check_kinds

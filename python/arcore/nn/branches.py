@@ -39,11 +39,6 @@ Whole = Annotated[Tensor, Axes("B", whole=True)]
 Ids = Annotated[Tensor, Axes("B T", whole=True)]
 
 
-# One whole number per row, and rows of tokens.
-Whole = Annotated[Tensor, Axes("B", whole=True)]
-Ids = Annotated[Tensor, Axes("B T", whole=True)]
-
-
 @check_kinds
 def pack_branches(tokens: Ids, lengths: Whole, prompts: Whole, groups: Whole) -> PackedBranches:
     """Pack right-padded rows whose groups share their first tokens.

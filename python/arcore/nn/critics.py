@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Size, check_kinds
 
 # Convolutions of VGG-16 (arXiv:1409.1556, table 1, D) by stage; a stage ends before a pooling by 2.
 _STAGES: tuple[tuple[int, ...], ...] = (
@@ -127,7 +127,7 @@ class PatchDiscriminator(nn.Module):
         depth: halvings.
     """
 
-    def __init__(self, in_channels: int, channels: int = 64, depth: int = 3) -> None:
+    def __init__(self, in_channels: Size, channels: Size = 64, depth: Size = 3) -> None:
         super().__init__()
         widths = [channels * min(2**level, 8) for level in range(depth + 1)]
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]

@@ -26,6 +26,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
 from arcore._optional import require
+from arcore.nn.checks import check_text
 from arcore.training import checkpoint, state
 from arcore.training.config import TrainConfig
 from arcore.training.guard import Diverged, Guard
@@ -98,10 +99,16 @@ def fit(
         raise TypeError(f"task must be an arcore.training.Task but got {type(task).__name__}")
     task.check()
     for name, data in (("train", train), ("test", test)):
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) and (name, data) != ("test", None):
+        items = (
+            hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | bytes)
+        )
+        if not items and (name, data) != ("test", None):
             raise TypeError(f"{name} must be a dataset with a length and items but got {type(data).__name__}")
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out must be the path of a folder but got {type(out).__name__}")
+    check_text("title", title)
+    if not isinstance(show_progress, bool):
+        raise TypeError(f"expected show_progress to be True or False but got {show_progress!r}")
     out = Path(out)
     _settle(task, len(train), evaluates=test is not None)  # type: ignore[arg-type]
     checkpoint.check_holdable(task)

@@ -176,7 +176,6 @@ class Icon(NamedTuple):
     words: tuple[str, ...]
 
 
-@check_kinds
 def icons(style: Style | None = None) -> list[Icon]:
     """The SVG icons of Font Awesome Free, sorted by style and name.
 
