@@ -166,7 +166,7 @@ add(
 add(data, "ByteTokenizer", lambda f: (data.ByteTokenizer().encode, {"text": "a"}))
 add(data, "ByteTokenizer.decode", lambda f: (data.ByteTokenizer().decode, {"ids": [1, 2]}))
 add(data, "ByteTokenizer.tensor", lambda f: (data.ByteTokenizer().tensor, {"text": "a"}))
-add(data, "BPETokenizer", lambda f: (data.BPETokenizer.train, {"text": "abc abd " * 40, "vocab_size": 300}))
+add(data, "BPETokenizer", lambda f: (data.BPETokenizer.train, {"text": "abc abcd " * 40, "vocab_size": 300}))
 add(data, "BPETokenizer.load", lambda f: (data.BPETokenizer.load, {"path": tokenizer(f)}))
 add(data, "BPETokenizer.encode", lambda f: (bpe().encode, {"text": "a"}))
 add(data, "BPETokenizer.decode", lambda f: (bpe().decode, {"ids": [1, 2]}))
@@ -176,7 +176,7 @@ add(data, "TextStream.add", lambda f: (data.TextStream(data.ByteTokenizer()).add
 
 @functools.cache
 def bpe() -> data.BPETokenizer:
-    return data.BPETokenizer.train("abc abd " * 40, 300)
+    return data.BPETokenizer.train("abc abcd " * 40, 300)
 
 
 def tokenizer(folder: Path) -> Path:
