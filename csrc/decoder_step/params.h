@@ -17,10 +17,29 @@ constexpr int64_t kGroup = 16;
 // Tokens that share one pass over the weights.
 constexpr int64_t kMaxTokens = 64;
 
+// How the numbers of a weight are stored: one by one, or in blocks along its rows as GGUF files have them.
+enum class WeightType { kFloat32, kBFloat16, kQ8_0, kQ4_0, kQ4_1 };
+// Numbers of a block; its scale and lowest number are float16. Bytes only, so blocks may begin anywhere.
+constexpr int64_t kBlockValues = 32;
+// values[i] * scale.
+struct BlockQ8_0 {
+  uint8_t scale[2];
+  int8_t values[kBlockValues];
+};
+// (four bits - 8) * scale; byte i holds numbers i and, in its high half, i + 16.
+struct BlockQ4_0 {
+  uint8_t scale[2], pairs[kBlockValues / 2];
+};
+// four bits * scale + lowest.
+struct BlockQ4_1 {
+  uint8_t scale[2], lowest[2], pairs[kBlockValues / 2];
+};
+static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20);
+
 // A linear layer [rows, cols], contiguous; bias is null where there is none.
 struct Weights {
   const void* weight;
-  StorageType dtype;
+  WeightType type;
   const float* bias;
   int64_t rows, cols;
 };
@@ -31,7 +50,7 @@ struct Args {
   int64_t drafts;  // tokens per text; batch is a multiple
   int64_t window;  // tokens seen, the new one included; 0 for all
   float eps, scale;
-  StorageType dtype;  // of the caller's x, the norms' weights, the matrices and the cache
+  StorageType dtype;  // of the caller's x, the norms' weights and the cache
   void* given;        // the caller's x, [batch, dim]
   float* x;           // the same as floats, read and written; `given` itself where that is float32
   const void *norm1, *norm2;
@@ -66,6 +85,8 @@ struct CpuKernels {
   // out[b, r] (+)= weights[r] . in[b] + bias[r] for rows [begin, end); `in` is packed.
   void (*multiply)(const Weights&, int64_t batch, const float* in, float* out, bool add, int64_t begin,
                    int64_t end);
+  // Rows [begin, end) of a weight as floats, [end - begin, cols].
+  void (*expand)(const Weights&, float* out, int64_t begin, int64_t end);
   // activated[b, f] = silu(gate) * up for f in kGroup * [begin, end).
   void (*gate)(const Args&, int64_t begin, int64_t end);
   // Rotates, writes the cache and attends, for (text, key head) in [begin, end).

@@ -36,7 +36,9 @@ void check_type(const char* name, const Tensor& t, ScalarType type, std::initial
   check_device(kOp, name, t, t);
   ARCORE_CHECK(t.is_cpu(), kOp, "expected ", name, " on the CPU");
   ARCORE_CHECK(t.scalar_type() == type, kOp, "expected ", name, " of dtype ",
-               type == ScalarType::Float ? "float32" : "bfloat16, as x,", " but got ",
+               type == ScalarType::Float  ? "float32"
+               : type == ScalarType::Byte ? "uint8"
+                                          : "bfloat16, as x,", " but got ",
                torch::headeronly::toString(t.scalar_type()));
   check_shape(kOp, name, t, shape);
 }
@@ -45,19 +47,44 @@ float* floats(const Tensor& t) {
   return static_cast<float*>(t.data_ptr());
 }
 
+// Whether a weight is given as blocks: bytes [rows, blocks of a row, bytes of a block].
+bool has_blocks(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Byte;
+}
+
+// The kind of blocks, told by their size.
+WeightType block_type(const char* op, const char* name, const Tensor& weight) {
+  const int64_t size = weight.dim() == 3 ? weight.size(2) : 0;
+  ARCORE_CHECK(size == sizeof(BlockQ8_0) || size == sizeof(BlockQ4_0) || size == sizeof(BlockQ4_1), op,
+               "expected ", name, " of bytes, shape (rows, columns / ", kBlockValues,
+               ", bytes of a block), with blocks of ", sizeof(BlockQ8_0), " (q8_0), ", sizeof(BlockQ4_0),
+               " (q4_0) or ", sizeof(BlockQ4_1), " (q4_1) bytes but got ", shape_of(weight));
+  return size == sizeof(BlockQ8_0)   ? WeightType::kQ8_0
+         : size == sizeof(BlockQ4_0) ? WeightType::kQ4_0
+                                     : WeightType::kQ4_1;
+}
+
 // `held` owns a bias as floats.
-Weights weights(const char* name, const Tensor& weight, const OptionalTensor& bias, ScalarType type,
-                int64_t rows, int64_t cols, std::vector<Tensor>& held) {
-  check_type(name, weight, type, {rows, cols});
-  ARCORE_CHECK(weight.is_contiguous(), kOp, "expected ", name, " to be contiguous");
+Weights weights(const char* op, const char* name, const Tensor& weight, const OptionalTensor& bias,
+                ScalarType type, int64_t rows, int64_t cols, std::vector<Tensor>& held) {
+  WeightType stored = type == ScalarType::Float ? WeightType::kFloat32 : WeightType::kBFloat16;
+  if (has_blocks(weight)) {
+    stored = block_type(op, name, weight);
+    ARCORE_CHECK(cols % kBlockValues == 0, op, "expected columns of ", name, " in whole blocks of ",
+                 kBlockValues, " but got ", cols);
+    check_type(name, weight, ScalarType::Byte, {rows, cols / kBlockValues, weight.size(2)});
+  } else {
+    check_type(name, weight, type, {rows, cols});
+  }
+  ARCORE_CHECK(weight.is_contiguous(), op, "expected ", name, " to be contiguous");
   const float* of_bias = nullptr;
   if (bias.has_value()) {
     check_type(name, *bias, type, {rows});
-    ARCORE_CHECK(bias->is_contiguous(), kOp, "expected the bias of ", name, " to be contiguous");
+    ARCORE_CHECK(bias->is_contiguous(), op, "expected the bias of ", name, " to be contiguous");
     held.push_back(as_floats(*bias));
     of_bias = floats(held.back());
   }
-  return {weight.data_ptr(), storage_type(weight, kOp, name), of_bias, rows, cols};
+  return {weight.data_ptr(), stored, of_bias, rows, cols};
 }
 
 // Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie
@@ -125,8 +152,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   ARCORE_CHECK(args.batch <= kMaxTokens, kOp, "expected at most ", kMaxTokens, " rows but got ", args.batch);
   ARCORE_CHECK(args.kv_heads > 0 && heads > 0 && heads % args.kv_heads == 0, kOp,
                "expected heads to be a multiple of kv_heads=", args.kv_heads, " but got ", heads);
-  ARCORE_CHECK(gate_up.dim() == 2 && gate_up.size(0) % 2 == 0, kOp,
-               "expected gate_up of shape (2 * hidden, dim) but got ", shape_of(gate_up));
+  ARCORE_CHECK(gate_up.dim() == (has_blocks(gate_up) ? 3 : 2) && gate_up.size(0) % 2 == 0, kOp,
+               "expected gate_up of shape (2 * hidden, dim), or that in blocks, but got ", shape_of(gate_up));
   args.hidden = gate_up.size(0) / 2;
   const int64_t width = heads * args.head_dim;
   ARCORE_CHECK(args.head_dim > 0 && args.head_dim % 2 == 0, kOp, "expected head_dim to be even but got ",
@@ -157,10 +184,11 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.norm2 = norm2.data_ptr();
   std::vector<Tensor> held;
   held.reserve(4);
-  args.qkv = weights("qkv", qkv, qkv_bias, type, width + 2 * args.kv_heads * args.head_dim, args.dim, held);
-  args.out = weights("out", out, out_bias, type, args.dim, width, held);
-  args.gate_up = weights("gate_up", gate_up, gate_up_bias, type, 2 * args.hidden, args.dim, held);
-  args.down = weights("down", down, down_bias, type, args.dim, args.hidden, held);
+  args.qkv = weights(kOp, "qkv", qkv, qkv_bias, type, width + 2 * args.kv_heads * args.head_dim, args.dim,
+                     held);
+  args.out = weights(kOp, "out", out, out_bias, type, args.dim, width, held);
+  args.gate_up = weights(kOp, "gate_up", gate_up, gate_up_bias, type, 2 * args.hidden, args.dim, held);
+  args.down = weights(kOp, "down", down, down_bias, type, args.dim, args.hidden, held);
   args.keys = keys.data_ptr();
   args.values = values.data_ptr();
   args.key_row = keys.stride(0);
@@ -254,9 +282,12 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
 // weight x + bias for a few rows: the products of a step alone, for layers that are not of Llama's kind.
 Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* kName = "linear_step";
-  ARCORE_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), kName,
-               "expected x of shape (rows, columns of weight) but got ", shape_of(x), " for a weight of ",
-               shape_of(weight));
+  const bool blocks = has_blocks(weight);
+  if (blocks) block_type(kName, "weight", weight);
+  ARCORE_CHECK(x.dim() == 2 && weight.dim() == (blocks ? 3 : 2) &&
+                   x.size(1) == weight.size(1) * (blocks ? kBlockValues : 1),
+               kName, "expected x of shape (rows, columns of weight) but got ", shape_of(x),
+               " for a weight of ", shape_of(weight), blocks ? " in blocks of 32 columns" : "");
   const int64_t batch = x.size(0), cols = x.size(1), rows = weight.size(0);
   ARCORE_CHECK(batch <= kMaxTokens, kName, "expected at most ", kMaxTokens, " rows but got ", batch);
   ARCORE_CHECK(cols > 0, kName, "expected at least 1 column but got ", cols);
@@ -265,7 +296,7 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
                "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
   ARCORE_CHECK(x.is_contiguous(), kName, "expected x to be contiguous");
   std::vector<Tensor> held;
-  const Weights w = weights("weight", weight, bias, type, rows, cols, held);
+  const Weights w = weights(kName, "weight", weight, bias, type, rows, cols, held);
   Tensor out = make_empty(x, {batch, rows});
   if (batch == 0 || rows == 0) return out;
   const CpuKernels& kernels = cpu_kernels();
@@ -273,12 +304,33 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   const Tensor scratch = make_empty(x, {batch * (padded(cols) + (wide ? 0 : rows))}, ScalarType::Float);
   float* packed = floats(scratch);
   float* result = wide ? floats(out) : packed + batch * padded(cols);
-  kernels.pack(w.dtype, x.data_ptr(), cols, batch, cols, packed);
+  const StorageType storage = storage_type(x, kName, "x");
+  kernels.pack(storage, x.data_ptr(), cols, batch, cols, packed);
   const double work = static_cast<double>(batch) * static_cast<double>(rows) * static_cast<double>(cols);
   run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
     kernels.multiply(w, batch, packed, result, false, begin, end);
   });
-  if (!wide) kernels.narrow(w.dtype, result, out.data_ptr(), batch * rows);
+  if (!wide) kernels.narrow(storage, result, out.data_ptr(), batch * rows);
+  return out;
+}
+
+// The numbers that blocks stand for, [rows, columns].
+Tensor block_values_cpu(const Tensor& blocks) {
+  constexpr const char* kName = "block_values";
+  ARCORE_CHECK(has_blocks(blocks), kName, "expected blocks of dtype uint8 but got ",
+               torch::headeronly::toString(blocks.scalar_type()));
+  const WeightType type = block_type(kName, "blocks", blocks);
+  ARCORE_CHECK(blocks.is_cpu() && blocks.is_contiguous(), kName,
+               "expected blocks to be contiguous, on the CPU");
+  const int64_t rows = blocks.size(0), cols = blocks.size(1) * kBlockValues;
+  const Tensor out = make_empty(blocks, {rows, cols}, ScalarType::Float);
+  if (rows == 0 || cols == 0) return out;
+  const Weights w{blocks.data_ptr(), type, nullptr, rows, cols};
+  const CpuKernels& kernels = cpu_kernels();
+  const double work = static_cast<double>(rows) * static_cast<double>(cols);
+  run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
+    kernels.expand(w, floats(out) + begin * cols, begin, end);
+  });
   return out;
 }
 
@@ -292,9 +344,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       "Tensor(c!) values, Tensor cos, Tensor sin, Tensor lengths, int heads, int window, float eps, "
       "int drafts=1, Tensor? seen=None) -> ()");
   m.def("linear_step(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("block_values(Tensor blocks) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {
   m.impl("decoder_step", TORCH_BOX(&arcore::decoder_step::decoder_step_cpu));
   m.impl("linear_step", TORCH_BOX(&arcore::decoder_step::linear_step_cpu));
+  m.impl("block_values", TORCH_BOX(&arcore::decoder_step::block_values_cpu));
 }

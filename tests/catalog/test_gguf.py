@@ -12,6 +12,7 @@ import torch
 
 import arcore
 from arcore.catalog.gguf import GGUF
+from arcore.nn import BlockWeight
 
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 
@@ -138,6 +139,36 @@ def test_a_file_is_a_model_of_transformers_with_rotary_rows_put_back(tmp_path: P
     ids = torch.randint(0, 40, (2, 9))
     expected = peer(ids).logits
     assert (model(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_blocks_are_kept_as_they_are_stored(tmp_path: Path) -> None:
+    llama_file(tmp_path / "m.gguf")
+    floats = arcore.create_model("llama", weights=tmp_path / "m.gguf").eval()
+    model = arcore.create_model("llama", weights=tmp_path / "m.gguf", stored=True).eval()
+    kinds = {name: p.kind for name, p in model.named_parameters() if isinstance(p, BlockWeight)}
+    # Queries are Q4_1, keys Q4_0 and values BF16, gate and up Q4_1 and F32: what is joined of several kinds is floats.
+    assert kinds == {"embedding.weight": "q8_0", "layers.0.mlp.down.weight": "q8_0"}
+    assert not model.get_parameter("embedding.weight").requires_grad
+    for name, value in floats.state_dict().items():
+        held = model.state_dict()[name]
+        assert torch.equal(held.expanded() if isinstance(held, BlockWeight) else held, value), name
+    ids = torch.randint(0, 40, (2, 9))
+    torch.testing.assert_close(model(ids), floats(ids))
+    # Rotary rows of blocks are put back as those of floats.
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(32, 32)).astype("f4")
+    metadata = {"general.architecture": "llama", "llama.attention.head_count": 4}
+    write(tmp_path / "q.gguf", metadata, {"blk.0.attn_q.weight": ("Q4_0", x)})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    kept = GGUF(tmp_path / "q.gguf").state(stored=True)[name]
+    assert isinstance(kept, BlockWeight)
+    assert torch.equal(kept.expanded(), GGUF(tmp_path / "q.gguf").state()[name])
+    with pytest.raises(ValueError, match="together with stored=True"):
+        arcore.create_model("llama_tiny", stored=True)
+    arcore.models.save_pretrained(arcore.create_model("llama_tiny"), tmp_path / "m")
+    with pytest.raises(ValueError, match="no GGUF file, which alone"):
+        arcore.create_model("llama_tiny", weights=tmp_path / "m" / "model.safetensors", stored=True)
 
 
 def test_damaged_and_foreign_files_are_refused_in_one_sentence(tmp_path: Path) -> None:

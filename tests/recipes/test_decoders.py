@@ -17,8 +17,9 @@ from arcore.cli import main
 from arcore.cli._decoding import _law
 from arcore.data.text import load_text
 from arcore.decoding import Draft, MixedModel, exact, generate, relaxed
+from arcore.nn import quantise
 from arcore.ops.speculative import codebook_neighbours
-from arcore.recipes import text_decoders
+from arcore.recipes import recipe_for, text_decoders
 from arcore.recipes.language import RECIPE, TextSampling, language_model
 from arcore.recipes.text_decoders import TextRequest, decoder_names, near_relaxed, text_decoder
 from arcore.zoo.acceleration.hydra.heads import HydraConfig, HydraHeads
@@ -291,3 +292,36 @@ def test_text_in_bfloat16_by_all_decoders(run: Path) -> None:
     model, _ = language_model(str(run / "lm"))
     half = generate(model.to(torch.bfloat16), [list(b"and the ")], max_new_tokens=12, temperature=0.0)
     assert drawn["plain"] == ["and the " + language_model(str(run / "lm"))[1].decode(half.rows()[0])]
+
+
+def test_text_from_weights_in_blocks(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from arcore.recipes._sampling import sample
+
+    drawn = {}
+    for decoder, more in (("plain", {}), ("suffix", {}), ("hydra", {"heads": run / "heads"})):
+        options = TextSampling(prompt="and the ", max_new_tokens=12, temperature=0.0, decoder=decoder, **more)
+        drawn[decoder] = sample(RECIPE, options, checkpoint_folder=run / "lm", precision="q8_0").texts
+    assert drawn["plain"] == drawn["suffix"] == drawn["hydra"]
+    model, words = language_model(str(run / "lm"))
+    blocks = quantise(model, "q8_0")
+    text = generate(blocks, [list(b"and the ")], max_new_tokens=12, temperature=0.0).rows()[0]
+    assert drawn["plain"] == ["and the " + words.decode(text)]
+    asked = ["sample", str(run / "lm"), "--prompt", "and", "--max-new-tokens", "3", "--precision"]
+    assert main([*asked, "q4_1"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "stored"]) == 2
+    assert "checkpoints store floats" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="stores floats; blocks as they are stored come with smollm2"):
+        language_model(str(run / "lm"), stored=True)
+    with pytest.raises(ValueError, match="only models of text"):
+        sample(recipe_for("var_tiny"), None, checkpoint_folder=run, precision="q8_0")
+    with pytest.raises(ValueError, match=r"model\.safetensors is no GGUF file"):
+        file = run / "model.safetensors"
+        sample(RECIPE, options, preset="llama_tiny", weights=file, precision="stored")
+    threads = torch.get_num_threads()
+    try:
+        table = ["bench", "decoding", str(run / "lm"), "--tokens", "3", "--count", "2", "--precision", "q4_0"]
+        assert main([*table, "--row", "suffix window=3"]) == 0
+        assert "q4_0" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)

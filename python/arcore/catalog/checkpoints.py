@@ -34,6 +34,7 @@ from arcore._optional import require
 from arcore.catalog.discovery import Entry, catalog
 from arcore.catalog.gguf import GGUF
 from arcore.catalog.lookup import find, load, model_class
+from arcore.nn.block_weight import BlockWeight
 from arcore.nn.checks import check_instance, check_path
 
 CONFIG = "config.json"
@@ -147,7 +148,14 @@ def save_checkpoint(
     text = json.dumps(content, indent=2) + "\n"
     with atomic_folder(folder) as temporary:
         for name, module in modules.items():
-            state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            # Weights in blocks are saved as the floats that they stand for.
+            state = {
+                key: (value.expanded() if isinstance(value, BlockWeight) else value)
+                .detach()
+                .cpu()
+                .contiguous()
+                for key, value in module.state_dict().items()
+            }
             save_file(state, temporary / f"{name}.safetensors")
         (temporary / CONFIG).write_text(text, encoding="utf-8")
 
@@ -211,7 +219,9 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, nn.Module
     return modules, content
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None) -> None:
+def load_weights(
+    module: nn.Module, path: str | os.PathLike[str], *, entry: str | None = None, stored: bool = False
+) -> None:
     """Load weights into a module of the zoo, all of them or none.
 
     Names may be ours or those of the paper's authors, with `module.` (DDP) or `_orig_mod.` (torch.compile) in front, in
@@ -232,11 +242,13 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str 
             `FILE#ENTRY` names the entry of the file, as `entry` does.
         entry: which table of a file with several, e.g. `"ema"` or `"trainer.vae_local"`; None takes the one that the
             authors sample with, or the first of the usual ones.
+        stored: keep the 8- and 4-bit blocks of a GGUF file as they are, each weight an `arcore.nn.BlockWeight`, for
+            inference. Matrices that the module joins and the file stores in several kinds become floats.
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: the file is damaged, has no such entry, or its names, shapes, dtypes or settings do not fit; the
-            message names the file.
+        ValueError: `stored` with another file than a GGUF file; the file is damaged, has no such entry, or its names,
+            shapes, dtypes or settings do not fit; the message names the file.
         ImportError: safetensors is needed and missing.
     """
     check_instance("module", module, nn.Module)
@@ -252,7 +264,12 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str 
         beside = _config_of(module, path.parent)
     elif path.suffix == GGUF_SUFFIX:
         beside = _settings_of(module, path, GGUF(path).config())
-    contents = _read_contents(path)
+    if stored and path.suffix != GGUF_SUFFIX:
+        raise ValueError(
+            f"the weights {path} are no GGUF file, which alone stores weights in blocks: load them without "
+            "stored=True, then arcore.nn.quantise(model, 'q8_0')"
+        )
+    contents = GGUF(path).state(stored=True) if stored else _read_contents(path)
     args = _args_of(contents)
     _check_settings(path, module, beside)
     if args is not None and hasattr(module, "official_settings"):
@@ -267,8 +284,11 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, entry: str 
     _check_fit(path, state, expected)
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
-    assign = any(value.is_meta for value in expected.values())
+    assign = stored or any(value.is_meta for value in expected.values())
     module.load_state_dict(_aligned(cast) if assign else cast, strict=True, assign=assign)
+    for parameter in module.parameters() if stored else ():
+        if isinstance(parameter, BlockWeight):
+            parameter.requires_grad_(False)
     if hasattr(module, "prefill"):
         module.eos_ids = eos_beside(path, int(getattr(module, "vocab_size", 0)))  # type: ignore[assignment]
 
@@ -282,7 +302,7 @@ def _aligned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     moved: dict[tuple[Any, ...], Tensor] = {}
     found = {}
     for key, value in state.items():
-        if value.is_cpu and value.data_ptr() % ALIGNMENT:
+        if value.is_cpu and not isinstance(value, BlockWeight) and value.data_ptr() % ALIGNMENT:
             place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
             value = moved.setdefault(place, value.clone())
         found[key] = value

@@ -3,7 +3,8 @@
     model = arcore.create_model("llama", weights="model.gguf")
 
 The file is mapped, not read: a tensor is taken from it when it is asked for, and comes as float32 whatever it is stored
-as. Layout: the magic "GGUF", version, counts, typed metadata, a table of tensors, then their data at aligned offsets
+as, or in the blocks of 8 or 4 bits in which it is stored (`create_model(..., stored=True)`). Layout: the magic "GGUF",
+version, counts, typed metadata, a table of tensors, then their data at aligned offsets
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Dimensions stand in the file innermost first.
 """
 
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcore.nn.block_weight import BlockWeight
 from arcore.nn.decoder import pairs_to_halves
 from arcore.nn.kinds import check_kinds
+from arcore.ops import block_values
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -120,32 +123,39 @@ class GGUF:
         """
         info = self.tensors[name]
         raw = self._bytes[info.start : info.start + info.nbytes]
-        kind, size = info.storage.name, info.storage.size
+        kind = info.storage.name
         if kind == "F32":
             values = _typed(raw, torch.float32).clone()
         elif kind in ("F16", "BF16"):
             values = _typed(raw, torch.float16 if kind == "F16" else torch.bfloat16).float()
         else:
-            blocks = raw.view(-1, size)
-            scale = _typed(blocks[:, :2].contiguous(), torch.float16).float()  # [blocks, 1]
-            if kind == "Q8_0":
-                values = blocks[:, 2:].contiguous().view(torch.int8).float() * scale
-            else:
-                low = (
-                    _typed(blocks[:, 2:4].contiguous(), torch.float16).float()
-                    if kind == "Q4_1"
-                    else -8 * scale
-                )
-                packed = blocks[:, size - 16 :]
-                # The low halves of the bytes are the first 16 values of a block.
-                quants = torch.cat([packed & 15, packed >> 4], dim=1).float()
-                values = quants.mul_(scale).add_(low)
+            values = block_values(self._blocks(info))
         return values.view(info.shape)
 
-    def state(self) -> dict[str, Tensor]:
+    def _blocks(self, info: TensorInfo) -> Tensor:
+        """A copy of the blocks of a tensor: uint8 `[M, K / 32, S]`, M the product of all dimensions but the last."""
+        raw = self._bytes[info.start : info.start + info.nbytes]
+        rows = math.prod(info.shape[:-1])
+        return raw.view(rows, info.shape[-1] // info.storage.values, info.storage.size).clone()
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor by its name in the file: a `BlockWeight` where it is a matrix in blocks, else as float32.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        info = self.tensors[name]
+        if info.storage.values == 1 or len(info.shape) != 2:
+            return self.tensor(name)
+        return BlockWeight(self._blocks(info))
+
+    def state(self, *, stored: bool = False) -> dict[str, Tensor]:
         """The weights of a Llama-like model under the names and in the layout that transformers has.
 
         llama.cpp stores rows of Llama's query and key projections so that rotary pairs stand together; that is undone.
+
+        Args:
+            stored: keep matrices in blocks, each a `BlockWeight`.
 
         Raises:
             ValueError: the architecture is another, or a tensor has a name that is not known.
@@ -168,19 +178,24 @@ class GGUF:
             "ffn_down": "mlp.down_proj",
         }
         state = {}
+        read = self.stored if stored else self.tensor
         for name in self.tensors:
             if name == "rope_freqs.weight":
                 continue
             if name in outer:
-                state[outer[name]] = self.tensor(name)
+                state[outer[name]] = read(name)
                 continue
             block, _, rest = name.removeprefix("blk.").partition(".")
             part, _, kind = rest.partition(".")
             if not name.startswith("blk.") or part not in inner or kind not in ("weight", "bias"):
                 raise ValueError(f"the weights {self.path} have a tensor {name!r}, which no Llama has")
-            value = self.tensor(name)
+            value = read(name)
             if part in heads and self.architecture == "llama":
-                value = pairs_to_halves(value, heads[part])
+                if isinstance(value, BlockWeight):
+                    rows = pairs_to_halves(value.blocks.flatten(1), heads[part])
+                    value = BlockWeight(rows.view_as(value.blocks))
+                else:
+                    value = pairs_to_halves(value, heads[part])
             state[f"model.layers.{block}.{inner[part]}.{kind}"] = value
         return state
 

@@ -106,7 +106,9 @@ class Found(NamedTuple):
     preset: str | None
 
 
-def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **overrides: Any) -> nn.Module:
+def create_model(
+    name: str, *, weights: str | os.PathLike[str] | None = None, stored: bool = False, **overrides: Any
+) -> nn.Module:
     """Make a model or tokenizer of the zoo.
 
     Args:
@@ -115,6 +117,7 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
         weights: file or folder to load, see `arcore.models.load_weights`; `"file.pt#ema"` takes the entry `ema` of a
             file that holds several tables; `"hub"` fetches what the preset's authors have published. None leaves
             random weights.
+        stored: keep the 8- and 4-bit blocks of a GGUF file as they are stored, for inference; see `load_weights`.
         **overrides: fields of the preset's config to change, e.g. `num_classes=5`.
 
     Returns:
@@ -129,6 +132,8 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
     """
     if weights is not None and not isinstance(weights, str | os.PathLike):
         raise TypeError(f"expected weights to be the path of a file or folder but got {_kind(weights)}")
+    if stored and weights is None:
+        raise ValueError("expected weights, a GGUF file, together with stored=True but got none")
     if weights == "hub":
         from arcore.catalog.hub import fetch
 
@@ -149,7 +154,7 @@ def create_model(name: str, *, weights: str | os.PathLike[str] | None = None, **
     # Random initial weights of a large model take long and would be thrown away.
     with torch.device("meta"):
         module = model(config)
-    load_weights(module, weights)
+    load_weights(module, weights, stored=stored)
     return module
 
 

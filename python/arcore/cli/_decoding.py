@@ -60,13 +60,18 @@ def main(argv: Sequence[str]) -> int:
         return 0
     import torch
 
+    from arcore.nn import quantise
+    from arcore.ops.block_values import KINDS
     from arcore.recipes.language import language_model
     from arcore.recipes.text_decoders import TextRequest, text_decoder
 
     torch.set_num_threads(1)
     rows = [_row(text, options) for text in ("plain", *(options.row or ROWS))]
-    model, words = language_model(options.model)
-    model.to(getattr(torch, options.precision))
+    model, words = language_model(options.model, stored=options.precision == "stored")
+    if options.precision in KINDS:
+        quantise(model, options.precision)
+    elif options.precision == "bfloat16":
+        model.to(torch.bfloat16)
     lines = PROMPTS if options.prompts is None else _lines(options.prompts)
     prompts = [words.encode(text) for text in lines[: options.count]]
     limit = "" if options.limit is None else f", up to {options.limit:g} s a row"
@@ -196,9 +201,10 @@ def _options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--precision",
-        choices=["float32", "bfloat16"],
+        choices=["float32", "bfloat16", "stored", "q8_0", "q4_1", "q4_0"],
         default="float32",
-        help="of the weights and the arithmetic (default: float32)",
+        help="of the weights and the arithmetic (default: float32); stored and q...: weights in blocks of 8 or 4 bits, "
+        "as `arcore sample` has them",
     )
     parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: 20 built-in ones)")
     parser.add_argument("--count", metavar="N", type=int, help="only the first N prompts")

@@ -10,6 +10,7 @@ from arcore.nn.adaln import (
     modulated_norm,
 )
 from arcore.nn.attention import CrossAttention, SelfAttention
+from arcore.nn.block_weight import BlockWeight, quantise
 from arcore.nn.blocks import PostNormBlock, PreNormBlock, init_mamba_encoder
 from arcore.nn.branches import PackedBranches, branch_hidden, pack_branches
 from arcore.nn.cache import Cache, KVCache, KVSnapshot
@@ -53,6 +54,7 @@ __all__ = [
     "AdaLNHead",
     "Angles",
     "BlockModel",
+    "BlockWeight",
     "Cache",
     "CausalConv1d",
     "ClassEmbedding",
@@ -117,6 +119,7 @@ __all__ = [
     "modulated_norm",
     "pack_branches",
     "pairs_to_halves",
+    "quantise",
     "rope_table",
     "signed_angles",
     "sincos_positions",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.masks import IntervalMask, TreeMask
+from arcore.nn.block_weight import stored
 from arcore.nn.kinds import Axes, Features, Size, Tokens, check_kinds, explain_kinds
 from arcore.nn.linear import Linear
 from arcore.nn.norm import RMSNorm
@@ -172,17 +173,17 @@ class DecoderLayer(nn.Module):
         )
 
     def step_weights(self) -> dict[str, Any]:
-        """What `arcore.ops.decoder_step` asks of the layer, by the names of its arguments."""
+        """What `arcore.ops.decoder_step` asks of the layer, by the names of its arguments; blocks as blocks."""
         attention: Any = self.attention
         mlp: Any = self.mlp
         norm1: Any = self.norm1
         return {
             "norm1": norm1.weight,
-            "qkv": attention.qkv.weight,
-            "out": attention.out.weight,
+            "qkv": stored(attention.qkv.weight),
+            "out": stored(attention.out.weight),
             "norm2": self.norm2.weight,
-            "gate_up": mlp.gate_up.weight,
-            "down": mlp.down.weight,
+            "gate_up": stored(mlp.gate_up.weight),
+            "down": stored(mlp.down.weight),
             "num_heads": attention.num_heads,
             "qkv_bias": attention.qkv.bias,
             "out_bias": attention.out.bias,

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.matmul import fills_its_memory
+from arcore.nn.block_weight import BlockWeight
 from arcore.nn.kinds import Axes, Features, explain_kinds
+from arcore.ops import block_values
 from arcore.ops._registration import call_below
 
 # oneDNN's product with a weight as it lies in memory. On processors that MKL does not favour it takes less time than
@@ -21,6 +23,10 @@ _onednn: Any = (
 MIN_PRODUCTS = 2**23
 # Up to so many rows the bytes of the weight decide, and products made for many rows take longer than one pass over it.
 STEP_ROWS = {torch.float32: 32, torch.bfloat16: 8}
+# Blocks would have to be expanded for torch, so more rows than that go to the op.
+BLOCK_ROWS = 32
+# Numbers of blocks that are expanded at a time for torch's products, so that they are still in a cache there.
+EXPANDED = 2**19
 # In float32 that holds for weights that no cache keeps from token to token, and for smaller ones from two rows on.
 MIN_OF_ONE, MIN_OF_FEW = 2**19, 2**16
 
@@ -38,7 +44,7 @@ def linear(
 
     Args:
         x: `[..., K]`.
-        weight: `[M, K]`.
+        weight: `[M, K]`; a `BlockWeight` is read as it is for few rows, and expanded piece by piece for many.
         bias: `[M]`.
         rows: up to so many rows, at most 64, each gets the same bits however many there are, even where that is slower;
             where the weight is contiguous. None: speed decides.
@@ -57,13 +63,20 @@ def linear(
         return F.linear(x, weight, bias)
     columns = weight.shape[-1]
     count = x.numel() // max(columns, 1)
-    wanted = count <= rows if rows is not None else _reads_once(weight, count)
-    if count and wanted and x.shape[-1] == columns and weight.is_contiguous() and _plain(x, weight, bias):
+    blocks = weight.blocks if isinstance(weight, BlockWeight) else None
+    wanted = count <= rows if rows is not None else _reads_once(weight, count, blocks is not None)
+    plain = x.shape[-1] == columns and _plain(x, weight if blocks is None else blocks, bias, x.dtype)
+    if count and wanted and plain:
         few = call_below(
-            torch.ops.arcore.linear_step.default, x.reshape(count, columns).contiguous(), weight, bias
+            torch.ops.arcore.linear_step.default,
+            x.reshape(count, columns).contiguous(),
+            weight if blocks is None else blocks,
+            bias,
         )
         out: Tensor = few.view(*x.shape[:-1], weight.shape[0])
         return out
+    if blocks is not None:
+        return _expanding(x, blocks, bias) if plain else F.linear(x, weight, bias)
     if x.dtype == torch.bfloat16:
         return F.linear(x, weight, bias)
     if _onednn is None or x.numel() * weight.shape[0] < MIN_PRODUCTS or not fills_its_memory(weight):
@@ -72,19 +85,34 @@ def linear(
     return out
 
 
-def _reads_once(weight: Tensor, rows: int) -> bool:
+def _expanding(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` for many rows, with some rows of a weight in blocks as floats at a time."""
+    outputs, columns = len(blocks), x.shape[-1]
+    step = max(1, EXPANDED // max(columns, 1))
+    out = x.new_empty(*x.shape[:-1], outputs)
+    for start in range(0, outputs, step):
+        piece = slice(start, start + step)
+        values = block_values(blocks[piece]).to(x.dtype)
+        out[..., piece] = linear(x, values, None if bias is None else bias[piece])
+    return out
+
+
+def _reads_once(weight: Tensor, rows: int, blocks: bool) -> bool:
     """Whether the op that reads the weight once takes less time than torch."""
+    if blocks:
+        return rows <= BLOCK_ROWS
     if rows > STEP_ROWS[weight.dtype]:
         return False
     return weight.dtype == torch.bfloat16 or weight.numel() >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Nothing that only torch's own product knows: quantised or wrapped tensors, transforms, a bias of another kind."""
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Nothing that only torch's own product knows: wrapped tensors, transforms, strides, a bias of another kind."""
     return (
         all(type(t) in (Tensor, nn.Parameter) for t in (x, weight))
+        and weight.is_contiguous()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
     )
 
 

@@ -17,6 +17,7 @@ with built_from_these_sources():
         block_sparse_attention,
         reference_block_sparse_attention,
     )
+    from arcore.ops.block_values import block_values, quantise_blocks, reference_block_values
     from arcore.ops.causal_conv1d import (
         causal_conv1d,
         causal_conv1d_update,
@@ -62,6 +63,7 @@ __all__ = [
     "VerifiedWindow",
     "alibi_bias",
     "block_sparse_attention",
+    "block_values",
     "causal_conv1d",
     "causal_conv1d_update",
     "codebook_neighbours",
@@ -74,7 +76,9 @@ __all__ = [
     "logits_from_probs",
     "mamba3_scan",
     "mamba3_update",
+    "quantise_blocks",
     "reference_block_sparse_attention",
+    "reference_block_values",
     "reference_causal_conv1d",
     "reference_causal_conv1d_update",
     "reference_confidence_mask",

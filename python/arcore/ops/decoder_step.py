@@ -19,6 +19,7 @@ from arcore.ops._registration import (
     refuse_derivatives,
     register_in_place,
 )
+from arcore.ops.block_values import reference_block_values
 
 OP = "arcore.decoder_step"
 # Most rows: kMaxTokens of csrc/decoder_step/params.h.
@@ -61,12 +62,16 @@ def decoder_step(
     The new key and value are written behind each row's tokens. The weights are read once for all rows; a row's result
     does not depend on the others, on the number of threads or on what lies behind its tokens in the cache.
 
+    Each of `qkv`, `out`, `gate_up` and `down` may be given in blocks, uint8 `[rows, columns / 32, bytes]` as for
+    `arcore.ops.block_values`. They are expanded in registers, so the result has the bits that it has for float32
+    weights of the same numbers.
+
     For decoding on CPUs, without gradient. A model does the same in a dozen ops, between which the weights push code
     and data out of the caches.
 
     Args:
-        x: hidden states ``[B, C]``, float32 or bfloat16 like all tensors but `lengths`, `cos` and `sin`, contiguous;
-            written in place. B is at most 64.
+        x: hidden states ``[B, C]``, float32 or bfloat16 like all tensors but blocks, `lengths`, `cos` and `sin`,
+            contiguous; written in place. B is at most 64.
         norm1: weight of the norm before the attention, ``[C]``.
         qkv: projections of H query heads, Hkv key heads and Hkv value heads, ``[(H + 2 Hkv) D, C]``.
         out: projection behind the attention, ``[C, H D]``.
@@ -143,6 +148,10 @@ def reference_decoder_step(
 ) -> Tensor:
     """`decoder_step` in plain PyTorch, row by row; any float dtype, device and sizes."""
     _refuse_gradients(x, norm1, qkv, out, norm2, gate_up, down)
+    qkv, out, gate_up, down = (
+        reference_block_values(w).to(x.dtype) if w.dtype == torch.uint8 else w
+        for w in (qkv, out, gate_up, down)
+    )
     kv_heads, dim = keys.shape[1], keys.shape[3]
     for b in range(len(x)):
         text, new = divmod(b, drafts)

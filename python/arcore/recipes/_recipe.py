@@ -133,6 +133,8 @@ class Recipe(ABC):
         casts_weights: bfloat16 sampling turns the weights into bfloat16 once; otherwise autocast does at each call. For
             models that read all of their weights for a token or two.
         many_files: what `sample` calls `out` is a folder.
+        keeps_blocks: what is drawn can come from weights in 8- or 4-bit blocks; `published` then takes `stored=True`
+            for those of a GGUF file.
         halved: what is drawn bears bfloat16 arithmetic, so that sampling takes it by itself where it is faster.
     """
 
@@ -143,6 +145,7 @@ class Recipe(ABC):
     movable: ClassVar[tuple[str, ...]] = ("data", "held_out")
     halved: ClassVar[bool] = False
     casts_weights: ClassVar[bool] = False
+    keeps_blocks: ClassVar[bool] = False
     many_files: ClassVar[bool] = False
 
     @abstractmethod

@@ -11,10 +11,13 @@ import torch
 
 from arcore.catalog import load_checkpoint
 from arcore.catalog.hub import HUB, fetch
+from arcore.nn import quantise
+from arcore.ops.block_values import KINDS
 from arcore.recipes._recipe import Recipe, recipe_for
 from arcore.training import checkpoint
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "stored", "q8_0", "q4_1", "q4_0"]
+BLOCKED = ("stored", *KINDS)
 
 
 def recipe_of_checkpoint(path: str | Path) -> Recipe:
@@ -55,7 +58,8 @@ def sample(
         averaged: take the moving average of the weights that a run with `ema` saved.
         device: where to compute.
         precision: bfloat16 computes matrix products and convolutions in it; auto does so where the device has units for
-            it and the recipe bears it.
+            it and the recipe bears it. stored keeps the 8- and 4-bit blocks of a GGUF file; q8_0, q4_1 and q4_0 make
+            such blocks of floats.
         show: receives text while it grows.
 
     Returns:
@@ -65,8 +69,9 @@ def sample(
         ValueError: unfit options or weights.
         FileNotFoundError: no such file.
     """
-    recipe.check_sampling(options)
     place = _device(device)
+    _check_blocks(precision, place, recipe, weights)
+    recipe.check_sampling(options)
     if checkpoint_folder is not None:
         folder = checkpoint.find(checkpoint_folder)
         beside = recipe.beside(None, folder, options)
@@ -80,8 +85,11 @@ def sample(
         beside = recipe.beside(preset, None, options)
         if str(weights) == HUB:
             weights = fetch(preset)
-        networks, facts = recipe.published(preset, weights, options)
+        more: dict[str, Any] = {"stored": True} if precision == "stored" else {}
+        networks, facts = recipe.published(preset, weights, options, **more)
     networks = {name: network.to(place).eval() for name, network in {**networks, **beside}.items()}
+    if precision in KINDS:
+        quantise(networks[recipe.trained], precision)
     half = _in_bfloat16(precision, place, recipe)
     if half and recipe.casts_weights:
         networks = {name: network.to(torch.bfloat16) for name, network in networks.items()}
@@ -94,6 +102,24 @@ def _in_bfloat16(precision: Precision, place: torch.device, recipe: Recipe) -> b
     if precision not in get_args(Precision):
         raise ValueError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
     return precision == "bfloat16" or (precision == "auto" and recipe.halved and has_bf16_units(place))
+
+
+def _check_blocks(precision: str, place: torch.device, recipe: Recipe, weights: Path | None) -> None:
+    """Raise unless blocks, if they are asked for, can be had and read."""
+    if precision not in BLOCKED:
+        return
+    if not recipe.keeps_blocks:
+        raise ValueError(
+            f"--precision {precision}: only models of text are drawn from with weights in blocks"
+        )
+    if place.type != "cpu":
+        raise ValueError(
+            f"--precision {precision}: weights in blocks are read on a CPU; leave out --device {place}"
+        )
+    if precision == "stored" and weights is None:
+        raise ValueError(
+            "--precision stored: checkpoints store floats; give a GGUF file with --weights, or choose --precision q8_0"
+        )
 
 
 def has_bf16_units(place: torch.device) -> bool:

@@ -204,6 +204,7 @@ class Language(Recipe):
     options: ClassVar[type] = TextOptions
     sampling: ClassVar[type | None] = TextSampling
     casts_weights: ClassVar[bool] = True
+    keeps_blocks: ClassVar[bool] = True
 
     def prepare(self, start: Start, options: Any) -> Work:
         text = load_text(options.data)
@@ -254,12 +255,18 @@ class Language(Recipe):
         if options.prompt is None:
             raise ValueError('this is a text model: say what it goes on from with --prompt "..."')
 
-    def published(self, preset: str, weights: Path, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def published(
+        self, preset: str, weights: Path, options: Any, *, stored: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         if str(weights) == PACKAGE:
             weights = packaged_weights(preset)
         if weights.suffix == GGUF_SUFFIX:
             facts = {"text_tokenizer": "gguf", "folder": str(weights)}
-            return {"model": create_model(preset, weights=weights)}, facts
+            return {"model": create_model(preset, weights=weights, stored=stored)}, facts
+        if stored:
+            raise ValueError(
+                f"--precision stored: {weights} is no GGUF file; choose --precision q8_0 to make blocks of its floats"
+            )
         folder = weights if weights.is_dir() else weights.parent
         if not (folder / FILE).is_file():
             folder = tokenizer_folder(preset) or folder
@@ -341,22 +348,27 @@ def tokenizer_of(folder: Path, facts: Mapping[str, Any]) -> TextTokenizer:
     return ByteTokenizer() if facts.get("text_tokenizer") == "bytes" else BPETokenizer.load(folder / FILE)
 
 
-def language_model(source: str) -> tuple[Any, TextTokenizer]:
+def language_model(source: str, *, stored: bool = False) -> tuple[Any, TextTokenizer]:
     """A trained language model and its tokenizer, for what is trained or drawn on top of one.
 
     Args:
         source: a run folder or checkpoint, or a preset whose weights an installed package ships, e.g. smollm2_135m or
             smollm2 for short.
+        stored: keep the 8- and 4-bit blocks of packaged weights as they are stored.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no language model, or is damaged.
+        ValueError: it holds no language model, or is damaged; or `stored` with a checkpoint, which holds floats.
         ImportError: the package is missing.
     """
     source = source if Path(source).exists() else SHORT.get(source, source)
     if not Path(source).exists() and source in PACKAGED:
         path = packaged_weights(source)
-        return create_model(source, weights=path).eval(), gguf_tokenizer(GGUF(path))
+        return create_model(source, weights=path, stored=stored).eval(), gguf_tokenizer(GGUF(path))
+    if stored:
+        raise ValueError(
+            f"{source} stores floats; blocks as they are stored come with {', '.join(SHORT)}: choose q8_0 instead"
+        )
     folder = checkpoint.find(source)
     networks, facts = load_checkpoint(folder)
     if "text_tokenizer" not in facts or "model" not in networks:
