@@ -262,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="sm_80 machine code of the portable kernels only"
     )
     parser.add_argument("--json", type=Path, help="also write the report to this file")
+    parser.add_argument("parts", nargs="*", help="only files whose path contains one of these")
     options = parser.parse_args(arguments)
     nvcc = find_nvcc()
     if nvcc is None:
@@ -271,6 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     version, nvdisasm = nvcc_version(nvcc), find_nvdisasm(nvcc)
     print(f"nvcc {version}, {'sm_80 only' if options.quick else 'architectures ' + ' '.join(names)}")
     sources, cute = sorted((ROOT / "csrc").glob("**/*.cu")), cutlass.include_folder()
+    sources = [s for s in sources if not options.parts or any(part in str(s) for part in options.parts)]
+    if not sources:
+        parser.error(f"no .cu file has any of {', '.join(options.parts)} in its path")
     reports = []
     with ThreadPoolExecutor(_nvcc_jobs()) as pool:
         tasks = []

@@ -101,6 +101,21 @@ def _varlen_blocks(lengths: tuple[int, ...], head_dim: int) -> Case:
     return Case(f"documents_d{head_dim}", mask, tuple(pieces), head_dim=head_dim)
 
 
+def _varlen_block_causal(documents: tuple[tuple[int, ...], ...], head_dim: int) -> Case:
+    """Documents of different lengths, each in blocks that see themselves and those before them."""
+    bounds, pieces, start = [], [], 0
+    for blocks in documents:
+        stop = start
+        for size in blocks:
+            rows = slice(stop, stop + size)
+            stop = rows.stop
+            pieces.append((rows, (slice(start, stop),)))
+            bounds += [[start, stop]] * size
+        start = stop
+    mask = masks.IntervalMask(torch.tensor(bounds, dtype=torch.int32).view(1, 1, -1, 2), start)
+    return Case(f"varlen_blocks_d{head_dim}", mask, tuple(pieces), head_dim=head_dim)
+
+
 def cases(gpu: bool) -> Iterator[Case]:
     if not gpu:
         yield _scales("tiny", (1, 2, 3), False, (0, 0), (0, 0))
@@ -114,6 +129,7 @@ def cases(gpu: bool) -> Iterator[Case]:
         yield replace(case, name=f"{case.name}_d128", head_dim=128, heads=10)
     yield replace(_scales("next_scale_521", NEXT_SCALE_521, False), head_dim=72, heads=10)
     yield _varlen_blocks((100, 700, 256, 992, 1500, 548), 64)
+    yield _varlen_block_causal(((256,) * 4, (64,) * 5, (512, 256, 256), (100, 28) * 4), 64)
     for n, batch in ((2048, 8), (4096, 5), (8192, 5)):
         yield _causal(n, 64, batch)
     yield _causal(4096, 128, 5)
@@ -343,8 +359,8 @@ def run(report: Report) -> None:
                     return _runs(case, make(case, report.device), sets, direction)
 
                 flops = factor * per_pair
-                # Small cases are a matter of launches; a captured backward would need a captured forward.
-                small = report.gpu and direction == "forward" and case.mask.nq <= 1024
+                # Small cases are a matter of launches.
+                small = report.gpu and case.mask.nq <= 1024
                 report.measure(
                     runs, graph=small, op=OP, case=case.name, impl=impl, direction=direction, dtype="bfloat16",
                     batch=batch, heads=heads, n=case.mask.nq, head_dim=case.head_dim,

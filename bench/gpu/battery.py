@@ -72,6 +72,7 @@ PEERS = {
     "selective_state_update": ("torch",),
     "causal_conv1d": ("conv1d",),
     "token_logprobs": ("cross_entropy",),
+    "ssd": ("mamba_ssm",),
 }  # fmt: skip
 # One check of each op that needs no GPU and no time.
 DRY_CHECK = {"speculative": "many_rows-cpu", "sample": "bad_rows_stay_alone-cpu"}
@@ -494,8 +495,10 @@ def profile(battery: Battery, seconds: float) -> None:
     program = shutil.which("ncu")
     if program is None or ATTENTION not in battery.ops:
         return
-    command = [program, "--clock-control", "none", "--set", "base", "--launch-count", "4", "--kernel-name"]
-    command += ["regex:forward|backward|fused", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]
+    command = [program, "--clock-control", "none", "--launch-count", "4"]
+    for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "ComputeWorkloadAnalysis", "WarpStateStats"):
+        command += ["--section", section]
+    command += ["--kernel-name", "regex:forward|backward|fused", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]
     for name in VARIANTS if battery.machine.get("sm_90a") else (ATTENTION,):
         switches = dict(switch.split("=") for switch in VARIANTS.get(name, ()))
         outcome = run_one(command, seconds / 2, environment(1) | switches)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -87,18 +88,33 @@ def time_calls(
     return _timing([before.elapsed_time(after) / 1e3 for before, after in events], "events")
 
 
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def where_graphs_are_captured(device: str) -> Iterator[None]:
+    """The stream of `time_graph`. A backward runs on its forward's stream, so forwards belong here too."""
+    if device != "cuda":
+        yield
+        return
+    side, outside = _capture_stream(), torch.cuda.current_stream()
+    side.wait_stream(outside)
+    with torch.cuda.stream(side):
+        yield
+    outside.wait_stream(side)
+
+
 def time_graph(runs: Sequence[Run], device: str, rounds: int = 30) -> Timing:
     """Median time of one call inside a captured graph of all `runs`: no gaps between launches."""
     if device != "cuda":
         return time_calls(runs, device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with where_graphs_are_captured(device):
         for run in runs[:2]:
             run()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_capture_stream()):
         kept = [run() for run in runs]
     for _ in range(3):
         graph.replay()

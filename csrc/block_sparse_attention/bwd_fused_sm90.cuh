@@ -1,5 +1,5 @@
 // Backward for Hopper in one pass of five products; fused_loop_sm90.h has the algorithm and the order of
-// events. Two kernels around it: one numbers the visits of the query tiles, one turns the sums into dQ.
+// events. A kernel behind it turns the sums into dQ.
 #pragma once
 
 #include "block_sparse_attention/bwd_sm90.cuh"
@@ -52,7 +52,7 @@ struct FusedTileProducer : TileProducer<Element, kDim, true, FusedStorage<Elemen
   __device__ __forceinline__ void load_other(int stage, const WorkItem& work, OtherTile tile,
                                              const int32_t* entry) {
     if (threadIdx.x % 32 != 0) return;
-    tile.visit = fused.visits[entry - this->p.cuda.by_key.data];
+    tile.visit = entry[this->p.cuda.by_key.columns];
     Base::load_other(stage, work, tile, entry);
   }
 };
@@ -232,24 +232,6 @@ __global__ void __launch_bounds__(kThreads, 1) fused_kernel(const __grid_constan
   }
 }
 
-// A block per grid of the plan by key.
-struct VisitBlock {
-  __device__ __forceinline__ int32_t first() const { return static_cast<int32_t>(threadIdx.x); }
-  __device__ __forceinline__ int32_t step() const { return static_cast<int32_t>(blockDim.x); }
-  __device__ __forceinline__ void meet() const { __syncthreads(); }
-};
-template <typename Element>
-__global__ void __launch_bounds__(256) visits_kernel(const __grid_constant__ FusedParams p) {
-  const TilePlan& plan = p.backward.cuda.by_key;
-  const Problem& problem = p.backward.cuda.args.problem;
-  const int64_t batch = blockIdx.x / p.grid_heads, head = blockIdx.x % p.grid_heads;
-  const int32_t* grid = tile_grid(plan, batch, head);
-  const int64_t group = problem.heads / problem.kv_heads;
-  VisitBlock block;
-  number_visits(block, plan, tile_grid(plan, batch, head / group * group), grid,
-                p.visits + (grid - plan.data), p.seen + blockIdx.x * p.query_tiles);
-}
-
 // A block per query tile: sums become dQ, tiles that no key tile visited 0.
 template <typename Element, int kDim>
 __global__ void __launch_bounds__(128) query_gradients_kernel(const __grid_constant__ FusedParams p) {
@@ -290,7 +272,6 @@ int start_fused(const FusedParams& params, int64_t multiprocessors, void* stream
     const unsigned blocks = static_cast<unsigned>(units < multiprocessors ? units : multiprocessors);
     if (const int error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes); error != 0)
       return error;
-    visits_kernel<Element><<<static_cast<unsigned>(params.grids), 256, 0, queue>>>(params);
     kernel<<<blocks, kThreads, kBytes, queue>>>(params);
     query_gradients_kernel<Element, kDim><<<static_cast<unsigned>(tiles), 128, 0, queue>>>(params);
     return static_cast<int>(cudaGetLastError());

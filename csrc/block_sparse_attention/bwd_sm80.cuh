@@ -102,13 +102,13 @@ ARCORE_KERNEL backward_by_key(ARCORE_KERNEL_ARGS BackwardKernelArgs args) {
   const Work work = work_of_block(block_x(), p.batch * p.kv_heads, args.cuda.by_key.rows);
   const int64_t batch = work.pair / p.kv_heads, kv_head = work.pair % p.kv_heads;
   const int32_t* order = plan_grid(args.cuda.by_key, batch, kv_head * group);
-  const int64_t key_tile = load_readonly(order + work.place * (2 + args.cuda.by_key.columns) + 1);
+  const int64_t key_tile = load_readonly(order + work.place * args.cuda.by_key.pitch + 1);
   const int64_t key0 = key_tile * kBackwardTileK;
   const int32_t* keys = p.mask.key_bounds == nullptr ? nullptr : p.mask.key_bounds + batch * p.mask.key_batch;
 
   const int32_t first_head = static_cast<int32_t>(kv_head * group);
   QueryTiles tiles{args.cuda.by_key,
-                   plan_grid(args.cuda.by_key, batch, 0) + key_tile * (2 + args.cuda.by_key.columns),
+                   plan_grid(args.cuda.by_key, batch, 0) + key_tile * args.cuda.by_key.pitch,
                    first_head,
                    first_head + static_cast<int32_t>(group) - 1,
                    {},
@@ -249,7 +249,7 @@ ARCORE_KERNEL backward_by_query(ARCORE_KERNEL_ARGS BackwardKernelArgs args) {
   const int64_t batch = work.pair / p.heads, head = work.pair % p.heads,
                 kv_head = head / (p.heads / p.kv_heads);
   const int32_t* grid = plan_grid(args.cuda.by_query, batch, head);
-  const int64_t q_row = load_readonly(grid + work.place * (2 + args.cuda.by_query.columns) + 1);
+  const int64_t q_row = load_readonly(grid + work.place * args.cuda.by_query.pitch + 1);
   const PlanRow row = plan_row(args.cuda.by_query, grid, q_row);
   const int64_t q0 = q_row * kForwardTileQ;
   const int32_t* bounds = p.mask.bounds + batch * p.mask.batch + head * p.mask.head;

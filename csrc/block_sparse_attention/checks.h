@@ -164,7 +164,7 @@ inline const float* check_rows(const char* op, const char* name, const Tensor& t
 
 // All but the plan itself.
 inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_t nk, int64_t tile_q,
-                           int64_t tile_k, bool by_key, bool halves) {
+                           int64_t tile_k, bool by_key, bool halves, bool visits) {
   ARCORE_CHECK(bounds.scalar_type() == ScalarType::Int && bounds.dim() == 4 && bounds.is_contiguous() &&
                    (bounds.size(3) == 2 || bounds.size(3) == 4),
                kPlanOp, "expected bounds int32 of shape [B, H, Nq, 2 or 4], contiguous, but got ",
@@ -174,6 +174,7 @@ inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bound
   ARCORE_CHECK(nk >= 0, kPlanOp, "expected nk >= 0 but got ", nk);
   ARCORE_CHECK(!halves || (by_key ? tile_k : tile_q) % 2 == 0, kPlanOp,
                "expected an even tile where halves are asked for but got ", by_key ? tile_k : tile_q);
+  ARCORE_CHECK(!halves || !visits, kPlanOp, "expected halves or visits, not both");
   PlanArgs args{};
   args.batch = bounds.size(0);
   args.heads = bounds.size(1);
@@ -199,9 +200,11 @@ inline PlanArgs check_plan(const Tensor& bounds, const OptionalTensor& key_bound
   args.tile_k = static_cast<int>(tile_k);
   args.by_key = by_key;
   args.halves = halves;
+  args.visits = visits;
   const int64_t across_q = (args.nq + tile_q - 1) / tile_q, across_k = (nk + tile_k - 1) / tile_k;
   args.rows = by_key ? across_k : across_q;
   args.columns = by_key ? across_q : across_k;
+  args.pitch = 2 + (visits ? 2 : 1) * args.columns;
   return args;
 }
 

@@ -19,11 +19,13 @@ namespace arcore::block_sparse_attention {
 namespace {
 
 Tensor build_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_t nk, int64_t tile_q,
-                  int64_t tile_k, bool by_key, bool halves) {
-  PlanArgs args = check_plan(bounds, key_bounds, nk, tile_q, tile_k, by_key, halves);
+                  int64_t tile_k, bool by_key, bool halves, bool visits) {
+  PlanArgs args = check_plan(bounds, key_bounds, nk, tile_q, tile_k, by_key, halves, visits);
   const CudaScope scope(bounds);
-  Tensor plan = torch::stable::new_empty(bounds, {args.batch, args.heads, args.rows, 2 + args.columns});
+  Tensor plan = torch::stable::new_empty(bounds, {args.batch, args.heads, args.rows, args.pitch});
+  const Tensor seen = torch::stable::new_empty(bounds, {visits ? args.batch * args.heads * args.columns : 0});
   args.plan = static_cast<int32_t*>(plan.data_ptr());
+  args.seen = static_cast<int32_t*>(seen.data_ptr());
   check_launch(kPlanOp, launch_plan_sm80(args, scope.stream()));
   return plan;
 }
@@ -31,10 +33,14 @@ Tensor build_plan(const Tensor& bounds, const OptionalTensor& key_bounds, int64_
 // The tiles that a plan is for.
 struct Tiles {
   int64_t q, k;
-  bool by_key, halves;
+  bool by_key, halves, visits;
 };
-constexpr Tiles kByQuery{kForwardTileQ, kForwardTileK, false, false},
-    kByKey{kBackwardTileQ, kBackwardTileK, true, false};
+constexpr Tiles kByQuery{kForwardTileQ, kForwardTileK, false, false, false},
+    kByKey{kBackwardTileQ, kBackwardTileK, true, false, false};
+
+bool has_visits(const Tensor& plan, int64_t columns) {
+  return plan.dim() == 4 && columns > 0 && plan.size(3) == 2 + 2 * columns;
+}
 
 TilePlan plan_of(const Tensor& plan, const Problem& p, const Tiles& tiles) {
   const int64_t tile_q = tiles.q, tile_k = tiles.k;
@@ -44,19 +50,26 @@ TilePlan plan_of(const Tensor& plan, const Problem& p, const Tiles& tiles) {
   ARCORE_CHECK(
       plan.scalar_type() == ScalarType::Int && plan.dim() == 4 && plan.is_contiguous() &&
           (plan.size(0) == 1 || plan.size(0) == p.batch) && (plan.size(1) == 1 || plan.size(1) == p.heads) &&
-          plan.size(2) == rows && plan.size(3) == 2 + columns,
+          plan.size(2) == rows && (plan.size(3) == 2 + columns || has_visits(plan, columns)),
       kOp, "expected the tile plan int32 of shape [1 or ", p.batch, ", 1 or ", p.heads, ", ", rows, ", ",
       2 + columns, "], contiguous, but got ", torch::headeronly::toString(plan.scalar_type()), " ",
       shape_of(plan), "; build it with interval_tile_plan for tiles of ", tile_q, " x ", tile_k);
-  return {static_cast<const int32_t*>(plan.data_ptr()), plan.size(0) == 1 ? 0 : plan.stride(0),
-          plan.size(1) == 1 ? 0 : plan.stride(1), rows, columns};
+  return {static_cast<const int32_t*>(plan.data_ptr()),
+          plan.size(0) == 1 ? 0 : plan.stride(0),
+          plan.size(1) == 1 ? 0 : plan.stride(1),
+          rows,
+          columns,
+          plan.size(3)};
 }
 
+// A given plan without the visits that are asked for is built again.
 Tensor plan_or_build(const OptionalTensor& plan, const Tensor& bounds, const OptionalTensor& key_bounds,
                      const Problem& p, const Tiles& tiles) {
-  return plan.has_value()
+  const int64_t columns = tiles.by_key ? (p.nq + tiles.q - 1) / tiles.q : (p.nk + tiles.k - 1) / tiles.k;
+  return plan.has_value() && (!tiles.visits || has_visits(*plan, columns))
              ? *plan
-             : build_plan(bounds, key_bounds, p.nk, tiles.q, tiles.k, tiles.by_key, tiles.halves);
+             : build_plan(bounds, key_bounds, p.nk, tiles.q, tiles.k, tiles.by_key, tiles.halves,
+                          tiles.visits);
 }
 
 void check_supported(const char* op, const Problem& p, const Tensor& q, const Tensor& v) {
@@ -108,7 +121,8 @@ Sm90 sm90_wish() {
 
 // Which of the sm_90a backwards runs: two kernels of seven products, or one of five, until a GPU was seen to
 // be faster with it.
-[[maybe_unused]] bool fused_wish() {
+bool fused_wish() {
+  if (sm90_wish() == Sm90::kOff) return false;
   const char* wish = std::getenv("ARCORE_SM90A_BACKWARD");
   if (wish == nullptr || *wish == '\0' || std::strcmp(wish, "two") == 0) return false;
   ARCORE_CHECK(std::strcmp(wish, "fused") == 0, kBackwardOp,
@@ -125,7 +139,7 @@ Sm90 sm90_wish() {
 }
 
 #if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
-constexpr Tiles kTilesSm90{kTileQSm90, kTileKSm90, false, true};
+constexpr Tiles kTilesSm90{kTileQSm90, kTileKSm90, false, true, false};
 constexpr const char* kNoCopies =
     "head_dim, lengths, scale, addresses or strides are outside of what they take "
     "(csrc/block_sparse_attention/"
@@ -153,9 +167,9 @@ int launch_forward_on_sm90([[maybe_unused]] const ForwardCuda& cuda, [[maybe_unu
 #endif
 }
 
-// `grids` is how many grids the plan by key has.
+// `fused`: the plan by key has visits.
 int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_unused]] const Tensor& bounds,
-                            [[maybe_unused]] int64_t grids, [[maybe_unused]] void* stream) {
+                            [[maybe_unused]] bool fused, [[maybe_unused]] void* stream) {
   const Sm90 wish = sm90_wish();
   if (wish == Sm90::kOff) return kUnsupportedSm90;
 #if defined(ARCORE_WITH_SM90) && !defined(ARCORE_CUDA_HOST)
@@ -163,11 +177,11 @@ int launch_backward_on_sm90([[maybe_unused]] const BackwardCuda& cuda, [[maybe_u
     return refuse_sm90(kBackwardOp, wish, "the GPU is not of compute capability 9.0");
   if (cuda.args.problem.dtype == StorageType::kFloat32) return refuse_sm90(kBackwardOp, wish, "float32");
   int error;
-  if (fused_wish()) {
-    const FusedScratch scratch = fused_scratch_sm90(cuda, grids);
+  if (fused) {
+    const FusedScratch scratch = fused_scratch_sm90(cuda);
     const Tensor numbers = torch::stable::new_empty(bounds, {scratch.numbers}),
                  sums = torch::stable::new_empty(bounds, {scratch.sums}, ScalarType::Float);
-    error = launch_fused_sm90(cuda, grids, static_cast<int32_t*>(numbers.data_ptr()),
+    error = launch_fused_sm90(cuda, static_cast<int32_t*>(numbers.data_ptr()),
                               static_cast<float*>(sums.data_ptr()), stream);
   } else {
     const Tensor counters = torch::stable::new_empty(bounds, {kCountersSm90});
@@ -279,7 +293,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   }
   Tensor grad_q_rows = writable(grad_q), grad_k_rows = writable(grad_k), grad_v_rows = writable(grad_v);
   const Tensor by_query = plan_or_build(plan_by_query, bounds, key_bounds, p, kByQuery);
-  const Tensor by_key = plan_or_build(plan_by_key, bounds, key_bounds, p, kByKey);
+  Tiles tiles_by_key = kByKey;
+  tiles_by_key.visits = fused_wish();
+  const Tensor by_key = plan_or_build(plan_by_key, bounds, key_bounds, p, tiles_by_key);
   const Tensor delta = torch::stable::new_empty(q, {p.batch, p.heads, p.nq}, ScalarType::Float);
   cuda.by_query = plan_of(by_query, p, kByQuery);
   cuda.by_key = plan_of(by_key, p, kByKey);
@@ -292,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   cuda.args.grad_q = view(grad_q_rows);
   cuda.args.grad_k = view(grad_k_rows);
   cuda.args.grad_v = view(grad_v_rows);
-  int error = launch_backward_on_sm90(cuda, bounds, by_key.size(0) * by_key.size(1), scope.stream());
+  int error = launch_backward_on_sm90(cuda, bounds, tiles_by_key.visits, scope.stream());
   if (error == kUnsupportedSm90) error = launch_backward(cuda, scope.stream());
   check_launch(kBackwardOp, error);
   if (grad_q.stride(3) != 1) torch::stable::copy_(grad_q, grad_q_rows);

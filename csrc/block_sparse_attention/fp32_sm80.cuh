@@ -111,7 +111,7 @@ ARCORE_KERNEL forward_fp32(ARCORE_KERNEL_ARGS ForwardKernelArgs args) {
   const int64_t batch = work.pair / p.heads, head = work.pair % p.heads,
                 kv_head = head / (p.heads / p.kv_heads);
   const int32_t* grid = plan_grid(args.cuda.plan, batch, head);
-  const int64_t q_row = load_readonly(grid + work.place * (2 + args.cuda.plan.columns) + 1);
+  const int64_t q_row = load_readonly(grid + work.place * args.cuda.plan.pitch + 1);
   const PlanRow tiles = plan_row(args.cuda.plan, grid, q_row);
   const int64_t q0 = q_row * kForwardTileQ + block_x() % kParts * Shape::kTile;
   if (q0 >= p.nq) return;
@@ -257,7 +257,7 @@ ARCORE_KERNEL backward_fp32_by_key(ARCORE_KERNEL_ARGS BackwardKernelArgs args) {
   const Work work = work_of_block(block_x() / kParts, p.batch * p.kv_heads, args.cuda.by_key.rows);
   const int64_t batch = work.pair / p.kv_heads, kv_head = work.pair % p.kv_heads;
   const int32_t* order = plan_grid(args.cuda.by_key, batch, kv_head * group);
-  const int64_t key_tile = load_readonly(order + work.place * (2 + args.cuda.by_key.columns) + 1);
+  const int64_t key_tile = load_readonly(order + work.place * args.cuda.by_key.pitch + 1);
   const int64_t key0 = key_tile * kBackwardTileK + block_x() % kParts * Shape::kTile;
   if (key0 >= p.nk) return;
   const int32_t* keys = p.mask.key_bounds == nullptr ? nullptr : p.mask.key_bounds + batch * p.mask.key_batch;
@@ -310,7 +310,7 @@ ARCORE_KERNEL backward_fp32_by_query(ARCORE_KERNEL_ARGS BackwardKernelArgs args)
   const int64_t batch = work.pair / p.heads, head = work.pair % p.heads,
                 kv_head = head / (p.heads / p.kv_heads);
   const int32_t* grid = plan_grid(args.cuda.by_query, batch, head);
-  const int64_t q_row = load_readonly(grid + work.place * (2 + args.cuda.by_query.columns) + 1);
+  const int64_t q_row = load_readonly(grid + work.place * args.cuda.by_query.pitch + 1);
   const PlanRow tiles = plan_row(args.cuda.by_query, grid, q_row);
   const int64_t q0 = q_row * kForwardTileQ + block_x() % kParts * Shape::kTile;
   if (q0 >= p.nq) return;

@@ -45,23 +45,7 @@ constexpr int query_columns(int padded) {
 template <int kStages, int kOwnBuffers, typename Machine>
 ARCORE_CONTROL_SM90 void produce_fused_units(Machine& machine, const Problem& problem, const TilePlan& plan,
                                              const Schedule& schedule) {
-  produce_gradient_units<kStages, true, kOwnBuffers, true>(machine, problem, plan, schedule);
-}
-
-// ---- the order of the sums ----
-
-// Which visit of its query tile an entry of the plan by key is: `visits` has the layout of `grid`. `order` is
-// the grid whose ranks number the units, that of the first head of the group. `seen` counts, from 0.
-template <typename Block>
-ARCORE_CONTROL_SM90 void number_visits(Block& block, const TilePlan& plan, const int32_t* order,
-                                       const int32_t* grid, int32_t* visits, int32_t* seen) {
-  for (int64_t rank = 0; rank < plan.rows; ++rank) {
-    const TileList list = tile_list(plan, grid, ranked_tile(plan, order, rank));
-    int32_t* row = visits + (list.entries - grid);
-    for (int32_t i = block.first(); i < list.count; i += block.step())
-      row[i] = seen[entry_tile(list.entries[i])]++;
-    block.meet();  // the next key tile may visit the same query tiles
-  }
+  produce_gradient_units<kStages, true, kOwnBuffers, /*kFused=*/true>(machine, problem, plan, schedule);
 }
 
 // ---- coordinates ----

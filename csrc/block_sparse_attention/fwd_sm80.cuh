@@ -92,7 +92,7 @@ ARCORE_KERNEL forward(ARCORE_KERNEL_ARGS ForwardKernelArgs args) {
   const int64_t batch = work.pair / p.heads, head = work.pair % p.heads,
                 kv_head = head / (p.heads / p.kv_heads);
   const int32_t* grid = plan_grid(args.cuda.plan, batch, head);
-  const int64_t q_row = load_readonly(grid + work.place * (2 + args.cuda.plan.columns) + 1);
+  const int64_t q_row = load_readonly(grid + work.place * args.cuda.plan.pitch + 1);
   const PlanRow row = plan_row(args.cuda.plan, grid, q_row);
   int32_t begin = 0, end = row.count;
   if constexpr (kSplit) {

@@ -38,8 +38,9 @@ constexpr int kOwnStages = 2;
 
 // The copying side. A unit is an own tile of one query head, or (kByKey) of one kv head with the other sides
 // of all its query heads; `machine` is called as in produce_units. load_other also gets the tile's place in
-// the plan. kFromLast: a head's tiles come from the last to the first.
-template <int kStages, bool kByKey, int kOwnBuffers = kOwnStages, bool kFromLast = false, typename Machine>
+// the plan. kFused: a head's tiles come from the last to the first, and units in the order of the mask's head
+// 0, which the plan's visits are numbered by.
+template <int kStages, bool kByKey, int kOwnBuffers = kOwnStages, bool kFused = false, typename Machine>
 ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem& problem,
                                                 const TilePlan& plan, const Schedule& schedule) {
   const int64_t units = schedule.pairs * schedule.rows;
@@ -58,7 +59,7 @@ ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem&
     work.batch = static_cast<int32_t>(unit.pair / own_heads);
     work.head = static_cast<int32_t>(unit.pair % own_heads);
     const int32_t first_head = work.head * group;
-    work.tile = ranked_tile(plan, tile_grid(plan, work.batch, first_head), unit.rank);
+    work.tile = ranked_tile(plan, tile_grid(plan, work.batch, kFused ? 0 : first_head), unit.rank);
     work.count = 0;
     for (int32_t h = first_head; h < first_head + group; ++h)
       work.count += tile_list(plan, tile_grid(plan, work.batch, h), work.tile).count;
@@ -66,7 +67,7 @@ ARCORE_CONTROL_SM90 void produce_gradient_units(Machine& machine, const Problem&
     for (int32_t h = first_head; h < first_head + group; ++h) {
       const TileList list = tile_list(plan, tile_grid(plan, work.batch, h), work.tile);
       for (int32_t i = 0; i < list.count; ++i) {
-        const int32_t* entry = list.entries + (kFromLast ? list.count - 1 - i : i);
+        const int32_t* entry = list.entries + (kFused ? list.count - 1 - i : i);
         machine.wait_other_empty(clock.stage, clock.parity);
         machine.load_other(clock.stage, work, OtherTile{h, *entry, 0}, entry);
         advance<kStages>(clock);

@@ -41,10 +41,8 @@ struct FusedParams {
   BackwardParams backward;
   int32_t* ticket;   // the next unit
   int32_t* visited;  // [B, H, query tiles]: key tiles whose sums have arrived
-  int32_t* seen;     // [grids, query tiles], for number_visits
-  int32_t* visits;   // as the plan by key
   float* sums;       // [B, H, query tiles, 64, padded head dim], a thread's registers side by side
-  int64_t query_tiles, grids, grid_heads;  // grids of the plan: all, and those of one batch entry
+  int64_t query_tiles;
 };
 
 int start_forward_d64(const ForwardParams& params, unsigned blocks, void* stream);

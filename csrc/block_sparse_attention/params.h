@@ -78,12 +78,14 @@ struct Wave {
 // Which tiles a CUDA kernel visits, for each grid (batch entry and head of the mask, stride 0 where
 // broadcast): row r of the plan holds a count, the r-th row to start with (longest first), and `columns`
 // places for the tiles, (column << 1) | full, ascending; with `halves` (column << 3) | seen << 1 | full,
-// where bit h of `seen` says that half h of the row's side of the tile has an allowed pair. Built by
-// interval_tile_plan.
+// where bit h of `seen` says that half h of the row's side of the tile has an allowed pair. With `visits`
+// there are as many places more: how many rows that the order puts before row r (the order of head 0 of the
+// batch entry, for all heads) have the same tile. Places behind the count hold 0. Built by interval_tile_plan.
 struct TilePlan {
-  const int32_t* data;  // int32 [Bm, Hm, rows, 2 + columns] contiguous
+  const int32_t* data;  // int32 [Bm, Hm, rows, pitch] contiguous
   int64_t batch, head;  // strides in int32
   int64_t rows, columns;
+  int64_t pitch;  // 2 + columns, or 2 + 2 columns with visits
 };
 
 // Tiles of queries and keys that the CUDA kernels visit: forward and dQ walk the keys of a query tile, dK and
@@ -96,9 +98,10 @@ struct PlanArgs {
   int64_t batch, heads;  // grids
   int64_t nq, nk;
   int tile_q, tile_k;
-  bool by_key, halves;
+  bool by_key, halves, visits;
   int32_t* plan;
-  int64_t rows, columns;
+  int32_t* seen;  // with visits: scratch, [batch, heads, columns]
+  int64_t rows, columns, pitch;
 };
 
 // Work of a forward launch beyond ForwardArgs: with splits > 1, part s of each query tile's keys goes to
@@ -135,12 +138,12 @@ constexpr int kUnsupportedSm90 = -1;
 int launch_forward_sm90(const ForwardArgs&, const TilePlan&, int32_t* counters, void* stream);
 // Both plans are those of the sm_80 backward.
 int launch_backward_sm90(const BackwardCuda&, int32_t* counters, void* stream);
-// The same in one pass, with scratch for the sums of dQ and for their order.
+// The same in one pass, with scratch for the sums of dQ and for counting them; the plan by key has visits.
 struct FusedScratch {
   int64_t numbers, sums;  // int32, float32
 };
-FusedScratch fused_scratch_sm90(const BackwardCuda&, int64_t grids);
-int launch_fused_sm90(const BackwardCuda&, int64_t grids, int32_t* numbers, float* sums, void* stream);
+FusedScratch fused_scratch_sm90(const BackwardCuda&);
+int launch_fused_sm90(const BackwardCuda&, int32_t* numbers, float* sums, void* stream);
 
 // Every stage runs over tasks [begin, end); `scratch` is memory of the calling thread alone, as many floats
 // as the function named like the stage says.

@@ -49,7 +49,7 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   const int32_t* rows = args.mask.bounds + batch * args.mask.batch + head * args.mask.head;
   const int32_t* keys =
       args.mask.key_bounds == nullptr ? nullptr : args.mask.key_bounds + batch * args.mask.key_batch;
-  int32_t* out = args.plan + block_x() * (2 + args.columns);
+  int32_t* out = args.plan + block_x() * args.pitch;
   int32_t count = 0;
   for (int64_t first = 0; first < args.columns; first += kPlanColumns) {
     const int here =
@@ -92,11 +92,14 @@ ARCORE_KERNEL plan_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
     sync_threads();
   }
   if (thread_index() == 0) out[0] = count;
+  if (warp == 0)  // no place is left as it was
+    for (int64_t c = count + lane; c < args.columns; c += 32)
+      out[2 + c] = 0;
 }
 
 // A block per grid: the place of each row among the rows by falling counts, ties by rising rows.
 ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
-  const int64_t pitch = 2 + args.columns;
+  const int64_t pitch = args.pitch;
   int32_t* plan = args.plan + block_x() * args.rows * pitch;
   for (int64_t row = thread_index(); row < args.rows; row += block_threads()) {
     const int32_t count = plan[row * pitch];
@@ -109,11 +112,32 @@ ARCORE_KERNEL order_rows(ARCORE_KERNEL_ARGS PlanArgs args) {
   }
 }
 
+// A block per grid: which visit of its column each tile is, rows in the order of head 0. Rows follow each
+// other; the tiles of one are in different columns.
+ARCORE_KERNEL number_visits(ARCORE_KERNEL_ARGS PlanArgs args) {
+  const int64_t grid = block_x(), first = grid / args.heads * args.heads;
+  int32_t* plan = args.plan + grid * args.rows * args.pitch;
+  const int32_t* order = args.plan + first * args.rows * args.pitch;
+  int32_t* seen = args.seen + grid * args.columns;
+  for (int64_t c = thread_index(); c < args.columns; c += block_threads())
+    seen[c] = 0;
+  sync_threads();
+  for (int64_t rank = 0; rank < args.rows; ++rank) {
+    int32_t* row = plan + order[rank * args.pitch + 1] * args.pitch;
+    const int32_t count = row[0];
+    for (int64_t i = thread_index(); i < args.columns; i += block_threads())
+      row[2 + args.columns + i] = i < count ? seen[row[2 + i] >> 1]++ : 0;
+    sync_threads();
+  }
+}
+
 inline int launch_plan(const PlanArgs& args, void* stream) {
   const int64_t grids = args.heads * args.batch;
-  const int error =
-      launch(plan_rows, {args.rows * grids, 1, 1, kPlanThreads, kPlanColumns * 4}, stream, args);
-  return error != 0 ? error : launch(order_rows, {grids, 1, 1, kPlanThreads, 0}, stream, args);
+  int error = launch(plan_rows, {args.rows * grids, 1, 1, kPlanThreads, kPlanColumns * 4}, stream, args);
+  if (error == 0) error = launch(order_rows, {grids, 1, 1, kPlanThreads, 0}, stream, args);
+  if (error == 0 && args.visits)
+    error = launch(number_visits, {grids, 1, 1, 2 * kPlanThreads, 0}, stream, args);
+  return error;
 }
 
 }  // namespace arcore::block_sparse_attention

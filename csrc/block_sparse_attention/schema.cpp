@@ -256,7 +256,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(arcore, m) {
       " -> (Tensor tangent_out, Tensor tangent_lse)");
   m.def(
       "interval_tile_plan(Tensor bounds, Tensor? key_bounds, int nk, int tile_q, int tile_k, bool by_key,"
-      " bool halves=False) -> Tensor");
+      " bool halves=False, bool visits=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arcore, CPU, m) {

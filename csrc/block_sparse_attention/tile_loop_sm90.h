@@ -131,10 +131,10 @@ ARCORE_HOST_DEVICE const int32_t* tile_grid(const TilePlan& plan, int64_t batch,
   return plan.data + batch * plan.batch + head * plan.head;
 }
 ARCORE_HOST_DEVICE int32_t ranked_tile(const TilePlan& plan, const int32_t* grid, int64_t rank) {
-  return grid[rank * (2 + plan.columns) + 1];
+  return grid[rank * plan.pitch + 1];
 }
 ARCORE_HOST_DEVICE TileList tile_list(const TilePlan& plan, const int32_t* grid, int64_t row) {
-  const int32_t* at = grid + row * (2 + plan.columns);
+  const int32_t* at = grid + row * plan.pitch;
   return {at[0], at + 2};
 }
 

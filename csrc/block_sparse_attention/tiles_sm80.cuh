@@ -303,7 +303,7 @@ ARCORE_DEVICE const int32_t* plan_grid(const TilePlan& plan, int64_t batch, int6
   return plan.data + batch * plan.batch + head * plan.head;
 }
 ARCORE_DEVICE PlanRow plan_row(const TilePlan& plan, const int32_t* grid, int64_t row) {
-  const int32_t* data = grid + row * (2 + plan.columns);
+  const int32_t* data = grid + row * plan.pitch;
   return {data, load_readonly(data)};
 }
 

@@ -17,10 +17,28 @@ struct BackwardLayout {
   // warps take turns.
   static constexpr bool kTurns = S::kState > 64;
   // Of so many steps at a time.
-  static constexpr int kSumSteps = kCudaChunk / 2, kOneSum = kSumSteps * S::kState;
+  static constexpr int kSumSteps = kCudaChunk / 4, kOneSum = kSumSteps * S::kState;
   static constexpr int kSums = (kTurns ? 1 : kScanWarps) * 2 * kOneSum;
-  static constexpr int kBytes = (5 * kSteps + 2 * kCoefficient + kKept + kSums + kCudaChunk) * 4;
+  static constexpr int kBytes = (4 * kSteps + 2 * kCoefficient + kKept + kSums + kCudaChunk) * 4;
   static_assert(kBytes <= 163 * 1024, "more than sm_80 has");
+};
+
+// The chunk before this one, copied while the block works. Where each thread copies from is found again for
+// every chunk: registers are short.
+template <typename S>
+struct AheadBack : AheadRows<S, 4> {
+  using Rows = AheadRows<S, 4>;
+
+  ARCORE_DEVICE void copy(const BackwardArgs& a, const Owner<S>& o, int64_t begin, int64_t end) const {
+    const int thread = hide(thread_index());
+    ARCORE_UNROLL
+    for (int i = 0; i < Rows::kMine; ++i) {
+      const int row = Rows::row_of(thread, i);
+      if (row < Rows::kRows)
+        Rows::copy_part(thread, i, Rows::start(row, a.in, &a.grad_out, a.problem, o), begin, end);
+    }
+    copy_async_commit();
+  }
 };
 
 // Sums v[0, 2 kStates) over the channels of a warp. Afterwards v[0, return value) holds the sums of elements
@@ -49,11 +67,11 @@ ARCORE_DEVICE int sum_over_channels(float (&v)[2 * S::kStates], int& base) {
   return count;
 }
 
-// Of a multiprocessor: what ptxas allocates without spills. At 16 states four blocks would cost 16 bytes.
+// Of a multiprocessor: what ptxas allocates without spills.
 template <typename S, bool kPlain>
-constexpr int kBackwardBlocks = S::kStates > 4               ? 1
-                                : S::kStates == 4 || !kPlain ? 3
-                                                             : 4;
+constexpr int kBackwardBlocks = S::kStates > 4 ? 1
+                                : kPlain       ? 4
+                                               : 3;
 
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
@@ -63,11 +81,10 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   constexpr int kStates = S::kStates;
   const BackwardArgs& a = cuda.args;
   const Problem& p = a.problem;
-  // [channel][step]: delta, dt, then the gradient of delta; z, dt u, then the gradient of u; u; the gradients
-  // of the output, then of y; what the gradient of z has beside y, then that gradient.
+  // [channel][step]: delta, dt, then the gradient of delta; u, then the gradient of u; the gradients of the
+  // output, then of y; z, what the gradient of z has beside y, then that gradient.
   float* dts = reinterpret_cast<float*>(shared_memory());
-  float* inputs = dts + Layout::kSteps;
-  float* us = inputs + Layout::kSteps;
+  float* us = dts + Layout::kSteps;
   float* grads = us + Layout::kSteps;
   float* gates = grads + Layout::kSteps;
   float* Bs = gates + Layout::kSteps;
@@ -93,57 +110,82 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   load_constant<S>(C, a.in.C, p, o);
   load_state<S>(carry, packed ? nullptr : a.grad_last_state, p, o, o.batch);
   enter_segment<S, false>(cuda.layout, p, o, A, carry);
+  // Of the partial sums over channels.
+  const int block = static_cast<int>(o.batch * cuda.layout.blocks + block_x() % cuda.layout.blocks);
   const float skip = a.in.D != nullptr && o.real() ? a.in.D[o.own_channel()] : 0.0f;
-  const float bias = a.in.delta_bias != nullptr && o.real() ? a.in.delta_bias[o.own_channel()] : 0.0f;
-  const int first = o.lane * kStates;
+  const int first = o.lane * kStates, row0 = o.channel * kScanPitch;
   float grad_skip = 0.0f, grad_bias = 0.0f;
 
-  const int64_t first_chunk = o.segment * cuda.layout.segment_chunks;
-  for (int64_t chunk = (o.end(cuda.layout, p) + kCudaChunk - 1) / kCudaChunk - 1; chunk >= first_chunk;
-       --chunk) {
-    const int64_t begin = chunk * kCudaChunk;
-    stage_inputs<S>(dts, a.in.delta, p, o, begin);
-    stage_inputs<S>(us, a.in.u, p, o, begin);
-    if (a.grad_out.data != nullptr) stage_inputs<S>(grads, a.grad_out, p, o, begin);
-    if (gated) stage_inputs<S>(inputs, a.in.z, p, o, begin);
-    if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
-    if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
-    if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+  const int first_chunk = static_cast<int>(o.segment * cuda.layout.segment_chunks);
+  int chunk = static_cast<int>((o.end(cuda.layout, p) + kCudaChunk - 1) / kCudaChunk) - 1;
+  const bool copied = kPlain && AheadBack<S>::kUsed && cuda.ahead,
+             bfloat = a.in.u.dtype == StorageType::kBFloat16;
+  const AheadBack<S> ahead{{reinterpret_cast<unsigned char*>(marks + kCudaChunk)}};
+  if (copied) ahead.copy(a, o, int64_t{chunk} * kCudaChunk, p.length);
+  for (; chunk >= first_chunk; --chunk) {
+    const int64_t begin = int64_t{chunk} * kCudaChunk;
+    // Steps of the chunk that exist.
+    const int steps = static_cast<int>(p.length - begin < kCudaChunk ? p.length - begin : kCudaChunk);
+    if (copied) {
+      copy_async_wait<0>();
+    } else {
+      stage_inputs<S>(dts, a.in.delta, p, o, begin);
+      stage_inputs<S>(us, a.in.u, p, o, begin);
+      if (a.grad_out.data != nullptr) stage_inputs<S>(grads, a.grad_out, p, o, begin);
+      if (gated) stage_inputs<S>(gates, a.in.z, p, o, begin);
+      if (vary_B) stage_coefficient<S>(Bs, a.in.B, p, o, begin);
+      if (vary_C) stage_coefficient<S>(Cs, a.in.C, p, o, begin);
+      if (marked) stage_marks(marks, cuda.layout, p, o.batch, begin);
+    }
     sync_threads();
-    const int row0 = o.channel * kScanPitch;
+    if (copied) {
+      ahead.transpose(Bs, AheadBack<S>::kB, bfloat);
+      ahead.transpose(Cs, AheadBack<S>::kC, bfloat);
+    }
     if (marked) {
       if (vary_B) clear_padding<S>(Bs, marks);
       if (vary_C) clear_padding<S>(Cs, marks);
     }
+    float bias = 0.0f;  // read again for every chunk: registers are short
+    if (a.in.delta_bias != nullptr && o.real()) bias = a.in.delta_bias[o.channel0 + hide(o.channel)];
     // The lanes of a channel share what has to be done once per step, four steps at a time.
     for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
-      Float4 dt = load_four_steps(dts + row0 + t0), u = load_four_steps(us + row0 + t0), z{}, grad{}, gate{};
-      if (gated) z = load_four_steps(inputs + row0 + t0);
-      if (a.grad_out.data != nullptr) grad = load_four_steps(grads + row0 + t0);
+      Float4 dt, u, grad{}, gate{};
+      if (copied) {
+        dt = ahead.four(kAheadDelta, o.channel, t0, bfloat);
+        u = ahead.four(kAheadU, o.channel, t0, bfloat);
+        if (gated) gate = ahead.four(kAheadZ, o.channel, t0, bfloat);
+        grad = ahead.four(kAheadGradOut, o.channel, t0, bfloat);
+      } else {
+        dt = load_four_steps(dts + row0 + t0);
+        u = load_four_steps(us + row0 + t0);
+        if (gated) gate = load_four_steps(gates + row0 + t0);
+        if (a.grad_out.data != nullptr) grad = load_four_steps(grads + row0 + t0);
+      }
       ARCORE_UNROLL
       for (int k = 0; k < 4; ++k) {
-        const bool off = begin + t0 + k >= p.length || (marked && (marks[t0 + k] & kPadding) != 0);
+        const bool off = t0 + k >= steps || (marked && (marks[t0 + k] & kPadding) != 0);
         const float x = dt.x[k] + bias;
         dt.x[k] = off ? 0.0f : p.delta_softplus ? softplus(x) : x;
         u.x[k] = off ? 0.0f : u.x[k];
         grad.x[k] = off ? 0.0f : grad.x[k];
         if (gated) {
-          const float v = off ? 0.0f : z.x[k], s = sigmoid(v), scaled = grad.x[k] * s;
+          const float v = off ? 0.0f : gate.x[k], s = sigmoid(v), scaled = grad.x[k] * s;
           gate.x[k] = scaled * (1.0f + v * (1.0f - s));
           grad.x[k] = scaled * v;
         }
-        z.x[k] = dt.x[k] * u.x[k];
       }
       store_four_steps(dts + row0 + t0, dt);
       store_four_steps(us + row0 + t0, u);
-      store_four_steps(inputs + row0 + t0, z);
       store_four_steps(grads + row0 + t0, grad);
       if (gated) store_four_steps(gates + row0 + t0, gate);
     }
-    if (marked)
+    if (marked || copied)
       sync_threads();
     else
       sync_warp();
+    // The rows have been read by all threads.
+    if (copied && chunk > first_chunk) ahead.copy(a, o, begin - kCudaChunk, p.length);
 
     float h[kStates];
     if (begin == 0) {
@@ -164,27 +206,32 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
       ARCORE_UNROLL
       for (int s = 0; s < kStates; ++s)
         kept[(t0 / 4 * kStates + s) * kScanThreads + thread] = h[s];
-      const Float4 dt = load_four_steps(dts + row0 + t0), input = load_four_steps(inputs + row0 + t0);
+      const Float4 dt = load_four_steps(dts + row0 + t0), u = load_four_steps(us + row0 + t0);
       ARCORE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int t = t0 + j;
+        const float input = dt.x[j] * u.x[j];
         restart(t);
         if (vary_B) load_step<S>(Bs + t * S::kPitch + first, B);
         ARCORE_UNROLL
         for (int s = 0; s < kStates; ++s)
-          h[s] = fused_multiply_add(exp2_approx(dt.x[j] * A[s]), h[s], input.x[j] * B[s]);
+          h[s] = fused_multiply_add(exp2_approx(dt.x[j] * A[s]), h[s], input * B[s]);
       }
     }
 
     ARCORE_NO_UNROLL
     for (int t0 = kCudaChunk - 4; t0 >= 0; t0 -= 4) {
-      float decay[4][kStates], decayed[4][kStates];
+      // before: the state that a step starts from.
+      float decay[4][kStates], before[4][kStates];
       float y[4], by_B[4], by_A[4];
       ARCORE_UNROLL
       for (int s = 0; s < kStates; ++s)
         h[s] = kept[(t0 / 4 * kStates + s) * kScanThreads + thread];
-      const Float4 dt = load_four_steps(dts + row0 + t0), input = load_four_steps(inputs + row0 + t0);
-      const Float4 grad = load_four_steps(grads + row0 + t0);
+      const Float4 dt = load_four_steps(dts + row0 + t0);
+      Float4 input = load_four_steps(us + row0 + t0);
+      ARCORE_UNROLL
+      for (int j = 0; j < 4; ++j)
+        input.x[j] *= dt.x[j];
       ARCORE_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int t = t0 + j;
@@ -195,11 +242,13 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
         ARCORE_UNROLL
         for (int s = 0; s < kStates; ++s) {
           decay[j][s] = exp2_approx(dt.x[j] * A[s]);
-          decayed[j][s] = decay[j][s] * h[s];
-          h[s] = fused_multiply_add(input.x[j], B[s], decayed[j][s]);
+          before[j][s] = h[s];
+          h[s] = fused_multiply_add(decay[j][s], h[s], input.x[j] * B[s]);
           if (gated) y[j] = fused_multiply_add(C[s], h[s], y[j]);
         }
       }
+      const float sum_y = gated ? sum_four_steps<S>(y) : 0.0f;
+      const Float4 grad = load_four_steps(grads + row0 + t0);
       ARCORE_UNROLL
       for (int j = 3; j >= 0; --j) {
         const int t = t0 + j;
@@ -211,16 +260,18 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
         ARCORE_UNROLL
         for (int s = 0; s < kStates; ++s) {
           const float G = fused_multiply_add(grad.x[j], C[s], carry[s]);
-          const float after = fused_multiply_add(input.x[j], B[s], decayed[j][s]);
+          // A sequence that starts at the next step leaves its own state there.
+          const float after = kPlain ? j == 3 ? h[s] : before[j < 3 ? j + 1 : j][s]
+                                     : fused_multiply_add(decay[j][s], before[j][s], input.x[j] * B[s]);
           products[s] = G * input.x[j];
           products[kStates + s] = grad.x[j] * after;
           by_B[j] = fused_multiply_add(G, B[s], by_B[j]);
-          const float through = G * decayed[j][s];
+          carry[s] = decay[j][s] * G;
+          const float through = carry[s] * before[j][s];
           by_A[j] = fused_multiply_add(through, A[s], by_A[j]);
           grad_A[s] = fused_multiply_add(through, dt.x[j], grad_A[s]);
           if (!vary_B) grad_B[s] += products[s];
           if (!vary_C) grad_C[s] += products[kStates + s];
-          carry[s] = decay[j][s] * G;
         }
         if (marked && (marks[t] & kRestart)) {
           if (packed) store_state<S>(a.grad_initial_state, carry, p, o, marks[t] >> 8);
@@ -249,21 +300,18 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
           add(true);
         }
       }
-      const float sum_y = gated ? sum_four_steps<S>(y) : 0.0f, sum_B = sum_four_steps<S>(by_B),
-                  sum_A = sum_four_steps<S>(by_A);
+      const float sum_B = sum_four_steps<S>(by_B), sum_A = sum_four_steps<S>(by_A);
       if (o.lane < 4) {
         const int at = row0 + t0 + o.lane;
         const float dt = dts[at], u = us[at], grad = grads[at];
         // The state passes steps of padding and those behind the end; they have no delta.
-        const bool passes =
-            begin + t0 + o.lane >= p.length || (marked && (marks[t0 + o.lane] & kPadding) != 0);
+        const bool passes = t0 + o.lane >= steps || (marked && (marks[t0 + o.lane] & kPadding) != 0);
         // A was scaled for base 2.
         float grad_dt = u * sum_B + sum_A * (1.0f / kScanLog2E);
-        // The derivative of softplus is 1 - exp(-softplus).
-        if (p.delta_softplus) grad_dt *= -expm1f(-dt);
+        if (p.delta_softplus) grad_dt *= softplus_slope(dt);
         if (passes) grad_dt = 0.0f;
         dts[at] = grad_dt;
-        inputs[at] = skip * grad + dt * sum_B;
+        us[at] = skip * grad + dt * sum_B;
         if (gated) gates[at] *= sum_y + skip * u;
         grad_skip += grad * u;
         grad_bias += grad_dt;
@@ -272,12 +320,10 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
       if (t0 % Layout::kSumSteps != 0) continue;
       // The sums of these steps are complete.
       sync_threads();
-      const int64_t block = o.batch * cuda.layout.blocks + block_x() % cuda.layout.blocks;
       for (int i = thread; i < Layout::kOneSum; i += kScanThreads) {
-        const int64_t t = begin + t0 + i / S::kState;
-        const int n = i % S::kState;
-        if (t >= p.length || n >= p.state) continue;
-        const int64_t to = (block * p.length + t) * p.state + n;
+        const int t = t0 + i / S::kState, n = i % S::kState;
+        if (t >= steps || n >= p.state) continue;
+        const int64_t to = (int64_t{block} * p.length + begin + t) * p.state + n;
         float total_B = sums[i], total_C = sums[Layout::kOneSum + i];
         if constexpr (!Layout::kTurns) {
           ARCORE_UNROLL
@@ -293,9 +339,9 @@ ARCORE_KERNEL scan_backward(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
     }
 
     store_outputs<S>(a.grad_delta, dts, p, o, begin);
-    store_outputs<S>(a.grad_u, inputs, p, o, begin);
+    store_outputs<S>(a.grad_u, us, p, o, begin);
     if (gated) store_outputs<S>(a.grad_z, gates, p, o, begin);
-    sync_threads();
+    if (!copied) sync_threads();
   }
 
   if (!packed && o.segment == 0) store_state<S>(a.grad_initial_state, carry, p, o, o.batch);
@@ -431,8 +477,11 @@ struct Backward {
             launch(scan_carries<S>, {blocks, 1, 1, kScanThreads, CarriesLayout<S>::kBytes}, stream, cuda);
         if (error != 0) return error;
       }
-      return launch(scan_backward<S, kPlain>, {blocks, 1, 1, kScanThreads, BackwardLayout<S>::kBytes}, stream,
-                    cuda);
+      BackwardCuda call = cuda;
+      call.ahead =
+          kPlain && can_copy_ahead<S>(cuda.args.in, &cuda.args.grad_out, cuda.args.problem, cuda.layout);
+      const int64_t shared = BackwardLayout<S>::kBytes + (call.ahead ? AheadBack<S>::kBytes : 0);
+      return launch(scan_backward<S, kPlain>, {blocks, 1, 1, kScanThreads, shared}, stream, call);
     }
   };
 };

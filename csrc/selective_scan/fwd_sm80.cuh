@@ -12,103 +12,27 @@ struct ForwardLayout {
   static constexpr int kBytes = (4 * kSteps + 2 * kCoefficient + kCudaChunk) * 4;
 };
 
-// Chunks of 16-bit inputs, copied as they are while the block works on the chunk before: rows of 32 steps of
-// delta, u and z, a channel each, and of B and C, a state each. Where each thread copies from is found once.
+// Where each thread copies from is found once.
 template <typename S>
-struct Ahead {
-  static constexpr bool kUsed = S::kState <= 64;
-  static constexpr int kRowBytes = kCudaChunk * 2, kParts = kRowBytes / 16;
-  static constexpr int kRows = 3 * S::kChannels + 2 * S::kState, kBytes = kRows * kRowBytes;
-  static constexpr int kMine = (kRows * kParts + kScanThreads - 1) / kScanThreads;
-  enum { kDelta = 0, kU = S::kChannels, kZ = 2 * S::kChannels, kB = 3 * S::kChannels, kC = kB + S::kState };
-
-  unsigned char* rows;
-  const char* from[kMine];  // null: nothing
-  int part;                 // of each of its rows, the same for all of them
+struct Ahead : AheadRows<S, 3> {
+  using Rows = AheadRows<S, 3>;
+  const char* from[Rows::kMine];  // null: nothing
 
   ARCORE_DEVICE Ahead(unsigned char* shared, const Inputs& in, const Problem& p, const Owner<S>& o, bool used)
-      : rows(shared), part(thread_index() % kParts) {
-    static_assert(kScanThreads % kParts == 0);
+      : Rows{shared} {
     ARCORE_UNROLL
-    for (int i = 0; i < kMine; ++i) {
-      const int row = (thread_index() + i * kScanThreads) / kParts;
-      from[i] = nullptr;
-      if (!used) continue;
-      if (row < kB) {
-        const Sequence& s = row < kU ? in.delta : row < kZ ? in.u : in.z;
-        if (s.data != nullptr)
-          from[i] = static_cast<const char*>(s.data) +
-                    2 * (o.batch * s.batch + (o.channel0 + row % S::kChannels) * s.channel);
-      } else if (row < kRows) {
-        const Coefficient& m = row < kC ? in.B : in.C;
-        const int n = row < kC ? row - kB : row - kC;
-        if (n < p.state)
-          from[i] = static_cast<const char*>(m.data) +
-                    2 * (o.batch * m.batch + o.channel0 / (p.dim / m.groups) * m.channel + n * m.state);
-      }
+    for (int i = 0; i < Rows::kMine; ++i) {
+      const int row = Rows::row_of(thread_index(), i);
+      from[i] = used && row < Rows::kRows ? Rows::start(row, in, nullptr, p, o) : nullptr;
     }
   }
   ARCORE_DEVICE void copy(int64_t begin, int64_t end) const {
-    const int64_t at = begin + part * 8;
     ARCORE_UNROLL
-    for (int i = 0; i < kMine; ++i) {
-      const int row = (thread_index() + i * kScanThreads) / kParts;
-      const bool there = from[i] != nullptr && at < end;
-      const void* source = there ? static_cast<const void*>(from[i] + 2 * at) : rows;
-      if (row < kRows) copy_async<16>(rows + row * kRowBytes + part * 16, source, there);
-    }
+    for (int i = 0; i < Rows::kMine; ++i)
+      Rows::copy_part(thread_index(), i, from[i], begin, end);
     copy_async_commit();
   }
-  ARCORE_DEVICE static void widen(uint32_t word, bool bfloat, float& low, float& high) {
-    if (bfloat)
-      unpack2<bfloat16>(word, low, high);
-    else
-      unpack2<float16>(word, low, high);
-  }
-  // Four steps of a row.
-  ARCORE_DEVICE Float4 four(int row, int step, bool bfloat) const {
-    const Vector8 v = load_shared(reinterpret_cast<const Vector8*>(rows + row * kRowBytes + step * 2));
-    Float4 out;
-    widen(v.word[0], bfloat, out.x[0], out.x[1]);
-    widen(v.word[1], bfloat, out.x[2], out.x[3]);
-    return out;
-  }
-  // B or C as [step][state] floats.
-  ARCORE_DEVICE void transpose(float* to, int first_row, bool bfloat) const {
-    for (int i = thread_index(); i < S::kState * kParts; i += kScanThreads) {
-      const int n = i / kParts, step = i % kParts * 8;
-      const auto v =
-          load_shared(reinterpret_cast<const Vector16*>(rows + (first_row + n) * kRowBytes + step * 2));
-      ARCORE_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        float low, high;
-        widen(v.word[w], bfloat, low, high);
-        store_shared(to + (step + 2 * w) * S::kPitch + n, low);
-        store_shared(to + (step + 2 * w + 1) * S::kPitch + n, high);
-      }
-    }
-  }
 };
-
-// Whether a launch may copy ahead: one 16-bit type, neighbours in time in memory, 16-byte aligned rows of
-// whole 16 bytes, and blocks without missing channels.
-template <typename S>
-bool can_copy_ahead(const ForwardCuda& cuda) {
-  const Inputs& in = cuda.args.in;
-  const Problem& p = cuda.args.problem;
-  if (!Ahead<S>::kUsed || cuda.layout.marks != nullptr || in.B.groups == 0 || in.C.groups == 0) return false;
-  const StorageType type = in.u.dtype;
-  bool good = type != StorageType::kFloat32 && p.length % 8 == 0 && cuda.layout.cell % S::kChannels == 0;
-  auto look = [&](const void* data, StorageType dtype, int64_t time, int64_t a, int64_t b, int64_t c) {
-    good = good && dtype == type && time == 1 && ((a | b | c) & 7) == 0 &&
-           (reinterpret_cast<uintptr_t>(data) & 15) == 0;
-  };
-  for (const Sequence* s : {&in.u, &in.delta, &in.z})
-    if (s->data != nullptr) look(s->data, s->dtype, s->time, s->batch, s->channel, 0);
-  for (const Coefficient* m : {&in.B, &in.C})
-    look(m->data, m->dtype, m->time, m->batch, m->channel, m->state);
-  return good;
-}
 
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
@@ -179,9 +103,9 @@ ARCORE_KERNEL scan_forward(ARCORE_KERNEL_ARGS ForwardCuda cuda) {
     for (int t0 = 4 * o.lane; t0 < kCudaChunk; t0 += 4 * S::kLanes) {
       Float4 dt, u, gate{}, out;
       if (copied) {
-        dt = ahead.four(Ahead<S>::kDelta + o.channel, t0, bfloat);
-        u = ahead.four(Ahead<S>::kU + o.channel, t0, bfloat);
-        if (gated) gate = ahead.four(Ahead<S>::kZ + o.channel, t0, bfloat);
+        dt = ahead.four(kAheadDelta, o.channel, t0, bfloat);
+        u = ahead.four(kAheadU, o.channel, t0, bfloat);
+        if (gated) gate = ahead.four(kAheadZ, o.channel, t0, bfloat);
       } else {
         dt = load_four_steps(dts + row + t0);
         u = load_four_steps(inputs + row + t0);
@@ -324,7 +248,7 @@ struct LaunchForward {
     const bool plain =
         cuda.layout.marks == nullptr && cuda.args.in.B.groups != 0 && cuda.args.in.C.groups != 0;
     ForwardCuda call = cuda;
-    call.ahead = can_copy_ahead<S>(cuda);
+    call.ahead = can_copy_ahead<S>(cuda.args.in, nullptr, cuda.args.problem, cuda.layout);
     const int64_t shared = ForwardLayout<S>::kBytes + (call.ahead ? Ahead<S>::kBytes : 0);
     return launch(plain ? scan_forward<S, true> : scan_forward<S, false>,
                   {blocks, 1, 1, kScanThreads, shared}, stream, call);

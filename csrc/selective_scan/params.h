@@ -133,6 +133,7 @@ struct ForwardCuda {
 struct BackwardCuda {
   BackwardArgs args;
   CudaLayout layout;
+  bool ahead;  // as in the forward
 };  // partial_B and partial_C varying: [batch, layout.blocks, length, state] in scan order
 
 int64_t blocks_per_row_sm80(int64_t state, int64_t cells, int64_t cell);

@@ -97,6 +97,102 @@ ARCORE_DEVICE void clear_padding(float* coefficient, const int32_t* marks) {
       store_shared(coefficient + i / S::kState * S::kPitch + i % S::kState, 0.0f);
 }
 
+// ---- chunks that are copied ahead ----
+
+enum AheadInput { kAheadDelta, kAheadU, kAheadZ, kAheadGradOut };
+
+// Rows of 16-bit inputs, copied as they are while the block works on another chunk: 32 steps of delta, u, z
+// and (four inputs) of the gradients of the output, a channel each, and of B and C, a state each.
+template <typename S, int kInputs>
+struct AheadRows {
+  static constexpr bool kUsed = S::kState <= 64;
+  static constexpr int kRowBytes = kCudaChunk * 2, kParts = kRowBytes / 16;
+  static constexpr int kB = kInputs * S::kChannels, kC = kB + S::kState, kRows = kC + S::kState;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kMine = (kRows * kParts + kScanThreads - 1) / kScanThreads;
+  static_assert(kScanThreads % kParts == 0, "a thread's parts of its rows are the same");
+
+  unsigned char* rows;
+
+  // The i-th row that a thread copies a part of.
+  ARCORE_DEVICE static int row_of(int thread, int i) { return (thread + i * kScanThreads) / kParts; }
+  // Where a row starts in memory, null where it has nothing.
+  ARCORE_DEVICE static const char* start(int row, const Inputs& in, const Sequence* grad_out,
+                                         const Problem& p, const Owner<S>& o) {
+    if (row < kB) {
+      const int which = row / S::kChannels;
+      const Sequence& s = which == kAheadDelta ? in.delta
+                          : which == kAheadU   ? in.u
+                          : which == kAheadZ   ? in.z
+                                               : *grad_out;
+      if (s.data == nullptr) return nullptr;
+      return static_cast<const char*>(s.data) +
+             2 * (o.batch * s.batch + (o.channel0 + row % S::kChannels) * s.channel);
+    }
+    const Coefficient& m = row < kC ? in.B : in.C;
+    const int n = row < kC ? row - kB : row - kC;
+    if (n >= p.state) return nullptr;
+    return static_cast<const char*>(m.data) +
+           2 * (o.batch * m.batch + o.channel0 / (p.dim / m.groups) * m.channel + n * m.state);
+  }
+  ARCORE_DEVICE void copy_part(int thread, int i, const char* from, int64_t begin, int64_t end) const {
+    const int row = row_of(thread, i), part = thread % kParts;
+    const int64_t at = begin + part * 8;
+    const bool there = from != nullptr && at < end;
+    const void* source = there ? static_cast<const void*>(from + 2 * at) : rows;
+    if (row < kRows) copy_async<16>(rows + row * kRowBytes + part * 16, source, there);
+  }
+  ARCORE_DEVICE static void widen(uint32_t word, bool bfloat, float& low, float& high) {
+    if (bfloat)
+      unpack2<bfloat16>(word, low, high);
+    else
+      unpack2<float16>(word, low, high);
+  }
+  // Four steps of a channel's input.
+  ARCORE_DEVICE Float4 four(AheadInput input, int channel, int step, bool bfloat) const {
+    const int row = static_cast<int>(input) * S::kChannels + channel;
+    const Vector8 v = load_shared(reinterpret_cast<const Vector8*>(rows + row * kRowBytes + step * 2));
+    Float4 out;
+    widen(v.word[0], bfloat, out.x[0], out.x[1]);
+    widen(v.word[1], bfloat, out.x[2], out.x[3]);
+    return out;
+  }
+  // B or C as [step][state] floats.
+  ARCORE_DEVICE void transpose(float* to, int first_row, bool bfloat) const {
+    for (int i = thread_index(); i < S::kState * kParts; i += kScanThreads) {
+      const int n = i / kParts, step = i % kParts * 8;
+      const auto v =
+          load_shared(reinterpret_cast<const Vector16*>(rows + (first_row + n) * kRowBytes + step * 2));
+      ARCORE_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        float low, high;
+        widen(v.word[w], bfloat, low, high);
+        store_shared(to + (step + 2 * w) * S::kPitch + n, low);
+        store_shared(to + (step + 2 * w + 1) * S::kPitch + n, high);
+      }
+    }
+  }
+};
+
+// Whether a launch may copy ahead: one 16-bit type, neighbours in time in memory, 16-byte aligned rows of
+// whole 16 bytes, and blocks without missing channels.
+template <typename S>
+bool can_copy_ahead(const Inputs& in, const Sequence* grad_out, const Problem& p, const CudaLayout& layout) {
+  if (!AheadRows<S, 3>::kUsed || layout.marks != nullptr || in.B.groups == 0 || in.C.groups == 0)
+    return false;
+  const StorageType type = in.u.dtype;
+  bool good = type != StorageType::kFloat32 && p.length % 8 == 0 && layout.cell % S::kChannels == 0;
+  auto look = [&](const void* data, StorageType dtype, int64_t time, int64_t a, int64_t b, int64_t c) {
+    good = good && dtype == type && time == 1 && ((a | b | c) & 7) == 0 &&
+           (reinterpret_cast<uintptr_t>(data) & 15) == 0;
+  };
+  for (const Sequence* s : {&in.u, &in.delta, &in.z, grad_out})
+    if (s != nullptr && s->data != nullptr) look(s->data, s->dtype, s->time, s->batch, s->channel, 0);
+  for (const Coefficient* m : {&in.B, &in.C})
+    look(m->data, m->dtype, m->time, m->batch, m->channel, m->state);
+  return good;
+}
+
 // This lane's states of one step of B or C.
 template <typename S>
 ARCORE_DEVICE void load_step(const float* from, float (&to)[S::kStates]) {

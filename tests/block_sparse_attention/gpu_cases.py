@@ -181,10 +181,10 @@ def check_opcheck(device: str, small: bool) -> None:
             (grad_out, grad_lse, q, k, v, out, lse, mask.bounds, mask.key_bounds, 0.25),
         )
     if device == "cuda":
-        for by_key in (False, True):
+        for more in ((False,), (True,), (True, False, True), (False, True)):
             torch.library.opcheck(
                 torch.ops.arcore.interval_tile_plan.default,
-                (mask.bounds, mask.key_bounds, mask.nk, 64, 128, by_key),
+                (mask.bounds, mask.key_bounds, mask.nk, 64, 128, *more),
             )
 
 

@@ -44,11 +44,13 @@ def pointer(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def plan_of(allowed: Tensor, tile_rows: int, tile_columns: int, halves: bool = False) -> Tensor:
+def plan_of(
+    allowed: Tensor, tile_rows: int, tile_columns: int, halves: bool = False, visits: bool = False
+) -> Tensor:
     """The tile plan of a dense mask [Bm, Hm, rows, columns], in the layout of interval_tile_plan."""
     batch, heads, m, n = allowed.shape
     rows, columns = -(-m // tile_rows), -(-n // tile_columns)
-    plan = torch.full((batch, heads, rows, 2 + columns), -7, dtype=torch.int32)
+    plan = torch.full((batch, heads, rows, 2 + columns * (1 + visits)), -7, dtype=torch.int32)
     for b in range(batch):
         for h in range(heads):
             counts = []
@@ -68,4 +70,15 @@ def plan_of(allowed: Tensor, tile_rows: int, tile_columns: int, halves: bool = F
                 counts.append(len(entries))
             longest = sorted(range(rows), key=lambda r: -counts[r])
             plan[b, h, :, 1] = torch.tensor(longest, dtype=torch.int32)
+            if visits:
+                number_visits(plan[b, h], plan[b, 0, :, 1].tolist(), columns)
     return plan
+
+
+def number_visits(grid: Tensor, order: list[int], columns: int) -> None:
+    """Fills the places of visits: how many rows before this one, in `order`, have the same tile."""
+    tiles = [row[2 : 2 + row[0]] for row in grid.tolist()]
+    for rank, r in enumerate(order):
+        before = [entry >> 1 for earlier in order[:rank] for entry in tiles[earlier]]
+        numbers = [before.count(entry >> 1) for entry in tiles[r]]
+        grid[r, 2 + columns : 2 + columns + len(numbers)] = torch.tensor(numbers, dtype=torch.int32)

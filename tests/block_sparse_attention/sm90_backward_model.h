@@ -466,11 +466,12 @@ inline Call call_of(const Given& given) {
   p.mask.batch = given.shape[7] == 1 ? 0 : given.shape[8] * p.nq * 2 * intervals;
   p.mask.key_bounds = given.key_bounds;
   p.mask.key_batch = given.shape[9] == 1 ? 0 : p.nk * 2;
-  const auto plan = [](const int32_t* data, const int64_t* s) {
-    return TilePlan{data, s[0] == 1 ? 0 : s[1] * s[2] * s[3], s[1] == 1 ? 0 : s[2] * s[3], s[2], s[3] - 2};
+  const auto plan = [](const int32_t* data, const int64_t* s, int64_t columns) {
+    return TilePlan{data, s[0] == 1 ? 0 : s[1] * s[2] * s[3], s[1] == 1 ? 0 : s[2] * s[3], s[2], columns,
+                    s[3]};
   };
-  call.by_query = plan(given.by_query, given.plan_shapes);
-  call.by_key = plan(given.by_key, given.plan_shapes + 4);
+  call.by_query = plan(given.by_query, given.plan_shapes, given.plan_shapes[3] - 2);
+  call.by_key = plan(given.by_key, given.plan_shapes + 4, (given.plan_shapes[7] - 2) / 2);  // with visits
   Tensor4* const all[] = {&a.grad_out, &a.q, &a.k, &a.v, &a.grad_q, &a.grad_k, &a.grad_v};
   for (int i = 0; i < 7; ++i)
     *all[i] = {given.tensors[i], given.strides[3 * i], given.strides[3 * i + 1], given.strides[3 * i + 2]};

@@ -26,15 +26,8 @@ struct Global {
   std::vector<int64_t> starting{};  // blocks in the order in which they become resident
   size_t started = 0;
   int64_t running = 0;
-  std::vector<int32_t> visits{}, visited{}, arrived{};
+  std::vector<int32_t> visited{}, arrived{};
   std::vector<float> sums{};
-};
-
-// One block, which numbers the visits by itself.
-struct VisitBlock {
-  int32_t first() const { return 0; }
-  int32_t step() const { return 1; }
-  void meet() const {}
 };
 
 struct ChangesBuffer {
@@ -99,7 +92,7 @@ struct FusedTileProducer : TileProducer<kDim, true, FusedBlock<kDim>> {
     return this->tell(unit);
   }
   void load_other(int stage, const WorkItem& work, OtherTile tile, const int32_t* entry) {
-    tile.visit = this->b.global.visits[static_cast<size_t>(entry - this->b.call.by_key.data)];
+    tile.visit = entry[this->b.call.by_key.columns];
     Base::load_other(stage, work, tile, entry);
   }
 };
@@ -275,17 +268,7 @@ std::string run_fused(Call& call, const Given& given) {
   std::mt19937_64 random(given.seed);
   std::shuffle(global.starting.begin(), global.starting.end(), random);
 
-  const int64_t grid_batch = given.plan_shapes[4], grid_heads = given.plan_shapes[5],
-                tiles = p.batch * p.heads * plan.columns;
-  std::vector<int32_t> seen(static_cast<size_t>(grid_batch * grid_heads * plan.columns), 0);
-  global.visits.assign(static_cast<size_t>(grid_batch * grid_heads * plan.rows * (2 + plan.columns)), -1);
-  VisitBlock all;
-  for (int64_t at = 0; at < grid_batch * grid_heads; ++at) {
-    const int64_t b = at / grid_heads, h = at % grid_heads, group = p.heads / p.kv_heads;
-    const int32_t* grid = tile_grid(plan, b, h);
-    number_visits(all, plan, tile_grid(plan, b, h / group * group), grid,
-                  global.visits.data() + (grid - plan.data), seen.data() + at * plan.columns);
-  }
+  const int64_t tiles = p.batch * p.heads * plan.columns;
   global.visited.assign(static_cast<size_t>(tiles), 0);
   global.arrived.assign(static_cast<size_t>(tiles), 0);
   global.sums.assign(static_cast<size_t>(tiles) * kOtherRows * kDim, kNaN);

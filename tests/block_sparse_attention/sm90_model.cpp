@@ -468,7 +468,7 @@ void arcore_model_forward_sm90(const int64_t* shape, float scale, int half, cons
   call.plan.data = plan;
   call.plan.head = plan_shape[1] == 1 ? 0 : rows * (2 + columns);
   call.plan.batch = plan_shape[0] == 1 ? 0 : plan_shape[1] * rows * (2 + columns);
-  call.plan.rows = rows, call.plan.columns = columns;
+  call.plan.rows = rows, call.plan.columns = columns, call.plan.pitch = 2 + columns;
   const auto tensor = [&](float* data, int i) {
     return Tensor4{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
   };

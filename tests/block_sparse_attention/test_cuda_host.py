@@ -14,6 +14,7 @@ from arcore import masks
 from arcore.masks import IntervalMask
 from arcore.ops import block_sparse_attention, reference_block_sparse_attention
 from arcore.ops.block_sparse_attention import CUDA_TILES
+from tests.block_sparse_attention.sm90 import plan_of
 from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 
 reason = unavailable()
@@ -282,6 +283,13 @@ def test_a_plan_may_be_given(host: CudaHost) -> None:
     grads = [torch.randn_like(q), None, q, k, v, out, lse, mask.bounds, None, 0.125]
     for a, b in zip(backward(*grads, *plans), backward(*grads), strict=True):
         assert torch.equal(a, b)
+    with_visits = torch.ops.arcore.interval_tile_plan(
+        mask.bounds, mask.key_bounds, mask.nk, *CUDA_TILES[1], visits=True
+    )
+    for a, b in zip(backward(*grads, plans[0], with_visits), backward(*grads), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="expected halves or visits, not both"):
+        torch.ops.arcore.interval_tile_plan(mask.bounds, None, mask.nk, 16, 16, True, True, True)
     with pytest.raises(RuntimeError, match=r"expected the tile plan int32 of shape \[1 or 2, 1 or 2, 2, 5\]"):
         op(*args, plans[0][..., :4].contiguous(), plans[1])
     with pytest.raises(RuntimeError, match="expected head_dim <= 128 on CUDA"):
@@ -325,6 +333,29 @@ def test_plan_with_halves(host: CudaHost, name: str, by_key: bool) -> None:
             assert rows[r][2 : 2 + rows[r][0]] == wanted
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_plan_with_visits(host: CudaHost, name: str, by_key: bool) -> None:
+    mask = MASKS[name]()
+    check_visits(mask, by_key)
+
+
+def check_visits(mask: IntervalMask, by_key: bool) -> None:
+    plan = torch.ops.arcore.interval_tile_plan(
+        mask.bounds, mask.key_bounds, mask.nk, 16, 8, by_key, visits=True
+    )
+    check_plan(plan, plan_by_rule(mask, 16, 8, by_key))
+    allowed = mask.to_bool().transpose(-1, -2) if by_key else mask.to_bool()
+    wanted = plan_of(allowed, *((8, 16) if by_key else (16, 8)), visits=True)
+    assert plan.shape == wanted.shape
+    columns = (plan.shape[3] - 2) // 2
+    for rows, wanted_rows in zip(plan.flatten(0, 1).tolist(), wanted.flatten(0, 1).tolist(), strict=True):
+        for row, wanted_row in zip(rows, wanted_rows, strict=True):
+            end = 2 + columns + row[0]
+            assert row[2 + columns : end] == wanted_row[2 + columns : end]
+            assert not any(row[2 + row[0] : 2 + columns]) and not any(row[end:])
+
+
 def check_plan(plan: Tensor, wanted: list[list[list[int]]]) -> None:
     grids = plan.flatten(0, 1).tolist()
     assert len(grids) == len(wanted)
@@ -345,10 +376,29 @@ def test_plan_with_key_bounds_batches_and_heads(host: CudaHost) -> None:
     for by_key in (False, True):
         plan = torch.ops.arcore.interval_tile_plan(mask.bounds, mask.key_bounds, 70, 16, 8, by_key)
         check_plan(plan, plan_by_rule(mask, 16, 8, by_key))
+        check_visits(mask, by_key)
     for dtype in DTYPES:
         q, k, v = tensors((2, 3, 3, 50, 70, 64), dtype)
         check_forward(q, k, v, mask)
         check_backward(q, k, v, mask)
+
+
+def test_plans_of_the_sm90a_kernels_are_kept_with_the_mask(
+    host: CudaHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = importlib.import_module("arcore.ops.block_sparse_attention")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    mask = masks.causal(300)
+    assert len(attention._cuda_plans(mask)) == 2
+    monkeypatch.setenv("ARCORE_SM90A", "1")
+    two = attention._cuda_plans(mask)
+    monkeypatch.setenv("ARCORE_SM90A_BACKWARD", "fused")
+    fused = attention._cuda_plans(mask)
+    assert [p.shape[3] for p in two] == [2 + 5, 2 + 5, 2 + 3]
+    assert [p.shape[3] for p in fused] == [2 + 5, 2 + 2 * 5, 2 + 3]
+    assert all(a is b for a, b in zip(attention._cuda_plans(mask), fused, strict=True))
+    # Key tiles of 128 in the order 0, 1, 2, query tiles of 64: the last one is seen by all three.
+    assert fused[1][0, 0, :, 7:].tolist()[2][0] == 2
 
 
 def test_plans_built_while_a_graph_is_captured_stay_in_the_graph(

@@ -140,7 +140,7 @@ class Case:
         shape = [batch, heads, self.k.shape[1], self.nq, self.nk, dim, self.bounds.shape[3] // 2]
         shape += [self.bounds.shape[0], self.bounds.shape[1], key_batch]
         by_query = plan_of(self.allowed, 128, 64)
-        by_key = plan_of(self.allowed.transpose(-1, -2), 128, 64)
+        by_key = plan_of(self.allowed.transpose(-1, -2), 128, 64, visits=True)
         grads = tuple(torch.full_like(t, math.nan) for t in (self.q, self.k, self.v))
         tensors = (self.grad_out, self.q, self.k, self.v, *grads)
         given = Given(
@@ -267,7 +267,7 @@ def test_blocks_that_run_at_different_times_end_and_agree(fused: Callable[..., N
 
 
 def test_visits_follow_the_order_of_units(fused: Callable[..., None]) -> None:
-    """Per head another mask, so that the heads of a group share the order of key tiles of its first head."""
+    """Per head another mask, and all of them share the order of key tiles of the first."""
     case = Case(random_mask(260, 520, seed=3, batch=2, heads=4), batch=2, heads=4, kv_heads=2)
     first = case.run(fused, blocks=1)
     case.check(first)

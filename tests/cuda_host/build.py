@@ -32,6 +32,7 @@ STATISTICS = (
     "matrix_products",
     "async_copies",
     "bank_conflicts",
+    "all_async_copies",
 )
 
 
@@ -151,7 +152,7 @@ class CudaHost:
         self._native.arcore_cuda_host_set_cluster_limit(blocks)
 
     def statistics(self) -> dict[str, int]:
-        """Counts of the last launch."""
+        """Counts of the last launch; `all_async_copies` of all launches."""
         values = (ctypes.c_int64 * len(STATISTICS))()
         self._native.arcore_cuda_host_statistics(values)
         return dict(zip(STATISTICS, values, strict=True))

@@ -30,6 +30,7 @@ struct Statistics {
   // Rows of ldmatrix that wait because another row of the same 8 lies in the same 16 bytes of the 128-byte
   // line.
   int64_t bank_conflicts;
+  int64_t all_async_copies;  // since the library was loaded
 };
 
 struct Index {

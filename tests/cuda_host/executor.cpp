@@ -582,6 +582,7 @@ void begin_copy(void* shared, const void* global, int bytes, bool valid, const W
     fail("a copy_async whose addresses are not multiples of its bytes", where);
   check_shared(shared, static_cast<size_t>(bytes), "a copy_async", where);
   ++executor.statistics.async_copies;
+  ++executor.statistics.all_async_copies;
   Thread& me = self();
   // The data may come at any moment from now on; who reads it before the wait, or still needs what was there,
   // reads NaN.
@@ -631,7 +632,9 @@ int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int
   e.closure = closure;
   e.error.clear();
   e.random.state = e.seed;
+  const int64_t all_async_copies = e.statistics.all_async_copies;
   e.statistics = {};
+  e.statistics.all_async_copies = all_async_copies;
   e.uses.forget();
   e.index = {0, threads, 0, cluster, {0, 0, 0}, {x, y, z}};
 

@@ -99,12 +99,47 @@ def test_chunks_are_copied_ahead(
     with torch.no_grad():
         out, last = call(selective_scan, case)
         assert host.statistics()["async_copies"] > 0
-        strided = case.map(
-            lambda n, t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if n in ("u", "delta", "z") else t
-        )
+        strided = channel_last(case)
         other, other_last = call(selective_scan, strided)
         assert host.statistics()["async_copies"] == 0
     assert torch.equal(out, other) and torch.equal(last, other_last)
+
+
+def channel_last(case: Case) -> Case:
+    return case.map(lambda n, t: t.mT.contiguous().mT if n in ("u", "delta", "z", "grad_out") else t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("state", "length", "gate", "groups"),
+    [(16, 104, True, "1"), (16, 8, True, "1"), (5, 32, False, "2"), (40, 72, True, "varying")],
+)
+def test_the_backward_copies_chunks_ahead(
+    host: CudaHost, dtype: torch.dtype, state: int, length: int, gate: bool, groups: str
+) -> None:
+    case = make_case(2, 64, length, state, dtype=dtype, gate=gate, b=groups, c=groups, initial=True)
+
+    def gradients(case: Case) -> tuple[dict[str, torch.Tensor], int]:
+        leaves = {name: t.detach().requires_grad_() for name, t in case.floats().items()}
+        out, last = call(selective_scan, replace(case, **leaves))
+        before = host.statistics()["all_async_copies"]
+        grads = torch.autograd.grad(
+            [out, last], list(leaves.values()), [case.grad_out, case.grad_last_state.to(last.dtype)]
+        )
+        copies = host.statistics()["all_async_copies"] - before
+        return dict(zip(leaves, grads, strict=True)), copies
+
+    ahead, copies = gradients(case)
+    assert copies > 0
+    for seed in (1, 2):
+        host.set_seed(seed)
+        again, _ = gradients(case)
+        assert all(torch.equal(again[name], ahead[name]) for name in ahead)
+    other, copies = gradients(channel_last(case))
+    assert copies == 0
+    for name in ahead:
+        assert torch.equal(ahead[name], other[name]), name
+    check_against_reference(case)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 32, 33, 3], [0, 0], [70, 0, 1, 40]])

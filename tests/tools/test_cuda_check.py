@@ -142,3 +142,22 @@ def test_a_kernel_that_spills_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = cuda_check.check(str(find_nvcc()), "test", source, cuda_check.QUICK)
     assert any("spills" in fault for fault in report.faults)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found")
+def test_files_are_chosen_by_parts_of_their_paths(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def check(nvcc: str, version: str, source: Path, *_: object) -> cuda_check.Report:
+        seen.append(source.name)
+        return cuda_check.Report(str(source))
+
+    monkeypatch.setattr(cuda_check, "check", check)
+    assert cuda_check.main(["--quick", "selective_scan/", "plan_sm80"]) == 0
+    assert {"bwd_few_plain_sm80.cu", "linear_sm80.cu", "plan_sm80.cu"} <= set(seen)
+    assert not any("sample" in name or name.startswith("fused") for name in seen)
+    with pytest.raises(SystemExit):
+        cuda_check.main(["--quick", "no_such_file"])
+    assert "no .cu file has any of no_such_file in its path" in capsys.readouterr().err

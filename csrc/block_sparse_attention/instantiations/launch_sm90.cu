@@ -183,15 +183,13 @@ int launch_backward_sm90(const BackwardCuda& cuda, int32_t* counters, void* stre
   }
 }
 
-FusedScratch fused_scratch_sm90(const BackwardCuda& cuda, int64_t grids) {
+FusedScratch fused_scratch_sm90(const BackwardCuda& cuda) {
   const Problem& problem = cuda.args.problem;
-  const TilePlan& plan = cuda.by_key;
-  const int64_t tiles = problem.batch * problem.heads * plan.columns;
-  return {1 + tiles + grids * plan.columns + grids * plan.rows * (2 + plan.columns),
-          tiles * kOtherRows * padded_dim(problem.dim)};
+  const int64_t tiles = problem.batch * problem.heads * cuda.by_key.columns;
+  return {1 + tiles, tiles * kOtherRows * padded_dim(problem.dim)};
 }
 
-int launch_fused_sm90(const BackwardCuda& cuda, int64_t grids, int32_t* numbers, float* sums, void* stream) {
+int launch_fused_sm90(const BackwardCuda& cuda, int32_t* numbers, float* sums, void* stream) {
   const Problem& problem = cuda.args.problem;
   if (problem.batch * problem.heads * problem.nq == 0) return 0;
   FusedParams params{};
@@ -200,17 +198,12 @@ int launch_fused_sm90(const BackwardCuda& cuda, int64_t grids, int32_t* numbers,
   const int64_t tiles = problem.batch * problem.heads * plan.columns;
   if (tiles >= int64_t{1} << 31) return kUnsupportedSm90;  // a block of the last kernel each
   params.query_tiles = plan.columns;
-  params.grid_heads = plan.head == 0 ? 1 : problem.heads;
-  params.grids = grids;
   params.ticket = numbers;
   params.visited = numbers + 1;
-  params.seen = params.visited + tiles;
-  params.visits = params.seen + grids * plan.columns;
   params.sums = sums;
   int multiprocessors = 0;
   if (const int error = count_multiprocessors(multiprocessors); error != 0) return error;
-  if (const int error = clear_numbers(numbers, 1 + tiles + grids * plan.columns, stream); error != 0)
-    return error;
+  if (const int error = clear_numbers(numbers, 1 + tiles, stream); error != 0) return error;
   if (const int error = launch_deltas(cuda, stream); error != 0) return error;
   switch (padded_dim(problem.dim)) {
     case 64:

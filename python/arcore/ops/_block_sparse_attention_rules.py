@@ -192,11 +192,12 @@ def _fake_plan(
     tile_k: int,
     by_key: bool,
     halves: bool = False,
+    visits: bool = False,
 ) -> Tensor:
     batch = bounds.shape[0] if key_bounds is None else max(bounds.shape[0], key_bounds.shape[0])
     across_q, across_k = (bounds.shape[2] + tile_q - 1) // tile_q, (nk + tile_k - 1) // tile_k
     rows, columns = (across_k, across_q) if by_key else (across_q, across_k)
-    return bounds.new_empty(batch, bounds.shape[1], rows, 2 + columns)
+    return bounds.new_empty(batch, bounds.shape[1], rows, 2 + columns * (1 + visits))
 
 
 # Derivatives. Inputs of the forward, in order:

@@ -219,6 +219,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 CUDA_TILES = ((128, 64, False), (64, 128, True))
 # The sm_90a forward's own: kTile*Sm90, with halves.
 SM90_TILES = (128, 128, False, True)
+# Of the second of CUDA_TILES for the fused sm_90a backward: with visits.
+FUSED_TILES = (64, 128, True, False, True)
 
 
 def _wants_sm90(device: torch.device) -> bool:
@@ -227,14 +229,24 @@ def _wants_sm90(device: torch.device) -> bool:
     return wish not in ("", "0") and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def _plans_wanted(device: torch.device) -> tuple[tuple[int | bool, ...], ...]:
+    """Arguments of interval_tile_plan: by query, by key, and where they pay those of the sm_90a kernels."""
+    if not _wants_sm90(device):
+        return CUDA_TILES
+    fused = os.environ.get("ARCORE_SM90A_BACKWARD", "two") == "fused"
+    return (CUDA_TILES[0], FUSED_TILES if fused else CUDA_TILES[1], SM90_TILES)
+
+
 def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, ...]:
     """The tiles that the CUDA kernels visit, built on the device once per mask: by query, by key, and for sm_90a.
+
+    The plan by key also holds the order of the fused sm_90a backward's sums where that one is asked for.
 
     In a compiled graph they are part of the graph, where equal calls of all layers become one. While a CUDA graph is
     captured nothing runs: plans built then exist from its first replay on, so they belong to the graph and not to the
     mask.
     """
-    tiles = CUDA_TILES if not _wants_sm90(mask.device) else (*CUDA_TILES, SM90_TILES)
+    tiles = _plans_wanted(mask.device)
 
     def build() -> tuple[Tensor, ...]:
         plan = torch.ops.arcore.interval_tile_plan
@@ -242,7 +254,7 @@ def _cuda_plans(mask: IntervalMask) -> tuple[Tensor, ...]:
 
     if torch.compiler.is_compiling():
         return build()
-    key = ("cuda_plans", len(tiles))
+    key = ("cuda_plans", tiles)
     if key in mask._cache:
         kept: OnAnyStream[tuple[Tensor, ...]] = mask._cache[key]
         plans = kept.get()
