@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Case:
     head_dim: int = HEAD_DIM
     batch: int = 8
     heads: int = 16
+    group: int = 1  # query heads that share a key head
 
     @property
     def documents(self) -> bool:
@@ -119,6 +120,7 @@ def _varlen_block_causal(documents: tuple[tuple[int, ...], ...], head_dim: int) 
 def cases(gpu: bool) -> Iterator[Case]:
     if not gpu:
         yield _scales("tiny", (1, 2, 3), False, (0, 0), (0, 0))
+        yield replace(_varlen_block_causal(((4, 3), (5,)), 64), name="tiny_blocks_gqa", group=2)
         return
     yield _scales("var_512", VAR_512, False, (240, 180), (380, 260))
     yield _scales("hmar_512", VAR_512, True, (200, 150), (300, 200))
@@ -133,6 +135,7 @@ def cases(gpu: bool) -> Iterator[Case]:
     for n, batch in ((2048, 8), (4096, 5), (8192, 5)):
         yield _causal(n, 64, batch)
     yield _causal(4096, 128, 5)
+    yield replace(_causal(4096, 128, 5), name="causal_4k_d128_gqa", group=4)
 
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -155,9 +158,14 @@ def _ours_fused(case: Case, device: str) -> Function:
     return _ours_sm90a(case, device)
 
 
+def _shared(case: Case) -> dict[str, bool]:
+    """What torch's functions are told where query heads share a key head."""
+    return {"enable_gqa": True} if case.group > 1 else {}
+
+
 def _sdpa_mask(case: Case, device: str) -> Function:
     allowed = case.mask.to(device).to_bool()
-    return lambda q, k, v: sdpa(q, k, v, attn_mask=allowed)
+    return lambda q, k, v: sdpa(q, k, v, attn_mask=allowed, **_shared(case))
 
 
 def _take(x: Tensor, parts: tuple[slice, ...], dim: int = 2) -> Tensor:
@@ -201,15 +209,16 @@ def _flash4(case: Case, device: str) -> Function:
 def _sdpa_loop(case: Case, device: str, backend: str | None = None) -> Function:
     if case.name.startswith("causal"):
         raise NotImplementedError("a causal mask is no set of pieces without a mask")
+    piece = partial(sdpa, **_shared(case))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if backend is None:
-            outs = [sdpa(q[:, :, rows], _take(k, keys), _take(v, keys)) for rows, keys in case.pieces]
+            outs = [piece(q[:, :, rows], _take(k, keys), _take(v, keys)) for rows, keys in case.pieces]
             return torch.cat(outs, dim=2)
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel([getattr(SDPBackend, backend)]):
-            outs = [sdpa(q[:, :, rows], _take(k, keys), _take(v, keys)) for rows, keys in case.pieces]
+            outs = [piece(q[:, :, rows], _take(k, keys), _take(v, keys)) for rows, keys in case.pieces]
         return torch.cat(outs, dim=2)
 
     return run
@@ -224,7 +233,8 @@ def _compiled_flex() -> Any:
 
 def _flex(case: Case, device: str, backend: str | None = None) -> Function:
     block_mask = case.mask.to(device).to_block_mask()
-    options = {"kernel_options": {"BACKEND": backend}} if backend else {}
+    options: dict[str, Any] = {"kernel_options": {"BACKEND": backend}} if backend else {}
+    options |= _shared(case)
     return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=block_mask, **options)
 
 
@@ -259,7 +269,7 @@ def _bounds(starts: tuple[int, ...], device: str) -> Tensor:
 def _sdpa_causal(case: Case, device: str) -> Function:
     if not case.name.startswith("causal"):
         raise NotImplementedError("the mask is not causal")
-    return lambda q, k, v: sdpa(q, k, v, is_causal=True)
+    return lambda q, k, v: sdpa(q, k, v, is_causal=True, **_shared(case))
 
 
 def _cudnn_flex(case: Case, device: str) -> Function:
@@ -299,19 +309,22 @@ IMPLEMENTATIONS = {
 
 
 def _check(case: Case, got: list[Tensor], inputs: list[Tensor]) -> None:
-    """Output and gradients of the first and the last head against float64."""
-    batch, heads = inputs[0].shape[:2]
+    """Output and gradients of the first and the last key head, with its query heads, against float64."""
+    batch, kv_heads = inputs[1].shape[:2]
     allowed = case.mask.to(inputs[0].device.type).to_bool()
-    for b, h in ((0, 0), (batch - 1, heads - 1)):
-        q, k, v, grad = (x[b, h].detach().double() for x in inputs)
+    for b, h in ((0, 0), (batch - 1, kv_heads - 1)):
+        mine = slice(h * case.group, (h + 1) * case.group)
+        places = {"out": mine, "grad_q": mine, "grad_k": h, "grad_v": h}
+        q, grad = (x[b, mine].detach().double() for x in (inputs[0], inputs[3]))
+        k, v = (x[b, h].detach().double() for x in inputs[1:3])
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         logits = (q @ k.T / math.sqrt(case.head_dim)).masked_fill(~allowed[0, 0], -math.inf)
         out = torch.softmax(logits, -1) @ v
         expected = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-        for name, a, e in zip(("out", "grad_q", "grad_k", "grad_v"), got, expected, strict=False):
-            error = ((a[b, h].double() - e).norm() / e.norm()).item()
+        for (name, place), a, e in zip(places.items(), got, expected, strict=False):
+            error = ((a[b, place].double() - e).norm() / e.norm()).item()
             if not error <= 1e-2:
-                wrong_result(f"{name} of entry {b}, head {h} is off by {error:.1e}")
+                wrong_result(f"{name} of entry {b}, key head {h} is off by {error:.1e}")
 
 
 LAUNCHES = 100  # a race in a backward shows in some of many launches
@@ -331,9 +344,11 @@ def _same_again(function: Function, leaves: list[Tensor], grad: Tensor, first: l
 def _inputs(case: Case, report: Report) -> list[list[Tensor]]:
     batch, heads = (case.batch, case.heads) if report.gpu else (1, 2)
     shape = (batch, heads, case.mask.nq, case.head_dim)
-    size = 4 * math.prod(shape) * 2
+    of_keys = (batch, heads // case.group, case.mask.nk, case.head_dim)
+    shapes = (shape, of_keys, of_keys, shape)
+    size = 2 * sum(map(math.prod, shapes))
     return [
-        [torch.randn(shape, device=report.device).bfloat16() for _ in range(4)]
+        [torch.randn(s, device=report.device).bfloat16() for s in shapes]
         for _ in range(copies_for(size, report.device))
     ]
 
@@ -363,7 +378,7 @@ def run(report: Report) -> None:
                 small = report.gpu and case.mask.nq <= 1024
                 report.measure(
                     runs, graph=small, op=OP, case=case.name, impl=impl, direction=direction, dtype="bfloat16",
-                    batch=batch, heads=heads, n=case.mask.nq, head_dim=case.head_dim,
+                    batch=batch, heads=heads, n=case.mask.nq, head_dim=case.head_dim, group=case.group,
                     tflops=lambda s, flops=flops: flops / s / 1e12,
                     fraction_of_matmul=lambda s, flops=flops: flops / s / 1e12 / report.ceilings.matmul_tflops,
                     goal_sm80=case.goal_sm80[i], goal_sm90a=case.goal_sm90a[i],

@@ -498,7 +498,14 @@ def profile(battery: Battery, seconds: float) -> None:
     command = [program, "--clock-control", "none", "--launch-count", "4"]
     for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "ComputeWorkloadAnalysis", "WarpStateStats"):
         command += ["--section", section]
-    command += ["--kernel-name", "regex:forward|backward|fused", sys.executable, "bench/gpu/sanitize.py", ATTENTION, "--first"]
+    command += [
+        "--kernel-name",
+        "regex:forward|backward|fused",
+        sys.executable,
+        "bench/gpu/sanitize.py",
+        ATTENTION,
+        "--first",
+    ]
     for name in VARIANTS if battery.machine.get("sm_90a") else (ATTENTION,):
         switches = dict(switch.split("=") for switch in VARIANTS.get(name, ()))
         outcome = run_one(command, seconds / 2, environment(1) | switches)

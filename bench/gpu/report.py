@@ -84,7 +84,6 @@ class Report:
             extra["wrong"] = "; ".join(dict.fromkeys(self.wrong))
         self.add(timing=timing, **extra)
 
-
     def _time_graph(self, runs: list[Run]) -> Timing:
         try:
             return time_graph(runs, self.device)
