@@ -60,7 +60,7 @@ class BlockWeight(Tensor):
         plain = blocks.is_cpu and blocks.is_contiguous() and type(blocks) is Tensor
         return (block_values(blocks) if plain else reference_block_values(blocks)).to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"BlockWeight({list(self.shape)}, kind={self.kind!r}, dtype={self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -72,10 +72,10 @@ class BlockWeight(Tensor):
     ) -> BlockWeight:
         return BlockWeight(inner["blocks"], dtype)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],

@@ -23,10 +23,10 @@ _onednn: Any = (
 MIN_PRODUCTS = 2**23
 # Up to so many rows the bytes of the weight decide, and products made for many rows take longer than one pass over it.
 STEP_ROWS = {torch.float32: 32, torch.bfloat16: 8}
-# Blocks would have to be expanded for torch, so more rows than that go to the op.
-BLOCK_ROWS = 32
-# Numbers of blocks that are expanded at a time for torch's products, so that they are still in a cache there.
-EXPANDED = 2**19
+# Blocks would have to be expanded for torch, which takes longer than the op for all rows that it takes.
+BLOCK_ROWS = 64
+# Numbers of blocks that are expanded at a time for torch's products: 16 MiB of floats.
+EXPANDED = 2**22
 # In float32 that holds for weights that no cache keeps from token to token, and for smaller ones from two rows on.
 MIN_OF_ONE, MIN_OF_FEW = 2**19, 2**16
 
@@ -89,6 +89,8 @@ def _expanding(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` for many rows, with some rows of a weight in blocks as floats at a time."""
     outputs, columns = len(blocks), x.shape[-1]
     step = max(1, EXPANDED // max(columns, 1))
+    if outputs <= step:
+        return linear(x, block_values(blocks).to(x.dtype), bias)
     out = x.new_empty(*x.shape[:-1], outputs)
     for start in range(0, outputs, step):
         piece = slice(start, start + step)
