@@ -48,7 +48,7 @@ def test_what_is_not_used_of_the_data_is_said(arcore, tmp_path: Path):
             Image.new("L", (8, 8), 10 * i).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "data" / "a" / ".hidden").touch()
     said = arcore("train", "dit_tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", *QUICK).err
-    assert "data: the class a has 3 images, too few to hold any out" in said
+    assert "data: the class a has fewer than 10 images, too few to hold any out" in said
     assert said.count("1 hidden entry skipped") == 1
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("some text, " * 500)
@@ -259,3 +259,18 @@ def test_run_folder_of_a_checkpoint():
         == _run_folder(Path("run/best"))
         == Path("run")
     )
+
+
+def test_a_misspelt_folder_is_found_beside_it_before_anything_is_said(fails, capsys, tmp_path, monkeypatch):
+    (tmp_path / "my_photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = fails("train", "var_tiny", "--data", "my_photoss/", "--out", "run")
+    assert "neither a data set nor a folder 'my_photoss/': did you mean 'my_photos'?" in said
+    assert "training the tokenizer" not in capsys.readouterr().out + said
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_options_that_there_are_not_are_named_with_close_ones(fails, tmp_path):
+    said = fails("train", "var_tiny", "--step", "10", "--out", tmp_path / "run")
+    assert "Unrecognized options: --step; did you mean --steps" in said
+    assert "Optimiser steps" not in said

@@ -358,7 +358,7 @@ def test_what_is_not_read_is_counted(folder: Path):
     assert "1 hidden entry skipped" in notes
     assert "1 entry that is no regular file skipped" in notes
     assert "1 file of which only the first frame is used" in notes
-    assert "the class ants has 1 images, too few to hold any out" in notes
+    assert "the class ants has fewer than 10 images, too few to hold any out" in notes
 
 
 def test_images_beside_class_folders_are_refused(folder: Path):

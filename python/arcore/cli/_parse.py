@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -268,7 +269,19 @@ def _choices(found: re.Match[str]) -> str:
     return f"{found[2]} must be one of {known} but got {found[1]}"
 
 
+def _unknown(found: re.Match[str]) -> str:
+    """Options that there are not, and those whose names are close."""
+    # What stands behind an unknown option is its value and says nothing more.
+    unknown = re.findall(r"--?[A-Za-z][\w-]*", found[1]) or found[1].split(", ")
+    known = dict.fromkeys(re.findall(r"--[a-z][a-z-]*", found[2] or ""))
+    close = [name for name in known if name not in unknown]
+    close = difflib.get_close_matches(unknown[0], close, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"Unrecognized options: {', '.join(unknown)}{hint}"
+
+
 _REWORDED: tuple[tuple[str, Any], ...] = (
+    (r"^Unrecognized options: (.+?)(?: Perhaps you meant: (.*))?$", _unknown),
     (
         r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$",
         r"\1 must be a whole number but got \2",

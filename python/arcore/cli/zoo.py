@@ -89,7 +89,9 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _source(entry: Entry) -> str:
-    return f"{os.path.relpath(entry.source.path)}:{entry.source.line}"
+    path = os.path.relpath(entry.source.path)
+    # Up and down again through the whole disk tells less than where it is.
+    return f"{entry.source.path if path.startswith(os.pardir) else path}:{entry.source.line}"
 
 
 def _facts(entry: Entry) -> dict[str, Any]:

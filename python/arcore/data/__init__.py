@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,34 @@ __all__ = [
 NAMES = ("digits", "mnist", "moving_digits", "photos", "scenes")
 
 
+def check_source(source: str | os.PathLike[str], names: Sequence[str] = NAMES) -> None:
+    """Raise unless `source` names a data set or something on disk.
+
+    Args:
+        source: what `--data` names.
+        names: of data sets.
+
+    Raises:
+        FileNotFoundError: it is neither; the message suggests a close name, of a folder beside it first.
+    """
+    path = Path(source)
+    if is_name(source, names) or path.exists():
+        return
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    folders = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    close = [str(path.parent / name) for name in folders] or difflib.get_close_matches(
+        str(source), names, n=1
+    )
+    if close:
+        raise FileNotFoundError(
+            f"there is neither a data set nor a folder {str(source)!r}: did you mean {close[0]!r}?"
+        )
+    raise FileNotFoundError(
+        f"the data folder {source} does not exist: expected a folder with one subfolder per class, or one of "
+        f"{', '.join(names)}"
+    )
+
+
 def open_dataset(
     source: str | os.PathLike[str],
     *,
@@ -140,11 +169,7 @@ def open_dataset(
         if channels != 1:
             raise ValueError(f"the digits of mnist are grey but the model takes {channels} channels")
         return load_mnist(split, image_size=image_size)
-    close = difflib.get_close_matches(source, NAMES, n=1)
-    if close and not Path(source).exists():
-        raise FileNotFoundError(
-            f"there is neither a data set nor a folder {source!r}: did you mean {close[0]!r}?"
-        )
+    check_source(source)
     if frames > 1:
         if nested is not None:
             raise ValueError("nested is for folders of images: videos lie in folders of their own")

@@ -207,8 +207,8 @@ class _Listing:
                 self.images += [_Image(path, label, held) for path, held in zip(files, held_out, strict=True)]
                 if len(files) < HELD_OUT_EVERY:
                     self.notes.append(
-                        f"the class {self.class_names[label]} has {len(files)} images, too few to hold any out: "
-                        f"every {HELD_OUT_EVERY}th is"
+                        f"the class {self.class_names[label]} has fewer than {HELD_OUT_EVERY} images, too few to hold "
+                        f"any out: every {HELD_OUT_EVERY}th is"
                     )
             return
         train, held = parts
@@ -304,7 +304,11 @@ class _Listing:
 
     def _bad(self, path: Path, reason: str, what: str = "") -> None:
         if not self.skip_bad:
-            advice = "" if what else ": mend it or move it away"
+            advice = (
+                ""
+                if what
+                else ": mend it or move it away, or leave out all such files with --skip-bad (skip_bad)"
+            )
             raise ValueError(
                 f"{what}{path}{'' if reason.startswith(('is', 'holds')) else ':'} {reason}{advice}"
             )

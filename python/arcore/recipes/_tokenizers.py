@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from arcore.catalog import load_checkpoint
+from arcore.data import check_source
 from arcore.nn.kinds import check_kinds
 from arcore.recipes._images import ImageOptions
 from arcore.recipes._recipe import Start, ZooTask, recipe_for
@@ -88,6 +89,8 @@ def train_tokenizer(start: Start, options: CodesOptions, name: str) -> Any:
         settings["steps"] = options.tokenizer_steps
     steps = settings.get("steps", recipe_for(name).defaults.steps)
     begun = checkpoint.begun(out)
+    if options.data is not None:
+        check_source(options.data)
     start.say(
         f"{start.preset} reads images as codes: {'going on with' if begun else 'training'} the tokenizer {name} "
         f"first, {steps} steps, into {out}"
