@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from arcore.nn.kinds import check_kinds
+from arcore._kinds import check_kinds
 
 ConfigFunction = TypeVar("ConfigFunction", bound=Callable[[], Any])
 
