@@ -38,25 +38,44 @@ struct PairCost {
   double flops;
 };
 
-// Calls f(wave, run) for consecutive groups of (batch, kv head) pairs. A wave is just wide enough to feed all
-// threads: its packed operands are the op's whole workspace, and a small one stays in cache. run(tasks,
-// stage) calls stage(scratch, begin, end) for shares of the tasks.
+// Most floats of packed operands of a pair for which a thread takes whole pairs, and of a wave's: 8 MiB.
+constexpr int64_t kCachedFloats = 1 << 21;
+
+// Calls f(wave, run) for consecutive groups of (batch, kv head) pairs. A wave's packed operands are the op's
+// whole workspace, and a small one stays in cache. run(tasks, stage) calls stage(scratch, begin, end) for all
+// of the tasks.
+//
+// With one thread a wave is one pair. With several, as many pairs as all threads can share equally are taken
+// whole: packed operands are then read by the core that wrote them, and threads wait for one another once.
+// The other pairs, and all where packed operands are large, are cut between threads, in waves that are wide
+// enough to feed all.
 template <typename F>
 void run_waves(const char* op, const Problem& p, const Tensor& like, const PairCost& cost, const F& f) {
   const int64_t pairs = p.batch * p.kv_heads;
   const int64_t threads = threads_for(cost.flops * static_cast<double>(pairs), kFlopsPerThread);
+  const int64_t whole = threads > 1 && cost.workspace <= kCachedFloats ? pairs / threads * threads : 0;
   // Two tasks per thread even out the last ones.
-  const int64_t wanted = threads == 1 ? 1 : (2 * threads + cost.tasks - 1) / cost.tasks;
-  const int64_t width = std::clamp<int64_t>(wanted, 1, pairs);
-  const int64_t line = 16, each = (cost.scratch + line - 1) / line * line;
-  const Tensor memory = scratch_floats(op, like, width * cost.workspace + threads * each + 2 * line);
+  const int64_t needed = (2 * threads + cost.tasks - 1) / cost.tasks;
+  const int64_t cached = kCachedFloats / std::max<int64_t>(cost.workspace, 1);
+  const int64_t width =
+      threads == 1 ? 1
+                   : std::clamp<int64_t>(std::max(needed, cached), 1, std::max<int64_t>(pairs - whole, 1));
+  const auto lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  const int64_t each = lines(cost.scratch), own = lines(cost.workspace);
+  const int64_t packed = std::max(whole > 0 ? threads * own : 0, whole < pairs ? width * cost.workspace : 0);
+  const Tensor memory = scratch_floats(op, like, packed + threads * each + 32);
   // Both parts begin on cache lines.
   auto aligned = [](float* x) {
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(x) + 63) / 64 * 64);
   };
   float* scratch = aligned(static_cast<float*>(memory.data_ptr()));
   float* workspace = scratch + threads * each;
-  for (int64_t first = 0; first < pairs; first += width)
+  run_shares(whole, threads, [&](int64_t share, int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair)
+      f(Wave{pair, 1, workspace + share * own},
+        [&](int64_t tasks, const auto& stage) { stage(scratch + share * each, 0, tasks); });
+  });
+  for (int64_t first = whole; first < pairs; first += width)
     f(Wave{first, std::min(width, pairs - first), workspace}, [&](int64_t tasks, const auto& stage) {
       run_shares(tasks, threads, [&](int64_t share, int64_t begin, int64_t end) {
         stage(scratch + share * each, begin, end);

@@ -24,6 +24,8 @@ namespace {
 
 // Outputs below which a second thread costs more than it saves.
 constexpr double kOutputsPerThread = 2e5;
+// Few: a piece of channels side by side is read in blocks.
+constexpr Pieces kPieces{.unit = 1, .per_thread = 4};
 
 // Which taps an output may use, and which of the last inputs the final state keeps, where a row holds several
 // sequences: a tap counts if the input it reads has the id of the output, and an output is real if its id is
@@ -162,7 +164,8 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, co
   const CpuKernels& kernels = cpu_kernels();
   run_with_workspace(
       x, call.tasks(), call.threads(), kernels.forward_workspace(p),
-      [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); });
+      [&](float* workspace, int64_t begin, int64_t end) { kernels.forward(args, workspace, begin, end); },
+      kPieces);
   return {out, final_states};
 }
 
@@ -226,7 +229,8 @@ Gradients backward_cpu(const OptionalTensor& grad_out, const OptionalTensor& gra
     const CpuKernels& kernels = cpu_kernels();
     run_with_workspace(
         x, call.tasks(), call.threads(), kernels.backward_workspace(p),
-        [&](float* workspace, int64_t begin, int64_t end) { kernels.backward(args, workspace, begin, end); });
+        [&](float* workspace, int64_t begin, int64_t end) { kernels.backward(args, workspace, begin, end); },
+        kPieces);
     if (grad_final_states.has_value()) add_final(call, *grad_final_states, args.grad_x, args.grad_history);
   }
   return {grad_x, sum_rows(partial_weight, weight),

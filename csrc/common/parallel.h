@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace arcore {
@@ -15,21 +16,33 @@ inline int64_t threads_for(double work, double work_per_thread) {
   return std::clamp<int64_t>(static_cast<int64_t>(work / work_per_thread), 1, available);
 }
 
-// Runs f(share, begin, end) over tasks [0, tasks) on at most `threads` threads, in equal consecutive shares;
-// `share` < threads tells which workspace a share may use.
+// How tasks are cut: pieces begin at multiples of `unit`, and a thread finds about `per_thread` of them, so
+// that what the last piece takes alone is at most that share of its time.
+struct Pieces {
+  int64_t unit = 1, per_thread = 16;
+};
+
+// Runs f(share, begin, end) over tasks [0, tasks) on at most `threads` threads; `share` < threads tells which
+// workspace the call may use. One thread gets all tasks in one call. Several take consecutive pieces as they
+// come free, the last ones first, since under a causal mask those cost most: tasks may differ in cost, and a
+// thread that the machine holds up takes fewer. What a task computes must not depend on its piece.
 template <typename F>
-void run_shares(int64_t tasks, int64_t threads, const F& f) {
+void run_shares(int64_t tasks, int64_t threads, const F& f, Pieces cut = {}) {
   if (tasks == 0) return;
-  const int64_t shares = std::min(tasks, threads);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    f(begin, tasks * begin / shares, tasks * end / shares);
+  const int64_t unit = cut.unit, units = (tasks + unit - 1) / unit, shares = std::min(units, threads);
+  const int64_t pieces = shares == 1 ? 1 : std::min(units, shares * cut.per_thread);
+  std::atomic<int64_t> taken{0};
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t share, int64_t) {
+    for (int64_t left = pieces - taken.fetch_add(1, std::memory_order_relaxed); left > 0;
+         left = pieces - taken.fetch_add(1, std::memory_order_relaxed))
+      f(share, units * (left - 1) / pieces * unit, std::min(tasks, units * left / pieces * unit));
   });
 }
 
-// Runs f(begin, end), where a share needs no workspace of its own.
+// Runs f(begin, end), where a call needs no workspace of its own.
 template <typename F>
-void run_tasks(int64_t tasks, int64_t threads, const F& f) {
-  run_shares(tasks, threads, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
+void run_tasks(int64_t tasks, int64_t threads, const F& f, Pieces cut = {}) {
+  run_shares(tasks, threads, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); }, cut);
 }
 
 }  // namespace arcore

@@ -30,15 +30,17 @@ inline torch::stable::Tensor scratch_floats(const char* op, const torch::stable:
 // lines.
 template <typename Run>
 void run_with_workspace(const torch::stable::Tensor& like, int64_t tasks, int64_t threads, int64_t floats,
-                        const Run& run) {
+                        const Run& run, Pieces cut = {}) {
   const int64_t stride = (floats + 15) / 16 * 16;
   torch::stable::Tensor workspace =
       make_empty(like, {std::max<int64_t>(std::min(tasks, threads), 1) * stride + 16},
                  torch::headeronly::ScalarType::Float);
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
   float* aligned = reinterpret_cast<float*>((address + 63) / 64 * 64);
-  run_shares(tasks, threads,
-             [&](int64_t share, int64_t begin, int64_t end) { run(aligned + share * stride, begin, end); });
+  const auto share_of = [&](int64_t share, int64_t begin, int64_t end) {
+    run(aligned + share * stride, begin, end);
+  };
+  run_shares(tasks, threads, share_of, cut);
 }
 
 // Sum of float partial results over their first dimension, in row order, in the shape and dtype of `like`.

@@ -31,6 +31,8 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "decoder_step";
 // Multiplications below which a second thread costs more than it saves.
 constexpr double kWorkPerThread = 2e5;
+// Rows of a weight: what is asked ahead behind a piece's last ones is read by another thread.
+constexpr Pieces kPieces{.unit = 16, .per_thread = 4};
 
 void check_type(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> shape) {
   check_device(kOp, name, t, t);
@@ -259,9 +261,10 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
         kWorkPerThread);
   };
   const auto multiply = [&](const Weights& w, const float* in, float* result, bool add) {
-    run_tasks(w.rows, threads(w), [&](int64_t begin, int64_t end) {
+    const auto rows = [&](int64_t begin, int64_t end) {
       kernels.multiply(w, args.batch, in, result, add, begin, end);
-    });
+    };
+    run_tasks(w.rows, threads(w), rows, kPieces);
   };
   if (!wide) kernels.widen(args);
   kernels.normalise(args, args.norm1);
@@ -273,8 +276,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   kernels.pack(StorageType::kFloat32, args.projected, args.qkv.rows, args.batch, width, args.mixed);
   multiply(args.out, args.mixed, args.x, true);
   kernels.normalise(args, args.norm2);
-  run_tasks((args.hidden + kGroup - 1) / kGroup, threads(args.gate_up),
-            [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); });
+  const auto gate = [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); };
+  run_tasks((args.hidden + kGroup - 1) / kGroup, threads(args.gate_up), gate, {.unit = 1, .per_thread = 4});
   multiply(args.down, args.activated, args.x, true);
   if (!wide) kernels.narrow(args.dtype, args.x, args.given, args.batch * args.dim);
 }
@@ -307,9 +310,10 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   const StorageType storage = storage_type(x, kName, "x");
   kernels.pack(storage, x.data_ptr(), cols, batch, cols, packed);
   const double work = static_cast<double>(batch) * static_cast<double>(rows) * static_cast<double>(cols);
-  run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
+  const auto share = [&](int64_t begin, int64_t end) {
     kernels.multiply(w, batch, packed, result, false, begin, end);
-  });
+  };
+  run_tasks(rows, threads_for(work, kWorkPerThread), share, kPieces);
   if (!wide) kernels.narrow(storage, result, out.data_ptr(), batch * rows);
   return out;
 }
