@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_FILES = ("README.md", "params.h", "schema.cpp", "kernel_cpu.cpp")
-NOT_OPS_IN_BENCH = {"calls", "gpu", "models", "results"}
+NOT_OPS_IN_BENCH = {"calls", "threads", "gpu", "models", "results"}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"(?P<own>[^"]+)"|<(?P<system>[^>]+)>)', re.MULTILINE)
 TORCH = ("torch/", "ATen/", "c10/", "caffe2/")
