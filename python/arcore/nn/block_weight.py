@@ -60,7 +60,7 @@ class BlockWeight(Tensor):
         plain = blocks.is_cpu and blocks.is_contiguous() and type(blocks) is Tensor
         return (block_values(blocks) if plain else reference_block_values(blocks)).to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BlockWeight({list(self.shape)}, kind={self.kind!r}, dtype={self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
