@@ -21,7 +21,7 @@ from measure import cpu_seconds, fma_peak_gflops, interleaved_seconds
 
 from arcore.nn import DecoderLayer, GatedMLP, GroupedAttention, RotaryTable, TokenCache
 from arcore.ops import decoder_step, quantise_blocks
-from arcore.ops.block_values import KINDS
+from arcore.ops._block_values import KINDS
 
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, CONTEXT = 30, 576, 9, 3, 64, 1536, 256
 

@@ -16,7 +16,7 @@ from arcore.ops import (
     reference_block_values,
     reference_decoder_step,
 )
-from arcore.ops.block_values import BLOCK, KINDS
+from arcore.ops._block_values import BLOCK, KINDS
 from arcore.ops.decoder_step import MAX_ROWS
 from tests.decoder_step.test_decoder_step import copied, double, make, near
 from tests.isa import ISAS, run_under

@@ -16,7 +16,7 @@ from arcore.decoding import LookupDrafter, generate, speculative_chain
 from arcore.nn import BlockWeight, Linear, linear, quantise
 from arcore.nn.linear import BLOCK_ROWS
 from arcore.ops import quantise_blocks
-from arcore.ops.block_values import KINDS
+from arcore.ops._block_values import KINDS
 
 
 def weight_of(kind: str, rows: int = 37, columns: int = 96) -> BlockWeight:

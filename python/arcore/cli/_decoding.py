@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from arcore.nn import quantise
-    from arcore.ops.block_values import KINDS
+    from arcore.ops._block_values import KINDS
     from arcore.recipes.language import language_model
     from arcore.recipes.text_decoders import TextRequest, text_decoder
 

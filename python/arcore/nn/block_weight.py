@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from arcore.nn.kinds import check_kinds
 from arcore.ops import block_values, quantise_blocks, reference_block_values
-from arcore.ops.block_values import BLOCK, KINDS, block_kind
+from arcore.ops._block_values import BLOCK, KINDS, block_kind
 
 
 class BlockWeight(Tensor):

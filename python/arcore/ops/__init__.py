@@ -17,7 +17,7 @@ with built_from_these_sources():
         block_sparse_attention,
         reference_block_sparse_attention,
     )
-    from arcore.ops.block_values import block_values, quantise_blocks, reference_block_values
+    from arcore.ops._block_values import block_values, quantise_blocks, reference_block_values
     from arcore.ops.causal_conv1d import (
         causal_conv1d,
         causal_conv1d_update,

@@ -19,7 +19,7 @@ from arcore.ops._registration import (
     refuse_derivatives,
     register_in_place,
 )
-from arcore.ops.block_values import reference_block_values
+from arcore.ops._block_values import reference_block_values
 
 OP = "arcore.decoder_step"
 # Most rows: kMaxTokens of csrc/decoder_step/params.h.

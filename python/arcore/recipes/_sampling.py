@@ -12,7 +12,7 @@ import torch
 from arcore.catalog import load_checkpoint
 from arcore.catalog.hub import HUB, fetch
 from arcore.nn import quantise
-from arcore.ops.block_values import KINDS
+from arcore.ops._block_values import KINDS
 from arcore.recipes._recipe import Recipe, recipe_for
 from arcore.training import checkpoint
 
