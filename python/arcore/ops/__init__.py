@@ -3,6 +3,7 @@
 from arcore._extension import built_from_these_sources
 
 with built_from_these_sources():
+    from arcore.ops._block_values import block_values, quantise_blocks, reference_block_values
     from arcore.ops._cross_entropy import (
         CrossEntropy,
         linear_cross_entropy,
@@ -17,7 +18,6 @@ with built_from_these_sources():
         block_sparse_attention,
         reference_block_sparse_attention,
     )
-    from arcore.ops._block_values import block_values, quantise_blocks, reference_block_values
     from arcore.ops.causal_conv1d import (
         causal_conv1d,
         causal_conv1d_update,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arcore import _extension as _extension
+from arcore.ops._block_values import reference_block_values
 from arcore.ops._checks import checked_call, int64, integer, same_device
 from arcore.ops._registration import (
     call_in_place,
@@ -19,7 +20,6 @@ from arcore.ops._registration import (
     refuse_derivatives,
     register_in_place,
 )
-from arcore.ops._block_values import reference_block_values
 
 OP = "arcore.decoder_step"
 # Most rows: kMaxTokens of csrc/decoder_step/params.h.
