@@ -231,7 +231,7 @@ def _quick(kind: Any) -> set[type]:
 
 def _is_settled_by_class(kind: Any, value: object) -> bool:
     """Whether all values of its class are as right as this one; asking whether one has a protocol takes long."""
-    if kind is float or get_origin(kind) is not None or not isinstance(kind, type):
+    if kind is float or get_origin(kind) is not None or not isinstance(kind, type) or _is_open(kind):
         return False
     return isinstance(value, kind) and not hasattr(value, "_orig_mod")
 
@@ -415,9 +415,12 @@ def _fits(kind: Any, value: object) -> bool:
         return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__iter__")
     # What torch.compile makes of a module stands for it.
     value = getattr(value, "_orig_mod", value)
-    if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
-        return True
-    return isinstance(value, origin)
+    return _is_open(origin) or isinstance(value, origin)
+
+
+def _is_open(kind: type) -> bool:
+    """Whether it is a protocol of which nobody can be asked whether it is one."""
+    return bool(getattr(kind, "_is_protocol", False)) and not getattr(kind, "_is_runtime_protocol", False)
 
 
 def _is_whole(value: object) -> bool:

@@ -87,7 +87,7 @@ def check_source(source: str | os.PathLike[str], names: Sequence[str] = NAMES) -
         FileNotFoundError: it is neither; the message suggests a close name, of a folder beside it first.
     """
     path = Path(source)
-    if is_name(source, names) or path.exists():
+    if is_name(os.fspath(source), names) or path.exists():
         return
     beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     folders = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)

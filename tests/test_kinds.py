@@ -1,0 +1,116 @@
+"""`arcore._kinds`: what the guard of arguments looks at, and what it lets through."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Protocol, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arcore._kinds import Axes, Bounds, Positive, Size, argument_kinds, check_kinds, explain_kinds
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Judge(Protocol):
+    """Nobody can be asked whether it is one."""
+
+    def judge(self) -> float: ...
+
+
+@check_kinds
+def ask(judge: Judge, times: int = 1) -> int:
+    return times
+
+
+def test_a_protocol_that_cannot_be_asked_for_takes_anything_every_time():
+    assert [ask(object()), ask(object(), 2), ask("x", times=3)] == [1, 2, 3]
+    with pytest.raises(TypeError, match=r"arcore\.ask: expected times to be a whole number but got 'x'"):
+        ask(object(), "x")
+
+
+def test_what_was_right_once_does_not_hide_what_is_wrong_later():
+    @check_kinds
+    def f(number: float, count: int, module: Module, mode: Literal["a", "b"] = "a") -> None: ...
+
+    f(1.0, 1, nn.Linear(1, 1))
+    f(torch.tensor(1.0), torch.tensor(1), nn.Identity(), "b")
+    for wrong, says in (
+        ((math.nan, 1, nn.Identity()), "number to be a number but got nan"),
+        ((1.0, True, nn.Identity()), "count to be a whole number"),
+        ((1.0, torch.tensor([1, 2]), nn.Identity()), "count to be a whole number"),
+        ((1.0, 1, "x"), "module to be a Module"),
+        ((1.0, 1, nn.Identity(), "c"), "mode to be one of 'a', 'b' but got 'c'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            f(*wrong)
+
+
+def test_bounds_axes_and_items():
+    @check_kinds
+    def f(
+        size: Size = 1,
+        rate: Positive = 1.0,
+        share: Annotated[float, Bounds(least=0, most=1)] = 0.5,
+        x: Annotated[Tensor, Axes("B ... C", floating=True)] | None = None,
+        names: tuple[str, ...] = (),
+        pair: tuple[int, float] = (1, 2.0),
+    ) -> None: ...
+
+    f(2, math.pi, 1.0, torch.ones(2, 3), ("a",), (1, 2))
+    f(x=torch.ones(2, 3, 4, 5))
+    for given, says in (
+        ({"size": 0}, "size to be at least 1 but got 0"),
+        ({"rate": math.inf}, "rate to be finite and above 0 but got inf"),
+        ({"share": 1.5}, "share to be from 0 to 1 but got 1.5"),
+        ({"x": torch.ones(2)}, r"x of shape \[B, ..., C\] but got \(2,\)"),
+        ({"x": torch.ones(2, 3).long()}, "x of a floating dtype but got int64"),
+        ({"names": ("a", 3)}, r"names\[1\] to be a text but got 3"),
+        ({"pair": (1,)}, "pair as 2 values but got"),
+        ({"pair": ("x", 2.0)}, r"pair\[0\] to be a whole number but got 'x'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            f(**given)
+
+
+def test_words_behind_a_name_with_a_star_are_not_taken_for_others():
+    @check_kinds
+    def f(*shape: int, device: str | None = None) -> tuple[int, ...]:
+        return shape
+
+    assert f(1, 2, 3, device="cpu") == (1, 2, 3)
+
+
+def test_explained_after_the_fact():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        @explain_kinds
+        def forward(self, x: Annotated[Tensor, Axes("... C", floating=True)], scale: float = 1.0) -> Tensor:
+            if scale < 0:
+                raise ValueError("own words")
+            return self.linear(x) * scale
+
+    module = Twice()
+    assert module(torch.ones(2)).shape == (2,)
+    for given, says in (
+        (([1, 2],), "x to be a tensor but got"),
+        ((torch.tensor(1.0),), r"x of shape \[..., C\] but got \(\)"),
+        ((torch.ones(2).double(),), "x of the weights' dtype float32 but got float64"),
+        ((torch.ones(2), -1), "own words"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            module(*given)
+    # What torch says itself stays where no argument is of a wrong kind.
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        module(torch.ones(3, 3))
+
+
+def test_kinds_of_arguments_are_told_without_their_bounds():
+    def f(size: Size, rate: Positive | None = None) -> None: ...
+
+    assert argument_kinds(check_kinds(f)) == {"size": int, "rate": float | None}
