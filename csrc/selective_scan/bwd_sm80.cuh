@@ -69,9 +69,9 @@ ARCORE_DEVICE int sum_over_channels(float (&v)[2 * S::kStates], int& base) {
 
 // Of a multiprocessor: what ptxas allocates without spills.
 template <typename S, bool kPlain>
-constexpr int kBackwardBlocks = S::kStates > 4 ? 1
-                                : kPlain       ? 4
-                                               : 3;
+constexpr int kBackwardBlocks = S::kStates > 4              ? 1
+                                : kPlain && S::kState <= 32 ? 4
+                                                            : 3;
 
 // kPlain: B and C vary in time and rows are whole; else all that is looked up.
 template <typename S, bool kPlain>
@@ -367,9 +367,11 @@ struct CarriesLayout {
   static constexpr int kSteps = S::kChannels * kScanPitch, kCoefficient = kCudaChunk * S::kPitch;
   static constexpr int kBytes = (3 * kSteps + kCoefficient + kCudaChunk) * 4;
 };
-// Four blocks would spill with 16 lanes of 4 states.
+// Four blocks would spill with 16 lanes of 4 states, and with 32 of 8.
 template <typename S>
-ARCORE_LAUNCH_BOUNDS(kScanThreads, (S::kStates == 4 ? 2 : 4))
+ARCORE_LAUNCH_BOUNDS(kScanThreads, (S::kStates == 4   ? 2
+                                    : S::kStates == 8 ? 3
+                                                      : 4))
 ARCORE_KERNEL scan_carries(ARCORE_KERNEL_ARGS BackwardCuda cuda) {
   using Layout = CarriesLayout<S>;
   constexpr int kStates = S::kStates;

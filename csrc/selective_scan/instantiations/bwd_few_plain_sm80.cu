@@ -1,3 +1,5 @@
+// sass scan_backward<Shape<4, 4>, true>: LDGSTS.E.BYPASS.128 >= 10; STG.E.128 >= 3; no LDL; no STL
+
 #include "selective_scan/bwd_sm80.cuh"
 
 namespace arcore::selective_scan {
