@@ -14,6 +14,7 @@ from arcore.catalog.gguf import GGUF
 from arcore.data.real import gguf_tokenizer, packaged_weights
 from arcore.data.text_tokenizers import make_tokenizer
 from arcore.decoding import generate
+from arcore.nn import BlockWeight
 
 GENESIS = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
@@ -75,6 +76,26 @@ def test_smollm2_is_that_of_transformers_and_knows_the_capital_of_france() -> No
     expected = peer.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=12, **settings)
     assert expected[0, len(prompt) :].tolist() == text
     assert Path(path).suffix == ".gguf"
+
+
+@installed
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_as_it_is_stored_writes_the_text_of_its_floats() -> None:
+    path = packaged_weights("smollm2_135m")
+    tokenizer = gguf_tokenizer(GGUF(path))
+    floats = arcore.create_model("smollm2_135m", weights=path).eval()
+    blocks = arcore.create_model("smollm2_135m", weights=path, stored=True).eval()
+    held = [p.blocks.nbytes for p in blocks.parameters() if isinstance(p, BlockWeight)]
+    # The embedding in 8 bits, four matrices of each layer in 4.
+    assert len(held) == 1 + 4 * 30
+    assert sum(held) == 49152 * 576 // 32 * 34 + 30 * (960 * 576 + 576 * 576 + 3 * 1536 * 576) // 32 * 20
+    prompt = tokenizer.encode("The capital of France is")
+    settings = {"max_new_tokens": 12, "temperature": 0.0}
+    assert generate(blocks, [prompt], **settings).rows() == generate(floats, [prompt], **settings).rows()
+    ids = torch.tensor([tokenizer.encode(GENESIS)])
+    expected = floats(ids)
+    assert (blocks(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @installed
