@@ -166,6 +166,30 @@ def test_what_hung_in_the_smoke_stage_is_not_timed(
     assert (skipped["impl"], skipped["reason"]) == ("arcore_sm90a_fused", "hung in the smoke stage")
 
 
+def test_what_the_end_of_the_smoke_stage_cut_is_timed(
+    battery: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = battery.Battery(tmp_path, ("sample", "ssd", "speculative"), time.monotonic() + 100, dry=True)
+    clock = [0.0]
+    monkeypatch.setattr(battery.time, "monotonic", lambda: clock[0])
+
+    def hangs(command: list[str], seconds: float, variables: object) -> object:
+        clock[0] += seconds
+        return battery.Outcome(None, seconds, "")
+
+    monkeypatch.setattr(battery, "run_one", hangs)
+    assert not battery.smoke(run, 130.0)
+    assert run.smoke == {
+        "sample": f"{battery.TIME_WAS_UP}: ",
+        "ssd": "cut after 10 s: ",
+        "speculative": "cut after 5 s: ",
+    }
+    timed = []
+    monkeypatch.setattr(battery, "benchmark", lambda _, op, impl, seconds: not timed.append(op))
+    battery.measure(run, 50.0)
+    assert timed == ["ssd", "speculative"]
+
+
 def test_every_op_has_its_turn_at_peers(
     battery: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
