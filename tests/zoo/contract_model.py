@@ -85,7 +85,8 @@ def test_loss_falls_over_five_steps(adapter, preset):
 def test_steps_equal_one_pass(adapter, model):
     whole, steps = adapter.stepwise(model)
     assert whole.std() > 0.1
-    assert (whole - steps).abs().max() <= 1e-5
+    # Of the largest value: both round sums of that size, in orders that differ with the processor.
+    assert (whole - steps).abs().max() <= 1e-5 * max(1.0, float(whole.abs().max()))
 
 
 @torch.no_grad()
