@@ -513,7 +513,10 @@ add(
 def gguf(folder: Path) -> Call:
     from arcore.catalog.gguf import GGUF
 
-    return GGUF, {"path": pytest.importorskip("arcore.data.real.weights").packaged_weights("smollm2_135m")}
+    from tests.catalog.test_gguf import llama_file
+
+    llama_file(folder / "m.gguf")
+    return GGUF, {"path": folder / "m.gguf"}
 
 
 @call(catalog)
