@@ -512,7 +512,6 @@ add(
 @call(catalog)
 def gguf(folder: Path) -> Call:
     from arcore.catalog.gguf import GGUF
-
     from tests.catalog.test_gguf import llama_file
 
     llama_file(folder / "m.gguf")
