@@ -80,7 +80,8 @@ struct Wave {
 // places for the tiles, (column << 1) | full, ascending; with `halves` (column << 3) | seen << 1 | full,
 // where bit h of `seen` says that half h of the row's side of the tile has an allowed pair. With `visits`
 // there are as many places more: how many rows that the order puts before row r (the order of head 0 of the
-// batch entry, for all heads) have the same tile. Places behind the count hold 0. Built by interval_tile_plan.
+// batch entry, for all heads) have the same tile. Places behind the count hold 0. Built by
+// interval_tile_plan.
 struct TilePlan {
   const int32_t* data;  // int32 [Bm, Hm, rows, pitch] contiguous
   int64_t batch, head;  // strides in int32

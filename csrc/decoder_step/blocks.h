@@ -82,8 +82,8 @@ static inline Vec widen_bytes(const int8_t* p) {
 #endif
 }
 
-// What all numbers of a block have in common, in registers; `at<i>` gives numbers [i, i + kLanes). Products of a
-// scale and a whole number are exact; a lowest number added to them is rounded once.
+// What all numbers of a block have in common, in registers; `at<i>` gives numbers [i, i + kLanes). Products
+// of a scale and a whole number are exact; a lowest number added to them is rounded once.
 template <typename T>
 struct Opened;
 
@@ -91,8 +91,7 @@ template <>
 struct Opened<BlockQ8_0> {
   const int8_t* values;
   Vec scale;
-  explicit Opened(const BlockQ8_0& block)
-      : values(block.values), scale(Halves(block.scale).spread<0>()) {}
+  explicit Opened(const BlockQ8_0& block) : values(block.values), scale(Halves(block.scale).spread<0>()) {}
   template <int64_t kFrom>
   Vec at() const {
     return widen_bytes(values + kFrom) * scale;

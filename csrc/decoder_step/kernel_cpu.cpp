@@ -92,8 +92,8 @@ void normalise(const Args& args, const void* weight) {
 // Rows are short, so processors that fetch ahead by themselves start anew at each; what lies `ahead` elements
 // of T on is asked for here. Beyond the last row that is a hint without effect.
 //
-// Blocks become the floats that they stand for, in registers, so that they give the bits of a weight that holds
-// those floats.
+// Blocks become the floats that they stand for, in registers, so that they give the bits of a weight that
+// holds those floats.
 template <int64_t kTokens, typename T>
 inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
                      float* sums) {

@@ -40,8 +40,8 @@ void check_type(const char* name, const Tensor& t, ScalarType type, std::initial
   ARCORE_CHECK(t.scalar_type() == type, kOp, "expected ", name, " of dtype ",
                type == ScalarType::Float  ? "float32"
                : type == ScalarType::Byte ? "uint8"
-                                          : "bfloat16, as x,", " but got ",
-               torch::headeronly::toString(t.scalar_type()));
+                                          : "bfloat16, as x,",
+               " but got ", torch::headeronly::toString(t.scalar_type()));
   check_shape(kOp, name, t, shape);
 }
 
@@ -186,8 +186,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.norm2 = norm2.data_ptr();
   std::vector<Tensor> held;
   held.reserve(4);
-  args.qkv = weights(kOp, "qkv", qkv, qkv_bias, type, width + 2 * args.kv_heads * args.head_dim, args.dim,
-                     held);
+  args.qkv =
+      weights(kOp, "qkv", qkv, qkv_bias, type, width + 2 * args.kv_heads * args.head_dim, args.dim, held);
   args.out = weights(kOp, "out", out, out_bias, type, args.dim, width, held);
   args.gate_up = weights(kOp, "gate_up", gate_up, gate_up_bias, type, 2 * args.hidden, args.dim, held);
   args.down = weights(kOp, "down", down, down_bias, type, args.dim, args.hidden, held);
@@ -332,9 +332,8 @@ Tensor block_values_cpu(const Tensor& blocks) {
   const Weights w{blocks.data_ptr(), type, nullptr, rows, cols};
   const CpuKernels& kernels = cpu_kernels();
   const double work = static_cast<double>(rows) * static_cast<double>(cols);
-  run_tasks(rows, threads_for(work, kWorkPerThread), [&](int64_t begin, int64_t end) {
-    kernels.expand(w, floats(out) + begin * cols, begin, end);
-  });
+  run_tasks(rows, threads_for(work, kWorkPerThread),
+            [&](int64_t begin, int64_t end) { kernels.expand(w, floats(out) + begin * cols, begin, end); });
   return out;
 }
 
