@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from arcore._kinds import check_kinds
-
 ConfigFunction = TypeVar("ConfigFunction", bound=Callable[[], Any])
 
 # What a system is decides which contract it is held to (tests/zoo/contract_<kind>.py).
@@ -83,13 +81,7 @@ class System:
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("builds_on", "ops", "aliases"):
-                if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-                    raise TypeError(f"expected {field.name} to be a tuple of names but got {value!r}")
-            elif not isinstance(value, str) and (field.default is dataclasses.MISSING or value is not None):
-                raise TypeError(f"expected {field.name} to be a text but got {value!r}")
+        _check_texts(self, ("builds_on", "ops", "aliases"))
         for name in (self.name, self.topic, *self.aliases):
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                 raise ValueError(f"expected a name of lower-case letters, digits and _ but got {name!r}")
@@ -113,11 +105,21 @@ class System:
         return f"{places[kind]}{number}" if kind in places else self.paper
 
 
+def _check_texts(declared: System | Published, lists: tuple[str, ...]) -> None:
+    """Refuse fields that are no texts, without `check_kinds`: that imports torch, and this file is read without it."""
+    for field in dataclasses.fields(declared):
+        value = getattr(declared, field.name)
+        if field.name in lists:
+            if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"expected {field.name} to be a tuple of names but got {value!r}")
+        elif not isinstance(value, str) and (field.default is dataclasses.MISSING or value is not None):
+            raise TypeError(f"expected {field.name} to be a text but got {value!r}")
+
+
 # What a preset says whose authors have published no weights.
 NOT_PUBLIC = "not public"
 
 
-@check_kinds
 @dataclass(frozen=True)
 class Published:
     """Where weights are on the model hub.
@@ -127,12 +129,18 @@ class Published:
         file: the weights.
         beside: other files that belong to them, such as config.json.
         tokenizer: repository of the tokenizer.json of a language model whose own repository has none.
+
+    Raises:
+        TypeError: a field has the wrong type.
     """
 
     repository: str
     file: str
     beside: tuple[str, ...] = ()
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_texts(self, ("beside",))
 
 
 @dataclass(frozen=True)
