@@ -41,7 +41,7 @@ def test_classes_in_classes(tmp_path: Path, capsys):
     write(tmp_path / "a" / "b" / "1.png")
     write(tmp_path / "a" / "c" / "1.png")
     assert main(["data", "check", str(tmp_path)]) == 2
-    assert "say nested=" in capsys.readouterr().err
+    assert "say --nested outer" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path), "--nested", "inner"]) == 0
     assert "a/b: 1" in capsys.readouterr().out
 

