@@ -162,7 +162,8 @@ def test_markers_must_be_one_pair(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1751.4, "1750"), (99960.0, "100000"), (999.6, "1000"), (58.25, "58.2"), (0.004, "0.004")]
+    ("value", "text"),
+    [(1751.4, "1750"), (99960.0, "100000"), (999.6, "1000"), (58.25, "58.2"), (0.004, "0.004")],
 )
 def test_milliseconds_have_three_digits_and_no_exponent(value: float, text: str):
     assert bench_table._three_digits(value) == text

@@ -270,15 +270,18 @@ class Language(Recipe):
         folder = weights if weights.is_dir() else weights.parent
         if not (folder / FILE).is_file():
             folder = tokenizer_folder(preset) or folder
+        model = create_model(preset, weights=weights)
         if not (folder / FILE).is_file():
+            if _is_checkpoint(folder):
+                raise ValueError(
+                    f"{weights} belongs to a run, which has its own tokenizer: use "
+                    f"`arcore sample {shlex.quote(str(folder))}`"
+                )
             raise FileNotFoundError(
                 f"{folder} holds no {FILE}: put the tokenizer of the published weights there "
                 "(EleutherAI/gpt-neox-20b's for the Mamba models of state-spaces)"
             )
-        return {"model": create_model(preset, weights=weights)}, {
-            "text_tokenizer": FILE,
-            "folder": str(folder),
-        }
+        return {"model": model}, {"text_tokenizer": FILE, "folder": str(folder)}
 
     def sample(
         self,
@@ -374,6 +377,14 @@ def language_model(source: str, *, stored: bool = False) -> tuple[Any, TextToken
     if "text_tokenizer" not in facts or "model" not in networks:
         raise ValueError(f"{source} holds no language model; train one with `arcore train llama_tiny`")
     return networks["model"].eval(), tokenizer_of(folder, facts)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it was written by a run of `arcore train`."""
+    try:
+        return "text_tokenizer" in checkpoint.read_meta(checkpoint.find(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def _folder(source: Path | None) -> Path:
