@@ -139,6 +139,7 @@ def test_tables_that_cannot_be_understood(tmp_path: Path, text: str, options: di
         ("date\ta\n2020-01-01\t1\n", r"separated by '\\t'"),
         # ... and here a of the values of b.
         ("a,b\n7,1,2\n8,2,3\n", "more fields than the header has names, the first on line 2"),
+        ("a,b\n7,1\n8,2,3\n", "more fields than the header has names, the first on line 3"),
         ("a,b,c\n7,1,2\n8,2\n", "line 3 has 2 fields and the header 3: complete the row"),
         ("a,b\n7,1\n\n8", "line 4 has 1 field and the header 2"),
         ("date,a,a\n2020-01-01,1,2\n2020-01-02,2,3\n", "several columns of the name a"),
@@ -174,7 +175,8 @@ def test_missing_values():
         assert fill_missing(holes, how).values.flatten().tolist() == expected
     assert fill_missing(holes, "keep") is holes
     with pytest.raises(
-        ValueError, match="'a' lacks values: 4 in 'x' of 6 rows, the first on row 1; say missing='drop'"
+        ValueError,
+        match="'a' lacks values: 4 in 'x' of 6 rows, the first on row 1; say --missing drop, forward",
     ):
         fill_missing(holes, "refuse")
     with pytest.raises(ValueError, match="missing must be"):

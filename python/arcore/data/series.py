@@ -422,7 +422,8 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
         shown = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
         raise ValueError(
             f"the series {series.name!r} lacks values: {shown} of {len(values)} rows, the first on "
-            f"{series.place(int(gone.any(1).nonzero()[0, 0]))}; say missing='drop', 'forward', 'linear' or 'keep'"
+            f"{series.place(int(gone.any(1).nonzero()[0, 0]))}; say --missing drop, forward or linear "
+            "(missing='drop', 'forward', 'linear' or 'keep')"
         )
     if how == "drop":
         filled, keep = values.clone(), ~gone.any(dim=1)
@@ -673,15 +674,20 @@ def _read(path: Path) -> Any:
         return table
     except (ImportError, _BadHeader):
         raise
-    except pandas.errors.ParserWarning as warning:
+    except (pandas.errors.ParserWarning, pandas.errors.ParserError) as warning:
         where = _first_too_long(path, separator)
+        if not where and isinstance(warning, pandas.errors.ParserError):
+            raise ValueError(f"it cannot be read: {_first_line(warning)}") from warning
         raise ValueError(
             f"rows have more fields than the header has names{where}; give each column a name"
         ) from warning
     # Both libraries raise classes of their own for damaged files.
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"it cannot be read: {reason}") from error
+        raise ValueError(f"it cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _first_too_long(path: Path, separator: str) -> str:
@@ -697,7 +703,7 @@ def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | No
     kind = table[name].dtype
     if pandas.api.types.is_numeric_dtype(kind) and not pandas.api.types.is_complex_dtype(kind):
         return
-    hint = "leave the column out with columns=[...], or name it as time or group"
+    hint = "leave the column out with --columns (columns=[...]), or name it with --time or --group"
     if pandas.api.types.is_datetime64_any_dtype(kind):
         raise ValueError(f"the column {name!r} holds dates; {hint}")
     # A single cell with a thousands separator or a remark makes a whole column text.
