@@ -64,6 +64,17 @@ def test_days_and_months(tmp_path: Path, dates, days):
     assert opened.inferred_time == "date"
 
 
+def test_a_text_is_no_table(tmp_path: Path):
+    path = tmp_path / "book.txt"
+    path.write_text("date,x\n2024-01-01,1\n")
+    for read in (read_tables, open_series):
+        with pytest.raises(
+            ValueError, match=r"book.txt is no table \(known endings: .csv, .parquet, .tsv\); if"
+        ):
+            read(path)
+    assert len(read_tables(path.rename(tmp_path / "book.CSV"), time="date")) == 1
+
+
 def test_days_that_may_be_months_are_refused(tmp_path: Path):
     path = tmp_path / "t.csv"
     path.write_text("date,x\n01/01/2020,0\n01/02/2020,1\n01/03/2020,2\n")

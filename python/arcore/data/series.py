@@ -152,6 +152,9 @@ def read_tables(
             f"the table {path} does not exist: expected a .csv or .parquet file, or a folder of them"
         )
     files = [path]
+    known = ", ".join(sorted(TABLE_SUFFIXES))
+    if not path.is_dir() and path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} is no table (known endings: {known}); if it is one, give it that ending")
     if path.is_dir():
         found = walk(path)
         if found.dangling:
@@ -159,7 +162,6 @@ def read_tables(
         files = [file for file in found.files if file.suffix.lower() in TABLE_SUFFIXES]
         others = [file for file in found.files if file.suffix.lower() not in TABLE_SUFFIXES]
         if others or not files:
-            known = ", ".join(sorted(TABLE_SUFFIXES))
             raise ValueError(
                 counted(
                     others,
