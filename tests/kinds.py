@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
-import traceback
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -29,10 +29,13 @@ def raises(file: str) -> list[tuple[int, int]]:
 
 def is_ours(error: BaseException) -> bool:
     """Whether a `raise` of arcore stands at the end of the traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if ROOT not in Path(last.filename).parents:
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not place.tb_frame.f_code.co_filename.startswith(f"{ROOT}{os.sep}"):
         return False
-    return any(first <= (last.lineno or 0) <= end for first, end in raises(last.filename))
+    lines = raises(place.tb_frame.f_code.co_filename)
+    return any(first <= place.tb_lineno <= end for first, end in lines)
 
 
 def wrong_values(kind: Any) -> list[Any]:
@@ -70,6 +73,8 @@ def wrong_values(kind: Any) -> list[Any]:
         wrong = (
             ["nope", 3] if not any(isinstance(p, type) and issubclass(p, int | str) for p in parts) else []
         )
+        if "nope" in wrong and any(isinstance(p, type) and issubclass(p, os.PathLike) for p in parts):
+            wrong.remove("nope")
         if any((get_origin(p) or p) in (dict, Mapping) for p in parts):
             wrong.append([1])
         if any(isinstance(p, type) and issubclass(p, nn.Module) and p is not nn.Module for p in parts):

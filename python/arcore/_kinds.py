@@ -8,10 +8,10 @@ import difflib
 import functools
 import importlib
 import inspect
-import linecache
 import math
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
@@ -31,6 +31,8 @@ from typing import (
 
 import torch
 from torch import Tensor, nn
+
+from arcore import _failures
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -66,12 +68,14 @@ class Bounds(NamedTuple):
 
     def words(self) -> str:
         """The bounds, for a message."""
+        if self.above > -math.inf and self.most < math.inf:
+            return f"above {self.above:g} and at most {self.most:g}"
         if self.least > -math.inf and self.most < math.inf:
             return f"from {self.least:g} to {self.most:g}"
         if self.above > -math.inf:
             return f"{'finite and ' if self.finite else ''}above {self.above:g}"
         if self.least > -math.inf:
-            return f"at least {self.least:g}"
+            return f"{'finite and ' if self.finite else ''}at least {self.least:g}"
         return "finite" if self.finite else f"at most {self.most:g}"
 
 
@@ -141,14 +145,13 @@ def check_kinds(function: Any) -> Any:
 
 
 def explain_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Say which argument is of another kind than its annotation says, where a call fails.
+    """Say which argument does not fit, where a call fails: by kind, axes and dtype, by layer, by docstring.
 
     For what is called so often that `check_kinds` would be felt: nothing is looked at in a call that succeeds.
 
     Args:
         function: a function or a method.
     """
-    names = _positional(function)
 
     @functools.wraps(function)
     def explained(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -156,20 +159,66 @@ def explain_kinds(function: Callable[Parameters, Result]) -> Callable[Parameters
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if _is_ours(error):
+        except _failures.TOLD as error:
+            told = _told(function, args, kwargs, error)
+            if told is None:
                 raise
-            kinds = _kinds(function)
-            given = dict(zip(names, args, strict=False)) | kwargs
-            for name, value in given.items():
-                if name in kinds:
-                    _check(function, name, value, kinds[name])
-                    _check_axes(function, name, value, kinds[name])
-            _check_weights(function, names, given)
-            raise
+            raise told from _failures.told_of(told)[0]
 
     explained.kinds_after = True  # type: ignore[attr-defined]
     return explained
+
+
+def _told(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+) -> Exception | None:
+    """What to raise in place of the error of a failed call; None where it says enough, or nobody knows better."""
+    try:
+        return _explanation(function, args, kwargs, error)
+    except Exception:  # Looking at the arguments must not hide the error.
+        return None
+
+
+def _explanation(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+) -> Exception | None:
+    root, certain = _failures.told_of(error)
+    ours = _failures.raised_in(error)
+    if root is error and ours and ours != __name__:
+        return None
+    names = _positional(function)
+    kinds = _customary(_kinds(function), settings=False)
+    if _failures.is_of_call(error) and (unknown := _unknown(function, names, kwargs)):
+        return TypeError(f"{_where(function)}: {unknown}")
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    try:
+        for name, value in given.items():
+            if name in kinds:
+                _check(function, name, value, kinds[name])
+                _check_axes(function, name, value, kinds[name])
+        _check_weights(function, names, given)
+    except (TypeError, ValueError) as complaint:
+        return _failures.Failure(str(complaint), type(complaint), True).error(root)
+    if (root is error and ours) or _failures.is_of_call(error) or _failures.is_foreign(error, function):
+        return None
+    without_self = {name: value for name, value in given.items() if name not in ("self", "cls")}
+    failure = _failures.explained(function, _where(function), without_self, root)
+    return None if failure is None or (certain and not failure.certain) else failure.error(root)
+
+
+def _unknown(function: Any, names: tuple[str, ...], given: Iterable[str]) -> str | None:
+    """What to say of an argument that the function does not have."""
+    parameters = inspect.signature(function).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return None
+    known = [name for name in parameters if name not in ("self", "cls")]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            return f"there is no argument {name!r}; " + (
+                f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            )
+    return None
 
 
 def _checked(function: Any, *, settings: bool = False) -> Any:
@@ -178,33 +227,54 @@ def _checked(function: Any, *, settings: bool = False) -> Any:
     # Filled at the first call, when the names that annotations mention are there.
     kinds: dict[str, Any] = {}
     quick: dict[str, set[type]] = {}
+    numbers: dict[str, dict[type, Bounds]] = {}
+    ids: frozenset[str] = frozenset()
+
+    def look(name: str, value: object) -> None:
+        _check(function, name, value, kinds[name])
+        _check_axes(function, name, value, kinds[name])
+        if name in ids:
+            _check_ids(function, name, value)
+        elif _is_settled_by_class(kinds[name], value):
+            quick[name].add(type(value))
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        nonlocal ids
         if not quick:
-            kinds.update(_kinds(function))
+            kinds.update(_customary(_kinds(function), settings=settings))
             quick.update({name: _quick(kind) for name, kind in kinds.items()}, self=set())
+            numbers.update({name: _ranges(kind) for name, kind in kinds.items()})
+            ids = _failures.ids_of(function)
+            for name in ids:
+                quick.setdefault(name, set()).difference_update((Tensor, nn.Parameter))
         late: ValueError | None = None
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
             if name not in kinds or type(value) in quick[name]:
                 continue
+            bounds = numbers[name].get(type(value))
+            if bounds is not None and bounds.hold(value):  # NaN is in no range
+                continue
             try:
-                _check(function, name, value, kinds[name])
-                _check_axes(function, name, value, kinds[name])
+                look(name, value)
             except ValueError as error:
                 if not settings:
                     raise
                 late = late or error
-            else:
-                if _is_settled_by_class(kinds[name], value):
-                    quick[name].add(type(value))
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except _failures.TOLD as error:
+            told = _told(function, args, kwargs, error)
+            if told is None:
+                raise
+            raise told from _failures.told_of(told)[0]
         if late is not None:
             raise late
         return result
 
+    checked.kinds_before = True  # type: ignore[attr-defined]
     return checked
 
 
@@ -216,12 +286,19 @@ def _positional(function: Any) -> tuple[str, ...]:
     )
 
 
+@functools.cache
+def _defaults(function: Any) -> Mapping[str, tuple[Any, ...]]:
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: (one.default,) for one in parameters if one.default is not one.empty}
+
+
 def _quick(kind: Any) -> set[type]:
     """Types whose values are right without a look at them."""
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     known = {
         int: (int,),
         Tensor: (Tensor, nn.Parameter),
+        float: (int,),
         bool: (bool,),
         str: (str,),
         type(None): (type(None),),
@@ -229,11 +306,85 @@ def _quick(kind: Any) -> set[type]:
     return {one for part in parts for one in known.get(part, ())}
 
 
+def _ranges(kind: Any) -> dict[type, Bounds]:
+    """Numbers that are right without a further look, by type."""
+    found: dict[type, Bounds] = {}
+    for part in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        plain, *more = get_args(part) if get_origin(part) is Annotated else (part,)
+        bounds = [one for one in more if isinstance(one, Bounds)]
+        if plain in (int, float) and len(bounds) == len(more) <= 1:
+            for of in (int,) if plain is int else (float, int):
+                found[of] = bounds[0] if bounds else Bounds()
+    return found
+
+
 def _is_settled_by_class(kind: Any, value: object) -> bool:
     """Whether all values of its class are as right as this one; asking whether one has a protocol takes long."""
     if kind is float or get_origin(kind) is not None or not isinstance(kind, type) or _is_open(kind):
         return False
     return isinstance(value, kind) and not hasattr(value, "_orig_mod")
+
+
+# What whole numbers of these names are in settings: of parts of which there is at least one.
+_PARTS = re.compile(
+    r"dim|embed_dim|d_model|d_state|d_conv|head_?dim|hidden_dim|width|depth|num_layers|n_layer|num_heads|num_kv_heads|heads"
+    r"|vocab_size|((in|out|z|code)_)?channels|units|expand|num_steps|norm_groups|num_codes"
+)
+# What numbers of a name are everywhere, where an annotation says no bounds of its own. Names are the field's.
+_CUSTOMS: tuple[tuple[str, type, Bounds], ...] = (
+    (
+        r"patch_size|image_size|batch_size|beam|horizon|paths|kernel_size|block_size|top_k",
+        int,
+        Bounds(least=1),
+    ),
+    (
+        rf"{_PARTS.pattern}|num_.*|.*_(dim|heads|layers|tokens|steps|channels|length|kv_heads|bits|groups)|neighbours"
+        r"|.*_conv|d_intermediate|batch|counts?|steps|updates|iterations|rounds|epochs|layers?|length|longest|shortest|max_.*"
+        r"|copies|context|label|window|grid|scales|frames|k|row|pairs|rows|columns|side|size|factor|keep|every|rollouts"
+        r"|simulations|prefix|queries|keys",
+        int,
+        Bounds(least=0),
+    ),
+    (
+        r"(.*_)?(dropout|drop|share)|drop_path|held_out|discount|top_p|min_p|smoothing",
+        float,
+        Bounds(least=0, most=1),
+    ),
+    (r"temperature|max_grad_norm|clip(_low|_high|_norm)?|value_clip|tolerance", float, Bounds(least=0)),
+    (r"lr|.*_lr|(.*_)?eps|noise|jitter|gate_init|price", float, Bounds(least=0, finite=True)),
+    (
+        r"rope_\w+|prefix_theta|attn_rotary_base|mlp_ratio|snr_clip|scaling",
+        float,
+        Bounds(above=0, finite=True),
+    ),
+    (
+        r"cfg|cfg_scale|guidance|strength|.*_weight|beta|gamma0?|zeta|tau|sharpness",
+        float,
+        Bounds(finite=True),
+    ),
+)
+
+
+@functools.cache
+def _custom(name: str, *, settings: bool) -> Mapping[type, Bounds]:
+    found: dict[type, Bounds] = {int: Bounds(least=1)} if settings and _PARTS.fullmatch(name) else {}
+    for pattern, kind, bounds in _CUSTOMS:
+        if kind not in found and re.fullmatch(pattern, name):
+            found[kind] = bounds
+    return found
+
+
+def _customary(kinds: Mapping[str, Any], *, settings: bool) -> dict[str, Any]:
+    """Annotations with the bounds that numbers of a name have everywhere."""
+    return {name: _bounded(kind, _custom(name, settings=settings)) for name, kind in kinds.items()}
+
+
+def _bounded(kind: Any, bounds: Mapping[type, Bounds]) -> Any:
+    if kind in (int, float):
+        return Annotated[kind, bounds[kind]] if kind in bounds else kind
+    if bounds and get_origin(kind) in (Union, UnionType):
+        return Union[tuple(_bounded(part, bounds) for part in get_args(kind))]  # noqa: UP007
+    return kind
 
 
 def argument_kinds(function: Any) -> dict[str, Any]:
@@ -311,9 +462,12 @@ def _check(function: Any, name: str, value: object, kind: Any) -> None:
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{where}expected {name} to be a number but got nan")
         for bounds in get_args(fitting)[1:] if get_origin(fitting) is Annotated else ():
-            if isinstance(bounds, Bounds) and not bounds.hold(value):  # type: ignore[arg-type]
+            if isinstance(bounds, Bounds) and _is_known(value) and not bounds.hold(value):  # type: ignore[arg-type]
                 raise ValueError(f"{where}expected {name} to be {bounds.words()} but got {value}")
         _check_items(where, name, value, _without_bounds(fitting))
+        return
+    # What stands for an argument that was left out needs no kind; nor does the sentinel of a dataclass's factory.
+    if any(value is default for default in _defaults(function).get(name, ())):
         return
     parts = tuple(_without_bounds(part) for part in parts)
     for part in parts:
@@ -325,6 +479,13 @@ def _check(function: Any, name: str, value: object, kind: Any) -> None:
     wanted = " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None)))
     none = " or None" if type(None) in parts else ""
     raise TypeError(f"{where}expected {name} to be {wanted}{none} but got {came(value)}")
+
+
+def _is_known(value: object) -> bool:
+    """Whether a number can be looked at: not one on another device, which would be waited for, nor one of `vmap`."""
+    return not isinstance(value, Tensor) or (
+        value.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
 
 
 def _check_items(where: str, name: str, value: object, kind: Any) -> None:
@@ -355,14 +516,12 @@ def _check_axes(function: Any, name: str, value: object, kind: Any) -> None:
                 raise ValueError(f"{_where(function)}: {complaint}")
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error comes from a `raise` of arcore, which has said what is wrong."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None or not place.tb_frame.f_globals.get("__name__", "").startswith("arcore."):
-        return False
-    return linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno).lstrip().startswith("raise")
+def _check_ids(function: Any, name: str, value: object) -> None:
+    """Fractions where the docstring speaks of int64: they would be cut off silently."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        raise TypeError(
+            f"{_where(function)}: expected {name} of dtype int64 but got {dtype_name(value.dtype)}"
+        )
 
 
 def _check_weights(function: Any, names: tuple[str, ...], given: Mapping[str, Any]) -> None:
@@ -415,7 +574,7 @@ def _fits(kind: Any, value: object) -> bool:
         return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__iter__")
     # What torch.compile makes of a module stands for it.
     value = getattr(value, "_orig_mod", value)
-    return _is_open(origin) or isinstance(value, origin)
+    return value is not None if _is_open(origin) else isinstance(value, origin)
 
 
 def _is_open(kind: type) -> bool:

@@ -112,7 +112,7 @@ def test_linear(
             assert (found.double() - exact).abs().max() <= allowed * exact.abs().max()
     transposed = torch.randn(96, 5).to(dtype).t()
     torch.testing.assert_close(linear(transposed, weight), linear(transposed.contiguous(), weight))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"x with 96 values in its last axis but got \(2, 64\)"):
         linear(torch.randn(2, 64).to(dtype), weight)
 
 

@@ -92,5 +92,5 @@ def test_bad_arguments():
         fused_snr_weights(t[0], SCHEDULE, prediction="v")
     with pytest.raises(ValueError, match=r"decay from 0 to 1 but got 1\.5"):
         fused_snr_weights(t, SCHEDULE, prediction="v", decay=1.5)
-    with pytest.raises(ValueError, match="snr_clip > 0"):
+    with pytest.raises(ValueError, match="snr_clip to be finite and above 0 but got 0"):
         min_snr_weights(t, SCHEDULE, prediction="v", snr_clip=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arcore.catalog import create_model, load_checkpoint
+from arcore.catalog import create_model, find, load_checkpoint
 from arcore.data import load_digits
 from arcore.training import TrainConfig, checkpoint, fit, train
 from arcore.training.augment import Augmented
@@ -295,10 +296,10 @@ def test_a_recipe_of_a_systems_own(monkeypatch):
     monkeypatch.setitem(sys.modules, home.__name__, home)
 
     def found(recipe):
-        system = SimpleNamespace(name="mine", recipe=recipe)
-        return lambda name: SimpleNamespace(
-            entry=SimpleNamespace(system=system, place=SimpleNamespace(module=home.__name__))
-        )
+        entry = find("roma").entry
+        system = dataclasses.replace(entry.system, name="mine", recipe=recipe)
+        place = dataclasses.replace(entry.place, module=home.__name__)
+        return lambda name: SimpleNamespace(entry=dataclasses.replace(entry, system=system, place=place))
 
     monkeypatch.setattr(_recipe, "find", found("own"))
     assert _recipe.recipe_for("mine") is home.RECIPE

@@ -16,11 +16,14 @@ ROOT = Path(arcore.__file__).parent
 
 
 def files_on_the_stack() -> list[str]:
-    """Files of arcore whose functions are being run, outermost first, a run of the same file once."""
+    """Files of arcore whose functions are being run, outermost first, a run of the same file once.
+
+    Without the guard of arguments, of which a reader of the source sees nothing.
+    """
     frame, found = sys._getframe(1), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if ROOT in path.parents:
+        if ROOT in path.parents and path.name != "_kinds.py":
             found.append(path.relative_to(ROOT).as_posix())
         frame = frame.f_back
     return [name for name, _ in groupby(reversed(found))]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.checks import check_ids
 from arcore.nn.kinds import check_kinds, explain_kinds
 
 
@@ -88,6 +89,7 @@ class BinarySphericalQuantizer(nn.Module):
 @check_kinds
 def bits_of(index: Tensor, bits: int) -> Tensor:
     """Bits of whole numbers, the lowest first: int64 `[...]` to bool `[..., bits]`."""
+    check_ids("index", index, 2**bits)
     return (index.unsqueeze(-1) >> torch.arange(bits, device=index.device)) % 2 == 1
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from arcore._guard import guard_package
 from arcore._optional import require
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "Start", "Work", "ZooTask", "recipe_for", "train"]
 
+guard_package(__name__)
 _HOMES = {"train": "_run"} | dict.fromkeys(("Recipe", "Start", "Work", "ZooTask", "recipe_for"), "_recipe")
 
 

@@ -150,4 +150,4 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"mask of shape \(2, 3\) but got \(2, 2\)"):
         ddo_loss(x, x, x, x, alpha=1.0, beta=1.0, mask=torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="a label for each picture"):
-        self_play(None, None, torch.zeros(2, 1, 8, 8), torch.zeros(1))
+        self_play(None, None, torch.zeros(2, 1, 8, 8), torch.zeros(1, dtype=torch.int64))

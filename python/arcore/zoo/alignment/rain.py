@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from arcore.catalog import System
 from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding import Sampling, Session, generate
 from arcore.decoding.laws import small_model
-from arcore.nn.kinds import check_kinds
+from arcore.nn.kinds import Bounds, check_kinds
 from arcore.nn.protocols import DraftableModel
 from arcore.zoo.alignment._evaluators import from_file, own_verdict
 
@@ -68,7 +68,7 @@ class Node:
 
     tokens: list[int]
     prior: float
-    depth: int
+    depth: Annotated[int, Bounds(least=-1)]
     visits: float = 0.0
     own: int = 0
     value: float = 0.0

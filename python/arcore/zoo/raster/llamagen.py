@@ -213,6 +213,7 @@ class LlamaGen(CausalDecoder):
     @check_kinds
     def prompt(self, labels: Tensor) -> Tensor:
         """The tokens that stand for classes: int64 `[B]` to `[B, 1]`."""
+        check_ids("labels", labels, self.config.num_classes + 1)
         return labels.unsqueeze(1) + self.config.vocab_size
 
     @check_kinds

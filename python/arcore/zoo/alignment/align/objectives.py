@@ -38,7 +38,7 @@ class Scored:
 
     Attributes:
         rollout: tokens, groups and rewards `[B, M]`.
-        stats: under the policy, with gradient.
+        stats: under the policy, with gradient; None in what has been judged and not yet been scored.
         old: `[B, T]` under the policy that drew them.
         reference: `[B, T]` under the frozen model.
         rewards: `[B]`, the weighted sum of the rewards.
@@ -52,7 +52,7 @@ class Scored:
     """
 
     rollout: Rollout
-    stats: TokenStats
+    stats: TokenStats | Any
     old: Tensor
     reference: Tensor
     rewards: Tensor

@@ -17,6 +17,7 @@ from arcore.catalog.claims import Claim, at_least, at_most, equals, steps
 from arcore.decoding.mass_ctc import MassPath, mass_ctc
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, CrossAttention, SelfAttention
+from arcore.nn.checks import check_ids
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.biology.crossnovo.spectra import (
     MASSES,
@@ -84,6 +85,7 @@ class Outputs(NamedTuple):
 
 def ranges(stops: Tensor, queries: int, keys: int) -> IntervalMask:
     """Each row's queries see its keys from 0 to its stop, int64 `[B]`; or their own, `[queries]` for all rows."""
+    check_ids("stops", stops, keys + 1)
     stop = stops.view(-1, 1, 1).expand(-1, 1, queries) if stops.dim() == 1 else stops
     stop = stop.to(torch.int32)
     return IntervalMask.trusted(torch.stack([torch.zeros_like(stop), stop], -1).contiguous(), keys)
@@ -288,6 +290,8 @@ def ctc_loss(logprobs: Tensor, peptides: Tensor, lengths: Tensor) -> Tensor:
         peptides: int64 `[B, L]`, 0 behind the residues.
         lengths: int64 `[B]`.
     """
+    check_ids("peptides", peptides, logprobs.shape[2])
+    check_ids("lengths", lengths, peptides.shape[1] + 1)
     if torch.compiler.is_compiling():
         return _ctc_by_steps(logprobs, peptides, lengths)
     slots = torch.full_like(lengths, logprobs.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from arcore.catalog import preset
 from arcore.masks import IntervalMask
 from arcore.nn import MLP, CrossAttention, SelfAttention
-from arcore.nn.checks import check_choice
+from arcore.nn.checks import check_choice, check_ids
 from arcore.nn.kinds import check_kinds
 
 # Target tokens with a meaning of their own; the vocabulary proper begins behind them.
@@ -137,6 +137,7 @@ class Layer(nn.Module):
 
 def first(lengths: Tensor, queries: int, keys: int, *, causal: bool = False) -> IntervalMask:
     """Each of `queries` places sees the first keys of its row, up to its length; causal ones none behind themselves."""
+    check_ids("lengths", lengths, keys + 1)
     stop = lengths.unsqueeze(1).expand(-1, queries)
     if causal:
         stop = torch.minimum(stop, torch.arange(1, queries + 1, device=lengths.device))

@@ -12,6 +12,7 @@ from arcore.masks import IntervalMask
 from arcore.nn import MLP, DropPath, KVCache, ModulationTable
 from arcore.nn.adaln import EPS, modulated_norm
 from arcore.nn.attention import SelfAttention
+from arcore.nn.checks import check_ids
 from arcore.ops import block_sparse_attention
 from arcore.zoo.next_scale.infinity.config import InfinityConfig
 
@@ -124,10 +125,10 @@ class Told(NamedTuple):
 
     def mask(self, queries: int) -> IntervalMask:
         """Each of `queries` rows may read the text up to its end."""
+        keys = self.keys[0][0].shape[2]
+        check_ids("lengths", self.lengths, keys + 1)
         stop = self.lengths.to(torch.int32).view(-1, 1, 1, 1).expand(-1, 1, queries, 1)
-        return IntervalMask.trusted(
-            torch.cat([torch.zeros_like(stop), stop], -1).contiguous(), self.keys[0][0].shape[2]
-        )
+        return IntervalMask.trusted(torch.cat([torch.zeros_like(stop), stop], -1).contiguous(), keys)
 
 
 class InfinityBlock(nn.Module):
