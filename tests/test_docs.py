@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -66,6 +67,22 @@ def test_a_sentence_of_two_lines_is_one_return_value(site: Path) -> None:
     tables = re.findall(r"Returns:</span>.*?</table>", text, re.S)
     assert len(tables) >= 10
     assert [table for table in tables if table.count('<tr class="doc-section-item">') > 1] == []
+
+
+def test_search_finds_a_paper_by_its_number(site: Path) -> None:
+    index = json.loads((site / "search/search_index.json").read_text())
+    words = re.compile(index["config"]["separator"])
+    assert "2404.02905" in words.split("paper arXiv:2404.02905 (VAR)")
+    assert "block_sparse_attention" in words.split("`arcore.ops.block_sparse_attention`")
+    [page] = [entry for entry in index["docs"] if entry["location"] == "zoo/var.html"]
+    assert "2404.02905" in words.split(page["text"])
+
+
+def test_commands_in_tables_go_on_between_words(site: Path) -> None:
+    text = (site / "install.html").read_text()
+    command = "<span>pip</span> <span>install</span> <span>--no-build-isolation</span> <span>-e</span> <span>.</span>"
+    assert f'<td><code class="words">{command}</code></td>' in text
+    assert "<td><code>pip install .</code></td>" in text
 
 
 def test_reference_shows_docstrings(site: Path) -> None:

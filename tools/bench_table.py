@@ -276,12 +276,18 @@ def _time_table(cases: dict[str, list[Row]], impls: list[str]) -> list[str]:
     ]
     for case, rows in cases.items():
         by_impl = {row.impl: row for row in rows}
-        cells = [f"{by_impl[impl].seconds * 1e3:.3g}" if impl in by_impl else "" for impl in impls]
+        cells = [_three_digits(by_impl[impl].seconds * 1e3) if impl in by_impl else "" for impl in impls]
         peers = [row.seconds for row in rows if row.impl != OURS]
         ours = by_impl.get(OURS)
-        cells.append(f"{min(peers) / ours.seconds:.3g}" if ours is not None and peers else "")
+        cells.append(_three_digits(min(peers) / ours.seconds) if ours is not None and peers else "")
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    text = f"{value:.3g}"
+    return f"{float(text):.0f}" if "e+" in text else text
 
 
 def _by_table(results: Results) -> dict[tuple[str, str, str], dict[str, list[Row]]]:

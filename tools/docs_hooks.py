@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -19,6 +21,12 @@ from arcore.zoo.language.nar.registry import taxonomy as nar
 
 # Pages of surveys, made from what the systems declare.
 TAXONOMIES = {"taxonomy/nar.md": nar, "taxonomy/generative_rl.md": generative_rl}
+
+# A cell of a table, and code in it that is nothing but text.
+_CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+_CODE = re.compile(r"<code>([^<]+)</code>")
+# Longer code takes more than a phone's width.
+LONG = 24
 
 
 def _pages() -> dict[str, str]:
@@ -47,3 +55,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, content in _pages().items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lets commands and messages in tables go on in the next line, between words alone."""
+    return _CELL.sub(lambda cell: _CODE.sub(_words, cell[0]), html)
+
+
+def _words(code: re.Match[str]) -> str:
+    text = code[1]
+    if len(text) <= LONG or " " not in text:
+        return code[0]
+    return f'<code class="words">{" ".join(f"<span>{word}</span>" for word in text.split(" "))}</code>'

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "causal_conv1d/params.h"
+#include "common/ask.h"
 #include "common/vec.h"
 
 namespace arcore::causal_conv1d {
@@ -11,6 +12,9 @@ namespace {
 
 // Steps that a group of channels is taken through at once: its rows stay in the first-level cache.
 constexpr int64_t kSteps = 256;
+// Where channels lie side by side each step is in another page, which hardware does not see coming: lines are
+// asked for so many steps ahead.
+constexpr int64_t kAhead = 8;
 // Taps up to which one new input per channel has a loop of its own.
 constexpr int64_t kMaxTaps = 8;
 
@@ -37,8 +41,10 @@ void load_rows(const Sequence& s, int64_t batch, int64_t channel, int64_t valid,
   } else if (s.channel == 1 && valid == kLanes) {
     int64_t t = 0;
     for (; t + kLanes <= length; t += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i)
+      for (int64_t i = 0; i < kLanes; ++i) {
+        ask_for_reading(first + (t + kLanes + i) * s.time);
         store(block + i * kLanes, load_lanes(first + (t + i) * s.time));
+      }
       transpose_block(block, kLanes, rows.data + t, rows.stride);
     }
     for (; t < length; ++t)
@@ -61,6 +67,8 @@ void store_rows(const Sequence& s, int64_t batch, int64_t channel, int64_t valid
   } else if (s.channel == 1 && valid == kLanes) {
     int64_t t = 0;
     for (; t + kLanes <= length; t += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        ask_for_writing(first + (t + kLanes + i) * s.time);
       transpose_block(rows.data + t, rows.stride, block, kLanes);
       for (int64_t i = 0; i < kLanes; ++i)
         store_lanes(first + (t + i) * s.time, load(block + i * kLanes));
@@ -269,6 +277,8 @@ void filter_lanes(const ForwardArgs& args, const Group& g, int64_t begin, int64_
   const uint32_t* masks = kMasked ? args.in.masks + g.batch * kWidth * p.length : nullptr;
   for (int64_t t = begin; t < begin + length; ++t) {
     window[kBefore] = load_lanes(from + t * x.time);
+    ask_for_reading(from + (t + kAhead) * x.time);
+    ask_for_writing(to + (t + kAhead) * out.time);
     Vec sum = bias;
 #pragma GCC unroll 4
     for (int j = 0; j < kWidth; ++j)

@@ -15,5 +15,13 @@ __attribute__((always_inline)) static inline void ask_for(const void* data, int6
     __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
 }
 
+// One line to the first-level cache, to be read or to be written. Any address may be asked for.
+__attribute__((always_inline)) static inline void ask_for_reading(const void* data) {
+  __builtin_prefetch(data, 0, 3);
+}
+__attribute__((always_inline)) static inline void ask_for_writing(const void* data) {
+  __builtin_prefetch(data, 1, 3);
+}
+
 }  // namespace ARCORE_ISA
 }  // namespace arcore

@@ -147,6 +147,8 @@ def test_overrides():
     assert model.patch_nums == (1, 2)
     with pytest.raises(ValueError, match="var_tiny has no setting 'num_class'; did you mean num_classes"):
         arcore.create_model("var_tiny", num_class=3)
+    with pytest.raises(ValueError, match="'zz'; `arcore zoo mamba_tiny` lists what there is"):
+        arcore.create_model("mamba_tiny", zz=3)
     with pytest.raises(ValueError, match="expected depth to be at least 1 but got 0"):
         arcore.create_model("var_tiny", depth=0)
 

@@ -134,3 +134,15 @@ def test_bench_hands_options_to_pytest_on_one_thread(arcore, monkeypatch):
     assert command[-2:] == ["-k", "forward"]
     assert command[3].endswith("bench/block_sparse_attention")
     assert options["env"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_warning_is_one_line_without_source():
+    code = "import sys, warnings; from arcore import cli\nfrom arcore.cli import zoo\n"
+    code += "kinds = UserWarning, FutureWarning\n"
+    code += "zoo.main = lambda argv: [warnings.warn(kind('two\\nlines')) for kind in kinds] and 3\n"
+    code += "sys.exit(cli.main(['zoo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3
+    first, *others = done.stderr.splitlines()
+    assert first == "arcore zoo: warning: two lines"
+    assert "FutureWarning: two" in others[0], "what is not for users keeps its place"

@@ -41,7 +41,7 @@ def test_classes_in_classes(tmp_path: Path, capsys):
     write(tmp_path / "a" / "b" / "1.png")
     write(tmp_path / "a" / "c" / "1.png")
     assert main(["data", "check", str(tmp_path)]) == 2
-    assert "say nested=" in capsys.readouterr().err
+    assert "say --nested outer" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path), "--nested", "inner"]) == 0
     assert "a/b: 1" in capsys.readouterr().out
 
@@ -87,3 +87,27 @@ def test_tables(tmp_path: Path, capsys):
     assert "c.csv: the column 'open' holds no numbers" in out
     assert "notes.txt: no table" in out
     assert "3 bad entries" in out
+
+
+def test_columns_of_a_table(tmp_path: Path, capsys):
+    pytest.importorskip("pandas")
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "date,a,b,note\n" + "".join(f"2024-01-{day:02},{day},{-day},dry\n" for day in range(1, 9))
+    )
+    assert main(["data", "check", str(path)]) == 1
+    assert "'dry' on line 2; leave the column out with --columns (columns=[...])" in capsys.readouterr().out
+    assert main(["data", "check", str(path), "--columns", "b", "a"]) == 0
+    assert "1 series of b, a" in capsys.readouterr().out
+
+
+def test_videos_that_may_be_images(tmp_path: Path, capsys):
+    frames = [Image.new("L", (8, 8), level) for level in (0, 99, 200)]
+    (tmp_path / "a").mkdir()
+    frames[0].save(tmp_path / "a" / "1.gif", save_all=True, append_images=frames[1:])
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "taken as images: --kind videos looks at them as videos" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path), "--kind", "videos"]) == 0
+    out = capsys.readouterr().out
+    assert "3 frames of videos in 1 classes" in out
+    assert "taken as" not in out

@@ -75,6 +75,9 @@ def test_a_preset_shows_the_options_of_its_recipe_and_no_others(arcore):
         assert options <= shown[name], name
         assert not (every - options) & shown[name], name
         assert {"--steps", "--epochs", "--lr", "--betas", "--ema", "--init-from", "--held-out"} <= shown[name]
+    text = arcore("train", "mamba_tiny", "--help").out
+    assert "kjv (in the package" in text, "a value is written as it is typed"
+    assert "Passes over the training data" in text
     out = arcore("train", "acdit_tiny", "--help").out
     assert "(default: 2000)" in out, "steps of its own recipe"
     assert "(default: 0.0)" in out, "weight decay of its own recipe"

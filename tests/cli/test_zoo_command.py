@@ -55,6 +55,8 @@ def test_shows_what_the_paper_reports(arcore):
     [
         (("2404.02905",), {"var", "msvq"}),
         (("https://arxiv.org/abs/2412.07720",), {"acdit"}),
+        (("arXiv:2412.07720v2",), {"acdit"}),
+        (("https://arxiv.org/pdf/2412.07720v3.pdf",), {"acdit"}),
         (("arXiv:2503.10392",), {"roma", "roma_classifier"}),
         (("Multi-scale VQ",), {"msvq"}),
         (("multi-scale", "vq"), {"msvq"}),

@@ -161,7 +161,7 @@ def test_truncated_files_are_named_before_training(tmp_path: Path, monkeypatch, 
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(ValueError, match=rf"b\.{suffix}"):
         ImageFolder(tmp_path, image_size=8)
-    with pytest.warns(UserWarning, match=rf"1 bad entries of .*b\.{suffix}"):
+    with pytest.warns(UserWarning, match=rf"1 entry of .* left out: .*b\.{suffix}"):
         images = ImageFolder(tmp_path, image_size=8, skip_bad=True)
     assert [file.name for file in images.files] == ["a.png"]
     assert [path.name for path, _ in images.skipped] == [f"b.{suffix}"]
@@ -342,7 +342,7 @@ def test_dangling_links_are_named(tmp_path: Path, place: str):
     (tmp_path / place).symlink_to("loop" if place == "c/loop" else "/nowhere/at/all")
     with pytest.raises(ValueError, match=rf"{place}: the target of the link does not exist"):
         ImageFolder(tmp_path, image_size=8)
-    with pytest.warns(UserWarning, match=f"1 bad entries .*{place}"):
+    with pytest.warns(UserWarning, match=f"1 entry of .* left out: .*{place}: the target"):
         assert len(ImageFolder(tmp_path, image_size=8, skip_bad=True)) == 1
 
 
@@ -361,6 +361,44 @@ def test_what_is_not_read_is_counted(folder: Path):
     assert "the class ants has fewer than 10 images, too few to hold any out" in notes
 
 
+def test_what_systems_put_beside_files_is_no_data(folder: Path):
+    (folder / "cats" / "Thumbs.db").write_bytes(b"x")
+    (folder / "desktop.ini").write_bytes(b"x")
+    (folder / "__MACOSX" / "cats").mkdir(parents=True)
+    images = ImageFolder(folder, image_size=8)
+    assert images.class_names == ("ants", "cats")
+    assert len(images) == 4
+    (note,) = (note for note in images.notes if "hidden" in note)
+    assert note.startswith("3 hidden entries skipped: ")
+    assert all(name in note for name in ("Thumbs.db", "desktop.ini", "__MACOSX"))
+
+
+def test_what_is_left_out_is_named_once_without_advice(folder: Path):
+    (folder / "cats" / "1.png").write_bytes(b"")
+    (folder / "cats" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes.txt is not an image file .* --skip-bad \(skip_bad\)$"):
+        ImageFolder(folder, image_size=8)
+    with pytest.warns(UserWarning) as seen:
+        ImageFolder(folder, image_size=8, skip_bad=True, split="all")
+    (said,) = (str(warning.message) for warning in seen)
+    known = "known endings: .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    assert said == (
+        f"2 entries of {folder} left out: {folder}/cats/notes.txt is not an image file ({known}); "
+        f"{folder}/cats/1.png is not a readable image"
+    )
+    (folder / "cats" / "notes.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"readable image: mend it or move it away, or leave out all such files"
+    ):
+        ImageFolder(folder, image_size=8)
+    with pytest.warns(UserWarning, match=r"^1 entry of .* \(training part\) left out: .*1.png is not"):
+        ImageFolder(folder, image_size=8, skip_bad=True, split="train")
+    for number in range(30):
+        (folder / "ants" / f"{number}.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="31 entries .*and 11 more, which `arcore data check` names$"):
+        ImageFolder(folder, image_size=8, skip_bad=True, split="all")
+
+
 def test_images_beside_class_folders_are_refused(folder: Path):
     write(folder / "loose.png")
     with pytest.raises(ValueError, match=r"loose\.png is an image beside the class folders"):
@@ -371,7 +409,8 @@ def test_nested_classes_are_not_guessed(tmp_path: Path):
     for name in ("animals/cats/1.png", "animals/dogs/1.png", "plants/1.png"):
         write(tmp_path / name)
     with pytest.raises(
-        ValueError, match=r"animals holds no images itself but 2 folders of images \(cats, dogs\)"
+        ValueError,
+        match=r"animals holds no images itself but 2 folders of images \(cats, dogs\): .* --nested outer",
     ):
         ImageFolder(tmp_path, image_size=8)
     assert ImageFolder(tmp_path, image_size=8, nested="outer").class_names == ("animals", "plants")

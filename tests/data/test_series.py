@@ -41,6 +41,54 @@ def test_a_table_in_order_of_time(tmp_path: Path):
     assert chosen.columns == ("y",)
 
 
+DAY = 24 * 3600 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("dates", "days"),
+    [
+        (("01.02.2020", "02.02.2020", "01.03.2020"), (1, 28)),
+        (("31/01/2020", "01/02/2020", "02/02/2020"), (1, 1)),
+        (("01/31/2020", "02/01/2020", "02/02/2020"), (1, 1)),
+        (("01/01/2020", "02/02/2020", "03/03/2020"), (32, 30)),
+        (("2020-02-01", "2020-02-02", "2020-03-01"), (1, 28)),
+        (("01.02.2020 10:00", "01.02.2020 22:00", "02.02.2020 22:00"), (0.5, 1)),
+    ],
+)
+def test_days_and_months(tmp_path: Path, dates, days):
+    path = tmp_path / "t.csv"
+    path.write_text("date,x\n" + "".join(f"{date},{i}\n" for i, date in enumerate(dates)))
+    (one,) = read_tables(path, time="date", unsorted="refuse")
+    assert (one.times.diff().double() / DAY).tolist() == list(days)
+    opened = open_series(path)
+    assert opened.inferred_time == "date"
+
+
+def test_a_text_is_no_table(tmp_path: Path):
+    path = tmp_path / "book.txt"
+    path.write_text("date,x\n2024-01-01,1\n")
+    for read in (read_tables, open_series):
+        with pytest.raises(
+            ValueError, match=r"book.txt is no table \(known endings: .csv, .parquet, .tsv\); if"
+        ):
+            read(path)
+    assert len(read_tables(path.rename(tmp_path / "book.CSV"), time="date")) == 1
+
+
+def test_days_that_may_be_months_are_refused(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    path.write_text("date,x\n01/01/2020,0\n01/02/2020,1\n01/03/2020,2\n")
+    with pytest.raises(
+        ValueError, match=r"may be the day or the month, such as '01/02/2020' on line 3: write"
+    ):
+        read_tables(path, time="date")
+    # The whole column decides, not the rows of one series.
+    path.write_text("date,who,x\n01/02/2020,a,0\n02/02/2020,a,1\n01/02/2020,b,2\n25/02/2020,b,3\n")
+    a, b = read_tables(path, time="date", group="who")
+    assert (a.times.diff().double() / DAY).tolist() == [1]
+    assert (b.times.diff().double() / DAY).tolist() == [24]
+
+
 def test_several_series(tmp_path: Path):
     table = pandas.DataFrame({"who": ["b", "a", "b", "a"], "t": [2, 1, 1, 2], "v": [20.0, 1.0, 10.0, 2.0]})
     table.to_csv(tmp_path / "t.csv", index=False)
@@ -102,6 +150,7 @@ def test_tables_that_cannot_be_understood(tmp_path: Path, text: str, options: di
         ("date\ta\n2020-01-01\t1\n", r"separated by '\\t'"),
         # ... and here a of the values of b.
         ("a,b\n7,1,2\n8,2,3\n", "more fields than the header has names, the first on line 2"),
+        ("a,b\n7,1\n8,2,3\n", "more fields than the header has names, the first on line 3"),
         ("a,b,c\n7,1,2\n8,2\n", "line 3 has 2 fields and the header 3: complete the row"),
         ("a,b\n7,1\n\n8", "line 4 has 1 field and the header 2"),
         ("date,a,a\n2020-01-01,1,2\n2020-01-02,2,3\n", "several columns of the name a"),
@@ -137,7 +186,8 @@ def test_missing_values():
         assert fill_missing(holes, how).values.flatten().tolist() == expected
     assert fill_missing(holes, "keep") is holes
     with pytest.raises(
-        ValueError, match="'a' lacks values: 4 in 'x' of 6 rows, the first on row 1; say missing='drop'"
+        ValueError,
+        match="'a' lacks values: 4 in 'x' of 6 rows, the first on row 1; say --missing drop, forward",
     ):
         fill_missing(holes, "refuse")
     with pytest.raises(ValueError, match="missing must be"):

@@ -79,7 +79,7 @@ def test_folders_links_and_what_is_not_read(tmp_path):
     with pytest.raises(ValueError, match=r"gone.txt: the target of the link does not exist"):
         load_text(root)
     (root / "bad.txt").write_bytes("ä".encode("utf-16"))
-    with pytest.warns(UserWarning, match=r"2 bad text files are left out: .*gone.txt .*bad.txt"):
+    with pytest.warns(UserWarning, match=r"2 entries of the text left out: .*gone.txt: .*; .*bad.txt is"):
         text = load_text(root, skip_bad=True)
     assert "loud" in text.train
     assert len(text.skipped) == 2

@@ -107,7 +107,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, make, says: str):
     make(tmp_path / "c")
     with pytest.raises(ValueError, match=says):
         VideoFolder(tmp_path, frames=4, image_size=8)
-    with pytest.warns(UserWarning, match=f"1 bad entries .*{says}"):
+    with pytest.warns(UserWarning, match=f"1 entry of .* left out: .*{says}"):
         videos = VideoFolder(tmp_path, frames=4, image_size=8, skip_bad=True)
     assert {clip.path.name for clip, _ in videos.clips} == {"good.gif"}
 

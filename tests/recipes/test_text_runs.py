@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from arcore.data import ByteTokenizer, load_text
 from arcore.models import create_model, load_checkpoint
-from arcore.recipes.language import LanguageTask, tokenizer_of
+from arcore.recipes import recipe_for
+from arcore.recipes._sampling import sample
+from arcore.recipes.language import LanguageTask, TextSampling, tokenizer_of
 from arcore.training import TrainConfig, checkpoint, train
 from arcore.training.stream import RandomStream
 
@@ -166,6 +168,22 @@ def test_what_is_refused(tmp_path, text, trained):
         run(tmp_path / "d", resume=trained, data="kjv", settings={})
     with pytest.raises(ValueError, match="was started with context=32, which cannot become 64"):
         run(tmp_path / "e", resume=trained, settings={}, context=64)
+
+
+def test_weights_that_are_not_published_ones(tmp_path, trained, text):
+    options = TextSampling(prompt="a", max_new_tokens=1)
+    recipe = recipe_for("mamba_tiny")
+    with pytest.raises(ValueError, match=f"belongs to a run, .*: use `arcore sample {trained}`"):
+        sample(recipe, options, preset="mamba_tiny", weights=trained / "model.safetensors")
+    damaged = tmp_path / "cut.safetensors"
+    damaged.write_bytes((trained / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(
+        ValueError, match=r"cut\.safetensors are damaged or truncated: .*; fetch them, or save them"
+    ):
+        sample(recipe, options, preset="mamba_tiny", weights=damaged)
+    damaged.write_bytes((trained / "model.safetensors").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json: put the tokenizer"):
+        sample(recipe, options, preset="mamba_tiny", weights=damaged)
 
 
 def test_a_changed_text_is_noticed(tmp_path, text):

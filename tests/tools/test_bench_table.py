@@ -159,3 +159,11 @@ def test_missing_key_names_the_benchmark(project: Path, capsys: pytest.CaptureFi
 def test_markers_must_be_one_pair(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected one <!-- a:begin"):
         replace_marked(text, "a", "body")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1751.4, "1750"), (99960.0, "100000"), (999.6, "1000"), (58.25, "58.2"), (0.004, "0.004")],
+)
+def test_milliseconds_have_three_digits_and_no_exponent(value: float, text: str):
+    assert bench_table._three_digits(value) == text

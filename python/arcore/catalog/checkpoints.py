@@ -812,7 +812,7 @@ def _first_line(error: BaseException) -> str:
 def _damaged(path: Path, error: BaseException) -> ValueError:
     reason = _first_line(error)
     if "weights_only" in str(error):
-        reason = (
-            "it is in a format of old versions of torch that only reading code along could open; save it anew"
-        )
-    return ValueError(f"the weights {path} are damaged or truncated: {reason}")
+        reason = "it is in a format of old versions of torch that only reading code along could open"
+    return ValueError(
+        f"the weights {path} are damaged or truncated: {reason}; fetch them, or save them, anew"
+    )

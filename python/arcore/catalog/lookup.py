@@ -181,7 +181,7 @@ def _replace(name: str, config: Any, overrides: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     for field in overrides:
         if field not in known:
-            raise ValueError(f"{name} has no setting {field!r}{hint(field, known)}")
+            raise ValueError(f"{name} has no setting {field!r}{hint(field, known, f'zoo {name}')}")
     try:
         kinds = get_type_hints(type(config)) if overrides else {}
     except NameError:  # a kind that is imported for type checkers alone
@@ -326,7 +326,8 @@ def search(words: str = "") -> list[Entry]:
     wanted = " ".join(words.split()).casefold()
     if not wanted:
         return every
-    number = wanted.removeprefix("arxiv:").rpartition("/")[2]
+    # As addresses and references write it: 2404.02905v2, arxiv.org/pdf/2404.02905.pdf.
+    number = re.sub(r"(?<=\d)(v\d+)?(\.pdf)?$", "", wanted.removeprefix("arxiv:").rpartition("/")[2])
     # A DOI keeps its slash; addresses of doi.org end with one.
     doi = wanted.removeprefix("https://").removeprefix("doi.org/").removeprefix("doi:")
     exact: list[Callable[[Entry], bool]] = [
@@ -443,15 +444,15 @@ def _preset_info(entry: Entry, name: str) -> PresetInfo:
     return PresetInfo(name, parameters, place.summary, config, facts.tokenizer)
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: close ones, or which there are."""
+def hint(name: str, known: Iterable[str], listed: str = "zoo") -> str:
+    """The end of a message about an unknown name: close ones, or which there are, or the command that lists them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(close)}?"
     if len(names) <= NAMES_SHOWN:
         return f"; choose one of {', '.join(names)}"
-    return "; `arcore zoo` lists what there is"
+    return f"; `arcore {listed}` lists what there is"
 
 
 def _kind(value: object) -> str:

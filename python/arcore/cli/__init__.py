@@ -6,7 +6,10 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from arcore._optional import require
 
@@ -51,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in _EXTRA:
             require("tyro", extra=_EXTRA[name])
-        command = importlib.import_module(f"arcore.cli.{name}")
-        if name not in _COMPUTING:
-            return int(command.main(rest))
-        from arcore.matmul import float32_matmul
+        with _plain_warnings(name):
+            command = importlib.import_module(f"arcore.cli.{name}")
+            if name not in _COMPUTING:
+                return int(command.main(rest))
+            from arcore.matmul import float32_matmul
 
-        with float32_matmul(os.environ.get("ARCORE_MATMUL", "auto")):  # type: ignore[arg-type]
-            return int(command.main(rest))
+            with float32_matmul(os.environ.get("ARCORE_MATMUL", "auto")):  # type: ignore[arg-type]
+                return int(command.main(rest))
     except KeyboardInterrupt:
         print(f"arcore {name}: interrupted", file=sys.stderr)
         return 130
@@ -80,6 +84,23 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Warnings for users as one line each, without the place in the source that warned."""
+    before = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if not issubclass(category, UserWarning) or os.environ.get("ARCORE_TRACEBACK"):
+            return before(message, category, *place, **line)
+        return f"arcore {command}: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _usage() -> str:

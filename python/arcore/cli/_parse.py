@@ -185,8 +185,10 @@ def _helps(options: type) -> dict[str, str]:
     for kind in reversed(options.__mro__):
         if dataclasses.is_dataclass(kind):
             for entry in parse_docstring(kind.__dict__.get("__doc__") or "").params:
-                words = " ".join((entry.description or "").split()).replace("`", "").replace('"', "")
-                helps[entry.arg_name] = words[:1].upper() + words[1:]
+                words = " ".join((entry.description or "").split())
+                # A value that the option takes is shown as it is written.
+                words = words if words.startswith("`") else words[:1].upper() + words[1:]
+                helps[entry.arg_name] = words.replace("`", "").replace('"', "")
     return helps
 
 

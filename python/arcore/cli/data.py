@@ -14,7 +14,7 @@ from arcore.data._walk import walk
 from arcore.data.image_folder import IMAGE_SUFFIXES, ImageFolder
 from arcore.data.series import TABLE_SUFFIXES
 from arcore.data.text import TEXT_SUFFIXES
-from arcore.data.videos import CONTAINER_SUFFIXES
+from arcore.data.videos import CONTAINER_SUFFIXES, VIDEO_SUFFIXES
 
 DESCRIPTION = """\
 Look through data before training on them: every file is read to its end, and what cannot be used is named.
@@ -38,6 +38,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--time", metavar="COLUMN", help="of a table: the column of dates or whole numbers")
     parser.add_argument("--group", metavar="COLUMN", help="of a table: the column that tells series apart")
+    parser.add_argument(
+        "--columns",
+        metavar="COLUMN",
+        nargs="+",
+        help="of a table: the columns of values (default: all others)",
+    )
     options = parser.parse_args(argv)
     if not options.path.exists():
         raise FileNotFoundError(f"{options.path} does not exist: expected a folder or a file")
@@ -64,6 +70,8 @@ def _images(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
     lines += [f"  {name}: {counts[label]}" for label, name in enumerate(images.class_names[:SHOWN])]
     if len(images.class_names) > SHOWN:
         lines.append(f"  and {len(images.class_names) - SHOWN} more")
+    if options.kind is None and any(file.suffix.lower() in VIDEO_SUFFIXES for file in walk(path).files):
+        lines.append("taken as images: --kind videos looks at them as videos")
     return [*lines, *images.notes, f"digest {images.digest()}"], bad
 
 
@@ -97,7 +105,7 @@ def _series(path: Path, options: Namespace) -> tuple[list[str], list[str]]:
     every: list[Series] = []
     for file in files:
         try:
-            opened = open_series(file, time=options.time, group=options.group)
+            opened = open_series(file, time=options.time, group=options.group, columns=options.columns)
         except ValueError as error:
             bad.append(str(error))
             continue

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arcore._optional import require
+from arcore.data._walk import MEND
 
 # TIFF 6.0, section 8.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
@@ -109,9 +110,9 @@ class Pictures:
         # Pillow's parsers of damaged files raise nearly everything: OSError, SyntaxError, struct.error, KeyError, ...
         except Exception as error:
             if isinstance(error, self.pil.UnidentifiedImageError):
-                raise ValueError(f"{path} is not a readable image: mend it or move it away") from error
+                raise ValueError(f"{path} is not a readable image: {MEND}") from error
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"cannot read the image {path}: {reason}; mend it or move it away") from error
+            raise ValueError(f"cannot read the image {path}: {reason}; {MEND}") from error
 
     def _read(self, path: Path) -> Any:
         with self.pil.open(path) as image:

@@ -10,6 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMES_SHOWN = 3
+# What is left out is named up to here: `arcore data check` names all of it.
+LEFT_OUT_SHOWN = 20
+# How an error about one file ends.
+MEND = "mend it or move it away"
+SKIP = "or leave out all such files with --skip-bad (skip_bad)"
+# What Windows and macOS put into folders by themselves, beside files whose names begin with a dot.
+LITTER = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"})
 # The digest of files reads this much at the start, in the middle and at the end of each, where it does not read all.
 SAMPLE = 4096
 
@@ -20,7 +27,8 @@ class Found:
 
     Attributes:
         files: regular files, sorted by their path below the folder.
-        hidden: files and folders whose names begin with a dot; they are not looked at.
+        hidden: files and folders whose names begin with a dot, and what systems put there by themselves (`Thumbs.db`);
+            they are not looked at.
         dangling: links whose target does not exist.
         cycles: links to a folder that they lie in; they are not followed.
         special: pipes, sockets and devices.
@@ -85,11 +93,16 @@ def walk(root: Path) -> Found:
     return found
 
 
+def is_hidden(name: str) -> bool:
+    """Whether an entry of that name is none of the data's: its name begins with a dot, or a system put it there."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
 def _walk(folder: Path, around: tuple[tuple[int, int], ...], found: Found) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             path = folder / entry.name
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 found.hidden.append(path)
                 continue
             try:
@@ -126,6 +139,33 @@ def counted(paths: Sequence[object], text: str, one: str, many: str) -> str:
     """`text` with the number of paths in its place, and the first paths after it."""
     number = f"{len(paths)} {one if len(paths) == 1 else many}"
     return f"{text.format(number)}: {some(paths)}"
+
+
+def or_skip(reason: str) -> str:
+    """What is wrong with a file, with the second way out where the first is to mend it."""
+    return f"{reason}, {SKIP}" if reason.endswith(MEND) else reason
+
+
+def left_out(what: str, skipped: Sequence[tuple[Path, str]]) -> str:
+    """The warning about files that are not used.
+
+    Args:
+        what: they belong to, such as "the folder pictures".
+        skipped: path of each and what is wrong with it, which may name the path too and may end with advice.
+    """
+    lines = []
+    for path, reason in skipped[:LEFT_OUT_SHOWN]:
+        said = reason.removesuffix(MEND).rstrip(":; ")
+        lines.append(
+            said
+            if str(path) in said
+            else f"{path}{' ' if said.startswith(('is ', 'has ', 'holds ')) else ': '}{said}"
+        )
+    rest = len(skipped) - len(lines)
+    if rest > 0:
+        lines.append(f"and {rest} more, which `arcore data check` names")
+    number = f"{len(skipped)} {'entry' if len(skipped) == 1 else 'entries'}"
+    return f"{number} of {what} left out: {'; '.join(lines)}"
 
 
 def digest(root: Path, files: Iterable[Path], *, whole: bool) -> str:

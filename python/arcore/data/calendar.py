@@ -99,7 +99,8 @@ def mend_gaps(series: Series, how: Gaps) -> Series:
         more = f"; there are {len(found)} such gaps" if len(found) > 1 else ""
         raise ValueError(
             f"the series {series.name!r} has a gap in time from {before} to {after} ({series.place(row + 1)}){more}; "
-            "say gaps='keep' to take rows as equally spaced, or gaps='fill' to put in rows without values"
+            "say --gaps keep (gaps='keep') to take rows as equally spaced, or --gaps fill to put in rows without "
+            "values"
         )
     usual = usual_step(series)
     values, times = [], []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arcore.data._pictures import Pictures
-from arcore.data._walk import Found, counted, digest, some, walk
+from arcore.data._walk import MEND, Found, counted, digest, is_hidden, left_out, or_skip, some, walk
 from arcore.data.images import ImageDataset, check_split, held_out_mask
 from arcore.nn.checks import check_path, check_whole
 
@@ -104,7 +104,7 @@ class ImageFolder(ImageDataset):
         for image, found in zip(images, checked, strict=True):
             if isinstance(found, ValueError):
                 if not skip_bad:
-                    raise found
+                    raise ValueError(or_skip(str(found)))
                 self.skipped.append((image.path, str(found)))
             else:
                 usable.append(image)
@@ -118,10 +118,8 @@ class ImageFolder(ImageDataset):
             )
         self.notes: tuple[str, ...] = tuple(listing.notes)
         if self.skipped:
-            shown = some(f"{path} ({reason})" for path, reason in self.skipped)
-            warnings.warn(
-                f"{len(self.skipped)} bad entries of {self.root} are left out: {shown}", stacklevel=2
-            )
+            part = {"train": " (training part)", "test": " (held-out part)"}.get(split, "")
+            warnings.warn(left_out(f"{self.root}{part}", self.skipped), stacklevel=2)
         if not self.files and split != "test":
             raise ValueError(f"no usable images are left in {self.root}")
 
@@ -256,14 +254,14 @@ class _Listing:
                 f"the folders {TRAIN_FOLDER} and {', '.join(held)} of {self.root} look like parts of a data set, but "
                 f"{some(flat)} holds images without class folders: put them into {self.root / flat[0]}/<class name>/"
             )
-        rest = sorted(name for name in names if name not in (TRAIN_FOLDER, held[0]) and name[0] != ".")
+        rest = sorted(name for name in names if name not in (TRAIN_FOLDER, held[0]) and not is_hidden(name))
         if rest:
             self.notes.append(f"folders beside {TRAIN_FOLDER} and {held[0]} not read: {some(rest)}")
         return TRAIN_FOLDER, held[0]
 
     def _classes(self, root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
         """Files of each class, by class name in order."""
-        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
         if not folders:
             raise ValueError(
                 f"the data folder {root} has no class subfolders: put the images into {root}/<class name>/, "
@@ -297,18 +295,14 @@ class _Listing:
             else:
                 raise ValueError(
                     f"the class folder {root / name} holds no images itself but {len(inner)} folders of images "
-                    f"({some(inner)}): expected one folder of images per class; say nested='outer' if {name} is the "
-                    "class, or nested='inner' if each of these folders is one"
+                    f"({some(inner)}): expected one folder of images per class; say --nested outer (nested='outer') if "
+                    f"{name} is the class, or --nested inner if each of these folders is one"
                 )
         return classes
 
     def _bad(self, path: Path, reason: str, what: str = "") -> None:
         if not self.skip_bad:
-            advice = (
-                ""
-                if what
-                else ": mend it or move it away, or leave out all such files with --skip-bad (skip_bad)"
-            )
+            advice = "" if what else f": {or_skip(MEND)}"
             raise ValueError(
                 f"{what}{path}{'' if reason.startswith(('is', 'holds')) else ':'} {reason}{advice}"
             )

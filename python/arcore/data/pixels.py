@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from arcore._optional import require
 from arcore.data._pictures import Pictures
-from arcore.data._walk import counted, digest, is_name, some, walk
+from arcore.data._walk import MEND, counted, digest, is_name, some, walk
 from arcore.data.image_folder import HELD_OUT_FOLDERS, IMAGE_SUFFIXES, SMALL_FOLDER, TRAIN_FOLDER
 from arcore.data.images import check_split, held_out_mask
 from arcore.nn.checks import check_path, check_tensor, check_whole
@@ -331,7 +331,7 @@ class MaskFile:
         # Pillow's parsers of damaged files raise nearly everything.
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"cannot read the mask {path}: {reason}; mend it or move it away") from error
+            raise ValueError(f"cannot read the mask {path}: {reason}; {MEND}") from error
         if mode not in ("1", "L", "P"):
             raise ValueError(
                 f"the mask {path} is of mode {mode}: expected one channel of 8 bits, or a palette, whose values are "

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ SERIES_NAMES = (
     *("sunspots", "elnino", "co2", "stock_prices", "glucose", "sea_temperature"),
     *("departures", "regional_departures"),
 )
+# 31/01/2024 or 01/31/2024.
+_DAY_AND_MONTH = re.compile(r"\s*(\d{1,2})([./-])(\d{1,2})\2\d{2,4}\b")
 Missing = Literal["refuse", "drop", "forward", "linear", "keep"]
 Normalise = Literal["train", "window"]
 Split = Literal["train", "validation", "test", "all"]
@@ -149,6 +152,9 @@ def read_tables(
             f"the table {path} does not exist: expected a .csv or .parquet file, or a folder of them"
         )
     files = [path]
+    known = ", ".join(sorted(TABLE_SUFFIXES))
+    if not path.is_dir() and path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} is no table (known endings: {known}); if it is one, give it that ending")
     if path.is_dir():
         found = walk(path)
         if found.dangling:
@@ -156,7 +162,6 @@ def read_tables(
         files = [file for file in found.files if file.suffix.lower() in TABLE_SUFFIXES]
         others = [file for file in found.files if file.suffix.lower() not in TABLE_SUFFIXES]
         if others or not files:
-            known = ", ".join(sorted(TABLE_SUFFIXES))
             raise ValueError(
                 counted(
                     others,
@@ -238,20 +243,21 @@ def series_of_table(
             f"the column {group!r} has empty entries, so that rows belong to no series: the first is on "
             f"{_place(lines, row)}"
         )
+    day_first = time is not None and _day_first(table[time], time, lines)
     made = []
     for key, part in parts:
         label = f"{name}/{key}" if name and key else (name or key)
         times = None
         dates = time is not None and not pandas.api.types.is_numeric_dtype(part[time].dtype)
         if time is not None:
-            times = _times(pandas, part[time], time, lines)
+            times = _times(pandas, part[time], time, lines, day_first=day_first)
             back = (times.diff() < 0).nonzero()
             if unsorted == "refuse" and len(back):
                 row = int(back[0, 0]) + 1
                 raise ValueError(
                     f"the times of the column {time!r} are not in order: {part[time].iloc[row]} on "
                     f"{_place(lines, part.index[row])} follows {part[time].iloc[row - 1]}; sort the rows, or say "
-                    "unsorted='sort'"
+                    "--unsorted sort (unsorted='sort')"
                 )
             order = times.argsort(stable=True)
             times, part = times[order], part.iloc[order.numpy()]
@@ -263,7 +269,7 @@ def series_of_table(
                 hint = (
                     ""
                     if group
-                    else "; if it holds several series, name the column that tells them apart (group)"
+                    else "; if it holds several series, name the column that tells them apart with --group (group)"
                 )
                 raise ValueError(
                     f"the time {at} comes twice in the column {time!r}{where} "
@@ -375,7 +381,11 @@ def _holds_dates(pandas: Any, column: Any) -> bool:
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return bool(pandas.to_datetime(column.head(100), errors="coerce", utc=True).notna().all())
+        # Some day is above 12 in most columns, but perhaps not among the first; the reader looks at all.
+        head, both = column.head(100), (False, True)
+        return any(
+            pandas.to_datetime(head, errors="coerce", utc=True, dayfirst=day).notna().all() for day in both
+        )
 
 
 def fill_missing(series: Series, how: Missing) -> Series:
@@ -414,7 +424,8 @@ def _filled(series: Series, how: Missing) -> tuple[Tensor, Tensor]:
         shown = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
         raise ValueError(
             f"the series {series.name!r} lacks values: {shown} of {len(values)} rows, the first on "
-            f"{series.place(int(gone.any(1).nonzero()[0, 0]))}; say missing='drop', 'forward', 'linear' or 'keep'"
+            f"{series.place(int(gone.any(1).nonzero()[0, 0]))}; say --missing drop, forward or linear "
+            "(missing='drop', 'forward', 'linear' or 'keep')"
         )
     if how == "drop":
         filled, keep = values.clone(), ~gone.any(dim=1)
@@ -665,15 +676,20 @@ def _read(path: Path) -> Any:
         return table
     except (ImportError, _BadHeader):
         raise
-    except pandas.errors.ParserWarning as warning:
+    except (pandas.errors.ParserWarning, pandas.errors.ParserError) as warning:
         where = _first_too_long(path, separator)
+        if not where and isinstance(warning, pandas.errors.ParserError):
+            raise ValueError(f"it cannot be read: {_first_line(warning)}") from warning
         raise ValueError(
             f"rows have more fields than the header has names{where}; give each column a name"
         ) from warning
     # Both libraries raise classes of their own for damaged files.
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"it cannot be read: {reason}") from error
+        raise ValueError(f"it cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _first_too_long(path: Path, separator: str) -> str:
@@ -689,7 +705,7 @@ def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | No
     kind = table[name].dtype
     if pandas.api.types.is_numeric_dtype(kind) and not pandas.api.types.is_complex_dtype(kind):
         return
-    hint = "leave the column out with columns=[...], or name it as time or group"
+    hint = "leave the column out with --columns (columns=[...]), or name it with --time or --group"
     if pandas.api.types.is_datetime64_any_dtype(kind):
         raise ValueError(f"the column {name!r} holds dates; {hint}")
     # A single cell with a thousands separator or a remark makes a whole column text.
@@ -699,7 +715,31 @@ def _check_numbers(pandas: Any, table: Any, name: str, lines: Sequence[int] | No
     raise ValueError(f"the column {name!r} holds no numbers but for example {shown}; {hint}")
 
 
-def _times(pandas: Any, column: Any, name: str, lines: Sequence[int] | None) -> Tensor:
+def _day_first(column: Any, name: str, lines: Sequence[int] | None) -> bool:
+    """Whether dates that begin with a day or a month begin with the day: all dates of a column are written alike.
+
+    Raises:
+        ValueError: either reading is possible, and they differ.
+    """
+    first = next((text for text in column if isinstance(text, str)), "")
+    if not _DAY_AND_MONTH.match(first):
+        return False
+    found = [(row, _DAY_AND_MONTH.match(text)) for row, text in column.items() if isinstance(text, str)]
+    pairs = [(row, match[0].strip(), int(match[1]), int(match[3])) for row, match in found if match]
+    # Points stand behind the day in every country that writes them.
+    if "." in first.split()[0] or any(one > 12 for _, _, one, _ in pairs):
+        return True
+    unclear = [(row, text) for row, text, one, two in pairs if one != two]
+    if not unclear or any(two > 12 for _, _, _, two in pairs):
+        return False
+    row, text = unclear[0]
+    raise ValueError(
+        f"the column {name!r} holds dates whose first number may be the day or the month, such as {text!r} on "
+        f"{_place(lines, row)}: write them as year-month-day, such as 2024-01-31"
+    )
+
+
+def _times(pandas: Any, column: Any, name: str, lines: Sequence[int] | None, *, day_first: bool) -> Tensor:
     if column.isna().any():
         row = column.index[int(column.isna().to_numpy().argmax())]
         raise ValueError(
@@ -718,12 +758,12 @@ def _times(pandas: Any, column: Any, name: str, lines: Sequence[int] | None) -> 
             )
         return torch.tensor(numbers).long()
     try:
-        dates = pandas.to_datetime(column, utc=True)
+        dates = pandas.to_datetime(column, utc=True, dayfirst=day_first)
     except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            bad = pandas.to_datetime(column, utc=True, errors="coerce").isna()
+            bad = pandas.to_datetime(column, utc=True, dayfirst=day_first, errors="coerce").isna()
         # What pandas calls a position is no line of the file.
         shown = reason
         if bad.any():

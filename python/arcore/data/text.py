@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from arcore._optional import how_to_install
-from arcore.data._walk import counted, is_name, some, walk
+from arcore.data._walk import counted, is_hidden, is_name, left_out, some, walk
 from arcore.data.text_tokenizers import TextTokenizer
 from arcore.nn.checks import check_path, check_tensor, check_text, check_whole
 from arcore.nn.kinds import check_kinds
@@ -213,8 +213,7 @@ class _Reader:
 
     def warn(self) -> None:
         if self.skipped:
-            shown = some(f"{path} ({reason})" for path, reason in self.skipped)
-            warnings.warn(f"{len(self.skipped)} bad text files are left out: {shown}", stacklevel=3)
+            warnings.warn(left_out("the text", self.skipped), stacklevel=3)
 
     def _files(self, path: Path) -> list[Path]:
         if not path.is_dir():
@@ -295,6 +294,6 @@ def _parts(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _unread_parts(folder: Path, parts: tuple[Path, Path]) -> list[str]:
-    rest = [path for path in sorted(folder.iterdir()) if path not in parts and path.name[0] != "."]
+    rest = [path for path in sorted(folder.iterdir()) if path not in parts and not is_hidden(path.name)]
     text = f"{{}} beside {parts[0].name} and {parts[1].name} not read"
     return [counted(rest, text, "entry", "entries")] if rest else []

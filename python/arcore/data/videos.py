@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arcore._optional import require
 from arcore.data._pictures import Pictures
-from arcore.data._walk import counted, digest, some, walk
+from arcore.data._walk import MEND, counted, digest, is_hidden, left_out, or_skip, some, walk
 from arcore.data.image_folder import HELD_OUT_EVERY, IMAGE_SUFFIXES
 from arcore.data.images import ImageDataset, check_split, held_out_mask
 from arcore.nn.checks import check_path, check_whole
@@ -100,8 +100,7 @@ class VideoFolder(ImageDataset):
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.notes = tuple(notes)
         if self.skipped:
-            shown = some(f"{path} ({reason})" for path, reason in self.skipped)
-            warnings.warn(f"{len(self.skipped)} bad entries of {root} are left out: {shown}", stacklevel=2)
+            warnings.warn(left_out(str(root), self.skipped), stacklevel=2)
         if not self.clips and split != "test":
             raise ValueError(f"no usable videos are left in {root}")
 
@@ -160,15 +159,15 @@ class VideoFolder(ImageDataset):
             # PyAV's errors, and IndexError where there is no stream of pictures.
             except (av.error.FFmpegError, IndexError, OSError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                raise ValueError(
-                    f"cannot read the video {video.path}: {reason}; mend it or move it away"
-                ) from error
+                raise ValueError(f"cannot read the video {video.path}: {reason}; {MEND}") from error
 
     def _listing(self) -> tuple[dict[str, list[_Video]], list[Path], list[str]]:
         found = walk(self.root)
         for link in found.dangling:
             self._bad(link, f"{link}: the target of the link does not exist")
-        folders = sorted(path.name for path in self.root.iterdir() if path.is_dir() and path.name[0] != ".")
+        folders = sorted(
+            path.name for path in self.root.iterdir() if path.is_dir() and not is_hidden(path.name)
+        )
         if not folders:
             raise ValueError(
                 f"the data folder {self.root} has no class subfolders: put the videos into {self.root}/<class name>/"
@@ -206,7 +205,7 @@ class VideoFolder(ImageDataset):
 
     def _bad(self, path: Path, reason: str) -> None:
         if not self._skip_bad:
-            raise ValueError(reason)
+            raise ValueError(or_skip(reason))
         self.skipped.append((path, reason))
 
 

