@@ -1,9 +1,10 @@
-"""Generates what README and the docs say about speed from the newest bench/results/cpu-*.json.
+"""Generates what README and the docs say about speed from bench/results/cpu-*.json.
 
     python tools/bench_table.py           writes README.md's op table and docs/assets/bench.svg
     python tools/bench_table.py --check   writes nothing; exit code 1 when one of them is out of date
 
-The page docs/benchmarks.md is made from the same file while the docs are built (tools/docs_hooks.py).
+The page docs/benchmarks.md is made from all bench/results/cpu-*.json, one part per machine, while the docs are built
+(tools/docs_hooks.py).
 
 The input is what `pytest bench --benchmark-json=...` writes. Each benchmark carries in `extra_info`: op (or a model),
 case, impl, direction ("forward", "backward", "forward+backward" or what else was timed), and where they make sense
@@ -39,6 +40,7 @@ IMPLEMENTATIONS = {
     "sdpa_causal": "SDPA, is_causal",
     "flex_compiled": "FlexAttention",
     "transformers": "transformers",
+    "pytorch": "PyTorch",
     "compiled": "torch.compile",
     "cross_entropy": "F.cross_entropy",
     "loop": "loop (multinomial)",
@@ -65,6 +67,8 @@ class Results:
     isa: str  # a key of ISAS
     date: str
     torch: str
+    # Others worked on the machine meanwhile, so the same call takes half as long again at times.
+    shared: bool = False
 
     @property
     def peak(self) -> float:
@@ -72,8 +76,8 @@ class Results:
         return sum(peaks) / len(peaks) if peaks else 0.0
 
 
-def newest(folder: Path) -> Path:
-    """The newest cpu-*.json of `folder`, by the date written inside.
+def records(folder: Path) -> list[Path]:
+    """The cpu-*.json of `folder`: those of quiet machines, then those of shared ones, both from the newest.
 
     Raises:
         FileNotFoundError: there is none.
@@ -81,7 +85,12 @@ def newest(folder: Path) -> Path:
     files = sorted(folder.glob("cpu-*.json"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no cpu-*.json; run `make bench` and keep its JSON there")
-    return max(files, key=lambda path: json.loads(path.read_text())["datetime"])
+
+    def order(path: Path) -> tuple[bool, str]:
+        data = json.loads(path.read_text())
+        return not data["machine_info"].get("shared", False), data["datetime"]
+
+    return sorted(files, key=order, reverse=True)
 
 
 def load(path: Path) -> Results:
@@ -116,7 +125,14 @@ def load(path: Path) -> Results:
         raise ValueError(
             f"{path.name}: expected isa to be one of {', '.join(ISAS)} but got {machine['isa']!r}"
         )
-    return Results(tuple(rows), machine["cpu_model"], machine["isa"], data["datetime"][:10], machine["torch"])
+    return Results(
+        tuple(rows),
+        machine["cpu_model"],
+        machine["isa"],
+        data["datetime"][:10],
+        machine["torch"],
+        machine.get("shared", False),
+    )
 
 
 def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], list[Row]]:
@@ -128,13 +144,15 @@ def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], l
     return {key: sorted(rows, key=lambda row: (row.impl != OURS, row.seconds)) for key, rows in found.items()}
 
 
-def headline(results: Results, op: str, direction: str) -> list[Row]:
-    """Our float32 row of the case that README's table quotes, the first one measured, and its peers' rows."""
-    for wanted in QUOTED[direction]:
-        for rows in groups(results, op=op, direction=wanted, dtype="float32").values():
-            if rows[0].impl == OURS:
-                return rows
-    return []
+def headline(machines: list[Results], op: str, direction: str) -> tuple[Results, list[Row]] | None:
+    """Our float32 row of the case that README's table quotes, and its peers' rows: the first one measured on the first
+    machine that has any."""
+    for results in machines:
+        for wanted in QUOTED[direction]:
+            for rows in groups(results, op=op, direction=wanted, dtype="float32").values():
+                if rows[0].impl == OURS:
+                    return results, rows
+    return None
 
 
 def quote(rows: list[Row]) -> str:
@@ -163,12 +181,12 @@ def seen_on_gpus(folder: Path) -> dict[str, str]:
     return found[1]
 
 
-def op_table(results: Results, csrc: Path, seen: dict[str, str] | None = None) -> str:
+def op_table(machines: list[Results], csrc: Path, seen: dict[str, str] | None = None) -> str:
     """README's table of ops and backends. A cell of a GPU is blank until a committed result fills it."""
     seen = seen or {}
     columns = [*CPU_BACKENDS, *GPU_BACKENDS]
     lines = [f"| op | direction | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
-    cases: list[str] = []
+    cases: dict[Results, list[str]] = {}
     written: dict[str, list[str]] = {backend: [] for backend in GPU_BACKENDS}
     ops = (p for p in csrc.iterdir() if (p / "schema.cpp").is_file() and p.name != "common")
     for folder in sorted(ops):
@@ -180,11 +198,12 @@ def op_table(results: Results, csrc: Path, seen: dict[str, str] | None = None) -
             cells = []
             for backend in CPU_BACKENDS:
                 cell = "yes"
-                rows = headline(results, folder.name, direction)
-                if rows and backend == f"CPU {ISAS[results.isa]}":
-                    cell = quote(rows)
-                    if i == 0:
-                        cases.append(f"{folder.name} {rows[0].case}")
+                found = headline(machines, folder.name, direction)
+                if found and backend == f"CPU {ISAS[found[0].isa]}":
+                    cell = quote(found[1])
+                    cases.setdefault(found[0], []).append(
+                        f"{folder.name} {found[1][0].case}" + (" backward" if i else "")
+                    )
                 cells.append(cell)
             for suffix in GPU_BACKENDS.values():
                 name = folder.name if suffix == "sm80" else f"{folder.name}_sm90a"
@@ -198,7 +217,7 @@ def op_table(results: Results, csrc: Path, seen: dict[str, str] | None = None) -
         lines += [
             "",
             "Peak: the FMA peak of one core, measured in the same run. Multiples: of the fastest peer's speed in "
-            f"the same run. Cases, float32: {', '.join(cases)}.",
+            f"the same run. Cases, float32: {'; '.join(_cases(*item) for item in cases.items())}.",
         ]
         if kernels:
             lines[-1] += (
@@ -208,25 +227,41 @@ def op_table(results: Results, csrc: Path, seen: dict[str, str] | None = None) -
     return "\n".join(lines)
 
 
+def _cases(results: Results, cases: list[str]) -> str:
+    """What was quoted of a machine; a backward is named where the machine has that alone."""
+    named = [
+        case
+        for case in cases
+        if case.removesuffix(" backward") not in cases or not case.endswith(" backward")
+    ]
+    return f"on {_machine(results)}: {', '.join(named)}"
+
+
+def _machine(results: Results) -> str:
+    return f"{results.cpu}{' shared with other work' if results.shared else ''}, {results.date}"
+
+
 def where(results: Results) -> str:
-    return (
+    text = (
         f"{results.cpu}, {ISAS[results.isa]}, one thread, torch {results.torch}, {results.date}; "
         f"measured FMA peak {results.peak:.0f} GFLOP/s"
     )
+    if results.shared:
+        text += ". Others worked on the machine meanwhile: the same call takes half as long again at times"
+    return text
 
 
 def label(impl: str) -> str:
     return IMPLEMENTATIONS.get(impl, impl)
 
 
-def page(results: Results) -> str:
-    """The docs' page of all measurements."""
+def page(machines: list[Results]) -> str:
+    """The docs' page of all measurements, a part per machine."""
     lines = [
         "# Benchmarks",
         "",
-        "This page is generated by `tools/bench_table.py` from the newest `bench/results/cpu-*.json`.",
-        "",
-        f"Machine: {where(results)}.",
+        "This page is generated by `tools/bench_table.py` from `bench/results/cpu-*.json`, a part per",
+        "machine.",
         "",
         "GFLOP/s count only the pairs that the mask allows, so an implementation that computes forbidden pairs and",
         "throws them away shows a lower number. Times are medians of process CPU time; every implementation of a case",
@@ -236,15 +271,17 @@ def page(results: Results) -> str:
         "SDPA is torch's `scaled_dot_product_attention`: with the mask as a dense bool matrix; as a loop of calls",
         "without a mask, one per scale or block; or with `is_causal`. FlexAttention is compiled; it has no backward on",
         "CPUs.",
-        "",
-        "![GFLOP/s of block_sparse_attention and its peers](assets/bench.svg)",
     ]
-    for (op, direction, dtype), cases in _by_table(results).items():
-        lines += ["", f"## {op}: {direction}, {dtype}", ""]
-        impls = sorted(
-            {row.impl for rows in cases.values() for row in rows}, key=lambda impl: (impl != OURS, impl)
-        )
-        lines += _gflops_table(cases, impls) if _counted(cases) else _time_table(cases, impls)
+    for i, results in enumerate(machines):
+        lines += ["", f"## {_machine(results)}", "", f"{where(results)}."]
+        if i == 0:
+            lines += ["", "![GFLOP/s of block_sparse_attention and its peers](assets/bench.svg)"]
+        for (op, direction, dtype), cases in _by_table(results).items():
+            lines += ["", f"### {op}: {direction}, {dtype}", ""]
+            impls = sorted(
+                {row.impl for rows in cases.values() for row in rows}, key=lambda impl: (impl != OURS, impl)
+            )
+            lines += _gflops_table(cases, impls) if _counted(cases) else _time_table(cases, impls)
     return "\n".join(lines) + "\n"
 
 
@@ -351,13 +388,14 @@ def _text(x: float, y: float, text: str, **style: str | int) -> str:
 
 def generated(root: Path) -> dict[Path, str]:
     """File -> content, of every file that this tool writes or has a part in."""
-    results, seen = load(newest(root / "bench/results")), seen_on_gpus(root / "bench/results")
+    machines = [load(path) for path in records(root / "bench/results")]
+    seen = seen_on_gpus(root / "bench/results")
     readme = root / "README.md"
     return {
         readme: replace_marked(
-            readme.read_text(encoding="utf-8"), "ops", op_table(results, root / "csrc", seen)
+            readme.read_text(encoding="utf-8"), "ops", op_table(machines, root / "csrc", seen)
         ),
-        root / "docs/assets/bench.svg": figure(results),
+        root / "docs/assets/bench.svg": figure(machines[0]),
         root / "python/arcore/_gpu_results.py": module_of(seen),
     }
 

@@ -30,9 +30,9 @@ LONG = 24
 
 
 def _pages() -> dict[str, str]:
-    results = bench_table.load(bench_table.newest(bench_table.ROOT / "bench/results"))
+    machines = [bench_table.load(path) for path in bench_table.records(bench_table.ROOT / "bench/results")]
     surveys = {name: made() for name, made in TAXONOMIES.items()}
-    return {"benchmarks.md": bench_table.page(results), **surveys, **zoo_table.pages()}
+    return {"benchmarks.md": bench_table.page(machines), **surveys, **zoo_table.pages()}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

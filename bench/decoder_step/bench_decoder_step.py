@@ -1,7 +1,8 @@
 """decoder_step beside the same layer in PyTorch's ops on a CPU: `pytest bench/decoder_step`.
 
 The thirty layers of SmolLM2-135M, one token of 1 and of 8 rows behind 256 others, float32, one thread, process CPU
-time, median of 7 steps. The floor is reading the weights once, at the speed at which torch sums them in the same run.
+time, median of 7 steps taken in turns. The floor is reading the weights once, at the speed at which torch sums them in
+the same run.
 
 By tokens: what a call takes that reads 1 to 32 tokens of one text, in each storage of the weights (float32, bfloat16,
 blocks of 8 and of 4 bits), and the last layer (`linear_step`) likewise, as multiples of one token. Two floors stand
@@ -11,6 +12,7 @@ registers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -50,10 +52,14 @@ def filled(batch: int) -> TokenCache:
     return cache
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+IMPLEMENTATIONS = ("arcore", "pytorch")
+LEAST = 1.2
+
+
+@cache
 @torch.no_grad()
-def bench_decoder_step(batch: int, benchmark: Any) -> None:
-    torch.set_num_threads(1)
+def step_runs(batch: int) -> dict[str, Callable[[], object]]:
+    """A step of both, and reading the weights."""
     cache, x = filled(batch), torch.randn(batch, DIM)
     angles = RotaryTable(HEAD_DIM).span(CONTEXT, CONTEXT + 1, torch.device("cpu"))
     cos, sin = (angle.view(1, HEAD_DIM) for angle in angles)
@@ -90,13 +96,42 @@ def bench_decoder_step(batch: int, benchmark: Any) -> None:
             y = y + F.linear(F.silu(gate) * up, layer.mlp.down.weight)
 
     weights = [p for layer in layers() for p in layer.parameters()]
-    floor = cpu_seconds(lambda: [w.sum() for w in weights], 3)
-    mine, theirs = cpu_seconds(ours, 7), cpu_seconds(peer, 7)
+    return {"arcore": ours, "pytorch": peer, "floor": lambda: [w.sum() for w in weights]}
+
+
+@cache
+@torch.no_grad()
+def step_times(batch: int) -> dict[str, float]:
+    return interleaved_seconds(step_runs(batch), 7)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [1, 8])
+@torch.no_grad()
+def bench_decoder_step(batch: int, impl: str, benchmark: Any) -> None:
+    torch.set_num_threads(1)
+    times = step_times(batch)
     benchmark.extra_info |= {
-        "ms": mine * 1e3, "peer_ms": theirs * 1e3, "floor_ms": floor * 1e3, "ratio": theirs / mine
+        "op": "decoder_step", "case": f"smollm2_135m_batch_{batch}", "impl": impl, "direction": "step",
+        "seconds": times[impl], "floor_seconds": times["floor"],
     }  # fmt: skip
-    benchmark.pedantic(ours, rounds=1)
-    assert theirs / mine >= 1.2
+    benchmark.pedantic(step_runs(batch)[impl], rounds=1)
+
+
+def floors_report(records: list[dict[str, Any]]) -> list[str]:
+    own = [r for r in records if r.get("op") == "decoder_step"]
+    lines = []
+    for r in own:
+        theirs = next((p for p in own if p["case"] == r["case"] and p["impl"] != "arcore"), None)
+        if r["impl"] != "arcore" or theirs is None:
+            continue
+        ratio = theirs["seconds"] / r["seconds"]
+        lines.append(
+            f"{'ok   ' if ratio >= LEAST else 'BELOW'} {r['case']}: {r['seconds'] * 1e3:.1f} ms = {ratio:.2f} x "
+            f"PyTorch's ops ({theirs['seconds'] * 1e3:.1f}), floor {LEAST:g}; reading the weights "
+            f"{r['floor_seconds'] * 1e3:.1f} ms"
+        )
+    return lines
 
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
@@ -149,6 +184,10 @@ def bench_by_tokens(storage: str, benchmark: Any) -> None:
     read = cpu_seconds(lambda: [w.view(-1).view(torch.float32).sum() for w in matrices], 3)
     numbers = sum(p.numel() for layer in layers() for p in layer.parameters() if p.dim() > 1)
     multiply = 2e-9 * numbers / fma_peak_gflops()
+    benchmark.extra_info |= {
+        "op": "decoder_step", "case": f"tokens_{storage}", "impl": "arcore", "direction": "by tokens",
+        "dtype": storage, "seconds": layer_times["1"],
+    }  # fmt: skip
     benchmark.extra_info |= {"storage": storage, "bytes_ms": read * 1e3, "fma_ms_per_token": multiply * 1e3}
     for name, times in (("layers", layer_times), ("last", last_times)):
         one = times["1"]

@@ -49,9 +49,13 @@ def project(tmp_path: Path) -> Path:
 
 
 def write(
-    project: Path, benchmarks: list[dict[str, Any]], name: str = "cpu-a", date: str = "2026-11-23"
+    project: Path,
+    benchmarks: list[dict[str, Any]],
+    name: str = "cpu-a",
+    date: str = "2026-11-23",
+    shared: bool = False,
 ) -> None:
-    machine = {"cpu_model": "Some <CPU> & Co", "isa": "avx512", "torch": "2.13.0"}
+    machine = {"cpu_model": "Some <CPU> & Co", "isa": "avx512", "torch": "2.13.0", "shared": shared}
     data = {"machine_info": machine, "datetime": f"{date}T01:00:00", "benchmarks": benchmarks}
     (project / f"bench/results/{name}.json").write_text(json.dumps(data))
 
@@ -116,7 +120,7 @@ def test_check_notices_a_newer_measurement(project: Path, capsys: pytest.Capture
 
 
 def test_page_lists_every_case_with_all_peers(project: Path) -> None:
-    page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
+    page = bench_table.page([bench_table.load(project / "bench/results/cpu-a.json")])
     assert "| case, GFLOP/s | arcore | SDPA, bool mask | arcore, ms | arcore, of peak |" in page
     assert "| next_scale N=680 | 80.0 | 37.0 | 2.00 | 80% |" in page
 
@@ -134,7 +138,7 @@ def test_ops_without_a_peak_quote_the_fastest_peer(project: Path) -> None:
     text = (project / "README.md").read_text()
     assert "| [`sample`](csrc/sample/README.md) | forward | yes | yes, 3x quick |  |  |" in text
     assert text.count("| backward |") == 1
-    page = bench_table.page(bench_table.load(project / "bench/results/cpu-a.json"))
+    page = bench_table.page([bench_table.load(project / "bench/results/cpu-a.json")])
     assert "| case, ms | arcore | quick | slow | fastest peer / arcore |" in page
     assert "| V=7 | 100 | 300 | 900 | 3 |" in page
 
@@ -167,3 +171,31 @@ def test_markers_must_be_one_pair(text: str) -> None:
 )
 def test_milliseconds_have_three_digits_and_no_exponent(value: float, text: str):
     assert bench_table._three_digits(value) == text
+
+
+def test_the_page_has_a_part_per_machine_newest_first(project: Path) -> None:
+    write(project, [benchmark("arcore", 60.0)], "cpu-b", date="2026-12-01")
+    paths = bench_table.records(project / "bench/results")
+    assert [path.stem for path in paths] == ["cpu-b", "cpu-a"]
+    page = bench_table.page([bench_table.load(path) for path in paths])
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["## Some <CPU> & Co, 2026-12-01", "## Some <CPU> & Co, 2026-11-23"]
+    assert page.index("60.0") < page.index("80.0")
+    assert page.count("assets/bench.svg") == 1
+
+
+def test_a_shared_machine_fills_what_no_quiet_one_has(project: Path) -> None:
+    (project / "csrc/ssd").mkdir()
+    (project / "csrc/ssd/schema.cpp").touch()
+    ssd = benchmark("arcore", 27.0, case="mamba2")
+    ssd["extra_info"]["op"] = "ssd"
+    write(project, [benchmark("arcore", 10.0), ssd], "cpu-b", date="2026-12-01", shared=True)
+    assert [path.stem for path in bench_table.records(project / "bench/results")] == ["cpu-a", "cpu-b"]
+    assert bench_table.main([], root=project) == 0
+    text = (project / "README.md").read_text()
+    assert "yes, 80% of peak" in text and "yes, 71% of peak" in text and "yes, 10% of peak" not in text
+    assert "| [`ssd`](csrc/ssd/README.md) | forward | yes | yes, 27% of peak |" in text
+    assert (
+        "on Some <CPU> & Co, 2026-11-23: block_sparse_attention next_scale N=680; "
+        "on Some <CPU> & Co shared with other work, 2026-12-01: ssd mamba2."
+    ) in text
