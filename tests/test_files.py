@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,42 @@ def test_failure_leaves_the_old_file(tmp_path: Path, error: type[BaseException])
         raise error
     assert target.read_text() == "old"
     assert names(tmp_path) == ["weights"]
+
+
+def test_devices_pipes_and_links_stay_what_they_are(tmp_path: Path):
+    target, link = tmp_path / "far" / "target.txt", tmp_path / "link.txt"
+    link.symlink_to(target)
+    for words in ("new", "newer"):
+        with atomic_path(link) as temporary:
+            temporary.write_text(words)
+        assert link.is_symlink()
+        assert target.read_text() == words
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_path(pipe) as temporary:
+        temporary.write_bytes(b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link.txt", "pipe"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may make devices")
+@pytest.mark.parametrize(
+    ("minor", "error"), [(3, None), (7, "No space left on device")], ids=["null", "full"]
+)
+def test_a_device_is_written_and_not_replaced(tmp_path: Path, minor: int, error: str | None):
+    device = tmp_path / "device"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        device.open("wb").close()
+    except OSError:
+        pytest.skip("no devices in this place")
+    refused = pytest.raises(OSError, match=f"cannot write {device}: {error}; choose another place")
+    with nullcontext() if error is None else refused, atomic_path(device) as temporary:
+        temporary.write_text("words")
+    assert device.is_char_device()
 
 
 def test_folder_is_replaced_as_a_whole(tmp_path: Path):

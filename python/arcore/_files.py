@@ -6,6 +6,7 @@ import gzip
 import os
 import secrets
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file under a temporary name in the same folder and rename it when the block ends well.
 
-    A missing folder is made. The temporary name keeps the file's ending, for libraries that go by it.
+    A missing folder is made. The temporary name keeps the file's ending, for libraries that go by it. Where a link
+    is, the file that it leads to is replaced; into a device or a pipe, such as /dev/null, the complete file is written.
 
     Args:
         path: the final name; an older file there stays until the new one is complete.
@@ -30,6 +32,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write the file {path}: there is a folder of that name")
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / f"file{path.suffix}"
+            temporary.touch()
+            yield temporary
+            try:
+                with temporary.open("rb") as source, path.open("wb", buffering=0) as place:
+                    shutil.copyfileobj(source, place)
+            except OSError as error:
+                raise _cannot_write(path, error) from error
+        return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = _temporary_name(path)
     _make_folder(path.parent, path)
     try:

@@ -146,3 +146,15 @@ def test_a_warning_is_one_line_without_source():
     first, *others = done.stderr.splitlines()
     assert first == "arcore zoo: warning: two lines"
     assert "FutureWarning: two" in others[0], "what is not for users keeps its place"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [["--filter", "var_t*"], []], ids=["short", "long"])
+def test_an_output_that_cannot_be_written_is_one_sentence(words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "arcore", "zoo", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "arcore zoo: error: cannot write the output: No space left on device\n",
+    )

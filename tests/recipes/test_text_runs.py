@@ -181,6 +181,10 @@ def test_weights_that_are_not_published_ones(tmp_path, trained, text):
         ValueError, match=r"cut\.safetensors are damaged or truncated: .*; fetch them, or save them"
     ):
         sample(recipe, options, preset="mamba_tiny", weights=damaged)
+    with pytest.raises(ValueError, match=r"--prompt is no UTF-8 text: .* \(or with PYTHONUTF8=1\)"):
+        sample(
+            recipe, TextSampling(prompt=b"\xff".decode(errors="surrogateescape")), checkpoint_folder=trained
+        )
     damaged.write_bytes((trained / "model.safetensors").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json: put the tokenizer"):
         sample(recipe, options, preset="mamba_tiny", weights=damaged)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -26,6 +28,8 @@ COMMANDS = {
 }
 # Those that compute with models; benchmarks choose for themselves.
 _COMPUTING = ("demo", "train", "sample", "run", "check")
+# A write that fails so may have been one of what is printed.
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Their options are read by tyro; the others work with torch alone.
 _EXTRA = {"demo": "train", "train": "train", "sample": "train", "run": "zoo"}
 
@@ -55,19 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in _EXTRA:
             require("tyro", extra=_EXTRA[name])
         with _plain_warnings(name):
-            command = importlib.import_module(f"arcore.cli.{name}")
-            if name not in _COMPUTING:
-                return int(command.main(rest))
-            from arcore.matmul import float32_matmul
-
-            with float32_matmul(os.environ.get("ARCORE_MATMUL", "auto")):  # type: ignore[arg-type]
-                return int(command.main(rest))
+            code = _run(name, rest)
+            # What is still in the buffer may find no place, or no reader, either.
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print(f"arcore {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has left; point stdout elsewhere so that the interpreter's last flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of a pipe has left.
+        _discard_output()
         return 1
     except Exception as error:
         if os.environ.get("ARCORE_TRACEBACK"):
@@ -75,8 +76,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
         # What no part of arcore expects is named by its kind too: the message alone may say little, as of a KeyError.
         kind = "" if known else f"{type(error).__name__}: "
-        print(f"arcore {name}: error: {kind}{one_line(error)}", file=sys.stderr)
+        said = one_line(error)
+        if (
+            isinstance(error, OSError)
+            and error.errno in _NO_PLACE
+            and not error.filename
+            and _output_is_lost()
+        ):
+            said = f"cannot write the output: {error.strerror or said}"
+        print(f"arcore {name}: error: {kind}{said}", file=sys.stderr)
         return 2
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = importlib.import_module(f"arcore.cli.{name}")
+    if name not in _COMPUTING:
+        return int(command.main(arguments))
+    from arcore.matmul import float32_matmul
+
+    with float32_matmul(os.environ.get("ARCORE_MATMUL", "auto")):  # type: ignore[arg-type]
+        return int(command.main(arguments))
+
+
+def _output_is_lost() -> bool:
+    """Whether what is printed finds no place; if so, it is given up."""
+    try:
+        if not sys.stdout.isatty():
+            sys.stdout.flush()
+            # A buffer that could not be written is thrown away: only another byte tells.
+            os.write(sys.stdout.fileno(), b"\n")
+    except io.UnsupportedOperation:
+        return False
+    except OSError:
+        _discard_output()
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Point stdout elsewhere, so that the interpreter's last flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: BaseException) -> str:

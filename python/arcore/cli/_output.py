@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,4 +31,6 @@ def check_file(path: Path, option: str = "--out") -> None:
     """
     if path.is_dir():
         raise OSError(f"{path} is a folder but {option} must name a file")
+    if path.exists() and not path.is_file() and os.access(path, os.W_OK):
+        return  # a device or a pipe
     check_folder(path.parent)

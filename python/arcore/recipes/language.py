@@ -254,6 +254,11 @@ class Language(Recipe):
     def check_sampling(self, options: Any) -> None:
         if options.prompt is None:
             raise ValueError('this is a text model: say what it goes on from with --prompt "..."')
+        # What the terminal gave is no text where its bytes are none in the locale's encoding.
+        if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+            raise ValueError(
+                "--prompt is no UTF-8 text: write it so, in a UTF-8 locale (or with PYTHONUTF8=1)"
+            )
 
     def published(
         self, preset: str, weights: Path, options: Any, *, stored: bool = False
