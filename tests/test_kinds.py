@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Protocol, TypeVar
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import pytest
 import torch
@@ -73,6 +75,53 @@ def test_bounds_axes_and_items():
     ):
         with pytest.raises((TypeError, ValueError), match=says):
             f(**given)
+
+
+def test_the_ends_of_bounds_are_the_last_numbers_within():
+    for bounds in (
+        Bounds(),
+        Bounds(least=1),
+        Bounds(above=0, finite=True),
+        Bounds(least=0, most=1),
+        Bounds(finite=True),
+    ):
+        low, high = bounds.ends()
+        assert bounds.hold(low)
+        assert bounds.hold(high)
+        assert low == -math.inf or not bounds.hold(math.nextafter(low, -math.inf))
+        assert high == math.inf or not bounds.hold(math.nextafter(high, math.inf))
+
+
+def test_numbers_of_a_name_have_its_bounds_unless_an_annotation_says_others():
+    @check_kinds
+    def f(temperature: float = 1.0, top_p: float | None = None, depth: int = 1, steps: int = 1) -> None: ...
+
+    @check_kinds
+    def g(steps: Annotated[int, Bounds(least=-1)] = 1) -> None: ...
+
+    f(0.0, 1.0, 0, 0)
+    g(-1)
+    for given, says in (
+        ({"temperature": -0.1}, "temperature to be at least 0 but got -0.1"),
+        ({"top_p": 1.5}, "top_p to be from 0 to 1 but got 1.5"),
+        ({"top_p": math.nan}, "top_p to be a number but got nan"),
+        ({"depth": -1}, "depth to be at least 0 but got -1"),
+        ({"steps": -1}, "steps to be at least 0 but got -1"),
+        ({"step": 1}, "there is no argument 'step'; did you mean 'steps'?"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(says)):
+            f(**given)
+
+
+def test_a_users_own_function_keeps_its_errors():
+    @check_kinds
+    def f(judge: Callable[[Tensor], float], x: Tensor) -> float:
+        return judge(x)
+
+    space: dict[str, Any] = {"__name__": "somebody"}
+    exec("def judge(x):\n    return {}['a']", space)
+    with pytest.raises(KeyError, match="a"):
+        f(space["judge"], torch.ones(2))
 
 
 def test_words_behind_a_name_with_a_star_are_not_taken_for_others():

@@ -7,10 +7,12 @@ imported: public functions, and constructors and public methods of public classe
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import importlib.abc
 import importlib.machinery
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from types import FunctionType, ModuleType
@@ -19,8 +21,10 @@ from typing import Any
 from torch import autograd, nn
 
 from arcore._failures import ids_of
-from arcore._kinds import check_kinds, explain_kinds
+from arcore._kinds import check_kinds, check_record, explain_kinds
 
+# What such dataclasses hold is asked for; others hold results, whose numbers may be NaN.
+_SETTINGS = re.compile(r"(Config|Options|Settings|Sampling|Erasing|Specials)$")
 _PACKAGES: set[str] = set()
 
 
@@ -83,7 +87,9 @@ def _guard_class(owner: type) -> None:
         inner = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         if not isinstance(inner, FunctionType) or _is_guarded(inner) or not _takes_arguments(inner):
             continue
-        if name == "__init__":
+        if name == "__init__" and dataclasses.is_dataclass(owner) and not _SETTINGS.search(owner.__name__):
+            owner.__init__ = check_record(inner)  # type: ignore[misc]
+        elif name == "__init__":
             check_kinds(owner)
         else:
             # Ids with fractions would be cut off silently, so they are looked at before.

@@ -66,6 +66,12 @@ class Bounds(NamedTuple):
             and (not self.finite or math.isfinite(value))
         )
 
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest number within."""
+        large = sys.float_info.max if self.finite else math.inf
+        above = -math.inf if self.above == -math.inf else math.nextafter(self.above, math.inf)
+        return max(self.least, above, -large), min(self.most, large)
+
     def words(self) -> str:
         """The bounds, for a message."""
         if self.above > -math.inf and self.most < math.inf:
@@ -221,13 +227,22 @@ def _unknown(function: Any, names: tuple[str, ...], given: Iterable[str]) -> str
     return None
 
 
-def _checked(function: Any, *, settings: bool = False) -> Any:
+def check_record(function: Any) -> Any:
+    """`check_kinds` for the constructor of a dataclass of results, whose numbers may be anything, NaN too.
+
+    Args:
+        function: its `__init__`.
+    """
+    return _checked(function, settings=True, results=True)
+
+
+def _checked(function: Any, *, settings: bool = False, results: bool = False) -> Any:
     """What settings say themselves about values of the right kind comes first."""
     names = _positional(function)
     # Filled at the first call, when the names that annotations mention are there.
     kinds: dict[str, Any] = {}
     quick: dict[str, set[type]] = {}
-    numbers: dict[str, dict[type, Bounds]] = {}
+    numbers: dict[str, dict[type, tuple[float, float]]] = {}
     ids: frozenset[str] = frozenset()
 
     def look(name: str, value: object) -> None:
@@ -244,7 +259,8 @@ def _checked(function: Any, *, settings: bool = False) -> Any:
             return function(*args, **kwargs)
         nonlocal ids
         if not quick:
-            kinds.update(_customary(_kinds(function), settings=settings))
+            own = _kinds(function)
+            kinds.update(own if results else _customary(own, settings=settings))
             quick.update({name: _quick(kind) for name, kind in kinds.items()}, self=set())
             numbers.update({name: _ranges(kind) for name, kind in kinds.items()})
             ids = _failures.ids_of(function)
@@ -254,8 +270,10 @@ def _checked(function: Any, *, settings: bool = False) -> Any:
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
             if name not in kinds or type(value) in quick[name]:
                 continue
-            bounds = numbers[name].get(type(value))
-            if bounds is not None and bounds.hold(value):  # NaN is in no range
+            if results and type(value) is float and float in numbers[name]:
+                continue
+            ends = numbers[name].get(type(value))
+            if ends is not None and ends[0] <= value <= ends[1]:  # NaN is in no range
                 continue
             try:
                 look(name, value)
@@ -306,15 +324,15 @@ def _quick(kind: Any) -> set[type]:
     return {one for part in parts for one in known.get(part, ())}
 
 
-def _ranges(kind: Any) -> dict[type, Bounds]:
-    """Numbers that are right without a further look, by type."""
-    found: dict[type, Bounds] = {}
+def _ranges(kind: Any) -> dict[type, tuple[float, float]]:
+    """The smallest and the largest numbers that are right without a further look, by type."""
+    found: dict[type, tuple[float, float]] = {}
     for part in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
         plain, *more = get_args(part) if get_origin(part) is Annotated else (part,)
         bounds = [one for one in more if isinstance(one, Bounds)]
         if plain in (int, float) and len(bounds) == len(more) <= 1:
             for of in (int,) if plain is int else (float, int):
-                found[of] = bounds[0] if bounds else Bounds()
+                found[of] = (bounds[0] if bounds else Bounds()).ends()
     return found
 
 
@@ -333,14 +351,14 @@ _PARTS = re.compile(
 # What numbers of a name are everywhere, where an annotation says no bounds of its own. Names are the field's.
 _CUSTOMS: tuple[tuple[str, type, Bounds], ...] = (
     (
-        r"patch_size|image_size|batch_size|beam|horizon|paths|kernel_size|block_size|top_k",
+        r"patch_size|image_size|batch_size|beam|kernel_size|block_size|top_k",
         int,
         Bounds(least=1),
     ),
     (
         rf"{_PARTS.pattern}|num_.*|.*_(dim|heads|layers|tokens|steps|channels|length|kv_heads|bits|groups)|neighbours"
         r"|.*_conv|d_intermediate|batch|counts?|steps|updates|iterations|rounds|epochs|layers?|length|longest|shortest|max_.*"
-        r"|copies|context|label|window|grid|scales|frames|k|row|pairs|rows|columns|side|size|factor|keep|every|rollouts"
+        r"|copies|context|label|window|grid|scales|frames|horizon|row|pairs|rows|columns|side|size|factor|keep|every|rollouts"
         r"|simulations|prefix|queries|keys",
         int,
         Bounds(least=0),

@@ -130,13 +130,13 @@ def test_measures(tmp_path: Path):
         def forward(self, pair: Pair) -> torch.Tensor:
             return -torch.arange(320.0).expand(*pair.targets.shape, 320) / 50
 
-    right = choices(Oracle(), data, count=40)  # type: ignore[arg-type]
+    right = choices(Oracle(), data, count=40)
     assert set(right.tolist()) <= {0.0, 1.0}
-    assert float(choices(Oracle(), data).mean()) == choice_accuracy(Oracle(), data)  # type: ignore[arg-type]
-    assert choices(Oracle(), data, test=False, count=7).shape == (7,)  # type: ignore[arg-type]
-    one = held_out_loss(Oracle(), "FLM", data)  # type: ignore[arg-type]
+    assert float(choices(Oracle(), data).mean()) == choice_accuracy(Oracle(), data)
+    assert choices(Oracle(), data, test=False, count=7).shape == (7,)
+    one = held_out_loss(Oracle(), "FLM", data)
     task_pairs(data, 2)
-    assert one == held_out_loss(Oracle(), "FLM", data)  # type: ignore[arg-type]
+    assert one == held_out_loss(Oracle(), "FLM", data)
     kinds = {bytes(task_pairs(data, 1).inputs[0, 1:2].tolist()) for _ in range(30)}
     assert kinds == {b"R", b"S", b"C"}
     path.write_text("short")
@@ -146,8 +146,8 @@ def test_measures(tmp_path: Path):
         Options(context=8)
     with pytest.raises(ValueError, match="--heads must divide --dim"):
         Options(heads=5)
-    with pytest.raises(ValueError, match="expected CD, ND or ED"):
-        Model("XX", dim=8, layers=1, heads=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one of 'CD', 'ND', 'ED' but got 'XX'"):
+        Model("XX", dim=8, layers=1, heads=1)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

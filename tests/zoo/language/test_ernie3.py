@@ -229,7 +229,7 @@ def test_bad_input(tmp_path: Path):
     with pytest.raises(ValueError, match="too short for rows of 64"):
         Material("short", [], 64, 0)
     model = model_of()
-    with pytest.raises(ValueError, match="expected use to be understand or write"):
+    with pytest.raises(ValueError, match="expected use to be one of 'understand', 'write' but got 'read'"):
         model.hidden(torch.zeros(1, 3, dtype=torch.int64), "read")
     with pytest.raises(ValueError, match="expected a task of words, document"):
         model.loss("none", Material(TEXT, find_triples(TEXT), 48, 0).draw("words", 1))

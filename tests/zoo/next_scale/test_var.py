@@ -310,7 +310,7 @@ def test_autocast_gives_float32_logits_and_gradients():
         (torch.zeros(2, 13, 8, dtype=torch.float64), [0, 1], TypeError, "dtype float32 but got float64"),
         (torch.zeros(2, 13, 8), [0, 6], ValueError, r"class ids from 0 to 5 \(5 means no class\) but got 6"),
         (torch.zeros(2, 13, 8), [-1, 2], ValueError, "but got -1"),
-        (torch.zeros(2, 13, 8), [0.0, 2.0], TypeError, "class ids of dtype int64 but got float32"),
+        (torch.zeros(2, 13, 8), [0.0, 2.0], TypeError, "labels of dtype int64 but got float32"),
         (torch.zeros(2, 13, 8), [[0], [2]], ValueError, r"labels of shape \[B\] but got \(2, 1\)"),
     ],
 )
@@ -350,7 +350,7 @@ def test_bad_steps():
         ({"patch_nums": (0, 1)}, "growing side lengths"),
         ({"num_heads": 3}, "multiple of num_heads but got dim=32 and num_heads=3"),
         ({"drop_path": 1.0}, "expected 0 <= rate < 1 but got 1.0"),
-        ({"class_drop": -0.1}, "0 <= drop <= 1"),
+        ({"class_drop": -0.1}, "class_drop to be from 0 to 1 but got -0.1"),
     ],
 )
 def test_bad_configs(change: dict, message: str):

@@ -169,7 +169,7 @@ def test_every_patch_reaches_the_class():
     [
         ({"num_classes": 0}, "num_classes to be at least 1 but got 0"),
         ({"image_size": 26}, "image_size to be a multiple of patch_size=4 but got 26"),
-        ({"drop_path": 1.5}, "0 <= rate < 1"),
+        ({"drop_path": 1.5}, "drop_path to be from 0 to 1 but got 1.5"),
     ],
 )
 def test_bad_configs(change: dict, message: str):

@@ -149,7 +149,7 @@ def test_it_starts_from_a_pretrained_encoder():
         ({"image_size": 26}, "multiple of patch_size=4, two patches or more, but got 26"),
         ({"image_size": 4}, "two patches or more, but got 4"),
         ({"dropout": 1.0}, "0 <= dropout < 1 but got 1.0"),
-        ({"drop_path": 1.5}, "0 <= rate < 1"),
+        ({"drop_path": 1.5}, "drop_path to be from 0 to 1 but got 1.5"),
     ],
 )
 def test_bad_configs(change: dict, message: str):

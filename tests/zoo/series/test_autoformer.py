@@ -167,7 +167,7 @@ def test_any_horizon():
 def test_what_does_not_fit_is_refused():
     model = arcore.create_model("autoformer_tiny", **SIZES)
     with pytest.raises(ValueError, match=r"expected values \[B, 16, 3\] and a calendar \[B, 22, 5\]"):
-        model(torch.zeros(2, 15, 3), torch.zeros(2, 22, 5))
+        model(torch.zeros(2, 15, 3), torch.zeros(2, 22, 5, dtype=torch.int64))
     for fields, says in (
         ({"moving_average": 4}, "an odd moving_average"),
         ({"label": 17}, "label from 0 to context=16"),

@@ -114,7 +114,7 @@ def test_the_gaussian_mechanism_is_as_private_as_it_says():
     [
         ({"epsilon": 0.0}, "epsilon must be a number above 0 but got 0"),
         ({"epsilon": -1.0}, "epsilon must be a number above 0 but got -1"),
-        ({"epsilon": math.nan}, "epsilon must be a number above 0 but got nan"),
+        ({"epsilon": math.nan}, "epsilon to be a number but got nan"),
         ({"delta": 0.0}, "delta must lie between 0 and 1"),
         ({"delta": 1.0}, "delta must lie between 0 and 1"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0"),

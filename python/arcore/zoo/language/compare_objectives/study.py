@@ -80,7 +80,7 @@ def fit(
 
 
 @torch.no_grad()
-def held_out_loss(model: Model, objective: Objective, data: Data, count: int = 64) -> float:
+def held_out_loss(model: nn.Module, objective: Objective, data: Data, count: int = 64) -> float:
     """Cross entropy per target of held-out pieces, in nats; the same pieces whatever was drawn before."""
     before, data.generator = data.generator, torch.Generator().manual_seed(1)
     pair = make_pair(objective, data.draw(count, test=True), data.generator)
@@ -88,13 +88,13 @@ def held_out_loss(model: Model, objective: Objective, data: Data, count: int = 6
     return float(F.cross_entropy(model(pair).flatten(0, 1), pair.targets.flatten()))
 
 
-def choice_accuracy(model: Model, data: Data) -> float:
+def choice_accuracy(model: nn.Module, data: Data) -> float:
     """Share of held-out pieces whose continuation is likelier than three others, from elsewhere in the text."""
     return float(choices(model, data).mean())
 
 
 @torch.no_grad()
-def choices(model: Model, data: Data, *, test: bool = True, count: int = 100, ahead: int = 16) -> Tensor:
+def choices(model: nn.Module, data: Data, *, test: bool = True, count: int = 100, ahead: int = 16) -> Tensor:
     """Whether the right continuation of each piece is likelier than three others: 0 or 1, float `[count]`.
 
     Args:
