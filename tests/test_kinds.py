@@ -113,6 +113,18 @@ def test_numbers_of_a_name_have_its_bounds_unless_an_annotation_says_others():
             f(**given)
 
 
+def test_what_an_argument_lacks_is_said_of_that_argument():
+    @check_kinds
+    def f(model: Any, other: Tensor | None = None) -> Any:
+        return model.config
+
+    for wrong, says in ((None, "but None has none"), (nn.Linear(1, 1), "but a Linear has none")):
+        with pytest.raises(TypeError, match=f"f: expected model to have 'config', {says}"):
+            f(wrong)
+        with pytest.raises(TypeError, match="expected model to have"):
+            f(wrong, None)
+
+
 def test_a_users_own_function_keeps_its_errors():
     @check_kinds
     def f(judge: Callable[[Tensor], float], x: Tensor) -> float:

@@ -91,7 +91,9 @@ def explained(function: Any, where: str, given: Mapping[str, Any], root: BaseExc
         given: its arguments by name, without `self`.
         root: the error.
     """
-    complaint = _missing_attribute(given, root) or _by_docstring(function, given) or _by_layer(given, root)
+    complaint = (
+        _missing_attribute(function, given, root) or _by_docstring(function, given) or _by_layer(given, root)
+    )
     if complaint is not None:
         kind = TypeError if isinstance(root, AttributeError) or "dtype" in complaint else ValueError
         return Failure(f"{where}: {complaint}", kind, True)
@@ -148,14 +150,21 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _missing_attribute(given: Mapping[str, Any], root: BaseException) -> str | None:
+def _missing_attribute(function: Any, given: Mapping[str, Any], root: BaseException) -> str | None:
     """An argument that lacks what is asked of it."""
     if not isinstance(root, AttributeError) or root.name is None:
         return None
-    for name, value in given.items():
-        if value is root.obj and value is not None:
-            return f"expected {name} to have {root.name!r}, but a {type(value).__name__} has none"
-    return None
+    parameters = inspect.signature(function).parameters
+    # None may be what was left out, and then it is not to blame.
+    blamed = [
+        name
+        for name, value in given.items()
+        if value is root.obj and (value is not None or parameters[name].default is not None)
+    ]
+    if len(blamed) != 1:
+        return None
+    kind = "None" if root.obj is None else f"a {type(root.obj).__name__}"
+    return f"expected {blamed[0]} to have {root.name!r}, but {kind} has none"
 
 
 class _Written(NamedTuple):
