@@ -236,51 +236,73 @@ def check_record(function: Any) -> Any:
     return _checked(function, settings=True, results=True)
 
 
-def _checked(function: Any, *, settings: bool = False, results: bool = False) -> Any:
-    """What settings say themselves about values of the right kind comes first."""
-    names = _positional(function)
-    # Filled at the first call, when the names that annotations mention are there.
-    kinds: dict[str, Any] = {}
-    quick: dict[str, set[type]] = {}
-    numbers: dict[str, dict[type, tuple[float, float]]] = {}
-    ids: frozenset[str] = frozenset()
+class _Guard:
+    """What is known of a function's arguments; filled at the first call, when the names in annotations are there."""
 
-    def look(name: str, value: object) -> None:
-        _check(function, name, value, kinds[name])
-        _check_axes(function, name, value, kinds[name])
-        if name in ids:
-            _check_ids(function, name, value)
-        elif _is_settled_by_class(kinds[name], value):
-            quick[name].add(type(value))
+    __slots__ = ("function", "ids", "kinds", "names", "numbers", "quick", "results", "settings")
+
+    def __init__(self, function: Any, *, settings: bool, results: bool) -> None:
+        self.function, self.settings, self.results = function, settings, results
+        self.names = _positional(function)
+        self.kinds: dict[str, Any] = {}
+        self.quick: dict[str, set[type]] = {}
+        self.numbers: dict[str, dict[type, tuple[float, float]]] = {}
+        self.ids: frozenset[str] = frozenset()
+
+    def fill(self) -> None:
+        kinds = _kinds(self.function)
+        self.kinds = kinds if self.results else _customary(kinds, settings=self.settings)
+        self.numbers = {name: _ranges(kind) for name, kind in self.kinds.items()}
+        self.ids = _failures.ids_of(self.function)
+        quick = {name: _quick(kind) for name, kind in self.kinds.items()}
+        for name in self.ids:
+            quick.setdefault(name, set()).difference_update((Tensor, nn.Parameter))
+        self.quick = {**quick, "self": set()}
+
+    def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ValueError | None:
+        """Refuse a wrong kind. What settings say themselves about values of the right kind comes first: such an error
+        is returned."""
+        if not self.quick:
+            self.fill()
+        kinds, quick, late = self.kinds, self.quick, None
+        for name, value in (*zip(self.names, args, strict=False), *kwargs.items()):
+            if name not in kinds or type(value) in quick[name]:
+                continue
+            numbers = self.numbers[name]
+            if self.results and type(value) is float and float in numbers:
+                continue
+            ends = numbers.get(type(value))
+            if ends is not None and ends[0] <= value <= ends[1]:  # NaN is in no range
+                continue
+            try:
+                self.look_at(name, value)
+            except ValueError as error:
+                if not self.settings:
+                    raise
+                late = late or error
+        return late
+
+    def look_at(self, name: str, value: object) -> None:
+        _check(self.function, name, value, self.kinds[name])
+        _check_axes(self.function, name, value, self.kinds[name])
+        if name in self.ids:
+            _check_ids(self.function, name, value)
+        elif _is_settled_by_class(self.kinds[name], value):
+            self.quick[name].add(type(value))
+
+
+# By function. In the closure of the guard, torch.compile would meet what it cannot trace.
+_GUARDS: dict[Any, _Guard] = {}
+
+
+def _checked(function: Any, *, settings: bool = False, results: bool = False) -> Any:
+    _GUARDS[function] = _Guard(function, settings=settings, results=results)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        nonlocal ids
-        if not quick:
-            own = _kinds(function)
-            kinds.update(own if results else _customary(own, settings=settings))
-            quick.update({name: _quick(kind) for name, kind in kinds.items()}, self=set())
-            numbers.update({name: _ranges(kind) for name, kind in kinds.items()})
-            ids = _failures.ids_of(function)
-            for name in ids:
-                quick.setdefault(name, set()).difference_update((Tensor, nn.Parameter))
-        late: ValueError | None = None
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if name not in kinds or type(value) in quick[name]:
-                continue
-            if results and type(value) is float and float in numbers[name]:
-                continue
-            ends = numbers[name].get(type(value))
-            if ends is not None and ends[0] <= value <= ends[1]:  # NaN is in no range
-                continue
-            try:
-                look(name, value)
-            except ValueError as error:
-                if not settings:
-                    raise
-                late = late or error
+        late = _GUARDS[function].look(args, kwargs)
         try:
             result = function(*args, **kwargs)
         except _failures.TOLD as error:

@@ -304,7 +304,7 @@ def test_unit_tokens():
         ({"tokens": 15}, "square number of patches of 4 x 4 pixels but got tokens=15 and channels=16"),
         ({"channels": 24}, "tokens=16 and channels=24"),
         ({"null_context": "none"}, "null_context to be one of 'learned', 'zero', 'first' but got 'none'"),
-        ({"class_drop": 1.5}, "0 <= drop <= 1"),
+        ({"class_drop": 1.5}, "class_drop to be from 0 to 1 but got 1.5"),
         ({"num_heads": 5}, "multiple of num_heads"),
     ],
 )
