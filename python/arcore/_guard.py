@@ -88,7 +88,7 @@ def _guard_class(owner: type) -> None:
         if not isinstance(inner, FunctionType) or _is_guarded(inner) or not _takes_arguments(inner):
             continue
         if name == "__init__" and dataclasses.is_dataclass(owner) and not _SETTINGS.search(owner.__name__):
-            owner.__init__ = check_record(inner)  # type: ignore[misc]
+            setattr(owner, name, check_record(inner))
         elif name == "__init__":
             check_kinds(owner)
         else:
