@@ -129,6 +129,34 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(tensor.shape).copy_(tensor)
 
 
+def native(path: Path) -> ctypes.CDLL:
+    """The executor's own functions in a library, which then refuse other numbers and kinds of arguments: one array
+    that is too short would be written past its end."""
+    library = ctypes.CDLL(str(path))
+    library.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
+    library.arcore_cuda_host_set_cluster_limit.argtypes = [ctypes.c_int]
+    library.arcore_cuda_host_statistics.argtypes = [ctypes.POINTER(ctypes.c_int64 * len(STATISTICS))]
+    return library
+
+
+def statistics_of(library: ctypes.CDLL) -> dict[str, int]:
+    """Counts of the last launch; `all_async_copies` of all launches."""
+    values = (ctypes.c_int64 * len(STATISTICS))()
+    library.arcore_cuda_host_statistics(ctypes.byref(values))
+    return dict(zip(STATISTICS, values, strict=True))
+
+
+def probe_library(sanitize: bool = False) -> ctypes.CDLL:
+    """probe.cu, whose `probe` takes: kernel, out, in, n, mistake, blocks, threads, shared bytes, blocks of a cluster,
+    message, its room."""
+    library = native(build_library([HERE / "probe.cu"], sanitize))
+    library.probe.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_int,
+        ctypes.c_int64, ctypes.c_int, ctypes.c_char_p, ctypes.c_int64,
+    ]  # fmt: skip
+    return library
+
+
 class CudaHost:
     """The CUDA kernels of one op, compiled for the CPU."""
 
@@ -139,9 +167,7 @@ class CudaHost:
         before = _registered()
         torch.ops.load_library(str(path))
         self.names = sorted(_registered() - before)
-        self._native = ctypes.CDLL(str(path))
-        self._native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
-        self._native.arcore_cuda_host_set_cluster_limit.argtypes = [ctypes.c_int]
+        self._native = native(path)
 
     def set_seed(self, seed: int) -> None:
         """Picks the order in which warps and blocks run."""
@@ -153,9 +179,7 @@ class CudaHost:
 
     def statistics(self) -> dict[str, int]:
         """Counts of the last launch; `all_async_copies` of all launches."""
-        values = (ctypes.c_int64 * len(STATISTICS))()
-        self._native.arcore_cuda_host_statistics(values)
-        return dict(zip(STATISTICS, values, strict=True))
+        return statistics_of(self._native)
 
 
 def _registered() -> set[str]:

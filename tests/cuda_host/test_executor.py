@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.cuda_host.build import HERE, build_library, guarded, unavailable
+from tests.cuda_host.build import guarded, probe_library, statistics_of, unavailable
 
 reason = unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
@@ -45,8 +45,7 @@ Probe = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    native = ctypes.CDLL(str(build_library([HERE / "probe.cu"])))
-    native.arcore_cuda_host_set_seed.argtypes = [ctypes.c_uint64]
+    native = probe_library()
     native.arcore_cuda_host_set_cluster_limit(16)
     return native
 
@@ -69,16 +68,16 @@ def probe(library: ctypes.CDLL) -> Probe:
         library.arcore_cuda_host_set_seed(seed)
         code = library.probe(
             which,
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_void_p(source.data_ptr()),
-            ctypes.c_int64(n),
+            out.data_ptr(),
+            source.data_ptr(),
+            n,
             mistake,
-            ctypes.c_int64(blocks),
+            blocks,
             threads,
-            ctypes.c_int64(4 * threads if shared is None else shared),
+            4 * threads if shared is None else shared,
             cluster,
             message,
-            ctypes.c_int64(len(message)),
+            len(message),
         )
         assert (code != 0) == bool(message.value)
         return message.value.decode()
@@ -177,11 +176,17 @@ def test_matrix_product_and_bank_conflicts(probe: Probe, library: ctypes.CDLL, p
     source = torch.cat([a.flatten(), b.flatten()]).float()
     assert probe(PRODUCT, out, source, pitch, threads=32, shared=24 * pitch * 2) == ""
     torch.testing.assert_close(out, (a.double() @ b.double().T).float(), rtol=1e-6, atol=1e-6)
-    counts = (ctypes.c_int64 * 6)()
-    library.arcore_cuda_host_statistics(counts)
+    counts = statistics_of(library)
     # Rows of 32 bytes: four of eight share their banks with another one; of 48 bytes: none.
-    assert counts[5] == (8 * 4 if pitch == 16 else 0)
-    assert counts[3] == 1
+    assert counts["bank_conflicts"] == (8 * 4 if pitch == 16 else 0)
+    assert counts["matrix_products"] == 1
+
+
+def test_an_array_that_is_too_short_for_the_counts_is_refused(library: ctypes.CDLL) -> None:
+    with pytest.raises(ctypes.ArgumentError):
+        library.arcore_cuda_host_statistics(ctypes.byref((ctypes.c_int64 * 6)()))
+    with pytest.raises(TypeError, match="11 arguments"):
+        library.probe(REVERSE, None, None, 0, NONE, 1, 32, 0, b"", 0)
 
 
 @pytest.mark.parametrize(
@@ -192,18 +197,7 @@ def test_a_launch_that_no_gpu_takes_is_refused(
     library: ctypes.CDLL, blocks: int, threads: int, shared: int, refusal: int
 ) -> None:
     message = ctypes.create_string_buffer(64)
-    code = library.probe(
-        REVERSE,
-        None,
-        None,
-        ctypes.c_int64(0),
-        0,
-        ctypes.c_int64(blocks),
-        threads,
-        ctypes.c_int64(shared),
-        message,
-        ctypes.c_int64(64),
-    )
+    code = library.probe(REVERSE, None, None, 0, NONE, blocks, threads, shared, 1, message, len(message))
     assert code == refusal
     assert message.value == b""
 

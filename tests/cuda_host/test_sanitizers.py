@@ -20,11 +20,10 @@ pytestmark = [
 
 PLANTED = """
 import ctypes, torch
-from tests.cuda_host.build import HERE, build_library
-library = ctypes.CDLL(str(build_library([HERE / "probe.cu"], sanitize=True)))
+from tests.cuda_host.build import probe_library
+library = probe_library(sanitize=True)
 out, message = torch.zeros(128), ctypes.create_string_buffer(64)
-library.probe(1, ctypes.c_void_p(out.data_ptr()), None, ctypes.c_int64({n}), {mistake}, ctypes.c_int64(1), 128,
-              ctypes.c_int64(512), message, ctypes.c_int64(64))
+library.probe(1, out.data_ptr(), None, {n}, {mistake}, 1, 128, 512, 1, message, 64)
 print("alive")
 """
 
