@@ -120,6 +120,8 @@ def test_laws_of_two_targets_of_other_lengths_and_orders() -> None:
 class Sure:
     """A decoder whose confidence in each place is given: the tokens that it says count the calls."""
 
+    config = NarConfig(source_vocab=12, target_vocab=12, max_length=4)
+
     def __init__(self, sure: Tensor) -> None:
         self.sure, self.seen = sure, []
 
@@ -163,6 +165,9 @@ def test_one_call_of_mask_predict_is_the_likeliest_token_of_each_place() -> None
     expected = logits[..., SPECIAL:].argmax(-1) + SPECIAL
     for row, n in enumerate(lengths.tolist()):
         assert torch.equal(ids[row, :n], expected[row, :n])
+    for wrong in ([3, 10**6, 2], [0, 5, 2]):
+        with pytest.raises(ValueError, match=rf"from 1 to the model's max_length 6 but got {min(wrong)} to"):
+            cmlm.fill(model, memory, torch.tensor(wrong), 1)
 
 
 def test_glancing_shows_as_many_tokens_as_are_wrong() -> None:

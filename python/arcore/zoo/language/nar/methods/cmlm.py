@@ -51,7 +51,17 @@ def write(model: Any, source: Batch, iterations: int) -> tuple[list[list[int]], 
 
 
 def fill(model: Any, memory: Any, lengths: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Tokens `[R, N]` of targets of known lengths, and their mean log-probability `[R]`."""
+    """Tokens `[R, N]` of targets of known lengths, and their mean log-probability `[R]`.
+
+    Raises:
+        ValueError: a length is below 1 or above the model's `max_length`.
+    """
+    most = model.config.max_length
+    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= most:
+        raise ValueError(
+            f"expected lengths from 1 to the model's max_length {most} but got "
+            f"{int(lengths.min())} to {int(lengths.max())}"
+        )
     real = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
     ids = torch.full(real.shape, MASK, device=lengths.device)
     sure = torch.zeros(real.shape, device=lengths.device)
