@@ -5,6 +5,9 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstddef>
@@ -39,8 +42,19 @@ struct Index {
   int64_t block[3], grid[3];
 };
 
-const Index& index();
-unsigned char* shared_memory();
+// Of the thread that runs, and the shared memory of its block; the scheduler sets them before it switches.
+struct Running {
+  Index index;
+  unsigned char *shared, *shared_end;
+};
+extern Running running;
+
+inline const Index& index() {
+  return running.index;
+}
+inline unsigned char* shared_memory() {
+  return running.shared;
+}
 
 // All 32 lanes of the warp meet; `combine` reads in[lane] and writes out[lane].
 using Combine = void (*)(const void* const* in, void* const* out);
@@ -68,7 +82,11 @@ void wait_copies(int pending);
 void note_readonly(const void* p, size_t bytes, const Where& where);
 void note_store(const void* p, size_t bytes, const Where& where);
 
-void check_shared(const void* p, size_t bytes, const char* what, const Where& where);
+[[noreturn]] void fail_outside_shared(const char* what, const Where& where);
+inline void check_shared(const void* p, size_t bytes, const char* what, const Where& where) {
+  const auto* begin = static_cast<const unsigned char*>(p);
+  if (begin < running.shared || begin + bytes > running.shared_end) fail_outside_shared(what, where);
+}
 void count_matrix_product();
 void count_bank_conflicts(int conflicts);
 
@@ -103,16 +121,26 @@ struct ProductIn {
 };
 template <typename T>
 float decode(uint16_t bits) {
-  T x;
-  std::memcpy(&x, &bits, 2);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __bfloat162float(x);
-  else
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint32_t word = uint32_t{bits} << 16;
+    float out;
+    std::memcpy(&out, &word, 4);
+    return out;
+  } else {
+#ifdef __F16C__
+    return _cvtsh_ss(bits);
+#else
+    T x;
+    std::memcpy(&x, &bits, 2);
     return __half2float(x);
+#endif
+  }
 }
 template <typename T>
 void combine_product(const void* const* in, void* const* out) {
-  float a[16][16], b[16][8];
+  typedef double Half __attribute__((vector_size(32)));  // of a row of b
+  double a[16][16];
+  Half b[16][2], sums[16][2];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& p = *static_cast<const ProductIn*>(in[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -122,21 +150,25 @@ void combine_product(const void* const* in, void* const* out) {
       a[row][column + 1] = decode<T>(static_cast<uint16_t>(p.a[i] >> 16));
     }
     for (int i = 0; i < 2; ++i) {
-      b[2 * t + 8 * i][g] = decode<T>(static_cast<uint16_t>(p.b[i]));
-      b[2 * t + 8 * i + 1][g] = decode<T>(static_cast<uint16_t>(p.b[i] >> 16));
+      b[2 * t + 8 * i][g / 4][g % 4] = decode<T>(static_cast<uint16_t>(p.b[i]));
+      b[2 * t + 8 * i + 1][g / 4][g % 4] = decode<T>(static_cast<uint16_t>(p.b[i] >> 16));
     }
   }
-  double sums[16][8] = {};
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < 8; ++column)
-        sums[row][column] += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+  for (int row = 0; row < 16; ++row) {
+    Half left{}, right{};
+    for (int k = 0; k < 16; ++k) {
+      left += a[row][k] * b[k][0];
+      right += a[row][k] * b[k][1];
+    }
+    sums[row][0] = left;
+    sums[row][1] = right;
+  }
   for (int lane = 0; lane < 32; ++lane) {
     const auto& p = *static_cast<const ProductIn*>(in[lane]);
     float* c = static_cast<float*>(out[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i)
-      c[i] = static_cast<float>(static_cast<double>(p.c[i]) + sums[g + (i / 2) * 8][2 * t + i % 2]);
+      c[i] = static_cast<float>(static_cast<double>(p.c[i]) + sums[g + (i / 2) * 8][t / 2][t % 2 * 2 + i % 2]);
   }
   count_matrix_product();
 }

@@ -182,11 +182,12 @@ struct Executor {
   // The launch that runs.
   void (*run)(const void*) = nullptr;
   const void* closure = nullptr;
-  Index index{};
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Block> blocks;  // of the cluster that runs
   int current = -1, returned = 0, at_cluster_barrier = 0;
+  // The warp that has its turn, the lane that began it plus 31, how many lanes are left.
+  int turn_warp = 0, turn_first = 0, turns_left = 0;
   // Of the device that is played: blocks of a cluster, 0: none.
   int cluster_limit = 0;
   Random random{0};
@@ -243,16 +244,52 @@ Thread& self() {
 }
 
 size_t block_of_current() {
-  return static_cast<size_t>(executor.current / executor.index.threads);
+  return static_cast<size_t>(running.index.rank);
 }
 Block& own_block() {
   return executor.blocks[block_of_current()];
 }
 
+// What the functions of device.h look up, for thread `thread` of the cluster.
+void set_running(int thread) {
+  Executor& e = executor;
+  e.current = thread;
+  const int threads = running.index.threads, rank = e.blocks.size() == 1 ? 0 : thread / threads;
+  running.index.thread = thread - rank * threads;
+  running.index.rank = rank;
+  const Block& block = e.blocks[static_cast<size_t>(rank)];
+  std::memcpy(running.index.block, block.place, sizeof(block.place));
+  running.shared = block.shared;
+  running.shared_end = block.shared + e.shared_bytes;
+}
+
+// The next thread that is ready of those of the warp that are not run yet in this turn, or -1.
+int take_turn() {
+  Executor& e = executor;
+  while (e.turns_left > 0) {
+    --e.turns_left;
+    const int thread = e.turn_warp * kLanes + (e.turn_first - e.turns_left) % kLanes;
+    if (e.threads[static_cast<size_t>(thread)].state != State::kReady) continue;
+    --e.warps[static_cast<size_t>(e.turn_warp)].ready;
+    set_running(thread);
+    return thread;
+  }
+  return -1;
+}
+
+// On to the next thread, or to the scheduler when the warp has had its turn.
 void suspend() {
-  const int me = executor.current;
-  switch_to_scheduler(self(), false);
-  executor.current = me;
+  Thread& me = self();
+  const int next = ARCORE_ASAN ? -1 : take_turn();
+  if (next < 0)
+    switch_to_scheduler(me, false);
+  else
+    arcore_switch_stack(&me.stack_pointer, executor.threads[static_cast<size_t>(next)].stack_pointer);
+}
+
+bool same_place(const Where& a, const Where& b) {
+  return std::memcmp(&a, &b, sizeof(Where)) == 0 ||  // the same object of the compiler
+         (a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 std::string place(const Where& where) {
@@ -271,7 +308,7 @@ std::string block_name() {
   return block_name(own_block());
 }
 std::string thread_name() {
-  return "thread " + std::to_string(executor.current % executor.index.threads) + " of " + block_name();
+  return "thread " + std::to_string(executor.current % running.index.threads) + " of " + block_name();
 }
 
 void set_error(const std::string& message) {
@@ -332,7 +369,7 @@ void on_fault(int, siginfo_t* info, void*) {
 
 // Who waits where, when nobody can go on.
 std::string deadlock() {
-  const auto threads = static_cast<size_t>(executor.index.threads);
+  const auto threads = static_cast<size_t>(running.index.threads);
   const bool alone = executor.blocks.size() == 1;
   std::string text = "threads of " + block_name(executor.blocks[0]) + (alone ? "" : " and of its cluster") +
                      " wait for each other: ";
@@ -386,14 +423,11 @@ void run_cluster() {
         return;
       }
     }
-    const int first = e.random.below(kLanes);
-    for (int l = 0; l < kLanes; ++l) {
-      const int thread = warp * kLanes + (first + l) % kLanes;
-      Thread& t = e.threads[static_cast<size_t>(thread)];
-      if (t.state != State::kReady) continue;
-      --e.warps[static_cast<size_t>(warp)].ready;
-      e.current = thread;
-      switch_to_thread(t);
+    e.turn_warp = warp;
+    e.turn_first = e.random.below(kLanes) + kLanes - 1;
+    e.turns_left = kLanes;
+    for (int thread = take_turn(); thread >= 0; thread = take_turn()) {
+      switch_to_thread(e.threads[static_cast<size_t>(thread)]);
       if (!e.error.empty()) return;
     }
   }
@@ -438,17 +472,7 @@ void make_room(int threads, int64_t shared_bytes, int cluster) {
 
 }  // namespace
 
-const Index& index() {
-  Index& i = executor.index;
-  i.thread = executor.current % i.threads;
-  i.rank = static_cast<int>(block_of_current());
-  std::memcpy(i.block, own_block().place, sizeof(i.block));
-  return i;
-}
-
-unsigned char* shared_memory() {
-  return own_block().shared;
-}
+Running running;
 
 int cluster_limit() {
   return executor.cluster_limit;
@@ -459,10 +483,7 @@ void fail(const char* message, const Where& where) {
   give_up();
 }
 
-void check_shared(const void* p, size_t bytes, const char* what, const Where& where) {
-  const auto* begin = static_cast<const unsigned char*>(p);
-  const unsigned char* shared = own_block().shared;
-  if (begin >= shared && begin + bytes <= shared + executor.shared_bytes) return;
+void fail_outside_shared(const char* what, const Where& where) {
   fail((std::string(what) + " outside the shared memory of the block").c_str(), where);
 }
 
@@ -504,8 +525,7 @@ void meet_warp(const char* what, const void* in, void* out, Combine combine, con
   const void* inputs[kLanes];
   void* outputs[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    if (lanes[l].combine != combine || lanes[l].where.line() != where.line() ||
-        std::strcmp(lanes[l].where.file_name(), where.file_name()) != 0) {
+    if (lanes[l].combine != combine || !same_place(lanes[l].where, where)) {
       fail(("lanes of a warp are at different places: lane " + std::to_string(l) + " at " + lanes[l].what +
             ", " + place(lanes[l].where) + ", another at " + what)
                .c_str(),
@@ -538,12 +558,11 @@ int meet_block(int id, int expected, bool value, const Where& where) {
     suspend();
     return self().result;
   }
-  const size_t first = block_of_current() * static_cast<size_t>(e.index.threads);
-  for (size_t i = first; i < first + static_cast<size_t>(e.index.threads); ++i) {
+  const size_t first = block_of_current() * static_cast<size_t>(running.index.threads);
+  for (size_t i = first; i < first + static_cast<size_t>(running.index.threads); ++i) {
     Thread& t = e.threads[i];
     if (t.state != State::kInBarrier || t.barrier != id) continue;
-    if (id == 0 &&
-        (t.where.line() != where.line() || std::strcmp(t.where.file_name(), where.file_name()) != 0))
+    if (id == 0 && !same_place(t.where, where))
       fail(("threads of a block are at different barriers: thread " + std::to_string(i - first) + " at " +
             place(t.where))
                .c_str(),
@@ -636,7 +655,7 @@ int launch_erased(void (*run)(const void*), int64_t x, int64_t y, int64_t z, int
   e.statistics = {};
   e.statistics.all_async_copies = all_async_copies;
   e.uses.forget();
-  e.index = {0, threads, 0, cluster, {0, 0, 0}, {x, y, z}};
+  running.index = {0, threads, 0, cluster, {0, 0, 0}, {x, y, z}};
 
 #if !ARCORE_ASAN
   struct sigaction action{};
