@@ -41,11 +41,38 @@ def pytest_configure(config: pytest.Config) -> None:
         "slow: takes more than a few seconds; runs with --runslow (make test-all)",
         "cuda: needs a CUDA device and an extension built with CUDA",
         "plain_empty: runs without the NaN fill of uninitialised memory",
+        "thinned: of all combinations of parameters, those alone are not slow that hold each value once or a few times",
     ):
         config.addinivalue_line("markers", line)
 
 
+def leave_out(items: list[pytest.Item]) -> None:
+    """Marks as slow what the marker `thinned` leaves out of a test's combinations of parameters. With n values of the
+    longest parameter n combinations stay: the i-th of each parameter, from the beginning again where one has fewer, then
+    one further, so that two short parameters do not keep the same pairs."""
+    tests: dict[tuple[object, ...], list[pytest.Function]] = {}
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.get_closest_marker("thinned")
+        ):
+            tests.setdefault((item.path, item.cls, item.originalname), []).append(item)
+    for combinations in tests.values():
+        axes = [dict.fromkeys(ids) for ids in zip(*(i.callspec._idlist for i in combinations), strict=True)]
+        places = [{name: i for i, name in enumerate(axis)} for axis in axes]
+        longest = max(map(len, axes))
+        kept = {
+            tuple((i + n * (i // len(axis))) % len(axis) for n, axis in enumerate(axes))
+            for i in range(longest)
+        }
+        for item in combinations:
+            if tuple(p[name] for p, name in zip(places, item.callspec._idlist, strict=True)) not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(items)
     slow = pytest.mark.skip(reason="slow: runs with --runslow")
     no_cuda = reason_to_skip_cuda()
     for item in items:

@@ -62,3 +62,17 @@ def test_fill_does_not_reach_compiled_results() -> None:
 
     x = torch.arange(4.0)
     assert torch.equal(torch.compile(double, fullgraph=True, backend="aot_eager")(x), x * 2)
+
+
+@pytest.mark.thinned
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+@pytest.mark.parametrize(("i", "j"), [(1, 5), (2, 5)])
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_combination(request: pytest.FixtureRequest, name: str, i: int, j: int, flag: bool) -> None:
+    """Those that are not slow hold each value, and two of two values meet in each way."""
+    tests = [t for t in request.session.items if getattr(t, "originalname", "") == "test_a_combination"]
+    quick = [t.callspec.params for t in tests if t.get_closest_marker("slow") is None]
+    assert {p["name"] for p in quick} == {"a", "b", "c", "d"}
+    assert {(p["i"], p["flag"]) for p in quick} == {(1, False), (2, True), (1, True), (2, False)}
+    assert len(quick) == 4
+    assert len(tests) == 16

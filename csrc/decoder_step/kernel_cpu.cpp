@@ -116,7 +116,7 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
     for (int64_t b = 0; b < cols / kBlockValues; ++b) {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r)
-        __builtin_prefetch(rows[r] + b + ahead, 0, 3);
+        __builtin_prefetch(rows[r] + b + ahead, 0, 2);
       const Opened<T> blocks[kRows] = {Opened<T>(rows[0][b]), Opened<T>(rows[1][b]), Opened<T>(rows[2][b]),
                                        Opened<T>(rows[3][b])};
       each_vector([&](auto from) {
@@ -141,7 +141,7 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
     for (; i + kLine <= cols; i += kLine) {
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r)
-        __builtin_prefetch(rows[r] + i + ahead, 0, 3);
+        __builtin_prefetch(rows[r] + i + ahead, 0, 2);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kLine; j += kLanes)
         step(i + j);

@@ -18,7 +18,7 @@ from tests.block_sparse_attention.sm90 import plan_of
 from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 
 @pytest.fixture

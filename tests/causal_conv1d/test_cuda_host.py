@@ -15,7 +15,7 @@ from tests.causal_conv1d.cases import ALONG_TIME, check_against_reference, every
 from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 
 @pytest.fixture

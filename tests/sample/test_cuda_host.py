@@ -18,7 +18,7 @@ from tests.sample import test_reference as reference
 from tests.sample.cases import INF, adversarial_rows
 
 unable = unavailable()
-pytestmark = pytest.mark.skipif(unable is not None, reason=unable or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(unable is not None, reason=unable or "")]
 
 SHARED = {
     reference: ["test_random_calls", "test_confidence_masks"],

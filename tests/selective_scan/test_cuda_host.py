@@ -15,7 +15,7 @@ from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 from tests.selective_scan.cases import Case, call, check_against_reference, everything, make_case
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 
 LONG_CASES: list[dict[str, Any]] = [

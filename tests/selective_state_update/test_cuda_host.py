@@ -14,7 +14,7 @@ from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 from tests.selective_state_update.test_step import check_against_reference, make_step
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.cuda_host.build import CudaHost, installed, unavailable
 from tests.speculative import test_kernel as kernel
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 SHARED = [
     "test_same_ids",

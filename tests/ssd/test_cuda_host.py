@@ -16,7 +16,7 @@ from tests.cuda_host.build import CudaHost, guarded, installed, unavailable
 from tests.ssd.cases import ALONG_TIME, Case, call, check_against_reference, everything, make_case
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PER_ROW = (*ALONG_TIME, "initial_state", "grad_last_state")

@@ -22,7 +22,7 @@ from tests.token_logprobs.cases import (
 )
 
 reason = unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = [pytest.mark.thinned, pytest.mark.skipif(reason is not None, reason=reason or "")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
