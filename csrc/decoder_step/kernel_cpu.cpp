@@ -15,8 +15,23 @@ namespace {
 constexpr int64_t kRows = 4;
 // Tokens whose sums are formed in one pass over the rows.
 constexpr int64_t kBlock = 8;
+// Tokens whose sums stay in registers beside four rows and a token, and how many take a pass of a larger
+// block; whole groups of sum_groups.
+constexpr int64_t kMostOfPass = kLanes == 16 ? 6 : 2, kPass = kLanes == 16 ? 4 : 2;
 // Rows that several blocks of tokens pass one after the other, while they lie in the first caches.
 constexpr int64_t kPanelRows = 16;
+
+static_assert(kPass % (kLanes / 4) == 0);
+
+// Calls f(first token, number of tokens), both constants, for the passes of a block.
+template <int64_t kTokens, int64_t kFirst = 0, typename F>
+inline void each_pass(const F& f) {
+  if constexpr (kFirst < kTokens) {
+    f(std::integral_constant<int64_t, kFirst>{},
+      std::integral_constant<int64_t, (kTokens - kFirst < kPass ? kTokens - kFirst : kPass)>{});
+    each_pass<kTokens, kFirst + kPass>(f);
+  }
+}
 
 inline float sum_of(Vec x) {
   return reduce_add(x);
@@ -94,9 +109,11 @@ void normalise(const Args& args, const void* weight) {
 //
 // Blocks become the floats that they stand for, in registers, so that they give the bits of a weight that
 // holds those floats.
-template <int64_t kTokens, typename T>
-inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
-                     float* sums) {
+//
+// kTokens tokens of the kPacked that are packed together, whose first is at `in`.
+template <int64_t kTokens, int64_t kPacked, typename T>
+inline void products_of(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
+                        float* sums) {
   Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
   for (int64_t t = 0; t < kTokens; ++t)
@@ -106,7 +123,7 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
   const auto add = [&](const Vec(&w)[kRows], int64_t i) {
 #pragma GCC unroll 8
     for (int64_t t = 0; t < kTokens; ++t) {
-      const Vec x = in_register(load(in + i * kTokens + t * kLanes));
+      const Vec x = in_register(load(in + i * kPacked + t * kLanes));
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r)
         acc[t][r] = fma(w[r], x, acc[t][r]);
@@ -168,6 +185,22 @@ inline void products(const T* const (&rows)[kRows], const float* in, int64_t col
     store(sums + t * kRows, sum_groups(quads));
   }
 }
+
+// The same for a block of tokens. Their sums and four rows have to fit into the registers, so many tokens
+// pass in parts, the later ones over rows that the first has left in the first-level cache.
+template <int64_t kTokens, typename T>
+inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
+                     float* sums) {
+  if constexpr (kTokens <= kMostOfPass) {
+    products_of<kTokens, kTokens>(rows, in, cols, ahead, sums);
+  } else {
+    each_pass<kTokens>([&](auto first, auto count) {
+      constexpr int64_t kFirst = decltype(first)::value, kCount = decltype(count)::value;
+      products_of<kCount, kTokens>(rows, in + kFirst * kLanes, cols, ahead, sums + kFirst * kRows);
+    });
+  }
+}
+
 // How far ahead of rows that lie one after the other memory is asked for, in elements: where the next of them
 // lie or, where those are few bytes, as far on as covers the time that memory takes.
 template <typename T>
