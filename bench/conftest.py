@@ -9,7 +9,8 @@ import pytest
 import torch
 
 # What benchmarks share: measure.py, and parts of other models' benchmarks.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "models")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "models"))
 
 from measure import cpu_model, fma_peak_gflops
 

@@ -47,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def leave_out(items: list[pytest.Item]) -> None:
-    """Marks as slow what the marker `thinned` leaves out of a test's combinations of parameters. With n values of the
-    longest parameter n combinations stay: the i-th of each parameter, from the beginning again where one has fewer, then
-    one further, so that two short parameters do not keep the same pairs."""
+    """Marks as slow what the marker `thinned` leaves out of a test's combinations of parameters. With n values
+    of the longest parameter n combinations stay: the i-th of each parameter, from the beginning again where one has
+    fewer, then one further, so that two short parameters do not keep the same pairs."""
     tests: dict[tuple[object, ...], list[pytest.Function]] = {}
     for item in items:
         if (
