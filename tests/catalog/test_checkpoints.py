@@ -233,3 +233,18 @@ def test_folder_without_the_system(folder: Path):
         ValueError, match=r"one module of the system 'msvq' in the checkpoint .* but it has 0"
     ):
         arcore.create_model("msvq_tiny", weights=folder)
+
+
+def test_weights_of_another_system_are_named(folder: Path):
+    """The file, the system it was saved from, and what is missing."""
+    file = folder / "tokenizer.safetensors"
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.safetensors were saved from the system 'msvq': .*do not fit"
+    ):
+        arcore.create_model("llama_tiny", weights=file)
+    with pytest.raises(ValueError, match=r"'llama' in .* but it has 0 among its 2, of msvq, var"):
+        arcore.create_model("llama_tiny", weights=folder)
+    # Nothing of ours beside it: the file alone is blamed.
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the weights .*tokenizer\.safetensors do not fit"):
+        arcore.create_model("llama_tiny", weights=file)

@@ -22,7 +22,7 @@ import re
 import types
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -275,13 +275,19 @@ def load_weights(
     if args is not None and hasattr(module, "official_settings"):
         _check_settings(path, module, _read_settings(path, module, args))
     expected = module.state_dict()
-    state = _fitting(
-        path, module, _table(path, contents, entry, getattr(module, "official_entry", None)), expected
-    )
-    for name in getattr(module, "statistics", ()):
-        if name not in state or state[name].shape != expected[name].shape:
-            state[name] = torch.zeros(expected[name].shape, device="cpu")
-    _check_fit(path, state, expected)
+    try:
+        state = _fitting(
+            path, module, _table(path, contents, entry, getattr(module, "official_entry", None)), expected
+        )
+        for name in getattr(module, "statistics", ()):
+            if name not in state or state[name].shape != expected[name].shape:
+                state[name] = torch.zeros(expected[name].shape, device="cpu")
+        _check_fit(path, state, expected)
+    except ValueError as error:
+        saved = _saved_system(path)
+        if saved is None or saved == _system_of(module):
+            raise
+        raise ValueError(f"the weights {path} were saved from the system {saved!r}: {error}") from error
     # With assign a module on the meta device becomes real; dtypes stay those of the module.
     cast = {key: value.to(expected[key].dtype) for key, value in state.items()}
     assign = stored or any(value.is_meta for value in expected.values())
@@ -560,7 +566,8 @@ def config_beside(entry: Entry, path: str | os.PathLike[str]) -> Any:
     ]
     if len(fitting) != 1:
         raise ValueError(
-            f"expected one module of the system {entry.system.name!r} in {folder / CONFIG} but it has {len(fitting)}"
+            f"expected one module of the system {entry.system.name!r} in {folder / CONFIG} but it has {len(fitting)} "
+            f"among its {len(modules)}{_listed(modules)}"
         )
     with torch.device("meta"):
         module: Any = build(fitting[0])
@@ -611,6 +618,28 @@ class _FromHub(Exception):
     """A config.json of published weights."""
 
 
+def _saved_system(path: Path) -> str | None:
+    """The system of a file of weights in a checkpoint of ours, None where nothing says it."""
+    try:
+        modules = json.loads((path.parent / CONFIG).read_text(encoding="utf-8"))["modules"]
+        return str(modules[path.stem]["system"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _system_of(module: nn.Module) -> str | None:
+    try:
+        return str(describe(module)["system"])
+    except TypeError:
+        return None
+
+
+def _listed(modules: Iterable[Any]) -> str:
+    """The systems of a checkpoint's modules, for a message."""
+    names = sorted({str(m["system"]) for m in modules if isinstance(m, dict) and "system" in m})
+    return f", of {', '.join(names)}" if names else ""
+
+
 def _file_for(module: nn.Module, folder: Path) -> Path:
     wanted = describe(module)["system"]
     modules = _read_config(folder)["modules"]
@@ -619,8 +648,8 @@ def _file_for(module: nn.Module, folder: Path) -> Path:
     ]
     if len(fitting) != 1:
         raise ValueError(
-            f"expected one module of the system {wanted!r} in the checkpoint {folder} but it has {len(fitting)}; "
-            "give the path of its .safetensors file"
+            f"expected one module of the system {wanted!r} in the checkpoint {folder} but it has {len(fitting)} among its "
+            f"{len(modules)}{_listed(modules.values())}; give the path of its .safetensors file"
         )
     return folder / f"{fitting[0]}.safetensors"
 
