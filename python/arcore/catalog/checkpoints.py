@@ -648,8 +648,8 @@ def _file_for(module: nn.Module, folder: Path) -> Path:
     ]
     if len(fitting) != 1:
         raise ValueError(
-            f"expected one module of the system {wanted!r} in the checkpoint {folder} but it has {len(fitting)} among its "
-            f"{len(modules)}{_listed(modules.values())}; give the path of its .safetensors file"
+            f"expected one module of the system {wanted!r} in the checkpoint {folder} but it has {len(fitting)} "
+            f"among its {len(modules)}{_listed(modules.values())}; give the path of its .safetensors file"
         )
     return folder / f"{fitting[0]}.safetensors"
 
