@@ -133,10 +133,11 @@ def papers() -> str:
     rows: dict[str, list[Entry]] = defaultdict(list)
     for entry in catalog().values():
         rows[entry.system.paper].append(entry)
-    lines = ["# Papers", "", "| paper | systems |", "|---|---|"]
+    lines = ["# Papers", "", "| paper | title | systems |", "|---|---|---|"]
     for paper, entries in sorted(rows.items()):
         names = ", ".join(f"[{entry.system.title}]({entry.system.name}.md)" for entry in entries)
-        lines.append(f"| [{paper}]({entries[0].system.url}) | {names} |")
+        title = entries[0].system.paper_title or ""
+        lines.append(f"| [{paper}]({entries[0].system.url}) | {title} | {names} |")
     return "\n".join([*lines, ""])
 
 
@@ -152,7 +153,7 @@ def page(entry: Entry, recorded: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| paper | [{system.paper}]({system.url}) |",
+        f"| paper | {f'{system.paper_title}, ' if system.paper_title else ''}[{system.paper}]({system.url}) |",
         f"| topic, kind | {system.topic}, {system.kind} |",
         *([f"| builds on | {builds} |"] if builds else []),
         f"| source | `{source(entry)}`, line {entry.source.line} |",

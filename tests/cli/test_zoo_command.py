@@ -81,6 +81,36 @@ def test_every_name_title_and_number_finds_its_system():
             assert entry in search(words), (name, words)
 
 
+def test_a_papers_title_finds_its_systems():
+    """Whole, without its first word, in capitals, with a misprint, with the marks that a reference has."""
+    for name, entry in catalog().items():
+        title = entry.system.paper_title
+        if title is None:
+            continue
+        same = {other for other, e in catalog().items() if e.system.paper_title == title}
+        words = title.split()
+        middle = len(words) // 2
+        misprinted = " ".join(
+            [*words[:middle], words[middle][::-1][:3] + words[middle][3:], *words[middle + 1 :]]
+        )
+        forms = [title, title.upper(), f'"{title}."', misprinted]
+        forms += [" ".join(words[1:])] if len(words) > 4 else []
+        for form in forms:
+            found = {e.system.name for e in search(form)}
+            assert name in found, form
+            assert form == " ".join(words[1:]) or found == same, form
+
+
+def test_systems_of_one_paper_have_its_one_title():
+    titles: dict[str, set[str | None]] = {}
+    for entry in catalog().values():
+        titles.setdefault(entry.system.paper, set()).add(entry.system.paper_title)
+        assert entry.system.paper_title or not entry.system.paper.startswith(("arXiv:", "doi:")), (
+            entry.system.name
+        )
+    assert all(len(found) == 1 for found in titles.values())
+
+
 def test_every_name_in_readmes_table_is_found():
     rows = re.findall(r"^\|[^|]+\|[^|]+\| \[([^]]+)\]\(python/", README.read_text(), re.MULTILINE)
     assert len(rows) >= 5
@@ -95,6 +125,7 @@ def test_json_has_what_programs_need(arcore):
         "name",
         "title",
         "paper",
+        "paper_title",
         "topic",
         "kind",
         "summary",

@@ -64,6 +64,7 @@ class ModelInfo:
         name: e.g. `"var"`.
         title: as the paper writes it.
         paper: e.g. `"arXiv:2404.02905"`.
+        paper_title: the paper's whole title, or None.
         url: address of the paper.
         topic: what it is about, e.g. `"next_scale"`.
         kind: one of `arcore.catalog.KINDS`, e.g. `"model"`.
@@ -83,6 +84,7 @@ class ModelInfo:
     name: str
     title: str
     paper: str
+    paper_title: str | None
     url: str
     topic: str
     kind: str
@@ -313,8 +315,9 @@ def search(words: str = "") -> list[Entry]:
     """Systems by name, preset, title, arXiv number, topic, kind, or words about them.
 
     Args:
-        words: an exact name, title or number comes first; else every word must occur somewhere in what the system says
-            about itself. Case does not matter. Nothing finds all.
+        words: an exact name, title or number comes first, then a paper's title or a part of it, misprints allowed; else
+            every word must occur somewhere in what the system says about itself. Case does not matter. Nothing finds
+            all.
 
     Returns:
         Sorted by name, at least one.
@@ -339,6 +342,8 @@ def search(words: str = "") -> list[Entry]:
     for fits in exact:
         if found := [entry for entry in every if fits(entry)]:
             return found
+    if found := _by_paper_title(wanted, every):
+        return found
     found = [entry for entry in every if all(word in _about(entry) for word in wanted.split())]
     if found:
         return found
@@ -360,9 +365,26 @@ def search(words: str = "") -> list[Entry]:
     raise ValueError(f"nothing in the zoo fits {words!r}{end}")
 
 
+def _by_paper_title(wanted: str, every: list[Entry]) -> list[Entry]:
+    """Those whose paper's title holds these words in a row, or is nearly them; fewer than four words are no title."""
+    words = re.findall(r"\w+", wanted)
+    if len(words) < 4:
+        return []
+    text = " ".join(words)
+    titles = {
+        entry.system.name: " ".join(re.findall(r"\w+", (entry.system.paper_title or "").casefold()))
+        for entry in every
+    }
+    if not any(text in title for title in titles.values()):
+        near = difflib.get_close_matches(text, titles.values(), n=1, cutoff=0.85)
+        text = near[0] if near else "\0"
+    return [entry for entry in every if text in titles[entry.system.name]]
+
+
 def _about(entry: Entry) -> str:
     system = entry.system
     parts = (system.name, system.title, system.paper, system.topic, system.kind, system.recipe or "")
+    parts += (system.paper_title or "",)
     return " ".join((*parts, system.summary, system.claim, entry.doc, *entry.presets)).casefold()
 
 

@@ -46,6 +46,7 @@ class System:
         name: lower case; its presets' names start with it.
         title: as the paper writes it.
         paper: `"arXiv:2404.02905"`, `"doi:..."`, or the address of what has neither.
+        paper_title: the paper's whole title, so that it is found by it.
         topic: the folder below `arcore/zoo/`.
         kind: one of `KINDS`.
         summary: one sentence.
@@ -79,6 +80,7 @@ class System:
     ops: tuple[str, ...] = ()
     recipe: str | None = None
     aliases: tuple[str, ...] = ()
+    paper_title: str | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self, ("builds_on", "ops", "aliases"))

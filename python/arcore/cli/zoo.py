@@ -96,7 +96,21 @@ def _source(entry: Entry) -> str:
 
 def _facts(entry: Entry) -> dict[str, Any]:
     system, source = entry.system, entry.source
-    kept = ("name", "title", "paper", "topic", "kind", "recipe", "summary", "claim", "checked_on", "reported")
+    kept = (
+        *(
+            "name",
+            "title",
+            "paper",
+            "paper_title",
+            "topic",
+            "kind",
+            "recipe",
+            "summary",
+            "claim",
+            "checked_on",
+        ),
+        "reported",
+    )
     return {
         **{name: getattr(system, name) for name in kept},
         "url": system.url,
@@ -114,6 +128,7 @@ def _details(entry: Entry, name: str) -> str:
         f"{info.title} ({info.name}): {info.summary}",
         "",
         f"  paper    {info.paper}  {info.url}",
+        *([f"           {info.paper_title}"] if info.paper_title else []),
         f"  topic    {info.topic}",
         f"  kind     {info.kind}",
         f"  ops      {', '.join(info.ops) or 'none of arcore.ops'}",
@@ -124,7 +139,10 @@ def _details(entry: Entry, name: str) -> str:
     if info.reported:
         lines.append(f"  paper's  {info.reported}")
     if info.builds_on:
-        lines.insert(5, f"  builds   on {', '.join(info.builds_on)}")
+        lines.insert(
+            lines.index(f"  ops      {', '.join(info.ops) or 'none of arcore.ops'}"),
+            f"  builds   on {', '.join(info.builds_on)}",
+        )
     if "run" in entry.functions:
         lines += ["", f"  use      arcore run {info.name} --help"]
     elif info.recipe and info.presets:

@@ -30,6 +30,7 @@ SYSTEM = System(
     name="sjd",
     title="Speculative Jacobi decoding",
     paper="arXiv:2410.01699",
+    paper_title="Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding",
     topic="acceleration",
     kind="decoder",
     builds_on=("llamagen",),

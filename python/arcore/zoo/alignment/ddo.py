@@ -38,6 +38,8 @@ SYSTEM = System(
     name="ddo",
     title="DDO",
     paper="arXiv:2503.01103",
+    paper_title="Direct Discriminative Optimization: Your Likelihood-Based Visual Generative Model is "
+    "Secretly a GAN Discriminator",
     topic="alignment",
     kind="objective",
     builds_on=("var",),

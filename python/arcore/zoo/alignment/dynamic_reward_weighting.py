@@ -42,6 +42,7 @@ SYSTEM = System(
     name="dynamic_reward_weighting",
     title="Dynamic reward weighting",
     paper="arXiv:2509.11452",
+    paper_title="Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting",
     topic="alignment",
     kind="objective",
     summary="Weights of several rewards that follow the hypervolume of what was found, or the rewards' gradients.",

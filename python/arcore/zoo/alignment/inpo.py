@@ -38,6 +38,7 @@ SYSTEM = System(
     name="inpo",
     title="INPO",
     paper="arXiv:2407.00617",
+    paper_title="Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning",
     topic="alignment",
     kind="objective",
     summary="Self-play towards the equilibrium of preferences, one regression on pairs per step.",

@@ -39,6 +39,7 @@ SYSTEM = System(
     name="length_controlled",
     title="Length-controlled AlpacaEval",
     paper="arXiv:2404.04475",
+    paper_title="Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators",
     topic="alignment",
     kind="estimator",
     summary="Win rates from pairwise preferences, with the judge's liking for length taken out.",

@@ -34,6 +34,7 @@ SYSTEM = System(
     name="nft",
     title="NFT",
     paper="arXiv:2505.18116",
+    paper_title="Bridging Supervised Learning and Reinforcement Learning in Math Reasoning",
     topic="alignment",
     kind="objective",
     summary="Supervised learning from verified answers, the wrong ones through the negative policy they imply.",

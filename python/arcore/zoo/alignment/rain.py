@@ -39,6 +39,7 @@ SYSTEM = System(
     name="rain",
     title="RAIN",
     paper="arXiv:2309.07124",
+    paper_title="RAIN: Your Language Models Can Align Themselves without Finetuning",
     topic="alignment",
     kind="decoder",
     ops=("sample",),

@@ -30,6 +30,7 @@ SYSTEM = System(
     name="spo",
     title="SPO",
     paper="arXiv:2401.04056",
+    paper_title="A Minimaximalist Approach to Reinforcement Learning from Human Feedback",
     topic="alignment",
     kind="objective",
     summary="Self-play where a response's reward is the share of the others that it beats.",

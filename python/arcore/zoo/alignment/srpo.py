@@ -35,6 +35,7 @@ SYSTEM = System(
     name="srpo",
     title="SRPO",
     paper="arXiv:2406.01660",
+    paper_title="Self-Improving Robust Preference Optimization",
     topic="alignment",
     kind="objective",
     summary="A policy and its reviser from pairs, robust against where the pairs come from; revisions at test time.",

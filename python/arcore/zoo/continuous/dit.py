@@ -40,6 +40,7 @@ SYSTEM = System(
     name="dit",
     title="DiT",
     paper="arXiv:2212.09748",
+    paper_title="Scalable Diffusion Models with Transformers",
     topic="continuous",
     kind="model",
     model="DiT",

@@ -37,6 +37,7 @@ SYSTEM = System(
     name="mar",
     title="MAR",
     paper="arXiv:2406.11838",
+    paper_title="Autoregressive Image Generation without Vector Quantization",
     topic="continuous",
     kind="model",
     model="MAR",

@@ -38,6 +38,7 @@ SYSTEM = System(
     name="alpine",
     title="ALPINE",
     paper="arXiv:2405.09220",
+    paper_title="ALPINE: Unveiling the Planning Capability of Autoregressive Learning in Language Models",
     topic="learning_theory",
     kind="theory",
     ops=("block_sparse_attention",),

@@ -30,6 +30,7 @@ SYSTEM = System(
     name="icl_gradient_descent",
     title="ICL by gradient descent",
     paper="arXiv:2212.07677",
+    paper_title="Transformers learn in-context by gradient descent",
     topic="learning_theory",
     kind="theory",
     summary="Linear attention layers that are steps of gradient descent on the examples in their context.",

@@ -33,6 +33,7 @@ SYSTEM = System(
     name="mesa_optimisation",
     title="Mesa-optimisation",
     paper="arXiv:2405.16845",
+    paper_title="On Mesa-Optimization in Autoregressively Trained Transformers: Emergence and Capability",
     topic="learning_theory",
     kind="theory",
     builds_on=("icl_gradient_descent",),

@@ -36,6 +36,7 @@ SYSTEM = System(
     name="objective_formalisms",
     title="Objective-specification formalisms",
     paper="arXiv:2310.11840",
+    paper_title="On The Expressivity of Objective-Specification Formalisms in Reinforcement Learning",
     topic="learning_theory",
     kind="theory",
     summary="Whether a Markov reward or a reward machine can express a ranking of policies, with a witness.",

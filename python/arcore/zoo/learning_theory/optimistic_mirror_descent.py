@@ -34,6 +34,7 @@ SYSTEM = System(
     name="optimistic_mirror_descent",
     title="Optimistic mirror descent (SEA)",
     paper="arXiv:2302.04552",
+    paper_title="Optimistic Online Mirror Descent for Bridging Stochastic and Adversarial Online Convex Optimization",
     topic="learning_theory",
     kind="theory",
     summary="Online learning that steps with a guess of the next gradient, and corrects.",

@@ -39,6 +39,7 @@ SYSTEM = System(
     name="code",
     title="CoDe",
     paper="arXiv:2411.17787",
+    paper_title="Collaborative Decoding Makes Visual Auto-Regressive Modeling Efficient",
     topic="next_scale",
     kind="decoder",
     builds_on=("var", "msvq"),

@@ -45,6 +45,7 @@ SYSTEM = System(
     name="var",
     title="VAR",
     paper="arXiv:2404.02905",
+    paper_title="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction",
     topic="next_scale",
     kind="model",
     model="VAR",

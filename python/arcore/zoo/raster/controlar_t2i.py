@@ -33,6 +33,7 @@ SYSTEM = System(
     name="controlar_t2i",
     title="ControlAR (text to image)",
     paper="arXiv:2410.02705",
+    paper_title="ControlAR: Controllable Image Generation with Autoregressive Models",
     topic="raster",
     kind="model",
     model="ControlARText",

@@ -40,6 +40,7 @@ SYSTEM = System(
     name="llamagen",
     title="LlamaGen",
     paper="arXiv:2406.06525",
+    paper_title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
     topic="raster",
     kind="model",
     model="LlamaGen",

@@ -36,6 +36,7 @@ SYSTEM = System(
     name="llamagen_t2i",
     title="LlamaGen (text to image)",
     paper="arXiv:2406.06525",
+    paper_title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
     topic="raster",
     kind="model",
     model="LlamaGenText",

@@ -32,6 +32,7 @@ SYSTEM = System(
     name="gpht",
     title="GPHT",
     paper="arXiv:2402.16516",
+    paper_title="Generative Pretrained Hierarchical Transformer for Time Series Forecasting",
     topic="series",
     kind="model",
     model="GPHT",

@@ -33,6 +33,8 @@ SYSTEM = System(
     name="mamba2",
     title="Mamba-2",
     paper="arXiv:2405.21060",
+    paper_title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured "
+    "State Space Duality",
     topic="state_space",
     kind="model",
     model="Mamba2",

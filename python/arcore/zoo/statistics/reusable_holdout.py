@@ -34,6 +34,7 @@ SYSTEM = System(
     name="reusable_holdout",
     title="Reusable holdout",
     paper="arXiv:1411.2664",
+    paper_title="Preserving Statistical Validity in Adaptive Data Analysis",
     topic="statistics",
     kind="estimator",
     summary="Answers questions about a held-out set that depend on earlier answers, without overfitting to it.",

@@ -32,6 +32,7 @@ SYSTEM = System(
     name="kl",
     title="KL autoencoder",
     paper="arXiv:2112.10752",
+    paper_title="High-Resolution Image Synthesis with Latent Diffusion Models",
     topic="tokenizers",
     kind="model",
     model="KLAutoencoder",

@@ -31,6 +31,7 @@ SYSTEM = System(
     name="vq16",
     title="VQ-16",
     paper="arXiv:2406.06525",
+    paper_title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
     topic="tokenizers",
     kind="model",
     model="ImageVQ",

@@ -22,6 +22,7 @@ SYSTEM = System(
     name="first",
     title="FiRST",
     paper="arXiv:2410.12513",
+    paper_title="FiRST: Finetuning Router-Selective Transformers for Input-Adaptive Latency Reduction",
     topic="acceleration",
     kind="decoder",
     model="FirstPatch",

@@ -26,6 +26,7 @@ SYSTEM = System(
     name="hydra",
     title="Hydra",
     paper="arXiv:2402.05109",
+    paper_title="Hydra: Sequentially-Dependent Draft Heads for Medusa Decoding",
     topic="acceleration",
     kind="model",
     model="HydraHeads",

@@ -24,6 +24,7 @@ SYSTEM = System(
     name="lantern",
     title="LANTERN",
     paper="arXiv:2410.03355",
+    paper_title="LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding",
     topic="acceleration",
     kind="decoder",
     model="FeatureDrafter",

@@ -35,6 +35,7 @@ SYSTEM = System(
     name="arsq",
     title="ARSQ",
     paper="arXiv:2502.00288",
+    paper_title="Learning from Suboptimal Data in Continuous Control via Auto-Regressive Soft Q-Network",
     topic="agents",
     kind="agent",
     summary="Soft Q-learning over action tokens, coarse to fine, from demonstrations of mixed quality.",

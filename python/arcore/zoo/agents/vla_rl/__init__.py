@@ -36,6 +36,7 @@ SYSTEM = System(
     name="vla_rl",
     title="VLA-RL",
     paper="arXiv:2505.18719",
+    paper_title="VLA-RL: Towards Masterful and General Robotic Manipulation with Scalable Reinforcement Learning",
     topic="agents",
     kind="agent",
     summary="Policies that write actions as tokens learn from their own episodes by PPO on environment steps.",

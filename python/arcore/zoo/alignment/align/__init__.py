@@ -27,6 +27,7 @@ SYSTEM = System(
     name="align",
     title="GRPO and its variants",
     paper="arXiv:2402.03300",
+    paper_title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     topic="alignment",
     kind="objective",
     summary="One command that aligns a language model with any objective here, from verifiers, rewards or raters.",

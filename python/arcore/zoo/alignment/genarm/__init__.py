@@ -22,6 +22,7 @@ SYSTEM = System(
     name="genarm",
     title="GenARM",
     paper="arXiv:2410.08193",
+    paper_title="GenARM: Reward Guided Generation with Autoregressive Reward Model for Test-time Alignment",
     topic="alignment",
     kind="decoder",
     builds_on=("llama",),

@@ -32,6 +32,7 @@ SYSTEM = System(
     name="generative_rl",
     title="RL for generative AI",
     paper="arXiv:2308.14328",
+    paper_title="Reinforcement Learning for Generative AI: A Survey",
     topic="alignment",
     kind="objective",
     summary="SCST, SeqGAN, PPO-RLHF, DPO and value-guided decoding on one generator, in one table.",

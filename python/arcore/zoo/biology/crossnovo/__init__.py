@@ -21,6 +21,8 @@ SYSTEM = System(
     name="crossnovo",
     title="CrossNovo",
     paper="arXiv:2510.08169",
+    paper_title="Bidirectional Representations Augmented Autoregressive Biological Sequence Generation: "
+    "Application in De Novo Peptide Sequencing",
     topic="biology",
     kind="model",
     model="CrossNovo",

@@ -24,6 +24,7 @@ SYSTEM = System(
     name="protein_mpnn",
     title="ProteinMPNN",
     paper="doi:10.1126/science.add2187",
+    paper_title="Robust deep learning-based protein sequence design using ProteinMPNN",
     topic="biology",
     kind="model",
     model="ProteinMPNN",

@@ -25,6 +25,7 @@ SYSTEM = System(
     name="xtrimopglm",
     title="xTrimoPGLM",
     paper="arXiv:2401.06199",
+    paper_title="xTrimoPGLM: Unified 100B-Scale Pre-trained Transformer for Deciphering the Language of Protein",
     topic="biology",
     kind="model",
     model="GLM",

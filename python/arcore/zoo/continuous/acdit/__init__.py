@@ -18,6 +18,7 @@ SYSTEM = System(
     name="acdit",
     title="ACDiT",
     paper="arXiv:2412.07720",
+    paper_title="ACDiT: Interpolating Autoregressive Conditional Modeling and Diffusion Transformer",
     topic="continuous",
     kind="model",
     model="ACDiT",

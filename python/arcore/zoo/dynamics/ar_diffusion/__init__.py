@@ -18,6 +18,7 @@ SYSTEM = System(
     name="ar_diffusion",
     title="AR-Diffusion",
     paper="arXiv:2503.07418",
+    paper_title="AR-Diffusion: Asynchronous Video Generation with Auto-Regressive Diffusion",
     topic="dynamics",
     kind="model",
     model="ARDiffusion",

@@ -19,6 +19,7 @@ SYSTEM = System(
     name="diffusion_forcing",
     title="Diffusion Forcing",
     paper="arXiv:2407.01392",
+    paper_title="Diffusion Forcing: Next-token Prediction Meets Full-Sequence Diffusion",
     topic="dynamics",
     kind="model",
     model="DiffusionForcing",

@@ -23,6 +23,7 @@ SYSTEM = System(
     name="lifegpt",
     title="LifeGPT",
     paper="arXiv:2409.12182",
+    paper_title="LifeGPT: Topology-Agnostic Generative Pretrained Transformer Model for Cellular Automata",
     topic="dynamics",
     kind="model",
     model="LifeGPT",

@@ -24,6 +24,7 @@ SYSTEM = System(
     name="bico",
     title="BICO",
     paper="arXiv:2311.07468",
+    paper_title="Are We Falling in a Middle-Intelligence Trap? An Analysis and Mitigation of the Reversal Curse",
     topic="language",
     kind="objective",
     builds_on=("llama",),

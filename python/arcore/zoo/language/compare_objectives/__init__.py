@@ -22,6 +22,7 @@ SYSTEM = System(
     name="compare_objectives",
     title="Architecture and objective",
     paper="arXiv:2204.05832",
+    paper_title="What Language Model Architecture and Pretraining Objective Work Best for Zero-Shot Generalization?",
     topic="language",
     kind="theory",
     summary="Causal, prefix and encoder-decoder models under three objectives: losses, zero-shot choices, adaptation.",

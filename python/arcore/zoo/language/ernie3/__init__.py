@@ -25,6 +25,7 @@ SYSTEM = System(
     name="ernie3",
     title="ERNIE 3.0",
     paper="arXiv:2107.02137",
+    paper_title="ERNIE 3.0: Large-scale Knowledge Enhanced Pre-training for Language Understanding and Generation",
     topic="language",
     kind="model",
     model="Ernie3",

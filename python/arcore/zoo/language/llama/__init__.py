@@ -20,6 +20,7 @@ SYSTEM = System(
     name="llama",
     title="Llama",
     paper="arXiv:2302.13971",
+    paper_title="LLaMA: Open and Efficient Foundation Language Models",
     topic="language",
     kind="model",
     model="Llama",

@@ -32,6 +32,7 @@ SYSTEM = System(
     name="nar",
     title="Non-autoregressive generation (survey)",
     paper="arXiv:2204.09269",
+    paper_title="A Survey on Non-Autoregressive Generation for Neural Machine Translation and Beyond",
     topic="language",
     kind="model",
     model="Nar",

@@ -22,6 +22,7 @@ SYSTEM = System(
     name="obfuscate",
     title="ObscuraCoder",
     paper="arXiv:2504.00019",
+    paper_title="ObscuraCoder: Powering Efficient Code LM Pre-Training Via Obfuscation Grounding",
     topic="language",
     kind="model",
     model="ObscuraCoder",

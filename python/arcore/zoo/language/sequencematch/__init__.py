@@ -28,6 +28,7 @@ SYSTEM = System(
     name="sequencematch",
     title="SequenceMatch",
     paper="arXiv:2306.05426",
+    paper_title="SequenceMatch: Imitation Learning for Autoregressive Sequence Modelling with Backtracking",
     topic="language",
     kind="objective",
     builds_on=("llama",),

@@ -27,6 +27,7 @@ SYSTEM = System(
     name="markov_categories",
     title="Markov categorical framework",
     paper="arXiv:2507.19247",
+    paper_title="A Markov Categorical Framework for Language Modeling",
     topic="learning_theory",
     kind="theory",
     builds_on=("llama",),

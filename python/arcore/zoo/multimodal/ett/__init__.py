@@ -21,6 +21,7 @@ SYSTEM = System(
     name="ett",
     title="ETT",
     paper="arXiv:2505.10562",
+    paper_title="End-to-End Vision Tokenizer Tuning",
     topic="multimodal",
     kind="model",
     model="ETT",

@@ -23,6 +23,7 @@ SYSTEM = System(
     name="xomni",
     title="X-Omni",
     paper="arXiv:2507.22058",
+    paper_title="X-Omni: Reinforcement Learning Makes Discrete Autoregressive Image Generative Models Great Again",
     topic="multimodal",
     kind="model",
     model="XOmni",

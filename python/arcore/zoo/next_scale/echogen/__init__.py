@@ -23,6 +23,7 @@ SYSTEM = System(
     name="echogen",
     title="EchoGen",
     paper="arXiv:2509.26127",
+    paper_title="EchoGen: Generating Visual Echoes in Any Scene via Feed-Forward Subject-Driven Auto-Regressive Model",
     topic="next_scale",
     kind="model",
     model="EchoGen",

@@ -17,6 +17,7 @@ SYSTEM = System(
     name="hmar",
     title="HMAR",
     paper="arXiv:2506.04421",
+    paper_title="HMAR: Efficient Hierarchical Masked Auto-Regressive Image Generation",
     topic="next_scale",
     kind="model",
     model="HMAR",

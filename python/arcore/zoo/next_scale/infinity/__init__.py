@@ -19,6 +19,7 @@ SYSTEM = System(
     name="infinity",
     title="Infinity",
     paper="arXiv:2412.04431",
+    paper_title="Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis",
     topic="next_scale",
     kind="model",
     model="Infinity",

@@ -22,6 +22,8 @@ SYSTEM = System(
     name="arra",
     title="ARRA",
     paper="arXiv:2503.07334",
+    paper_title="Unleashing the Potential of Large Language Models for Text-to-Image Generation through "
+    "Autoregressive Representation Alignment",
     topic="raster",
     kind="model",
     model="ARRA",

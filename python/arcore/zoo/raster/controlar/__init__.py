@@ -25,6 +25,7 @@ SYSTEM = System(
     name="controlar",
     title="ControlAR",
     paper="arXiv:2410.02705",
+    paper_title="ControlAR: Controllable Image Generation with Autoregressive Models",
     topic="raster",
     kind="model",
     model="ControlAR",

@@ -30,6 +30,8 @@ SYSTEM = System(
     name="dd2",
     title="Distilled Decoding 2",
     paper="arXiv:2510.21003",
+    paper_title="Distilled Decoding 2: One-step Sampling of Image Auto-regressive Models with Conditional "
+    "Score Distillation",
     topic="raster",
     kind="model",
     model="OneStepCodes",

@@ -29,6 +29,7 @@ SYSTEM = System(
     name="ear",
     title="EAR",
     paper="arXiv:2506.20151",
+    paper_title="EAR: Erasing Concepts from Unified Autoregressive Models",
     topic="raster",
     kind="objective",
     builds_on=("llamagen",),

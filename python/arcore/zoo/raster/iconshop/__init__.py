@@ -24,6 +24,7 @@ SYSTEM = System(
     name="iconshop",
     title="IconShop",
     paper="arXiv:2304.14400",
+    paper_title="IconShop: Text-Guided Vector Icon Synthesis with Autoregressive Transformers",
     topic="raster",
     kind="model",
     model="IconShop",

@@ -19,6 +19,7 @@ SYSTEM = System(
     name="roma",
     title="RoMA",
     paper="arXiv:2503.10392",
+    paper_title="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
     topic="representation",
     kind="model",
     model="RoMA",

@@ -14,6 +14,7 @@ SYSTEM = System(
     name="roma_change",
     title="RoMA change detection",
     paper="arXiv:2503.10392",
+    paper_title="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
     topic="representation",
     kind="model",
     model="RoMAChange",

@@ -14,6 +14,7 @@ SYSTEM = System(
     name="roma_segmenter",
     title="RoMA segmentation",
     paper="arXiv:2503.10392",
+    paper_title="RoMA: Scaling up Mamba-based Foundation Models for Remote Sensing",
     topic="representation",
     kind="model",
     model="RoMASegmenter",

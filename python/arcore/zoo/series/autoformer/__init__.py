@@ -18,6 +18,7 @@ SYSTEM = System(
     name="autoformer",
     title="Autoformer",
     paper="arXiv:2106.13008",
+    paper_title="Autoformer: Decomposition Transformers with Auto-Correlation for Long-Term Series Forecasting",
     topic="series",
     kind="model",
     model="Autoformer",

@@ -31,6 +31,8 @@ SYSTEM = System(
     name="dp_mobility",
     title="DP mobility forecasting",
     paper="arXiv:2205.00436",
+    paper_title="Differentially Private Multivariate Time Series Forecasting of Aggregated Human Mobility "
+    "With Deep Learning: Input or Gradient Perturbation?",
     topic="series",
     kind="model",
     model="MobilityForecaster",

@@ -42,6 +42,7 @@ SYSTEM = System(
     name="kronos",
     title="Kronos",
     paper="arXiv:2508.02739",
+    paper_title="Kronos: A Foundation Model for the Language of Financial Markets",
     topic="series",
     kind="model",
     model="Kronos",

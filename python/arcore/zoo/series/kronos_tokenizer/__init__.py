@@ -31,6 +31,7 @@ SYSTEM = System(
     name="kronos_tokenizer",
     title="Kronos tokenizer",
     paper="arXiv:2508.02739",
+    paper_title="Kronos: A Foundation Model for the Language of Financial Markets",
     topic="series",
     kind="model",
     model="KronosTokenizer",

@@ -29,6 +29,8 @@ SYSTEM = System(
     name="st_ssdl",
     title="ST-SSDL",
     paper="arXiv:2510.04908",
+    paper_title="How Different from the Past? Spatio-Temporal Time Series Forecasting with Self-Supervised "
+    "Deviation Learning",
     topic="series",
     kind="model",
     model="STSSDL",

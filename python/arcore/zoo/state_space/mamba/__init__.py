@@ -15,6 +15,7 @@ SYSTEM = System(
     name="mamba",
     title="Mamba",
     paper="arXiv:2312.00752",
+    paper_title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
     topic="state_space",
     kind="model",
     model="Mamba",

@@ -17,6 +17,7 @@ SYSTEM = System(
     name="msbsq",
     title="Multi-scale BSQ",
     paper="arXiv:2412.04431",
+    paper_title="Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis",
     topic="tokenizers",
     kind="model",
     model="MultiScaleBSQ",

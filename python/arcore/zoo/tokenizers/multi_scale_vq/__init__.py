@@ -19,6 +19,7 @@ SYSTEM = System(
     name="msvq",
     title="Multi-scale VQ",
     paper="arXiv:2404.02905",
+    paper_title="Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction",
     topic="tokenizers",
     kind="model",
     model="MultiScaleVQ",

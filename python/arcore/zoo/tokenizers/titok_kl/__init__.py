@@ -18,6 +18,7 @@ SYSTEM = System(
     name="titok_kl",
     title="TiTok",
     paper="arXiv:2406.07550",
+    paper_title="An Image is Worth 32 Tokens for Reconstruction and Generation",
     topic="tokenizers",
     kind="model",
     model="TiTokKL",
