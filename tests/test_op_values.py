@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arcore import ops
 from tests.decoder_step.test_decoder_step import make as make_layer
+from tests.mamba_step.test_mamba_step import make as make_mamba
 from tests.speculative.cases import RULES, calls, make_case
 
 LONG = torch.int64
@@ -178,6 +179,8 @@ def raw_call(name: str) -> tuple[list[Any], list[Tensor]]:
     elif name == "decoder_step":
         given = make_layer()
         given |= {"heads": given.pop("num_heads"), "window": 0, "eps": 1e-5}
+    elif name == "mamba_step":
+        given = {**make_mamba(), "eps": 1e-5}
     elif name.startswith("token_logprobs_"):
         given = {
             "tile": torch.randn(2, 32),
@@ -203,7 +206,9 @@ def raw_call(name: str) -> tuple[list[Any], list[Tensor]]:
 
 
 def test_there_are_ops_that_write_in_place() -> None:
-    assert {"causal_conv1d_update", "selective_state_update_steps", "decoder_step"} <= set(in_place_ops())
+    assert {"causal_conv1d_update", "selective_state_update_steps", "decoder_step", "mamba_step"} <= set(
+        in_place_ops()
+    )
 
 
 @pytest.mark.parametrize("name", in_place_ops())
@@ -234,12 +239,18 @@ def test_raw_ops_refuse_what_requires_grad(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(written, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["causal_conv1d_update", "selective_state_update", "decoder_step"])
+@pytest.mark.parametrize(
+    "name", ["causal_conv1d_update", "selective_state_update", "decoder_step", "mamba_step"]
+)
 def test_public_functions_count_once(name: str) -> None:
     if name == "decoder_step":
         given = make_layer()
         written = [given["x"], given["keys"], given["values"]]
         ops.decoder_step(given.pop("x"), **given)
+    elif name == "mamba_step":
+        given = make_mamba()
+        written = [given["x"], given["conv_state"], given["state"]]
+        ops.mamba_step(given.pop("x"), **given)
     elif name == "causal_conv1d_update":
         written = [torch.zeros(7, 5, 3)]
         conv(conv_state=written[0])

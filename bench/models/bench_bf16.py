@@ -33,7 +33,17 @@ CASES = {
     "acdit_b training step": 1.8,
 }
 TYPES = (torch.float32, torch.bfloat16)
-PRODUCTS = ("mm", "addmm", "bmm", "linear_step", "_linear_pointwise", "mkldnn", "decoder_step", "linear")
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "linear_step",
+    "_linear_pointwise",
+    "mkldnn",
+    "decoder_step",
+    "mamba_step",
+    "linear",
+)
 STEPS = 8
 
 

@@ -16,6 +16,7 @@
 #include "common/overlap.h"
 #include "common/parallel.h"
 #include "common/sequence_view.h"
+#include "common/weight_checks.h"
 #include "decoder_step/params.h"
 
 namespace arcore::decoder_step {
@@ -29,65 +30,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "decoder_step";
-// Multiplications below which a second thread costs more than it saves.
-constexpr double kWorkPerThread = 2e5;
-// Rows of a weight: what is asked ahead behind a piece's last ones is read by another thread.
-constexpr Pieces kPieces{.unit = 16, .per_thread = 4};
-
-void check_type(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> shape) {
-  check_device(kOp, name, t, t);
-  ARCORE_CHECK(t.is_cpu(), kOp, "expected ", name, " on the CPU");
-  ARCORE_CHECK(t.scalar_type() == type, kOp, "expected ", name, " of dtype ",
-               type == ScalarType::Float  ? "float32"
-               : type == ScalarType::Byte ? "uint8"
-                                          : "bfloat16, as x,",
-               " but got ", torch::headeronly::toString(t.scalar_type()));
-  check_shape(kOp, name, t, shape);
-}
-
-float* floats(const Tensor& t) {
-  return static_cast<float*>(t.data_ptr());
-}
-
-// Whether a weight is given as blocks: bytes [rows, blocks of a row, bytes of a block].
-bool has_blocks(const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Byte;
-}
-
-// The kind of blocks, told by their size.
-WeightType block_type(const char* op, const char* name, const Tensor& weight) {
-  const int64_t size = weight.dim() == 3 ? weight.size(2) : 0;
-  ARCORE_CHECK(size == sizeof(BlockQ8_0) || size == sizeof(BlockQ4_0) || size == sizeof(BlockQ4_1), op,
-               "expected ", name, " of bytes, shape (rows, columns / ", kBlockValues,
-               ", bytes of a block), with blocks of ", sizeof(BlockQ8_0), " (q8_0), ", sizeof(BlockQ4_0),
-               " (q4_0) or ", sizeof(BlockQ4_1), " (q4_1) bytes but got ", shape_of(weight));
-  return size == sizeof(BlockQ8_0)   ? WeightType::kQ8_0
-         : size == sizeof(BlockQ4_0) ? WeightType::kQ4_0
-                                     : WeightType::kQ4_1;
-}
-
-// `held` owns a bias as floats.
-Weights weights(const char* op, const char* name, const Tensor& weight, const OptionalTensor& bias,
-                ScalarType type, int64_t rows, int64_t cols, std::vector<Tensor>& held) {
-  WeightType stored = type == ScalarType::Float ? WeightType::kFloat32 : WeightType::kBFloat16;
-  if (has_blocks(weight)) {
-    stored = block_type(op, name, weight);
-    ARCORE_CHECK(cols % kBlockValues == 0, op, "expected columns of ", name, " in whole blocks of ",
-                 kBlockValues, " but got ", cols);
-    check_type(name, weight, ScalarType::Byte, {rows, cols / kBlockValues, weight.size(2)});
-  } else {
-    check_type(name, weight, type, {rows, cols});
-  }
-  ARCORE_CHECK(weight.is_contiguous(), op, "expected ", name, " to be contiguous");
-  const float* of_bias = nullptr;
-  if (bias.has_value()) {
-    check_type(name, *bias, type, {rows});
-    ARCORE_CHECK(bias->is_contiguous(), op, "expected the bias of ", name, " to be contiguous");
-    held.push_back(as_floats(*bias));
-    of_bias = floats(held.back());
-  }
-  return {weight.data_ptr(), stored, of_bias, rows, cols};
-}
 
 // Whether all heads of a cache's texts, keys and values, have memory of their own. The tokens of a head lie
 // side by side, so each is one range; the two caches may be interleaved.
@@ -165,13 +107,12 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   ARCORE_CHECK(window >= 0, kOp, "expected window >= 0 but got ", window);
   ARCORE_CHECK(std::isfinite(eps) && eps >= 0, kOp, "expected eps to be finite and at least 0 but got ", eps);
   const ScalarType type = x.scalar_type();
-  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kOp,
-               "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
-  check_type("x", x, type, {args.batch, args.dim});
-  check_type("norm1", norm1, type, {args.dim});
-  check_type("norm2", norm2, type, {args.dim});
-  check_type("keys", keys, type, {texts, args.kv_heads, room, args.head_dim});
-  check_type("values", values, type, {texts, args.kv_heads, room, args.head_dim});
+  check_step_dtype(kOp, "x", x);
+  check_type(kOp, "x", x, type, {args.batch, args.dim});
+  check_type(kOp, "norm1", norm1, type, {args.dim});
+  check_type(kOp, "norm2", norm2, type, {args.dim});
+  check_type(kOp, "keys", keys, type, {texts, args.kv_heads, room, args.head_dim});
+  check_type(kOp, "values", values, type, {texts, args.kv_heads, room, args.head_dim});
   ARCORE_CHECK(x.is_contiguous() && norm1.is_contiguous() && norm2.is_contiguous(), kOp,
                "expected x, norm1 and norm2 to be contiguous");
   for (const Tensor* t : {&keys, &values})
@@ -200,8 +141,8 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   const int64_t angles = cos.dim() == 2 ? cos.size(0) : 0;
   ARCORE_CHECK(angles == 1 || angles == args.batch, kOp, "expected cos of shape (1 or ", args.batch, ", ",
                args.head_dim, ") but got ", shape_of(cos));
-  check_type("cos", cos, ScalarType::Float, {angles, args.head_dim});
-  check_type("sin", sin, ScalarType::Float, {angles, args.head_dim});
+  check_type(kOp, "cos", cos, ScalarType::Float, {angles, args.head_dim});
+  check_type(kOp, "sin", sin, ScalarType::Float, {angles, args.head_dim});
   ARCORE_CHECK(cos.is_contiguous() && sin.is_contiguous(), kOp, "expected cos and sin to be contiguous");
   args.cos = floats(cos);
   args.sin = floats(sin);
@@ -255,29 +196,25 @@ void decoder_step_cpu(Tensor x, const Tensor& norm1, const Tensor& qkv, const Op
   args.x = wide ? floats(x) : args.scores + args.batch * heads * args.longest;
 
   const CpuKernels& kernels = cpu_kernels();
-  const auto threads = [&](const Weights& w) {
-    return threads_for(
-        static_cast<double>(args.batch) * static_cast<double>(w.rows) * static_cast<double>(w.cols),
-        kWorkPerThread);
-  };
   const auto multiply = [&](const Weights& w, const float* in, float* result, bool add) {
     const auto rows = [&](int64_t begin, int64_t end) {
       kernels.multiply(w, args.batch, in, result, add, begin, end);
     };
-    run_tasks(w.rows, threads(w), rows, kPieces);
+    run_tasks(w.rows, threads_of(w, args.batch), rows, kWeightPieces);
   };
   if (!wide) kernels.widen(args);
   kernels.normalise(args, args.norm1);
   multiply(args.qkv, args.normed, args.projected, false);
   const double pairs = static_cast<double>(args.batch * heads) * static_cast<double>(args.longest) *
                        static_cast<double>(2 * args.head_dim);
-  run_tasks(texts * args.kv_heads, threads_for(pairs, kWorkPerThread),
+  run_tasks(texts * args.kv_heads, threads_for(pairs, kProductsPerThread),
             [&](int64_t begin, int64_t end) { kernels.attend(args, begin, end); });
   kernels.pack(StorageType::kFloat32, args.projected, args.qkv.rows, args.batch, width, args.mixed);
   multiply(args.out, args.mixed, args.x, true);
   kernels.normalise(args, args.norm2);
   const auto gate = [&](int64_t begin, int64_t end) { kernels.gate(args, begin, end); };
-  run_tasks((args.hidden + kGroup - 1) / kGroup, threads(args.gate_up), gate, {.unit = 1, .per_thread = 4});
+  run_tasks((args.hidden + kGroup - 1) / kGroup, threads_of(args.gate_up, args.batch), gate,
+            {.unit = 1, .per_thread = 4});
   multiply(args.down, args.activated, args.x, true);
   if (!wide) kernels.narrow(args.dtype, args.x, args.given, args.batch * args.dim);
 }
@@ -295,8 +232,7 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   ARCORE_CHECK(batch <= kMaxTokens, kName, "expected at most ", kMaxTokens, " rows but got ", batch);
   ARCORE_CHECK(cols > 0, kName, "expected at least 1 column but got ", cols);
   const ScalarType type = x.scalar_type();
-  ARCORE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kName,
-               "expected x of dtype float32 or bfloat16 but got ", torch::headeronly::toString(type));
+  check_step_dtype(kName, "x", x);
   ARCORE_CHECK(x.is_contiguous(), kName, "expected x to be contiguous");
   std::vector<Tensor> held;
   const Weights w = weights(kName, "weight", weight, bias, type, rows, cols, held);
@@ -309,11 +245,10 @@ Tensor linear_step_cpu(const Tensor& x, const Tensor& weight, const OptionalTens
   float* result = wide ? floats(out) : packed + batch * padded(cols);
   const StorageType storage = storage_type(x, kName, "x");
   kernels.pack(storage, x.data_ptr(), cols, batch, cols, packed);
-  const double work = static_cast<double>(batch) * static_cast<double>(rows) * static_cast<double>(cols);
   const auto share = [&](int64_t begin, int64_t end) {
     kernels.multiply(w, batch, packed, result, false, begin, end);
   };
-  run_tasks(rows, threads_for(work, kWorkPerThread), share, kPieces);
+  run_tasks(rows, threads_of(w, batch), share, kWeightPieces);
   if (!wide) kernels.narrow(storage, result, out.data_ptr(), batch * rows);
   return out;
 }
@@ -331,8 +266,7 @@ Tensor block_values_cpu(const Tensor& blocks) {
   if (rows == 0 || cols == 0) return out;
   const Weights w{blocks.data_ptr(), type, nullptr, rows, cols};
   const CpuKernels& kernels = cpu_kernels();
-  const double work = static_cast<double>(rows) * static_cast<double>(cols);
-  run_tasks(rows, threads_for(work, kWorkPerThread),
+  run_tasks(rows, threads_of(w, 1),
             [&](int64_t begin, int64_t end) { kernels.expand(w, floats(out) + begin * cols, begin, end); });
   return out;
 }

@@ -1,14 +1,12 @@
 // CPU step of the selective scan; compiled once per instruction set. README.md beside this file describes the
 // loops.
+#include "common/state_step.h"
 #include "common/vec.h"
 #include "selective_state_update/params.h"
 
 namespace arcore::selective_state_update {
 namespace ARCORE_ISA {
 namespace {
-
-constexpr int64_t kSlice = 128;
-constexpr int64_t kMaxStates = 256;
 
 template <typename T>
 void read_as(const T* src, int64_t stride, int64_t n, float* dst) {
@@ -44,41 +42,6 @@ void write(const View& v, At at, int64_t head, int64_t begin, int64_t n, const f
         dst[i * v.last] = static_cast<T>(src[i]);
     }
   });
-}
-
-// What one (batch row, head, slice) works on; whole vectors beyond `count` and `states` hold zeros.
-struct alignas(64) Slice {
-  int64_t count, states, padded;  // channels, states, states rounded up to whole vectors
-  alignas(64) float dt[kSlice], drive[kSlice], y[kSlice];  // dt times log2(e), dt times x
-  alignas(64) float B[kMaxStates + 16], C[kMaxStates + 16];
-  alignas(64) float tail[3][kMaxStates + 16];  // a channel's states where they are no whole vectors
-};
-
-constexpr int64_t kTogether = 4;  // channels whose arithmetic overlaps; they share the loads of B and C
-
-// Some channels, of which `from` and `to` are the first one's states and `stride` leads to the next ones:
-// state = a state + drive B, and the products C state of each summed into one vector. kTied: a is one number.
-template <bool kTied, int64_t kChannels>
-inline void advance(const float* A, const Slice& s, int64_t channel, float a_log, const float* from,
-                    float* to, int64_t stride, Vec* sums) {
-  Vec dt[kChannels], drive[kChannels], a[kChannels], sum[kChannels];
-  for (int64_t k = 0; k < kChannels; ++k) {
-    dt[k] = Vec(s.dt[channel + k]);
-    drive[k] = Vec(s.drive[channel + k]);
-    if constexpr (kTied) a[k] = exp2(dt[k] * Vec(a_log));
-    sum[k] = Vec(0.0f);
-  }
-  for (int64_t n = 0; n < s.padded; n += kLanes) {
-    const Vec B = load(s.B + n), C = load(s.C + n);
-    for (int64_t k = 0; k < kChannels; ++k) {
-      if constexpr (!kTied) a[k] = exp2(dt[k] * load(A + k * s.states + n));
-      const Vec h = fma(load(from + k * stride + n), a[k], drive[k] * B);
-      store(to + k * stride + n, h);
-      sum[k] = fma(h, C, sum[k]);
-    }
-  }
-  for (int64_t k = 0; k < kChannels; ++k)
-    sums[k] = sum[k];
 }
 
 template <typename T, bool kTied>

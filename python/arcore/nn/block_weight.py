@@ -18,9 +18,9 @@ class BlockWeight(Tensor):
     """A weight `[M, K]` in blocks of 8- or 4-bit numbers, for inference.
 
     It has the shape and dtype of the weight that it stands for, and any op of torch takes it: the op gets the numbers,
-    expanded for the time of the call. `arcore.nn.linear`, an embedding and `arcore.ops.decoder_step` read the blocks
-    themselves. `to(dtype)` changes the dtype in which the numbers come and keeps the blocks. Nothing can be written
-    into it, so it cannot be trained; gradients pass through it to activations.
+    expanded for the time of the call. `arcore.nn.linear`, an embedding, `arcore.ops.decoder_step` and
+    `arcore.ops.mamba_step` read the blocks themselves. `to(dtype)` changes the dtype in which the numbers come and
+    keeps the blocks. Nothing can be written into it, so it cannot be trained; gradients pass through it to activations.
 
     Args:
         blocks: uint8 `[M, K / 32, S]`, as for `arcore.ops.block_values`.

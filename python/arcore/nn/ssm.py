@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcore.nn.block_weight import stored
 from arcore.nn.kinds import Positive, Size, Tokens, check_kinds, explain_kinds
 from arcore.nn.linear import Linear, linear
 from arcore.nn.norm import GatedRMSNorm
 from arcore.nn.state import StateCache
 from arcore.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, ssd
+from arcore.ops.mamba_step import DTYPES as STEP_DTYPES
+from arcore.ops.mamba_step import MAX_TAPS
 
 
 @check_kinds
@@ -325,6 +328,49 @@ class MambaMixer(SelectiveSSM):
         )
         out: Tensor = self.out_proj(y)
         return out
+
+    def fits_step(self) -> bool:
+        """Whether `arcore.ops.mamba_step` can take this mixer: float32 or bfloat16 on a CPU, plain parts, no hooks."""
+        products: Any = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        kinds, conv = (Linear, Linear, nn.Linear, Linear), self.conv1d
+        return (
+            type(self) is MambaMixer
+            and type(conv) is CausalConv1d
+            and conv.activation == "silu"
+            and conv.weight.shape[-1] <= MAX_TAPS
+            and products[1].bias is None
+            and all(type(part) is kind for part, kind in zip(products, kinds, strict=True))
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+            and all(p.is_cpu and p.dtype in STEP_DTYPES for p in self.parameters())
+            and all(
+                type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
+                for weight in (stored(part.weight) for part in products)
+            )
+        )
+
+    def step_weights(self) -> dict[str, Any]:
+        """What `arcore.ops.mamba_step` asks of the mixer, by the names of its arguments.
+
+        Matrices are those of the mixer, blocks as blocks; what is small comes as the floats that the op reads fastest.
+        """
+
+        def floats(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector.detach().float()
+
+        taps = self.conv1d.weight.detach().squeeze(1).float()
+        return {
+            "in_proj": stored(self.in_proj.weight),
+            "conv_weight": taps.t().contiguous().t(),
+            "x_proj": stored(self.x_proj.weight),
+            "dt_proj": stored(self.dt_proj.weight),
+            "A": self.decay().detach(),
+            "D": floats(self.D),
+            "out_proj": stored(self.out_proj.weight),
+            "in_bias": floats(self.in_proj.bias),
+            "conv_bias": floats(self.conv1d.bias),
+            "dt_bias": floats(self.dt_proj.bias),
+            "out_bias": floats(self.out_proj.bias),
+        }
 
 
 @check_kinds

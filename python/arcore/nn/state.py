@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class StateCache:
         ssm: float32 `[num_layers, B, *state_shape]`.
         lengths: tokens that each row has seen, without padding.
         derived: by layer.
+        plans: what a model hands to an op that takes one token through a whole layer, by layer; None for layers that
+            such an op cannot take. Like `derived` it comes from the weights alone.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class StateCache:
         self._lengths = [0] * batch
         self._base = self._lengths
         self.derived: dict[int, Tensor] = {}
+        self.plans: dict[int, dict[str, Any] | None] = {}
         self._trail: tuple[Tensor, Tensor] | None = None
         self._split()
 

@@ -26,6 +26,7 @@ with built_from_these_sources():
     )
     from arcore.ops.decoder_step import decoder_step, reference_decoder_step
     from arcore.ops.mamba3_scan import Mamba3State, mamba3_scan, mamba3_update, reference_mamba3_scan
+    from arcore.ops.mamba_step import mamba_step, reference_mamba_step
     from arcore.ops.sample import (
         confidence_mask,
         filter_probs,
@@ -76,6 +77,7 @@ __all__ = [
     "logits_from_probs",
     "mamba3_scan",
     "mamba3_update",
+    "mamba_step",
     "quantise_blocks",
     "reference_block_sparse_attention",
     "reference_block_values",
@@ -88,6 +90,7 @@ __all__ = [
     "reference_linear_logprobs",
     "reference_linear_scan",
     "reference_mamba3_scan",
+    "reference_mamba_step",
     "reference_sample",
     "reference_selective_scan",
     "reference_selective_state_update",

@@ -19,7 +19,7 @@ from arcore import _extension as _extension
 from arcore.ops._checks import checked_call
 
 OP = "arcore.block_values"
-# Numbers of a block: kBlockValues of csrc/decoder_step/params.h.
+# Numbers of a block: kBlockValues of csrc/common/weights.h.
 BLOCK = 32
 # Bytes of a block, by its kind.
 KINDS = {"q8_0": 34, "q4_0": 18, "q4_1": 20}

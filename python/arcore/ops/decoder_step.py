@@ -22,7 +22,7 @@ from arcore.ops._registration import (
 )
 
 OP = "arcore.decoder_step"
-# Most rows: kMaxTokens of csrc/decoder_step/params.h.
+# Most rows: kMaxTokens of csrc/common/weights.h.
 MAX_ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16)
 _LOOP = "it writes in place; call it once for all rows, or in a loop"

@@ -13,6 +13,9 @@ from arcore.nn import Extended, MambaMixer, RMSNorm, StateCache, linear
 from arcore.nn.checks import check_ids, dtype_name
 from arcore.nn.kinds import check_kinds
 from arcore.nn.protocols import Parents
+from arcore.ops import mamba_step
+from arcore.ops._registration import untracked
+from arcore.ops.mamba_step import DTYPES as STEP_DTYPES
 from arcore.zoo.state_space._attention import CausalAttention, HybridCache
 from arcore.zoo.state_space._common import no_more, original_config, original_layers, transformers_config
 from arcore.zoo.state_space.mamba.config import MambaConfig, StateSpaceConfig
@@ -22,6 +25,8 @@ from arcore.zoo.state_space.mamba.config import MambaConfig, StateSpaceConfig
 PREFILL_TOKENS = 512
 # Widths of feed-forward networks are rounded up to a multiple of this.
 MLP_MULTIPLE = 128
+# Rows up to which one op per layer takes less time than torch's products of many rows, by the dtype of the weights.
+STEP_ROWS = {torch.float32: 64, torch.bfloat16: 32}
 
 
 class GatedMLP(nn.Module):
@@ -64,6 +69,22 @@ class MambaLayer(nn.Module):
         if config.d_intermediate:
             self.norm2 = make_norm(config)
             self.mlp = GatedMLP(config.d_model, config.d_intermediate)
+
+    def step_weights(self) -> dict[str, Any] | None:
+        """What `arcore.ops.mamba_step` asks of norm and mixer; None where they are not what it computes."""
+        norm, mixer = self.norm, self.mixer
+        if (
+            type(self) is not MambaLayer
+            or type(norm) is not RMSNorm
+            or norm._forward_hooks
+            or norm._forward_pre_hooks
+            or norm.weight.dtype not in STEP_DTYPES
+            or not norm.weight.is_cpu
+            or not isinstance(mixer, MambaMixer)
+            or not mixer.fits_step()
+        ):
+            return None
+        return {"norm": norm.weight.detach().float(), "eps": norm.eps, **mixer.step_weights()}
 
     def fed(self, x: Tensor) -> Tensor:
         """The residual stream after the feed-forward network."""
@@ -243,10 +264,37 @@ class Mamba(nn.Module):
     def step(self, ids: Tensor, cache: StateCache) -> Tensor:
         """Read one token per row; arguments and result are those of `TokenModel`."""
         x = self._embed(ids, 1)
+        plans = self._plans(x, cache)
+        if plans:
+            x = x.clone()  # written in place, and whoever hooks the embedding may keep what it returned
         for i, layer in enumerate(self.layers):
-            x = layer.fed(x + layer.mixer.step(layer.norm(x), cache, i))
+            plan = plans.get(i)
+            if plan is None:
+                x = x + layer.mixer.step(layer.norm(x), cache, i)
+            else:
+                conv_state, state = cache.layer(i)
+                mamba_step(x, **plan, conv_state=conv_state, state=state)
+            x = layer.fed(x)
         cache.advance(1)
         return self._logits(x)
+
+    def _plans(self, x: Tensor, cache: StateCache) -> dict[int, Any]:
+        """By layer, what one op for the whole layer needs to read a token, which spares a CPU what is not products.
+
+        Empty where the op does not fit, or where torch multiplies so many rows in less time.
+        """
+        most = STEP_ROWS.get(cache.conv.dtype, 0)
+        if (
+            not 0 < len(x) <= most
+            or len(x) != cache.batch
+            or x.dtype not in STEP_DTYPES
+            or torch.is_autocast_enabled("cpu")
+            or not untracked(x)
+        ):
+            return {}
+        if not cache.plans:
+            cache.plans = {i: layer.step_weights() for i, layer in enumerate(self.layers)}
+        return cache.plans
 
     @torch.no_grad()
     def extend(self, ids: Tensor, cache: StateCache, parents: Parents | None = None) -> Extended:

@@ -1,14 +1,14 @@
 // Weights in blocks of 32 numbers along a row, as GGUF files store them, turned into floats in registers. For
-// kernel_cpu.cpp.
+// kernel_cpu.cpp files.
 #pragma once
 
 #include <type_traits>
 
 #include "common/vec.h"
-#include "decoder_step/params.h"
+#include "common/weights.h"
 
-namespace arcore::decoder_step {
-namespace ARCORE_ISA {
+namespace arcore {
+inline namespace ARCORE_ISA {
 
 template <typename T>
 constexpr bool kIsBlock =
@@ -180,4 +180,4 @@ static inline void each_vector(const F& f) {
 }
 
 }  // namespace ARCORE_ISA
-}  // namespace arcore::decoder_step
+}  // namespace arcore
