@@ -136,7 +136,7 @@ def floors_report(records: list[dict[str, Any]]) -> list[str]:
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
 VOCABULARY = 49152
-# Most time of a call by its tokens, in times of a call that reads one.
+# Most time of a call by its tokens, in times of a call that reads one or of their multiply-adds, whichever is longer.
 MOST = {5: 1.3, 8: 1.6}
 
 
@@ -200,4 +200,4 @@ def bench_by_tokens(storage: str, benchmark: Any) -> None:
     benchmark.pedantic(call(5), rounds=1)
     # Blocks have fewer bytes to hide arithmetic behind.
     for count, most in MOST.items() if storage not in KINDS else ():
-        assert layer_times[str(count)] <= most * layer_times["1"]
+        assert layer_times[str(count)] <= most * max(layer_times["1"], count * multiply)

@@ -195,3 +195,38 @@ def test_a_checkpoint_has_the_floats(tmp_path: Path) -> None:
         assert type(value) is torch.Tensor
         held = model.state_dict()[name]
         assert torch.equal(value, held.expanded() if isinstance(held, BlockWeight) else held)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_keeps_the_blocks(kind: str) -> None:
+    """Ops such as `to` arrive there as a whole, not taken apart."""
+    weight = BlockWeight(quantise_blocks(torch.randn(6, 64), kind))
+    with torch.inference_mode():
+        fresh = BlockWeight(quantise_blocks(torch.randn(6, 64), kind))
+        for one in (weight, fresh):
+            for moved in (
+                one.to(torch.bfloat16),
+                one.half(),
+                one.to("cpu", torch.float32),
+                one.float(),
+                one.cpu(),
+            ):
+                assert isinstance(moved, BlockWeight)
+                assert moved.kind == kind
+            assert one.to(torch.bfloat16).dtype == torch.bfloat16
+            assert torch.equal(one.to(torch.bfloat16).expanded(), one.expanded().bfloat16())
+            for view in (
+                torch.t,
+                torch.detach,
+                lambda w: w[1:3],
+                lambda w: w[0],
+                lambda w: w.view(-1),
+                lambda w: w.chunk(2)[1],
+            ):
+                assert torch.equal(view(one), view(one.expanded()))
+            x = torch.randn(3, 64)
+            torch.testing.assert_close(x @ one.t(), x @ one.expanded().t())
+            torch.testing.assert_close(torch.nn.functional.linear(x, one), x @ one.expanded().t())
+        layer = torch.nn.Linear(64, 6, bias=False)
+        layer.weight = torch.nn.Parameter(fresh, requires_grad=False)
+        assert isinstance(layer.to(torch.bfloat16).weight, BlockWeight)

@@ -82,8 +82,23 @@ class BlockWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func.overloadpacket is torch.ops.aten.to:
+            # Arrives in inference mode alone; else torch has taken it apart before.
+            return func.decompose(*args, **(kwargs or {}))
+        # In inference mode too a view of a tensor that was made outside has to be one of outside.
+        if (
+            torch.is_inference_mode_enabled()
+            and any(result.alias_info is not None for result in func._schema.returns)
+            and not any(isinstance(value, BlockWeight) and value.is_inference() for value in args)
+        ):
+            with torch.inference_mode(False):
+                return cls._dispatched(func, args, kwargs or {})
+        return cls._dispatched(func, args, kwargs or {})
+
+    @staticmethod
+    def _dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(func)
-        if rule is not None and (found := rule(*args, **(kwargs or {}))) is not None:
+        if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found
         for value, argument in zip(args, func._schema.arguments, strict=False):
             if (
@@ -95,7 +110,7 @@ class BlockWeight(Tensor):
                     f"{func} would write into a weight in {value.kind} blocks, which is read only: expand it with "
                     "expanded(), or load the weights in floats"
                 )
-        plain, named = tree_map_only(BlockWeight, BlockWeight.expanded, (args, kwargs or {}))
+        plain, named = tree_map_only(BlockWeight, BlockWeight.expanded, (args, kwargs))
         return func(*plain, **named)
 
 
