@@ -136,8 +136,8 @@ def floors_report(records: list[dict[str, Any]]) -> list[str]:
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
 VOCABULARY = 49152
-# Most time of a call by its tokens, in times of a call that reads one or of their multiply-adds, whichever is longer.
-MOST = {5: 1.3, 8: 1.6}
+# Tokens of a call that may take what one takes and the multiply-adds of the others, as if nothing ran side by side.
+CHECKED, NOISE = (5, 8), 1.1
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", *KINDS])
@@ -199,5 +199,5 @@ def bench_by_tokens(storage: str, benchmark: Any) -> None:
     )
     benchmark.pedantic(call(5), rounds=1)
     # Blocks have fewer bytes to hide arithmetic behind.
-    for count, most in MOST.items() if storage not in KINDS else ():
-        assert layer_times[str(count)] <= most * max(layer_times["1"], count * multiply)
+    for count in CHECKED if storage not in KINDS else ():
+        assert layer_times[str(count)] <= NOISE * (layer_times["1"] + (count - 1) * multiply)

@@ -152,6 +152,27 @@ def step(large: bool, backward: bool) -> Run:
     return run
 
 
+def recurrent_step(large: bool, backward: bool) -> Run:
+    dim, layers = (1024, 12) if large else (64, 1)
+    from arcore.nn import MambaMixer, RMSNorm, StateCache
+
+    norm = RMSNorm(dim).requires_grad_(False)
+    mixers = [MambaMixer(dim).requires_grad_(False) for _ in range(layers)]
+    plans = [{"norm": norm.weight, "eps": norm.eps, **mixer.step_weights()} for mixer in mixers]
+    cache = StateCache(
+        num_layers=layers, batch=1, conv_shape=mixers[0].conv_shape, state_shape=mixers[0].state_shape
+    )
+    x = normal(1, dim)
+
+    def run() -> None:
+        y = x.clone()
+        for i, plan in enumerate(plans):
+            conv_state, state = cache.layer(i)
+            ops.mamba_step(y, **plan, conv_state=conv_state, state=state)
+
+    return run
+
+
 def product(large: bool, backward: bool) -> Run:
     size = 1024 if large else 32
     x = normal(size, size)
@@ -174,6 +195,7 @@ DIFFERENTIABLE = {
 }
 OTHERS = {
     "decoder_step": step,
+    "mamba_step": recurrent_step,
     "sample": sampling,
     "selective_state_update": update,
     "speculative": verification,
