@@ -168,7 +168,8 @@ void combine_product(const void* const* in, void* const* out) {
     float* c = static_cast<float*>(out[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i)
-      c[i] = static_cast<float>(static_cast<double>(p.c[i]) + sums[g + (i / 2) * 8][t / 2][t % 2 * 2 + i % 2]);
+      c[i] =
+          static_cast<float>(static_cast<double>(p.c[i]) + sums[g + (i / 2) * 8][t / 2][t % 2 * 2 + i % 2]);
   }
   count_matrix_product();
 }

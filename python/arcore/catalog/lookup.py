@@ -383,8 +383,8 @@ def _by_paper_title(wanted: str, every: list[Entry]) -> list[Entry]:
 
 def _about(entry: Entry) -> str:
     system = entry.system
-    parts = (system.name, system.title, system.paper, system.topic, system.kind, system.recipe or "")
-    parts += (system.paper_title or "",)
+    parts = [system.name, system.title, system.paper, system.topic, system.kind]
+    parts += [text for text in (system.recipe, system.paper_title) if text]
     return " ".join((*parts, system.summary, system.claim, entry.doc, *entry.presets)).casefold()
 
 
