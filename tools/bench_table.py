@@ -41,6 +41,7 @@ IMPLEMENTATIONS = {
     "flex_compiled": "FlexAttention",
     "transformers": "transformers",
     "pytorch": "PyTorch",
+    "arcore, op per part": "arcore's op per part",
     "compiled": "torch.compile",
     "cross_entropy": "F.cross_entropy",
     "loop": "loop (multinomial)",
