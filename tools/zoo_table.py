@@ -19,9 +19,11 @@ from typing import Any
 
 from marked import ROOT, replace_marked, update
 
+import arcore
 from arcore.catalog import Entry, catalog, model_info
 from arcore.catalog.claims import shown
 
+PACKAGE = Path(arcore.__file__).parent
 ZOO = ROOT / "python/arcore/zoo"
 EXAMPLES = ROOT / "docs/examples"
 CLAIMS = ROOT / "bench/results/claims.json"
@@ -50,8 +52,8 @@ def topic_text(topic: str) -> str:
 
 
 def source(entry: Entry) -> str:
-    """The path of the system's file below the project."""
-    return entry.source.path.resolve().relative_to(ROOT).as_posix()
+    """The path of the system's file below the project, also where the package is installed elsewhere."""
+    return (Path("python/arcore") / entry.source.path.relative_to(PACKAGE)).as_posix()
 
 
 def measured(name: str, recorded: dict[str, Any]) -> str:

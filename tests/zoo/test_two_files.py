@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import arcore as package
+
 pytest.importorskip("pytorch_lightning")
 pytest.importorskip("safetensors")
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(package.__file__).parent
 SYSTEM = '''"""Bigram: the next byte from the last one (Shannon, arXiv:4801.00001).
 
 The smallest language model: a table of logits, one row per token. Nearest neighbour here: Mamba, which remembers more.
@@ -109,6 +112,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, copy / folder, ignore=skipped)
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, copy / file)
+    # Where a wheel is tested, the checkout has no compiled extension.
+    for library in PACKAGE.glob("*.so"):
+        if not (copy / "python/arcore" / library.name).exists():
+            shutil.copy(library, copy / "python/arcore" / library.name)
     before = {path for path in copy.rglob("*") if path.is_file()}
     (copy / "python/arcore/zoo/language/bigram.py").write_text(SYSTEM)
     (copy / "tests/zoo/language/test_bigram.py").write_text(TEST)
