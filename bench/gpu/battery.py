@@ -709,6 +709,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown stages {', '.join(unknown)}; choose from {', '.join(STAGES)}")
     if options.library and not options.library.is_file():
         parser.error(f"--library: expected a file but got {options.library}")
+    lacking = [name for name in ("torch", "numpy", "pytest") if importlib.util.find_spec(name) is None]
+    if lacking:
+        parser.error(
+            f"{sys.executable} has no {', '.join(lacking)}: activate the environment that has, or name its "
+            "interpreter with PYTHON=..."
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     battery = Battery(options.output, ops, time.monotonic() + options.seconds, options.dry_run, chosen=chosen)
     battery.library = options.library

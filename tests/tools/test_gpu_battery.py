@@ -262,6 +262,16 @@ def test_unknown_stages_are_refused(battery: ModuleType, tmp_path: Path, capsys)
     assert "unknown stages lunch; choose from machine, build, smoke" in capsys.readouterr().err
 
 
+def test_an_interpreter_without_torch_is_one_sentence(
+    battery: ModuleType, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(battery.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(SystemExit):
+        battery.main([str(tmp_path / "out")])
+    assert re.search(r"has no torch: .* PYTHON=", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_raises_stops_no_other(battery: ModuleType, tmp_path: Path) -> None:
     run = battery.Battery(tmp_path, ("sample",), time.monotonic() + 500, dry=True)
     assert not run.run("build", lambda seconds: 1 / 0)
