@@ -135,11 +135,12 @@ def papers() -> str:
     rows: dict[str, list[Entry]] = defaultdict(list)
     for entry in catalog().values():
         rows[entry.system.paper].append(entry)
-    lines = ["# Papers", "", "| paper | title | systems |", "|---|---|---|"]
+    lines = ["# Papers", "", "| paper | systems |", "|---|---|"]
     for paper, entries in sorted(rows.items()):
         names = ", ".join(f"[{entry.system.title}]({entry.system.name}.md)" for entry in entries)
-        title = entries[0].system.paper_title or ""
-        lines.append(f"| [{paper}]({entries[0].system.url}) | {title} | {names} |")
+        title = entries[0].system.paper_title
+        number = f"[{paper}]({entries[0].system.url})"
+        lines.append(f"| {f'{title}<br>{number}' if title else number} | {names} |")
     return "\n".join([*lines, ""])
 
 
