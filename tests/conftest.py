@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Commands that tests start are not workers of this run: pytest-benchmark, for one, refuses to measure in a worker.
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]
     for line in (
         "slow: takes more than a few seconds; runs with --runslow (make test-all)",
         "cuda: needs a CUDA device and an extension built with CUDA",
