@@ -1,7 +1,8 @@
-"""arcore.float32_matmul: float32 products by oneDNN agree with float64, and nothing else changes."""
+"""arcore.float32_matmul and half_matmul: products agree with float64, and nothing else changes."""
 
 from __future__ import annotations
 
+import importlib
 import threading
 
 import pytest
@@ -199,3 +200,199 @@ def test_errors(monkeypatch):
         arcore.float32_matmul("onednn")
     with arcore.float32_matmul("auto"):
         assert matmul.current() == "torch"
+
+
+HALVES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def rounded_once(ours: Tensor, exact: Tensor, dtype: torch.dtype, terms: int) -> None:
+    """Within half a unit in the last place of 16 bits, and what sums in float32 lose."""
+    assert ours.dtype is dtype
+    if not exact.numel():
+        assert ours.shape == exact.shape
+        return
+    slack = 2e-7 * terms**0.5 * exact.abs().max()
+    error = (ours.double() - exact).abs()
+    assert (error <= HALVES[dtype] * exact.abs() + slack + 1e-7).all(), error.max()
+
+
+def halves(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "shape", [(1, 17, 15), (15, 63, 65), (33, 127, 64), (0, 64, 17), (65, 0, 17), (17, 64, 0)]
+)
+def test_half_products_are_rounded_once(monkeypatch, dtype, shape):
+    m, k, n = shape
+    monkeypatch.setattr(matmul, "PIECE", 1000)  # several pieces, the last of another size
+    a, b, bias, whole = halves(dtype, (m, k), (n, k), (n,), (m, n))
+    exact = a.double() @ b.t().double()
+    with arcore.half_matmul("float32"):
+        for left in (a, a.t().contiguous().t()):
+            for right in (b.t(), b.t().contiguous()):
+                rounded_once(left @ right, exact, dtype, k)
+                rounded_once(torch.addmm(bias, left, right), exact + bias, dtype, k)
+        rounded_once(F.linear(a[None], b, bias)[0], exact + bias, dtype, k)
+        rounded_once(torch.addmm(whole, a, b.t(), beta=0.5, alpha=2), exact * 2 + whole * 0.5, dtype, k)
+        rounded_once(torch.addmm(bias, a, b.t(), beta=0), exact, dtype, k)
+        rounded_once(torch.bmm(a[None], b.t()[None])[0], exact, dtype, k)
+        rounded_once(torch.baddbmm(whole[None], a[None], b.t()[None])[0], exact + whole, dtype, k)
+        rounded_once(torch.einsum("mk,nk->nm", a, b), exact.t(), dtype, k)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_gradients(dtype):
+    x, weight, bias, back = halves(dtype, (3, 21, 40), (50, 40), (50,), (3, 21, 50))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(F.linear(*doubles), doubles, back.double())
+    with arcore.half_matmul("float32"):
+        ours = torch.autograd.grad(F.linear(*leaves), leaves, back)
+        with torch.autocast("cpu", torch.bfloat16):
+            single = torch.nn.Linear(40, 50)
+            single(x.float()).sum().backward()
+    for own, right in zip(ours[:2], exact[:2], strict=True):
+        rounded_once(own, right, dtype, 63)
+    assert single.weight.grad is not None and single.weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": 1, "stride": 2}, {"groups": 2, "dilation": 2}, {"transposed": True}]
+)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_half_convolutions(dtype, options, dims):
+    options = dict(options)
+    name = f"conv_transpose{dims}d" if options.pop("transposed", False) else f"conv{dims}d"
+    convolve = getattr(F, name)
+    x, bias = halves(dtype, (2, 4, *(9,) * dims), (6,))
+    (weight,) = halves(
+        dtype,
+        (4, 6, *(3,) * dims) if "transpose" in name else (6, 4 // options.get("groups", 1), *(3,) * dims),
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = convolve(*doubles, **options)
+    (back,) = halves(dtype, tuple(exact.shape))
+    right = torch.autograd.grad(exact, doubles, back.double())
+    with arcore.half_matmul("float32"):
+        ours = convolve(*leaves, **options)
+        grads = torch.autograd.grad(ours, leaves, back)
+    rounded_once(ours, exact, dtype, 4 * 3**dims)
+    for own, wanted in zip(grads, right, strict=True):
+        rounded_once(own, wanted, dtype, 2 * 9**dims)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_attention_backward(dtype, masked):
+    q, k, v, back = halves(dtype, *[(2, 3, 33, 16)] * 4)
+    mask = torch.randn(33, 33).to(dtype) if masked else None
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    wide = None if mask is None else mask.double()
+    right = torch.autograd.grad(F.scaled_dot_product_attention(*doubles, wide), doubles, back.double())
+    with arcore.half_matmul("float32"):
+        ours = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, mask), leaves, back)
+    for own, wanted in zip(ours, right, strict=True):
+        # The forward rounds its output, which the backward reads.
+        assert own.dtype is dtype
+        assert (own.double() - wanted).abs().max() <= 4 * HALVES[dtype] * wanted.abs().max()
+
+
+def test_half_products_leave_the_rest_alone():
+    a, b = torch.randn(64, 300), torch.randn(300, 80)
+    conv = torch.nn.Conv2d(3, 4, 3)
+    image = torch.randn(2, 3, 9, 9)
+    plain = [a @ b, torch.addmm(b[0], a, b), conv(image), torch.bmm(a[None].double(), b[None].double())]
+    with arcore.half_matmul("float32"):
+        mine = [a @ b, torch.addmm(b[0], a, b), conv(image), torch.bmm(a[None].double(), b[None].double())]
+        assert all(map(torch.equal, mine, plain))
+        for wrong in (b.bfloat16(), b.half()):
+            with pytest.raises(RuntimeError, match=r"same dtype|same type"):
+                a @ wrong
+        with pytest.raises(RuntimeError, match=r"same dtype|same type"):
+            a.bfloat16() @ b.half()
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            a.half() @ a.half()
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            torch.addmm(b[0].half(), a[:4].half(), a.half())
+        with pytest.raises(RuntimeError):
+            torch.addmm(b[0, :79].half(), a.half(), b.half())
+
+
+def test_half_numbers_that_are_none():
+    a, b = torch.randn(64, 300).half(), torch.randn(300, 80).half()
+    a[1, 2], a[2, 3], a[3] = torch.nan, torch.inf, 6e4
+    with arcore.half_matmul("float32"):
+        ours = a @ b
+    assert ours[1].isnan().all() and ours[2].isinf().all() and ours[3].isinf().any()
+    assert ours[4:].isfinite().all()
+
+
+@onednn
+def test_both_choices_at_once(calls):
+    a, b = torch.randn(64, 300), torch.randn(300, 80)
+    low, high = a.bfloat16(), b.bfloat16()
+    half, full = arcore.half_matmul("float32"), arcore.float32_matmul("onednn")
+    half.__enter__()
+    full.__enter__()
+    a @ b
+    one = low @ high
+    half.__exit__(None, None, None)
+    a @ b
+    assert len(calls) == 2 and matmul.current() == "onednn"
+    with half:
+        a @ b
+        assert torch.equal(low @ high, one)
+        with arcore.half_matmul("torch"):
+            a @ b
+            assert not matmul._choice.widened
+    full.__exit__(None, None, None)
+    assert len(calls) == 4 and matmul._choice == matmul._Choice()
+    assert torch.equal(torch.mm(a, b), a @ b) and len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 4, 5, 32, 33, 300])
+def test_linear_widens_by_itself(monkeypatch, dtype, rows):
+    monkeypatch.setattr(matmul, "slow_halves", lambda: tuple(HALVES))
+    monkeypatch.setattr(importlib.import_module("arcore.nn.linear"), "slow_halves", lambda: tuple(HALVES))
+    monkeypatch.setattr(matmul, "PIECE", 1000)
+    x, weight, bias = halves(dtype, (rows, 63), (65, 63), (65,))
+    with torch.no_grad():
+        ours = arcore.nn.linear(x, weight, bias)
+        batch = arcore.nn.linear(x[:, None], weight)
+    exact = x.double() @ weight.double().t()
+    rounded_once(ours, exact + bias, dtype, 63)
+    rounded_once(batch[:, 0], exact, dtype, 63)
+
+
+def test_the_choice_of_halves(monkeypatch):
+    class Ops:
+        @staticmethod
+        def _is_mkldnn_bf16_supported() -> bool:
+            return True
+
+        @staticmethod
+        def _is_mkldnn_fp16_supported() -> bool:
+            return False
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Ops, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert matmul.slow_halves.__wrapped__() == (torch.float16,)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert matmul.slow_halves.__wrapped__() == (torch.bfloat16, torch.float16)
+    with pytest.raises(
+        ValueError, match=r"backend must be one of 'torch', 'float32', 'auto' but got 'onednn'"
+    ):
+        arcore.half_matmul("onednn")
+    monkeypatch.setattr(matmul, "slow_halves", lambda: (torch.float16,))
+    monkeypatch.setenv("ARCORE_MATMUL", "torch")
+    with matmul.half_matmul_of_commands():
+        assert not matmul._choice.widened
+    monkeypatch.delenv("ARCORE_MATMUL")
+    with matmul.half_matmul_of_commands():
+        assert matmul._choice.widened == {torch.float16}

@@ -145,10 +145,14 @@ def groups(results: Results, **wanted: str) -> dict[tuple[str, str, str, str], l
     return {key: sorted(rows, key=lambda row: (row.impl != OURS, row.seconds)) for key, rows in found.items()}
 
 
-def headline(machines: list[Results], op: str, direction: str) -> tuple[Results, list[Row]] | None:
+def headline(
+    machines: list[Results], backend: str, op: str, direction: str
+) -> tuple[Results, list[Row]] | None:
     """Our float32 row of the case that README's table quotes, and its peers' rows: the first one measured on the first
-    machine that has any."""
+    machine of that instruction set that has any."""
     for results in machines:
+        if backend != f"CPU {ISAS[results.isa]}":
+            continue
         for wanted in QUOTED[direction]:
             for rows in groups(results, op=op, direction=wanted, dtype="float32").values():
                 if rows[0].impl == OURS:
@@ -199,8 +203,7 @@ def op_table(machines: list[Results], csrc: Path, seen: dict[str, str] | None = 
             cells = []
             for backend in CPU_BACKENDS:
                 cell = "yes"
-                found = headline(machines, folder.name, direction)
-                if found and backend == f"CPU {ISAS[found[0].isa]}":
+                if found := headline(machines, backend, folder.name, direction):
                     cell = quote(found[1])
                     cases.setdefault(found[0], []).append(
                         f"{folder.name} {found[1][0].case}" + (" backward" if i else "")

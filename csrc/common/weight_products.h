@@ -16,21 +16,27 @@ inline namespace ARCORE_ISA {
 constexpr int64_t kRows = 4;
 // Tokens whose sums are formed in one pass over the rows.
 constexpr int64_t kBlock = 8;
-// Tokens whose sums stay in registers beside four rows and a token, and how many take a pass of a larger
-// block; whole groups of sum_groups.
-constexpr int64_t kMostOfPass = kLanes == 16 ? 6 : 2, kPass = kLanes == 16 ? 4 : 2;
+// Tokens whose sums stay in registers beside what a pass needs of rows and tokens, and how many take a pass
+// of a larger block. Blocks take registers to open them.
+constexpr int64_t kTokensOfThin = kLanes == 16 ? 0 : 3;
+template <typename T>
+constexpr int64_t kMostOfPass = kLanes == 16  ? 6
+                                : kIsBlock<T> ? 2
+                                              : kTokensOfThin;
+template <typename T>
+constexpr int64_t kPass = kLanes == 16 ? 4 : kMostOfPass<T>;
+// Columns of a pass over rows that several pass: with the tokens' they lie in the first-level cache.
+constexpr int64_t kColumns = kLanes == 16 ? int64_t{1} << 62 : 512;
 // Rows that several blocks of tokens pass one after the other, while they lie in the first caches.
 constexpr int64_t kPanelRows = 16;
 
-static_assert(kPass % (kLanes / 4) == 0);
-
 // Calls f(first token, number of tokens), both constants, for the passes of a block.
-template <int64_t kTokens, int64_t kFirst = 0, typename F>
+template <int64_t kWidth, int64_t kTokens, int64_t kFirst = 0, typename F>
 static inline void each_pass(const F& f) {
   if constexpr (kFirst < kTokens) {
     f(std::integral_constant<int64_t, kFirst>{},
-      std::integral_constant<int64_t, (kTokens - kFirst < kPass ? kTokens - kFirst : kPass)>{});
-    each_pass<kTokens, kFirst + kPass>(f);
+      std::integral_constant<int64_t, (kTokens - kFirst < kWidth ? kTokens - kFirst : kWidth)>{});
+    each_pass<kWidth, kTokens, kFirst + kWidth>(f);
   }
 }
 
@@ -96,77 +102,115 @@ static inline void normalise_rows(const float* x, int64_t batch, int64_t dim, fl
   }
 }
 
-// Products of kRows rows of weights with a block of kTokens packed tokens: sums[token * kRows + row], for
-// whole vectors. Each is summed lane by lane along the row, and the lanes in the order of sum_quad and
-// sum_groups, whatever kTokens is, so a token's result does not depend on the others.
+// Sums of kRows rows of weights with kTokens packed tokens over columns [from, to), added to `acc`. Each is
+// summed lane by lane along the row, so a token's result does not depend on the others. kTokens tokens of the
+// kPacked that are packed together, whose first is at `in`.
 //
 // Rows are short, so processors that fetch ahead by themselves start anew at each; what lies `ahead` elements
-// of T on is asked for here. Beyond the last row that is a hint without effect.
+// of T on is asked for here, by the first that reads a row. Beyond the last row that is a hint without
+// effect.
 //
 // Blocks become the floats that they stand for, in registers, so that they give the bits of a weight that
 // holds those floats.
+template <bool kAsk, int64_t kTokens, int64_t kPacked, typename T>
+static inline void accumulate(const T* const (&rows)[kRows], const float* in, int64_t from, int64_t to,
+                              int64_t ahead, Vec (*sums)[kRows]) {
+  Vec acc[kTokens][kRows];
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      acc[t][r] = sums[t][r];
+  // Lanes [i, i + kLanes) of all rows, which weight(r) gives.
+  const auto add = [&](int64_t i, const auto& weight) {
+    if constexpr (kTokens == kTokensOfThin) {
+      // Tokens and one row at a time, which leaves all other registers to the sums.
+      Vec x[kTokens];
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kTokens; ++t)
+        x[t] = in_register(load(in + i * kPacked + t * kLanes));
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Vec w = weight(r);
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < kTokens; ++t)
+          acc[t][r] = fma(w, x[t], acc[t][r]);
+      }
+    } else {
+      Vec w[kRows];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r)
+        w[r] = weight(r);
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kTokens; ++t) {
+        const Vec x = in_register(load(in + i * kPacked + t * kLanes));
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRows; ++r)
+          acc[t][r] = fma(w[r], x, acc[t][r]);
+      }
+    }
+  };
+  const auto ask = [&](int64_t i) {
+    if constexpr (kAsk) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r)
+        __builtin_prefetch(rows[r] + i + ahead, 0, 2);
+    }
+  };
+  if constexpr (kIsBlock<T>) {
+    for (int64_t b = from / kBlockValues; b < to / kBlockValues; ++b) {
+      ask(b);
+      const Opened<T> blocks[kRows] = {Opened<T>(rows[0][b]), Opened<T>(rows[1][b]), Opened<T>(rows[2][b]),
+                                       Opened<T>(rows[3][b])};
+      each_vector([&](auto first) {
+        constexpr int64_t kFirst = decltype(first)::value;
+        add(b * kBlockValues + kFirst, [&](int64_t r) { return blocks[r].template at<kFirst>(); });
+      });
+    }
+  } else {
+    const auto step = [&](int64_t i) { add(i, [&](int64_t r) { return load_lanes(rows[r] + i); }); };
+    constexpr int64_t kLine = 64 / sizeof(T);
+    int64_t i = from;
+    for (; i + kLine <= to; i += kLine) {
+      ask(i);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kLine; j += kLanes)
+        step(i + j);
+    }
+    for (; i + kLanes <= to; i += kLanes)
+      step(i);
+    if (i < to) add(i, [&](int64_t r) { return load_lanes(rows[r] + i, to - i); });
+  }
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kTokens; ++t)
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; ++r)
+      sums[t][r] = acc[t][r];
+}
+
+// Products of kRows rows of weights with a block of kTokens packed tokens: sums[token * kRows + row], for
+// whole vectors. Lanes are added in the order of sum_quad and sum_groups, whatever kTokens is.
 //
-// kTokens tokens of the kPacked that are packed together, whose first is at `in`.
-template <int64_t kTokens, int64_t kPacked, typename T>
-static inline void products_of(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
-                               float* sums) {
+// The sums of all tokens, a row of weights and a token have to fit into the registers, so many tokens pass in
+// parts, the later ones over columns of the rows that the first has left in the first-level cache.
+template <int64_t kTokens, typename T>
+static inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
+                            float* sums) {
   Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
   for (int64_t t = 0; t < kTokens; ++t)
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRows; ++r)
       acc[t][r] = Vec(0.0f);
-  const auto add = [&](const Vec(&w)[kRows], int64_t i) {
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < kTokens; ++t) {
-      const Vec x = in_register(load(in + i * kPacked + t * kLanes));
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r)
-        acc[t][r] = fma(w[r], x, acc[t][r]);
-    }
-  };
-  if constexpr (kIsBlock<T>) {
-    for (int64_t b = 0; b < cols / kBlockValues; ++b) {
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r)
-        __builtin_prefetch(rows[r] + b + ahead, 0, 2);
-      const Opened<T> blocks[kRows] = {Opened<T>(rows[0][b]), Opened<T>(rows[1][b]), Opened<T>(rows[2][b]),
-                                       Opened<T>(rows[3][b])};
-      each_vector([&](auto from) {
-        constexpr int64_t kFrom = decltype(from)::value;
-        Vec w[kRows];
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kRows; ++r)
-          w[r] = blocks[r].template at<kFrom>();
-        add(w, b * kBlockValues + kFrom);
-      });
-    }
+  if constexpr (kTokens <= kMostOfPass<T>) {
+    accumulate<true, kTokens, kTokens>(rows, in, 0, cols, ahead, acc);
   } else {
-    const auto step = [&](int64_t i) {
-      Vec w[kRows];
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r)
-        w[r] = load_lanes(rows[r] + i);
-      add(w, i);
-    };
-    constexpr int64_t kLine = 64 / sizeof(T);
-    int64_t i = 0;
-    for (; i + kLine <= cols; i += kLine) {
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r)
-        __builtin_prefetch(rows[r] + i + ahead, 0, 2);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kLine; j += kLanes)
-        step(i + j);
-    }
-    for (; i + kLanes <= cols; i += kLanes)
-      step(i);
-    if (i < cols) {
-      Vec w[kRows];
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r)
-        w[r] = load_lanes(rows[r] + i, cols - i);
-      add(w, i);
+    for (int64_t from = 0; from < cols; from += kColumns) {
+      const int64_t to = min_of(cols, from + kColumns);
+      each_pass<kPass<T>, kTokens>([&](auto first, auto count) {
+        constexpr int64_t kFirst = decltype(first)::value, kCount = decltype(count)::value;
+        accumulate<kFirst == 0, kCount, kTokens>(rows, in + kFirst * kLanes, from, to, ahead, acc + kFirst);
+      });
     }
   }
   constexpr int64_t kQuads = kLanes / 4;
@@ -179,21 +223,6 @@ static inline void products_of(const T* const (&rows)[kRows], const float* in, i
       quads[q] =
           t + q < kTokens ? sum_quad(acc[t + q][0], acc[t + q][1], acc[t + q][2], acc[t + q][3]) : none;
     store(sums + t * kRows, sum_groups(quads));
-  }
-}
-
-// The same for a block of tokens. Their sums and four rows have to fit into the registers, so many tokens
-// pass in parts, the later ones over rows that the first has left in the first-level cache.
-template <int64_t kTokens, typename T>
-static inline void products(const T* const (&rows)[kRows], const float* in, int64_t cols, int64_t ahead,
-                            float* sums) {
-  if constexpr (kTokens <= kMostOfPass) {
-    products_of<kTokens, kTokens>(rows, in, cols, ahead, sums);
-  } else {
-    each_pass<kTokens>([&](auto first, auto count) {
-      constexpr int64_t kFirst = decltype(first)::value, kCount = decltype(count)::value;
-      products_of<kCount, kTokens>(rows, in + kFirst * kLanes, cols, ahead, sums + kFirst * kRows);
-    });
   }
 }
 

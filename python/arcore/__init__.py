@@ -17,18 +17,19 @@ from arcore._version import __version__
 
 if TYPE_CHECKING:
     from arcore import decoding, masks, models, nn, objectives, ops, tokenizers
-    from arcore.matmul import float32_matmul
+    from arcore.matmul import float32_matmul, half_matmul
     from arcore.models import create_model, list_models, model_info
 
 _SUBMODULES = ("data", "decoding", "masks", "models", "nn", "objectives", "ops", "tokenizers", "training")
 _FROM_MODELS = ("create_model", "list_models", "model_info")
-_FROM_MATMUL = ("float32_matmul",)
+_FROM_MATMUL = ("float32_matmul", "half_matmul")
 
 __all__ = [
     "__version__",
     "create_model",
     "decoding",
     "float32_matmul",
+    "half_matmul",
     "list_models",
     "masks",
     "model_info",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from arcore.masks import IntervalMask, TreeMask
 from arcore.nn.cache import KVCache
 from arcore.nn.kinds import Tokens, check_kinds
+from arcore.nn.linear import linear
 from arcore.ops import block_sparse_attention
 
 
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
         """
         batch, length, dim = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(x, self.qkv.weight, bias)
         # A transposed view: the op takes any strides, so no copy is made here or of its output.
         q, k, v = (
             qkv.unflatten(2, (3, self.num_heads, dim // self.num_heads)).transpose(1, 3).unbind(2)

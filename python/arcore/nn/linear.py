@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcore.matmul import fills_its_memory
+from arcore import matmul
+from arcore.matmul import fills_its_memory, in_float32, slow_halves
 from arcore.nn.block_weight import BlockWeight
 from arcore.nn.kinds import Axes, Features, explain_kinds
 from arcore.ops import block_values
@@ -23,6 +24,8 @@ _onednn: Any = (
 MIN_PRODUCTS = 2**23
 # Up to so many rows the bytes of the weight decide, and products made for many rows take longer than one pass over it.
 STEP_ROWS = {torch.float32: 32, torch.bfloat16: 8}
+# Up to so many rows of float16 are read faster by torch than widened.
+FEW_HALVES = 4
 # Blocks would have to be expanded for torch, which takes longer than the op for all rows that it takes.
 BLOCK_ROWS = 64
 # Numbers of blocks that are expanded at a time for torch's products: 16 MiB of floats.
@@ -40,7 +43,8 @@ def linear(
     rows: int | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` by what is faster on a CPU without gradients: few rows through an op that reads the
-    weight once, many rows in float32 through oneDNN.
+    weight once, many rows in float32 through oneDNN; bfloat16 and float16 in float32 where torch has only plain loops
+    for them (`arcore.half_matmul`).
 
     Args:
         x: `[..., K]`.
@@ -55,7 +59,7 @@ def linear(
     if (
         not x.is_cpu
         or x.dtype != weight.dtype
-        or x.dtype not in (torch.float32, torch.bfloat16)
+        or (x.dtype not in (torch.float32, torch.bfloat16) and x.dtype not in slow_halves())
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -77,8 +81,9 @@ def linear(
         return out
     if blocks is not None:
         return _expanding(x, blocks, bias) if plain else F.linear(x, weight, bias)
-    if x.dtype == torch.bfloat16:
-        return F.linear(x, weight, bias)
+    if x.dtype != torch.float32:
+        slow = plain and x.dtype in slow_halves() and (count > FEW_HALVES or x.dtype == torch.bfloat16)
+        return in_float32(x, weight, bias) if slow else F.linear(x, weight, bias)
     if _onednn is None or x.numel() * weight.shape[0] < MIN_PRODUCTS or not fills_its_memory(weight):
         return F.linear(x, weight, bias)
     out = _onednn(x, weight, bias, "none", [], "")
@@ -87,11 +92,13 @@ def linear(
 
 def _expanding(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` for many rows, with some rows of a weight in blocks as floats at a time."""
-    outputs, columns = len(blocks), x.shape[-1]
+    outputs, columns, dtype = len(blocks), x.shape[-1], x.dtype
+    if dtype in slow_halves():
+        x, bias = x.float(), None if bias is None else bias.float()
     step = max(1, EXPANDED // max(columns, 1))
     if outputs <= step:
-        return linear(x, block_values(blocks).to(x.dtype), bias)
-    out = x.new_empty(*x.shape[:-1], outputs)
+        return linear(x, block_values(blocks).to(x.dtype), bias).to(dtype)
+    out = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
     for start in range(0, outputs, step):
         piece = slice(start, start + step)
         values = block_values(blocks[piece]).to(x.dtype)
@@ -103,7 +110,9 @@ def _reads_once(weight: Tensor, rows: int, blocks: bool) -> bool:
     """Whether the op that reads the weight once takes less time than torch."""
     if blocks:
         return rows <= BLOCK_ROWS
-    if rows > STEP_ROWS[weight.dtype]:
+    if weight.dtype == torch.bfloat16 and torch.bfloat16 in slow_halves():
+        return rows <= matmul.STEP_ROWS
+    if rows > STEP_ROWS.get(weight.dtype, 0):
         return False
     return weight.dtype == torch.bfloat16 or weight.numel() >= (MIN_OF_ONE if rows == 1 else MIN_OF_FEW)
 

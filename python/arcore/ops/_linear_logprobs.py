@@ -1,7 +1,7 @@
 """`token_logprobs` with the last linear layer inside: logits exist one tile at a time, forward and backward.
 
-The matrix products are torch's; statistics and gradients of a tile are the pieces of token_logprobs' kernel
-(csrc/token_logprobs/README.md).
+The matrix products are torch's, in float32 where it has plain loops alone for a type; statistics and gradients of a
+tile are the pieces of token_logprobs' kernel (csrc/token_logprobs/README.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from arcore.matmul import slow_halves
 from arcore.ops._checks import autocasts, checked_call, integer, same_device
 from arcore.ops._registration import forbid_derivative, register_derivatives
 from arcore.ops.token_logprobs import (
@@ -209,9 +210,27 @@ def _part(x: Tensor | None, begin: int, end: int) -> Tensor | None:
 def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(hidden, weight, bias) in the memory of `out`."""
     logits = out.view(-1)[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    if _is_slow(hidden):
+        wide = None if bias is None else bias.float()
+        return logits.copy_(linear(hidden.float(), weight.float(), wide))
     if bias is None:
         return torch.mm(hidden, weight.t(), out=logits)
     return torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
+def _is_slow(x: Tensor) -> bool:
+    """Whether torch multiplies numbers of this type in plain loops here, so that float32 is many times faster."""
+    return x.is_cpu and x.dtype in slow_halves()
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, out in float32, a and b of any type."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif _is_slow(a):
+        out.addmm_(a.float(), b.float())
+    else:
+        out += a @ b
 
 
 def _forward(
@@ -370,16 +389,14 @@ def gradients_by_tiles(
             )  # fmt: skip
             if need_temperature:
                 grad_temperature[r0:r1] += shares
-            if need_hidden and single:
-                sum_hidden[r0:r1].addmm_(dz, head)
-            elif need_hidden:
-                sum_hidden[r0:r1] += dz @ head
-            if need_weight and row_blocks == 1:
-                torch.mm(dz.t(), part, out=sum_weight)
-            elif need_weight and single:
-                sum_weight.addmm_(dz.t(), part)
+            if need_hidden:
+                _add_product(sum_hidden[r0:r1], dz, head)
+            if need_weight and row_blocks > 1:
+                _add_product(sum_weight, dz.t(), part)
+            elif need_weight and _is_slow(dz):
+                sum_weight.copy_(dz.t().float() @ part.float())
             elif need_weight:
-                sum_weight += dz.t() @ part
+                torch.mm(dz.t(), part, out=sum_weight)
             if need_bias:
                 sum_bias += dz.sum(0, dtype=torch.float32)
         if need_weight and sum_weight.dtype != weight.dtype:

@@ -11,6 +11,7 @@ import torch
 
 from arcore.catalog import load_checkpoint
 from arcore.catalog.hub import HUB, fetch
+from arcore.matmul import HALVES, half_matmul_of_commands
 from arcore.nn import quantise
 from arcore.ops._block_values import KINDS
 from arcore.recipes._recipe import Recipe, recipe_for
@@ -94,7 +95,11 @@ def sample(
     if half and recipe.casts_weights:
         networks = {name: network.to(torch.bfloat16) for name, network in networks.items()}
         half = False
-    with torch.autocast(place.type, torch.bfloat16) if half else contextlib.nullcontext():
+    with contextlib.ExitStack() as during:
+        if half:
+            during.enter_context(torch.autocast(place.type, torch.bfloat16))
+        if half or any(p.dtype in HALVES for network in networks.values() for p in network.parameters()):
+            during.enter_context(half_matmul_of_commands())
         return recipe.sample(networks, facts, options, show)
 
 

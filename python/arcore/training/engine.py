@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
 from arcore._optional import require
+from arcore.matmul import half_matmul_of_commands
 from arcore.nn.checks import check_text
 from arcore.training import checkpoint, state
 from arcore.training.config import TrainConfig
@@ -144,7 +145,10 @@ def fit(
             average.start(task, source)
         before = _wandb_run()
         try:
-            trainer.fit(task, ckpt_path=source)
+            # In float32 nothing is replaced, since that would cost each small product some microseconds.
+            halves = nullcontext() if config.precision == "32-true" else half_matmul_of_commands()
+            with halves:
+                trainer.fit(task, ckpt_path=source)
         except MisconfigurationException as error:
             raise ValueError(f"the training engine refuses this: {error}") from error
         except (TypeError, ValueError, RuntimeError) as error:
@@ -311,6 +315,13 @@ def _say_what_was_replaced(config: TrainConfig, trainer: pl.Trainer, items: int)
     if str(trainer.precision) != asked and is_first():
         print(
             f"precision {config.precision} is not to be had on this device: {trainer.precision} is used instead",
+            file=sys.stderr,
+        )
+    lacks_units = _on_cpu(config) and str(torch.ops.arcore.cpu_bf16()) == "none"
+    if lacks_units and str(trainer.precision).startswith("bf16") and is_first():
+        print(
+            "this processor has no units for bfloat16: its products are computed in float32, and precision 32-true "
+            "takes no longer",
             file=sys.stderr,
         )
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcore.catalog import preset
 from arcore.decoding import Sampling
 from arcore.decoding.draws import row_seeds
 from arcore.masks import IntervalMask, full, prefix_lm
-from arcore.nn import Rope, TokenCache, rope_table
+from arcore.nn import Rope, TokenCache, linear, rope_table
 from arcore.nn.cache import storage_dtype
 from arcore.nn.kinds import check_kinds
 from arcore.zoo.biology.xtrimopglm.blanks import VOCABULARIES
@@ -185,7 +184,7 @@ class GLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., C]` to float32 `[..., V]`."""
         if self.head is None:
-            return F.linear(hidden, self.word_embeddings.weight).float()
+            return linear(hidden, self.word_embeddings.weight).float()
         found: Tensor = self.head(hidden).float()
         return found
 

@@ -13,6 +13,7 @@ from arcore.nn import MLP, DropPath, KVCache, ModulationTable
 from arcore.nn.adaln import EPS, modulated_norm
 from arcore.nn.attention import SelfAttention
 from arcore.nn.checks import check_ids
+from arcore.nn.linear import linear
 from arcore.ops import block_sparse_attention
 from arcore.zoo.next_scale.infinity.config import InfinityConfig
 
@@ -81,9 +82,9 @@ class CrossAttention(nn.Module):
         return mixed
 
 
-def keys_of(context: Tensor, linear: nn.Linear, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def keys_of(context: Tensor, layer: nn.Linear, v_bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Keys without and values with a bias, `[B, H, T, D]`."""
-    kv = F.linear(context, linear.weight, torch.cat([torch.zeros_like(v_bias), v_bias]))
+    kv = linear(context, layer.weight, torch.cat([torch.zeros_like(v_bias), v_bias]))
     k, v = kv.unflatten(2, (2, num_heads, -1)).transpose(1, 3).unbind(2)
     return k, v
 
@@ -97,7 +98,7 @@ class CosineAttention(SelfAttention):
     def project(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, H, N, D]` of tokens `[B, N, C]`."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
         assert self.log_scale is not None
         q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=self.MAX_LOG_SCALE).exp().to(q.dtype)
