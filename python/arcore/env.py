@@ -60,6 +60,7 @@ def _cpu_lines() -> list[tuple[str, str]]:
         ("  bfloat16 units", f"{torch.ops.arcore.cpu_bf16()} in use; this CPU has {_units()}"),
         ("  default is", f"{torch.ops.arcore.cpu_default_isa()} ({platform.machine()})"),
         ("float32 products", _products()),
+        ("16-bit products", _halves()),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)"),
     ]
 
@@ -68,6 +69,16 @@ def _products() -> str:
     if matmul.resolve("auto") == "onednn":
         return 'oneDNN in commands, as MKL leaves this CPU\'s AVX-512 idle; in Python: arcore.float32_matmul("auto")'
     return "as torch computes them; arcore.float32_matmul can choose oneDNN"
+
+
+def _halves() -> str:
+    slow = [str(dtype).removeprefix("torch.") for dtype in matmul.slow_halves()]
+    if not slow:
+        return "as torch computes them; oneDNN has code for bfloat16 and float16 on this CPU"
+    return (
+        f"{' and '.join(slow)} in float32 in commands, as oneDNN has no code for them on this CPU; in Python: "
+        "arcore.half_matmul()"
+    )
 
 
 def _units() -> str:

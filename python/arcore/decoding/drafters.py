@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from arcore._offers import Offers
 from arcore.decoding.sampling import Sampling
 from arcore.nn.checks import check_whole
 from arcore.nn.kinds import check_kinds
@@ -69,7 +70,7 @@ class Draft:
 
 
 @runtime_checkable
-class Drafter(Protocol):
+class Drafter(Protocol, metaclass=Offers):
     """Proposes tokens."""
 
     @property

@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from arcore._offers import Offers
 from arcore.nn.kinds import check_kinds, explain_kinds
 from arcore.ops._checks import autocasts
 
 
 @runtime_checkable
-class Cache(Protocol):
+class Cache(Protocol, metaclass=Offers):
     """What all caches offer, whether they hold keys and values or a recurrent state."""
 
     @property

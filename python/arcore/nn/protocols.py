@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from arcore._offers import Offers
 from arcore.nn.cache import KVCache
 from arcore.nn.diffusion_head import DiffusionHead
 
 
 @runtime_checkable
-class ScaleModel(Protocol):
+class ScaleModel(Protocol, metaclass=Offers):
     """Predicts all tokens of a scale at once from the coarser scales.
 
     Attributes:
@@ -51,7 +52,7 @@ class ScaleModel(Protocol):
 
 
 @runtime_checkable
-class ScaleTokenizer(Protocol):
+class ScaleTokenizer(Protocol, metaclass=Offers):
     """Turns codes into images scale by scale. `z` is the width of a code vector, `p` a side length.
 
     Attributes:
@@ -103,7 +104,7 @@ class VectorTokenizer(ScaleTokenizer, Protocol):
 
 
 @runtime_checkable
-class BlockModel(Protocol):
+class BlockModel(Protocol, metaclass=Offers):
     """Denoises a sequence block by block, each given the clean blocks before it.
 
     Attributes:
@@ -153,7 +154,7 @@ class BlockModel(Protocol):
 
 
 @runtime_checkable
-class FrameModel(Protocol):
+class FrameModel(Protocol, metaclass=Offers):
     """Denoises the frames of a video, each at a time of its own.
 
     Attributes:
@@ -229,7 +230,7 @@ class FrameModel(Protocol):
 
 
 @runtime_checkable
-class MaskedModel(Protocol):
+class MaskedModel(Protocol, metaclass=Offers):
     """Gives every place of a sequence of continuous tokens a vector, from the tokens that are visible.
 
     Attributes:
@@ -262,7 +263,7 @@ class MaskedModel(Protocol):
 
 
 @runtime_checkable
-class TokenModel(Protocol):
+class TokenModel(Protocol, metaclass=Offers):
     """Predicts one token after the other.
 
     Attributes:
@@ -329,7 +330,7 @@ class DraftableModel(TokenModel, Protocol):
 
 
 @runtime_checkable
-class LatentDecoder(Protocol):
+class LatentDecoder(Protocol, metaclass=Offers):
     """Makes images of latents.
 
     Attributes:

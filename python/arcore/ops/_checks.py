@@ -96,13 +96,15 @@ def in_words(op: str, error: Exception) -> Exception:
     """What the public function `op` raises where its kernel raised `error`.
 
     Complaints about arguments become a `WrongValue`. A tensor that torch could not make for a kernel is told as such:
-    kernels reach torch through its stable interface, which does not pass its message on.
+    kernels reach torch through its stable interface, which names itself rather than the tensor.
     """
     text = str(error).partition("\n")[0]
     kernel, _, complaint = text.partition(": expected ")
     if complaint and kernel.startswith("arcore::"):
         return WrongValue(f"arcore.{op}: expected {complaint}")
-    if text.startswith(("torch_call_dispatcher(", "arcore: could not make a tensor")):
+    # From 2.14 on torch says which, before that it names its interface alone.
+    told = "torch_call_dispatcher(" in text and "memory" in text
+    if told or text.startswith(("torch_call_dispatcher(", "arcore: could not make a tensor")):
         return RuntimeError(
             f"arcore.{op}: torch could not make a tensor for the results or for scratch: they are larger than the "
             "memory that is left; work on fewer rows at a time"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arcore._kinds import Axes, check_kinds, explain_kinds
+from arcore._offers import Offers
 
 Spacing = Literal[
     "every", "leading", "leading_inner", "linspace", "linspace_inner", "trailing", "trailing_floor"
@@ -19,7 +20,7 @@ _INNER = ("leading_inner", "linspace_inner")
 
 
 @runtime_checkable
-class NoiseSchedule(Protocol):
+class NoiseSchedule(Protocol, metaclass=Offers):
     """What solvers and losses ask of a schedule.
 
     Attributes:
