@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import pytorch_lightning.loggers
+import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 
+from arcore import matmul
 from arcore.data import load_digits
 from arcore.training import Task, TrainConfig, engine, fit
 from arcore.training.run_folder import LOCK, RECORD, read_record, run_folder
@@ -106,6 +108,29 @@ def test_a_lost_folder_is_one_sentence(toy_task, tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*metrics\.csv") as caught:
         fit(Losing(TrainConfig(**SETTINGS)), load_digits("train"), tmp_path / "run", show_progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("units", ["none", "dot"])
+def test_bfloat16_without_units_is_said_aloud(toy_task, tmp_path, capsys, monkeypatch, units):
+    seen = []
+
+    class Seeing(toy_task):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            seen.append(matmul._choice.widened)
+
+    monkeypatch.setattr(matmul, "slow_halves", lambda: (torch.float16,))
+    monkeypatch.setattr(torch.ops.arcore, "cpu_bf16", lambda: units)
+    config = TrainConfig(**SETTINGS | {"steps": 1, "precision": "bf16-mixed"})
+    fit(Seeing(config), load_digits("train"), tmp_path / "half")
+    said = (
+        "this processor has no units for bfloat16: its products are computed in float32"
+        in capsys.readouterr().err
+    )
+    assert said == (units == "none")
+    assert seen == [{torch.float16}] and matmul._choice == matmul._Choice()
+    fit(Seeing(TrainConfig(**SETTINGS | {"steps": 1})), load_digits("train"), tmp_path / "single")
+    assert seen[1:] == [frozenset()]
 
 
 def test_a_precision_that_the_device_does_not_have_is_said_aloud(toy_task, tmp_path, capsys):
