@@ -50,8 +50,8 @@ inline torch::stable::Tensor make_strided(const torch::stable::Tensor& like, con
                                           const int64_t* strides, int64_t dims,
                                           torch::headeronly::ScalarType type) {
   int32_t device = 0, index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made = nullptr;
   if (aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), device, index, &made) !=
       AOTI_TORCH_SUCCESS) {
@@ -63,7 +63,7 @@ inline torch::stable::Tensor make_strided(const torch::stable::Tensor& like, con
   torch::stable::Tensor tensor(made);
   if (like.is_cpu()) {
     int64_t bytes = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
     ask_for_large_pages(tensor.data_ptr(), bytes);
     if (poison_new_memory() && bytes > 0) std::memset(tensor.data_ptr(), 0xff, static_cast<size_t>(bytes));
   }
