@@ -13,7 +13,10 @@ from torch import Tensor
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor; some devices, such as meta, have none."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Before 2.12 the question whether there is one breaks the graph.
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(
+        kind
+    )
 
 
 def same_device(op: str, **tensors: Tensor | Sequence[Tensor] | None) -> None:

@@ -182,9 +182,13 @@ def test_bad_input(tmp_path: Path):
         read(path)
     for text in ("x = " + "+".join(["1"] * 20_000), "x = " + "-" * 50_000 + "1"):
         path.write_text(text)
-        for call in (obfuscate_file, lambda one: functions_of(one, 400)):
-            with pytest.raises(ValueError, match=r"bad\.py: an expression in it is nested too deeply"):
-                call(path)
+        with pytest.raises(ValueError, match=r"bad\.py: an expression in it is nested too deeply"):
+            obfuscate_file(path)
+        # How deep is too deep for the parser depends on the Python; there is no function to be found.
+        try:
+            assert functions_of(path, 400) == []
+        except ValueError as error:
+            assert "bad.py: an expression in it is nested too deeply" in str(error)
     with pytest.raises(FileNotFoundError, match="folders of them, or stdlib"):
         code_files([str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
