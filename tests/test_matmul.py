@@ -370,6 +370,19 @@ def test_linear_widens_by_itself(monkeypatch, dtype, rows):
     rounded_once(batch[:, 0], exact, dtype, 63)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(0, 63), (2, 0, 63), (5, 0), (63,), (0,)])
+def test_linear_of_nothing(monkeypatch, dtype, shape):
+    monkeypatch.setattr(matmul, "slow_halves", lambda: tuple(HALVES))
+    monkeypatch.setattr(importlib.import_module("arcore.nn.linear"), "slow_halves", lambda: tuple(HALVES))
+    x, weight, bias = halves(dtype, shape, (65, shape[-1]), (65,))
+    with torch.no_grad():
+        for added in (bias, None):
+            ours = arcore.nn.linear(x, weight, added)
+            wide = None if added is None else added.double()
+            rounded_once(ours, F.linear(x.double(), weight.double(), wide), dtype, 63)
+
+
 def test_the_choice_of_halves(monkeypatch):
     class Ops:
         @staticmethod

@@ -12,6 +12,7 @@ multiplied, and rounded once.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import warnings
@@ -366,7 +367,7 @@ def in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., N]` in that type, rounded once.
     """
-    rows = x.reshape(-1, weight.shape[1])
+    rows = x.reshape(math.prod(x.shape[:-1]), weight.shape[1])
     wide = None if bias is None else bias.float()
 
     def multiply(a: Tensor, b: Tensor, piece: slice) -> Tensor:
