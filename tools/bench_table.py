@@ -242,7 +242,8 @@ def _cases(results: Results, cases: list[str]) -> str:
 
 
 def _machine(results: Results) -> str:
-    return f"{results.cpu}{' shared with other work' if results.shared else ''}, {results.date}"
+    shared = " shared with other work" if results.shared else ""
+    return f"{results.cpu} with {ISAS[results.isa]}{shared}, {results.date}"
 
 
 def where(results: Results) -> str:

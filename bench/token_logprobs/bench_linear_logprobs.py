@@ -22,8 +22,7 @@ import pytest
 import torch
 from measure import cpu_seconds, peak_extra_bytes
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from arcore.matmul import slow_halves
 from arcore.ops import linear_logprobs
@@ -106,14 +105,20 @@ def head(name: str) -> Gradients:
     return _through(name, lambda h, w, t: cross_entropy(linear(h, w), t, reduction="none"))
 
 
-def torch_fused(name: str) -> Gradients:
-    options = LinearCrossEntropyOptions()
+def _fused(name: str, **chunks: int) -> Gradients:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options = LinearCrossEntropyOptions(**chunks)
     return _through(name, lambda h, w, t: linear_cross_entropy(h, w, t, reduction="none", options=options))
+
+
+def torch_fused(name: str) -> Gradients:
+    return _fused(name)
 
 
 def torch_fused_256(name: str) -> Gradients:
-    options = LinearCrossEntropyOptions(batch_chunk_size=256)
-    return _through(name, lambda h, w, t: linear_cross_entropy(h, w, t, reduction="none", options=options))
+    return _fused(name, batch_chunk_size=256)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[str], Gradients]] = {
@@ -188,6 +193,10 @@ def floors_report(records: list[dict]) -> list[str]:
 def bearable(name: str, implementation: str) -> bool:
     """Chunks of PyTorch's own choice are of one row at the large vocabulary: eight seconds and more per call. A type
     that torch multiplies in plain loops on this processor takes its products minutes."""
+    if implementation.startswith("linear_cross_entropy") and not hasattr(
+        torch.nn, "LinearCrossEntropyOptions"
+    ):
+        return False  # before torch 2.13
     if not implementation.startswith("arcore") and CASES[name].dtype in slow_halves():
         return False
     return implementation != "linear_cross_entropy_auto" or CASES[name].vocab < 100000

@@ -54,8 +54,9 @@ def write(
     name: str = "cpu-a",
     date: str = "2026-11-23",
     shared: bool = False,
+    isa: str = "avx512",
 ) -> None:
-    machine = {"cpu_model": "Some <CPU> & Co", "isa": "avx512", "torch": "2.13.0", "shared": shared}
+    machine = {"cpu_model": "Some <CPU> & Co", "isa": isa, "torch": "2.13.0", "shared": shared}
     data = {"machine_info": machine, "datetime": f"{date}T01:00:00", "benchmarks": benchmarks}
     (project / f"bench/results/{name}.json").write_text(json.dumps(data))
 
@@ -179,9 +180,20 @@ def test_the_page_has_a_part_per_machine_newest_first(project: Path) -> None:
     assert [path.stem for path in paths] == ["cpu-b", "cpu-a"]
     page = bench_table.page([bench_table.load(path) for path in paths])
     headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == ["## Some <CPU> & Co, 2026-12-01", "## Some <CPU> & Co, 2026-11-23"]
+    assert headings == [
+        "## Some <CPU> & Co with AVX-512, 2026-12-01",
+        "## Some <CPU> & Co with AVX-512, 2026-11-23",
+    ]
     assert page.index("60.0") < page.index("80.0")
     assert page.count("assets/bench.svg") == 1
+
+
+def test_each_instruction_set_has_its_own_figures(project: Path) -> None:
+    write(project, [benchmark("arcore", 30.0)], "cpu-b", date="2026-12-01", shared=True, isa="avx2")
+    assert bench_table.main([], root=project) == 0
+    text = (project / "README.md").read_text()
+    assert "| forward | yes, 30% of peak | yes, 80% of peak |" in text
+    assert "on Some <CPU> & Co with AVX2 shared with other work, 2026-12-01: block_sparse_attention" in text
 
 
 def test_a_shared_machine_fills_what_no_quiet_one_has(project: Path) -> None:
@@ -196,6 +208,6 @@ def test_a_shared_machine_fills_what_no_quiet_one_has(project: Path) -> None:
     assert "yes, 80% of peak" in text and "yes, 71% of peak" in text and "yes, 10% of peak" not in text
     assert "| [`ssd`](csrc/ssd/README.md) | forward | yes | yes, 27% of peak |" in text
     assert (
-        "on Some <CPU> & Co, 2026-11-23: block_sparse_attention next_scale N=680; "
-        "on Some <CPU> & Co shared with other work, 2026-12-01: ssd mamba2."
+        "on Some <CPU> & Co with AVX-512, 2026-11-23: block_sparse_attention next_scale N=680; "
+        "on Some <CPU> & Co with AVX-512 shared with other work, 2026-12-01: ssd mamba2."
     ) in text
